@@ -1,0 +1,166 @@
+"""One self-describing file per checkpoint, and the import of weights that describe nothing.
+
+A checkpoint holds options, weights, averaged weights and the state of training, as tensors and
+plain types only, so that it is loaded without executing anything. It appears whole or not at all.
+Bare weights of Diffusion-based-Segmentation and MedSegDiff (a dictionary of tensors) are read as
+well.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import whole
+
+FORMAT = "guided_diffusion checkpoint 1"
+LATEST = "savedmodel.pt"
+
+_MEND = "Free some space or choose another --out_dir; earlier checkpoints are intact."
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        options: the flags that describe network, diffusion and data, by name; empty for bare
+            weights.
+        step: training steps taken.
+        model: the last weights, by tensor name.
+        ema: averaged weights by their decay rate as text; empty for bare weights.
+        training: whatever the training loop needs to go on; empty for bare weights.
+    """
+
+    options: dict[str, Any]
+    step: int
+    model: Weights
+    ema: dict[str, Weights] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def choose(self, weights: str) -> tuple[Weights, str]:
+        """Return the weights to sample with and a phrase that says which they are.
+
+        Args:
+            weights: ``ema`` for the slowest average there is, else the last weights; or ``raw``.
+        """
+        if weights == "ema" and self.ema:
+            rate = max(self.ema, key=float)
+            return self.ema[rate], f"averaged weights (EMA {rate}) of step {self.step}"
+        return self.model, f"last weights of step {self.step}" if self.options else "bare weights"
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``savedmodelNNNNNN.pt`` and make ``savedmodel.pt`` the same; each appears whole.
+
+    Raises:
+        UserError: the folder cannot be written; earlier checkpoints are as they were.
+    """
+    path = folder / f"savedmodel{checkpoint.step:06d}.pt"
+    with whole(path, mend=_MEND) as part:
+        torch.save({"format": FORMAT, **vars(checkpoint)}, part)
+    with whole(folder / LATEST, mend=_MEND) as part:
+        _link_or_copy(path, part)
+    return path
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
+    """Find the checkpoint that a path means: a file, or a folder's ``savedmodel.pt``.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / LATEST
+    if not file.is_file():
+        raise UserError(
+            flag,
+            found=f"no file {file}" if str(path) else "nothing",
+            expected=f"a checkpoint, or a folder that holds {LATEST}",
+            mend="Train one with scripts/segmentation_train.py, or correct the path.",
+        )
+    return file
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint or bare weights onto the CPU, executing nothing.
+
+    Raises:
+        UserError: the file is damaged, is no checkpoint, or holds more than tensors and plain
+            types.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _unreadable(path, f"objects that could run code ({_first_line(error)})") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise _unreadable(path, f"an unreadable file ({_first_line(error)})") from error
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        del content["format"]
+        return Checkpoint(**content)
+    if isinstance(content, dict) and content and all(torch.is_tensor(v) for v in content.values()):
+        weights = {name.removeprefix("module."): value.data for name, value in content.items()}
+        return Checkpoint(options={}, step=0, model=weights)
+    raise _unreadable(path, f"a {type(content).__name__} of something else")
+
+
+def _unreadable(path: Path, found: str) -> UserError:
+    return UserError(
+        path,
+        found=found,
+        expected="a checkpoint of this suite, or a dictionary of tensors",
+        mend="Use an earlier checkpoint of the run, or copy the file again from where it came.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
+    """Put weights into a network that they fit exactly.
+
+    A head that has a variance channel where the network learns none is cut to its first channels:
+    the parents always store both.
+
+    Raises:
+        UserError: naming the first tensor that differs, and both shapes.
+    """
+    own = net.state_dict()
+    given = {name: _cut_head(name, value, own) for name, value in weights.items()}
+    for name in [*own, *given]:
+        shapes = [tuple(side[name].shape) if name in side else None for side in (given, own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                path,
+                found=f"{name} of shape {shapes[0] or '(absent)'}",
+                expected=f"shape {shapes[1] or '(absent)'} for the network that the flags describe",
+                mend="Give the flags the weights were trained with (--num_channels, "
+                "--num_res_blocks, --attention_resolutions, --learn_sigma, ...).",
+            )
+    net.load_state_dict(given)
+
+
+def _cut_head(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    if name in ("out.2.weight", "out.2.bias") and name in own and len(value) == 2 * len(own[name]):
+        return value[: len(own[name])]
+    return value

@@ -1,0 +1,139 @@
+"""One's own folders: ``images/`` and ``masks/`` with equal stems, the way Kvasir-SEG comes too.
+
+Pictures (png, jpg, tif, bmp; grey or colour, 8 or 16 bit) or two-dimensional NIfTI files, paired by
+stem and never by position. Called by ``layouts``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from guided_diffusion.datasets import (
+    NIFTI,
+    PICTURES,
+    Affine,
+    Entry,
+    SegmentationDataset,
+    image_channels,
+    is_nifti,
+    listing,
+    open_folder,
+    read_image_file,
+    read_mask_file,
+    safe_name,
+    split_name,
+)
+from guided_diffusion.errors import UserError
+
+
+class CustomDataset(SegmentationDataset):
+    """Pairs of ``images/<stem>`` and ``masks/<stem>``: image [1 or 3, H, W], mask [1, H, W].
+
+    The first image decides between grey and colour (a grey picture in a coloured set is repeated,
+    the other way round is an error). With ``test_flag=True`` the folder ``masks`` may be absent,
+    and the images may lie in ``directory`` itself. A case is called by its stem.
+    """
+
+    layout = "CUSTOM"
+
+    def __init__(self, directory: str | Path, test_flag: bool = False) -> None:
+        folder = open_folder(directory)
+        images = _image_files(folder, bare=test_flag)
+        masks = _mask_files(folder, optional=test_flag)
+        if masks:
+            _require_pairs(folder, images, masks)
+            _require_one_kind([*images.values(), *masks.values()])
+
+        entries = [
+            Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()
+        ]
+        super().__init__(folder, entries, channels=image_channels(min(images.items())[1]))
+
+    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
+        """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
+        return read_image_file(entry.images[0], channels=self.channels)
+
+    def read_mask(self, entry: Entry) -> Tensor | None:
+        """Decode the mask, float32 [1, H, W] in [0, 1]."""
+        return None if entry.mask is None else read_mask_file(entry.mask)
+
+
+class KvasirDataset(CustomDataset):
+    """Kvasir-SEG (Jha et al. 2020), which comes as a :class:`CustomDataset`."""
+
+    layout = "KVASIR"
+
+
+def subfolder(folder: Path, name: str) -> Path | None:
+    """The folder called ``name`` directly below, in any case of letters."""
+    found = (path for path in sorted(folder.iterdir()) if path.name.lower() == name)
+    return next((path for path in found if path.is_dir()), None)
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The pictures and NIfTI files directly in ``folder``, by stem."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        stem, ending = split_name(path.name)
+        if path.name.startswith(".") or ending not in (*PICTURES, *NIFTI):
+            continue
+        if stem in found:
+            raise UserError(
+                folder,
+                found=f"{found[stem].name} and {path.name}",
+                expected="one file per stem",
+                mend="Rename or remove one of them.",
+            )
+        found[stem] = path
+    return found
+
+
+def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
+    within = subfolder(folder, "images") or (folder if bare else None)
+    found = image_files(within) if within is not None else {}
+    if not found:
+        raise UserError(
+            within or folder,
+            found="no folder images" if within is None else "no image",
+            expected=f"images/ with {' '.join((*PICTURES, *NIFTI))} files beside masks/",
+            mend="Pass the folder that holds images and masks.",
+        )
+    return found
+
+
+def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
+    within = subfolder(folder, "masks")
+    found = image_files(within) if within is not None else {}
+    if not found and not optional:
+        raise UserError(
+            within or folder,
+            found="no folder masks" if within is None else "no mask",
+            expected="masks/ with one mask per image, of the same stem",
+            mend="Add the masks: training needs them.",
+        )
+    return found
+
+
+def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:
+    for lonely, kind in ((images.keys() - masks, "mask"), (masks.keys() - images, "image")):
+        if lonely:
+            raise UserError(
+                folder,
+                found=f"{len(lonely)} stems without {kind}: {listing(sorted(lonely))}",
+                expected="images and masks of equal stems",
+                mend="Rename the files so that each pair has one stem, or remove the single ones.",
+            )
+
+
+def _require_one_kind(paths: list[Path]) -> None:
+    """A NIfTI file's first axis runs along x, a picture's along y: a mixed pair would be turned."""
+    for path in paths:
+        if is_nifti(path) != is_nifti(paths[0]):
+            raise UserError(
+                path,
+                found="NIfTI files and pictures in one set",
+                expected=f"files of one kind as {paths[0].name}",
+                mend="Convert the images and masks to the same format.",
+            )

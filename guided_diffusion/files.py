@@ -1,0 +1,58 @@
+"""Writing so that nothing is ever half-written: a file appears whole under its name, or not at all.
+
+Used by everything that writes results: checkpoints, logs, predictions and scores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from guided_diffusion.errors import UserError
+
+
+@contextmanager
+def whole(path: Path, *, mend: str = "Free some space or choose another folder.") -> Iterator[Path]:
+    """Give a path to write to; on success the file takes its real name, on failure it vanishes.
+
+    Raises:
+        UserError: the file cannot be written; an earlier file of that name is as it was.
+    """
+    part = path.with_name(f".part-{path.name}")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            path,
+            found=f"that it cannot be written ({error})",
+            expected="room and permission to write",
+            mend=mend,
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, *, flag: str = "--out_dir") -> Path:
+    """Make a folder that can be written to, and return it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = path / ".writable"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            flag,
+            found=f"{path}, which cannot be written ({error.strerror})",
+            expected="a folder with permission to write",
+            mend=f"Choose another {flag}.",
+        ) from error
+    return path

@@ -1,0 +1,215 @@
+"""What the network predicts, how a prediction is scored, and how it is read as a clean mask.
+
+A :class:`GaussianDiffusion` holds no loop and no model: :meth:`~GaussianDiffusion.training_losses`
+scores a network at given times, and :meth:`~GaussianDiffusion.denoiser` turns a network and a
+condition into the one function every sampler needs, ``denoise(x, level) -> Prediction``. The image
+is the condition and is never noised. Ho et al. (2020); learned variance: Nichol & Dhariwal (2021),
+section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.schedule import NoiseLevel, NoiseSchedule, per_sample
+
+Network = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
+"""``net(x, t, condition, y)`` gives an object with ``.raw`` [B, K or 2K, H, W] and ``.coarse``."""
+
+
+class Prediction(NamedTuple):
+    """What a denoiser makes of a noisy mask.
+
+    Attributes:
+        x0: the clean mask [B, K, H, W], clipped as the denoiser says.
+        var_frac: learned variance as a fraction between its two bounds, [B, K, H, W], 0 and 1 being
+            the bounds, not clamped; None where the variance is not learned.
+        coarse: the condition network's own mask [B, 1, H, W] in (0, 1), or None; no sampler reads
+            it.
+    """
+
+    x0: Tensor
+    var_frac: Tensor | None = None
+    coarse: Tensor | None = None
+
+
+Denoiser = Callable[[Tensor, NoiseLevel], Prediction]
+
+
+@dataclass(frozen=True)
+class GaussianDiffusion:
+    """The diffusion of a mask under a schedule.
+
+    Attributes:
+        schedule: the noise levels of training.
+        timesteps: the times that are trained, increasing; all of the schedule's when None.
+        predict_xstart: the network predicts the clean mask instead of the noise.
+        learn_sigma: the network's last K channels say where the variance lies between its bounds.
+        use_kl: the loss is the variational bound.
+        rescale_learned_sigmas: the bound's share of the hybrid loss is scaled by T / 1000.
+        rescale_timesteps: the network is told ``t * 1000 / T``.
+        mask_range: the two values that background and foreground have while they are diffused.
+    """
+
+    schedule: NoiseSchedule
+    timesteps: tuple[int, ...] | None = None
+    predict_xstart: bool = False
+    learn_sigma: bool = False
+    use_kl: bool = False
+    rescale_learned_sigmas: bool = False
+    rescale_timesteps: bool = False
+    mask_range: tuple[float, float] = (0.0, 1.0)
+
+    def to_range(self, mask: Tensor) -> Tensor:
+        """Bring a mask in [0, 1] to the range that is diffused."""
+        low, high = self.mask_range
+        return low + (high - low) * mask
+
+    def from_range(self, x0: Tensor) -> Tensor:
+        """Bring a denoised mask to [0, 1]; the inverse of :meth:`to_range`, then clamped."""
+        low, high = self.mask_range
+        return ((x0 - low) / (high - low)).clamp(0, 1)
+
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """The trained times, increasing."""
+        return self.timesteps or tuple(range(len(self.schedule)))
+
+    @cached_property
+    def _alpha_bar_prev(self) -> Tensor:
+        """alpha_bar of the trained time before each trained time, 1 for the first: float64 [T]."""
+        kept = torch.tensor(self.kept)
+        previous = torch.full_like(self.schedule.alpha_bar, math.nan)
+        previous[kept[0]] = 1.0
+        previous[kept[1:]] = self.schedule.alpha_bar[kept[:-1]]
+        return previous
+
+    def denoiser(
+        self,
+        net: Network,
+        condition: Any,
+        clip: tuple[float, float] | None = (-1.0, 1.0),
+        y: Tensor | None = None,
+    ) -> Denoiser:
+        """Close a network over a condition: the function that every sampler takes.
+
+        Args:
+            net: called as ``net(x, t, condition, y)``.
+            condition: whatever the network's ``encode`` gave for the images of the batch.
+            clip: the range x0 is clamped to at every evaluation; None for no clamping.
+            y: class labels int64 [B], for class-conditional networks.
+        """
+
+        def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
+            t = torch.full((len(x),), self._told(level.t), device=x.device)
+            output = net(x, t, condition, y)
+            value, var_frac = self._split(output.raw.to(x.dtype), x)
+            if self.predict_xstart:
+                x0 = value
+            else:
+                x0 = (1 / level.alpha) * x - (level.sigma / level.alpha) * value
+            return Prediction(x0.clamp(*clip) if clip else x0, var_frac, output.coarse)
+
+        return denoise
+
+    def training_losses(
+        self,
+        net: Network,
+        x0: Tensor,
+        t: Tensor,
+        *,
+        eps: Tensor,
+        condition: Any,
+        y: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Score a network on clean masks noised to times ``t``.
+
+        Args:
+            net: called as ``net(x_t, t, condition, y)``.
+            x0: clean masks [B, K, H, W] in ``mask_range``.
+            t: int64 [B], trained times; keep it on the CPU to save a device synchronisation.
+            eps: standard normal noise of the shape of ``x0``.
+            condition: what the network's ``encode`` gave for the images.
+            y: class labels int64 [B], for class-conditional networks.
+
+        Returns:
+            One value per sample, each [B] and of the dtype of ``x0``: ``loss``; ``mse``, the mean
+            squared error of what is predicted (absent with ``use_kl``); ``vb``, the variational
+            bound in bits per element (with ``learn_sigma`` or ``use_kl``).
+        """
+        x_t = self.schedule.add_noise(x0, t, eps)
+        told = (t * self._told(1.0)).to(x0.device) if self.rescale_timesteps else t.to(x0.device)
+        raw = net(x_t, told, condition, y).raw.to(x0.dtype)
+        value, var_frac = self._split(raw, x0)
+
+        if self.use_kl:
+            vb = self._bound(value, var_frac, x0, x_t, t)
+            return {"loss": vb * len(self.kept), "vb": vb}
+
+        terms = {"mse": _per_case((value - (x0 if self.predict_xstart else eps)) ** 2)}
+        if self.learn_sigma:
+            vb = self._bound(value.detach(), var_frac, x0, x_t, t)
+            terms["vb"] = vb * (len(self.kept) / 1000) if self.rescale_learned_sigmas else vb
+        return {"loss": sum(terms.values(), torch.zeros_like(terms["mse"])), **terms}
+
+    def _told(self, t: float) -> float:
+        """The time as the network hears it."""
+        return t * 1000 / len(self.schedule) if self.rescale_timesteps else t
+
+    def _split(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split the raw output into the predicted value and the variance's fraction."""
+        channels = x.shape[1]
+        expected = channels * (2 if self.learn_sigma else 1)
+        if raw.shape[1] != expected:
+            raise ValueError(f"the network gave {raw.shape[1]} channels where {expected} are read")
+        return raw[:, :channels], (raw[:, channels:] + 1) / 2 if self.learn_sigma else None
+
+    def _bound(
+        self, value: Tensor, var_frac: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """One term of the variational bound per sample, in bits per element: Ho et al., eq. 5."""
+        t = t.cpu()
+        alpha_bar, previous = self.schedule.alpha_bar[t], self._alpha_bar_prev[t]
+        beta = 1 - alpha_bar / previous
+        clean_weight = per_sample(previous.sqrt() * beta / (1 - alpha_bar), x0)
+        noisy_weight = per_sample((1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar), x0)
+        low, high = (per_sample(bound, x0) for bound in self._log_variance_bounds(t))
+
+        if not self.predict_xstart:
+            noise = per_sample((1 - alpha_bar).sqrt(), x0)
+            value = (x_t - noise * value) / per_sample(alpha_bar.sqrt(), x0)
+        mean = clean_weight * value + noisy_weight * x_t
+        log_var = high if var_frac is None else low + var_frac * (high - low)
+
+        true_mean = clean_weight * x0 + noisy_weight * x_t
+        kl = _per_case(normal_kl(true_mean, low, mean, log_var))
+        nll = _per_case(-discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var))
+        first = (t == self.kept[0]).to(x0.device)
+        return torch.where(first, nll, kl) / math.log(2)
+
+    def _log_variance_bounds(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of the posterior variance and of beta, float64 [B] each: Nichol & Dhariwal, eq. 15.
+
+        The posterior variance of the first time is 0; that of the second stands in for it, and also
+        for its beta where the variance is fixed.
+        """
+        second = torch.tensor(self.kept[min(1, len(self.kept) - 1)])
+        first = t == self.kept[0]
+        alpha_bar, previous = self.schedule.alpha_bar, self._alpha_bar_prev
+        beta = 1 - alpha_bar / previous
+        posterior = beta * (1 - previous) / (1 - alpha_bar)
+        low = posterior[torch.where(first, second, t)].log()
+        high = beta[t].log()
+        return low, high if self.learn_sigma else torch.where(first, low, high)
+
+
+def _per_case(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1)

@@ -1,0 +1,195 @@
+"""The ISIC layout: dermoscopy pictures ``ISIC_<id>.jpg`` with ``ISIC_<id>_Segmentation.png``.
+
+Pairs come from the CSV of ISBI 2016, in both generations (``id,label`` with image and mask side by
+side; relative paths in the columns 1 and 2) and under both names (Part1 and Part3B), or, without a
+CSV, from the ids of the files. Called by ``layouts``.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from guided_diffusion.datasets import (
+    PICTURES,
+    Affine,
+    Entry,
+    SegmentationDataset,
+    listing,
+    open_folder,
+    read_image_file,
+    read_mask_file,
+    safe_name,
+    split_name,
+    walk,
+)
+from guided_diffusion.errors import UserError
+
+_CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.csv")
+_PICTURE = re.compile(r"ISIC_(\d+)")
+_MASK = re.compile(r"ISIC_(\d+)_Segmentation", re.IGNORECASE)
+_SIDES = {False: ("train", "training"), True: ("test", "testing")}
+
+
+class ISICDataset(SegmentationDataset):
+    """Colour pictures with one mask each: image [3, H, W] in [0, 1], at full size.
+
+    ``directory`` holds the CSV or the files, or is a root with ``Train`` and ``Test``, of which
+    ``test_flag`` chooses one. With ``test_flag=True`` the masks may be absent, all of them. A case
+    is called by its number ("0000003").
+    """
+
+    layout = "ISIC"
+
+    def __init__(self, directory: str | Path, test_flag: bool = False) -> None:
+        folder = _side_of(open_folder(directory), test_flag)
+        table = find_csv(folder, test_flag)
+        entries = _listed(table) if table is not None else _paired_by_id(folder)
+
+        _require_cases(folder, entries)
+        entries = _checked_masks(table or folder, entries, optional=test_flag)
+        super().__init__(folder, entries, channels=3)
+
+    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
+        """Decode the picture, float32 [3, H, W] in [0, 1]; pictures have no affine."""
+        return read_image_file(entry.images[0], channels=self.channels)
+
+    def read_mask(self, entry: Entry) -> Tensor | None:
+        """Decode the mask, float32 [1, H, W] in [0, 1]."""
+        return None if entry.mask is None else read_mask_file(entry.mask)
+
+
+def looks_like_isic(folder: Path) -> bool:
+    """Whether the folder holds the CSV, or pictures named by an ISIC number."""
+    sides = [folder, *(_side_of(folder, test) for test in (False, True))]
+    if any(find_csv(side, False) for side in sides):
+        return True
+    names = (name for _, files in walk(folder) for name in files)
+    return any(_id_of(_PICTURE, name) for name in names)
+
+
+def find_csv(folder: Path, test_flag: bool) -> Path | None:
+    """The CSV directly in ``folder``: of the side asked for, else what there is; Part1 first."""
+    wanted = "Test" if test_flag else "Training"
+    found = [match for path in folder.iterdir() if (match := _CSV.fullmatch(path.name))]
+    found.sort(key=lambda match: (match[2] != wanted, match[1]))
+    return folder / found[0].string if found else None
+
+
+def _side_of(folder: Path, test_flag: bool) -> Path:
+    """The Train or Test folder of a root that holds them; ``folder`` itself where it does not."""
+    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    return next((path for path in below if path.name.lower() in _SIDES[test_flag]), folder)
+
+
+def _listed(table: Path) -> list[Entry]:
+    """The entries of a CSV of either generation, told apart row by row."""
+    rows = _read_rows(table)
+    if rows and _is_header(rows[0]):
+        rows = rows[1:]
+    return [_entry_of_row(table, number, row) for number, row in enumerate(rows, start=1) if row]
+
+
+def _read_rows(table: Path) -> list[list[str]]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            return [[field.strip() for field in row] for row in csv.reader(lines)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            table,
+            found=f"a table that cannot be read ({error})",
+            expected="comma-separated values in UTF-8",
+            mend="Save it again as CSV in UTF-8.",
+        ) from error
+
+
+def _is_header(row: list[str]) -> bool:
+    return not any(_PICTURE.search(field) or _is_picture(field) for field in row)
+
+
+def _is_picture(name: str) -> bool:
+    return split_name(name)[1] in PICTURES
+
+
+def _entry_of_row(table: Path, number: int, row: list[str]) -> Entry:
+    if len(row) > 2 and _is_picture(row[1]):
+        image = table.parent / row[1].replace("\\", "/")
+        mask = table.parent / row[2].replace("\\", "/") if row[2] else None
+        return Entry(name_of(image), (image,), mask)
+    if row[0] and len(row) <= 2:
+        return _side_by_side(table, row[0])
+    raise UserError(
+        f"{table}, row {number}",
+        found=",".join(row),
+        expected="'number,image path,mask path' or 'id,label'",
+        mend="Correct the row, or remove the CSV: pairs are then found by their ids.",
+    )
+
+
+def _side_by_side(table: Path, case: str) -> Entry:
+    """First generation: image and mask in ..._Data, the mask else in the folder ..._GroundTruth."""
+    truths = table.with_suffix("")
+    data = truths.with_name(truths.name.replace("_GroundTruth", "_Data"))
+    near = data / f"{case}_Segmentation.png"
+    mask = near if near.exists() else truths / near.name
+    image = data / f"{case}.jpg"
+    return Entry(name_of(image), (image,), mask)
+
+
+def _paired_by_id(folder: Path) -> list[Entry]:
+    """Without a CSV: every ISIC picture below, and the mask of the same number wherever it is."""
+    files = [root / name for root, names in walk(folder) for name in names]
+    masks = {number: path for path in files if (number := _id_of(_MASK, path.name))}
+    return [
+        Entry(number, (path,), masks.get(number, path.with_name(f"{path.stem}_Segmentation.png")))
+        for path in files
+        if (number := _id_of(_PICTURE, path.name))
+    ]
+
+
+def _id_of(pattern: re.Pattern[str], file_name: str) -> str | None:
+    """The number in a picture's or a mask's name, None for any other file."""
+    stem, ending = split_name(file_name)
+    match = pattern.fullmatch(stem) if ending in PICTURES else None
+    return match[1] if match else None
+
+
+def name_of(image: Path) -> str:
+    """'0000003' for ``ISIC_0000003.jpg``; the stem of a picture that is called otherwise."""
+    return _id_of(_PICTURE, image.name) or safe_name(split_name(image.name)[0])
+
+
+def _require_cases(folder: Path, entries: list[Entry]) -> None:
+    if not entries:
+        raise UserError(
+            folder,
+            found="no ISIC picture",
+            expected="ISBI2016_ISIC_Part1_*_GroundTruth.csv, or pictures named ISIC_<number>.jpg",
+            mend="Pass the folder with the CSV, or the one above Train and Test.",
+        )
+
+
+def _checked_masks(source: Path, entries: list[Entry], *, optional: bool) -> list[Entry]:
+    """Every file is there; where no mask is, and that is allowed, the entries lose theirs."""
+    _require_files(source, [entry.images[0] for entry in entries], "pictures")
+    missing = [entry for entry in entries if entry.mask is None or not entry.mask.is_file()]
+    if optional and len(missing) == len(entries):
+        return [entry._replace(mask=None) for entry in entries]
+    _require_files(
+        source, [entry.mask or Path(f"the mask of {entry.name}") for entry in entries], "masks"
+    )
+    return entries
+
+
+def _require_files(source: Path, paths: list[Path], kind: str) -> None:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            source,
+            found=f"{len(missing)} of {len(paths)} {kind} missing: {listing(missing)}",
+            expected="every file",
+            mend="Restore the files, or take their cases out of the set.",
+        )

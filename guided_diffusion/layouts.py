@@ -1,0 +1,154 @@
+"""Which loader reads a folder: the registry, the automatic choice, the truths to score by.
+
+A new layout is one loader and one line in ``LAYOUTS``. Called by ``script_util`` for training and
+prediction, and by scoring through :func:`open_masks`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion.bratsloader import SEG, find_cases, open_brats
+from guided_diffusion.custom_dataset_loader import (
+    CustomDataset,
+    KvasirDataset,
+    image_files,
+    subfolder,
+)
+from guided_diffusion.datasets import (
+    Array,
+    Entry,
+    SegmentationDataset,
+    open_folder,
+    read_mask_file,
+    safe_name,
+)
+from guided_diffusion.errors import UserError
+from guided_diffusion.isicloader import ISICDataset, looks_like_isic
+
+Loader = Callable[[Path, bool], SegmentationDataset]
+
+LAYOUTS: dict[str, Loader] = {
+    "BRATS": open_brats,
+    "ISIC": ISICDataset,
+    "KVASIR": KvasirDataset,
+    "CUSTOM": CustomDataset,
+}
+_SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
+
+
+def open_dataset(
+    data_dir: str | Path, *, data_name: str = "", test: bool = False
+) -> SegmentationDataset:
+    """Open a folder by the layout called ``data_name``, or by the one that is unmistakable.
+
+    With ``test=True`` masks may be absent (they are loaded where they are). Raises
+    :class:`UserError` for an unknown name, a missing or empty folder, and a folder that no layout,
+    or more than one, recognises.
+    """
+    folder = open_folder(data_dir)
+    name = data_name.upper() or recognise(folder, test=test)
+    if name not in LAYOUTS:
+        raise UserError(
+            "--data_name",
+            found=repr(data_name),
+            expected=f"one of {', '.join(LAYOUTS)}",
+            mend="Leave it out to have the layout recognised.",
+        )
+    return LAYOUTS[name](folder, test)
+
+
+def recognise(folder: Path, *, test: bool = False) -> str:
+    """The name of the one layout that ``folder`` has; a :class:`UserError` otherwise."""
+    found = _recognised(folder, test=test)
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        folder,
+        found=f"the layouts {' and '.join(found)}" if found else _contents(folder),
+        expected="one of: NIfTI files named by modality (BRATS); an ISBI2016 CSV or pictures named "
+        "ISIC_<number> (ISIC); images/ and masks/ (CUSTOM)",
+        mend="Pass the folder that holds the data, or name its layout with --data_name.",
+    )
+
+
+def open_masks(folder: str | Path) -> dict[str, Callable[[], Array]]:
+    """The truths for scoring by case id; each is read when called, float32 [H, W] in [0, 1].
+
+    ``folder`` is a data set of any layout, or holds mask files, called
+    ``ISIC_<id>_Segmentation.png``, ``<id>.png``, ``<id>_mask.png``, ``<id>_seg.nii.gz`` and the
+    like, with any ending the loaders read.
+    """
+    folder = open_folder(folder)
+    for name in _recognised(folder, test=True):
+        dataset = LAYOUTS[name](folder, True)
+        labelled = [entry for entry in dataset.entries if entry.mask is not None]
+        if labelled:
+            return {entry.name: partial(_entry_mask, dataset, entry) for entry in labelled}
+    return _bare_masks(folder)
+
+
+def _recognised(folder: Path, *, test: bool) -> list[str]:
+    """Every layout whose marks are there; images/ with ISIC's mask names count as ISIC alone."""
+    images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
+    paired = images is not None and (masks is not None or test)
+    if paired and not (masks and any(masks.glob("*_Segmentation.*"))):
+        return ["CUSTOM"]
+    brats = any(files.keys() - {SEG} for _, files in find_cases(folder))
+    isic = looks_like_isic(folder)
+    return [name for name, marks in (("BRATS", brats), ("ISIC", isic)) if marks]
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return (
+        f"{len(names)} files and folders ({', '.join(names[:5])})" if names else "an empty folder"
+    )
+
+
+def _bare_masks(folder: Path) -> dict[str, Callable[[], Array]]:
+    """Mask files directly in ``folder``; if some are called masks, the others are not masks."""
+    files = image_files(folder)
+    named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
+    masks: dict[str, Callable[[], Array]] = {}
+    for stem, path in (named or files).items():
+        case = _case_id(stem)
+        if case in masks:
+            raise UserError(
+                folder,
+                found=f"two masks for case {case}",
+                expected="one mask per case",
+                mend="Remove one of them.",
+            )
+        masks[case] = partial(_file_mask, path)
+    if not masks:
+        raise UserError(
+            folder,
+            found=_contents(folder),
+            expected="a labelled data set, or mask files such as <case>.png",
+            mend="Pass the folder with the ground truth.",
+        )
+    return masks
+
+
+def _case_id(stem: str) -> str:
+    """'0000003' for 'ISIC_0000003_Segmentation', 'a' for 'a_mask'."""
+    match = _SUFFIX.fullmatch(stem)
+    plain = match[1] if match else stem
+    number = re.fullmatch(r"ISIC_(\d+)", plain)
+    return number[1] if number else safe_name(plain)
+
+
+def _entry_mask(dataset: SegmentationDataset, entry: Entry) -> Array:
+    mask = dataset.read_mask(entry)
+    assert mask is not None
+    return np.asarray(mask[0].numpy(), dtype=np.float32)
+
+
+def _file_mask(path: Path) -> Array:
+    return np.asarray(read_mask_file(path)[0].numpy(), dtype=np.float32)

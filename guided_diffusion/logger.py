@@ -1,0 +1,107 @@
+"""The record of a run: what a person watches and what a program reads back.
+
+Free text goes to the console and ``log.txt``; key-value pairs collect until :func:`dumpkvs` writes
+them as a table to both, as a row to ``progress.csv`` and as a line to ``progress.json``. Files are
+appended to, never truncated. Keys and file names are those of OpenAI's logger.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion.files import make_folder
+
+Values = dict[str, Any]
+
+
+class Logger:
+    """One run's log; a folder of None writes to the console alone."""
+
+    def __init__(self, folder: Path | None = None, *, quiet: bool = False) -> None:
+        self.folder = folder
+        self.quiet = quiet
+        self.values: Values = {}
+
+    def log(self, text: str) -> None:
+        """Write a line."""
+        if not self.quiet:
+            print(text, flush=True)
+        if self.folder:
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def dump(self) -> Values:
+        """Write all pairs collected so far, forget them, and return them."""
+        values = dict(sorted(self.values.items(), key=lambda pair: pair[0].lower()))
+        self.values = {}
+        if values:
+            self.log(table(values))
+        if values and self.folder:
+            append_row(self.folder / "progress.csv", values)
+            with (self.folder / "progress.json").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        return values
+
+
+_current = Logger()
+
+
+def configure(folder: str | Path | None = None, *, quiet: bool = False) -> None:
+    """Log into a folder, which is made; ``quiet`` keeps the console clean.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    global _current
+    path = Path(folder).expanduser() if folder else None
+    if path:
+        make_folder(path)
+    _current = Logger(path, quiet=quiet)
+    if path:
+        log(f"Logging to {path}")
+
+
+def log(text: str) -> None:
+    """Write a line of text."""
+    _current.log(text)
+
+
+def logkv(key: str, value: Any) -> None:
+    """Note a number for the next :func:`dumpkvs`."""
+    _current.values[key] = value
+
+
+def dumpkvs() -> Values:
+    """Write what was noted and return it."""
+    return _current.dump()
+
+
+def table(values: Values) -> str:
+    """Draw key-value pairs as a framed table."""
+    rows = [(key, f"{v:.4g}" if isinstance(v, float) else str(v)) for key, v in values.items()]
+    left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
+    frame = "-" * (left + right + 7)
+    return "\n".join([frame, *(f"| {k:<{left}} | {v:<{right}} |" for k, v in rows), frame])
+
+
+def append_row(path: Path, values: Values) -> None:
+    """Append a row to a CSV file, widening its header when a new key appears."""
+    old: list[dict[str, str]] = []
+    names = list(values)
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            known = list(reader.fieldnames or [])
+            old = list(reader) if set(names) - set(known) else []
+        names = known + [name for name in names if name not in known]
+        if names == known:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, names).writerow(values)
+            return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows([*old, values])

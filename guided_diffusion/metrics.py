@@ -1,0 +1,139 @@
+"""How a mask is scored against its truth, from four counts and in NumPy alone.
+
+Here live the confusion counts with the ratios made of them, the one rule for empty masks, and the
+arithmetic of MedSegDiff's evaluation script, kept so that published numbers can be compared. The
+scoring (``evaluate``), the pictures and the tests call it; nothing here reads a file or prints.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+THRESHOLD = 0.5
+PARENT_SIZE = 256
+PARENT_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+EMPTY_RULE = (
+    "prediction and truth both empty: a perfect match (1.0), counted apart; "
+    "only one of them empty: 0.0"
+)
+
+
+class Confusion(NamedTuple):
+    """Numbers of pixels: true positives, false positives, false negatives, true negatives."""
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+    @property
+    def empty_truth(self) -> bool:
+        """Whether the truth has no foreground pixel."""
+        return self.tp + self.fn == 0
+
+    @property
+    def empty_prediction(self) -> bool:
+        """Whether the prediction has no foreground pixel."""
+        return self.tp + self.fp == 0
+
+
+def binarise(values: ArrayLike, threshold: float = THRESHOLD) -> NDArray[np.bool_]:
+    """Foreground is where ``values >= threshold``; any shape, range [0, 1].
+
+    With "greater or equal" a soft mask and its 8-bit file always agree at 0.5: level 128 is the
+    first one that 0.5 is rounded to.
+    """
+    return np.asarray(values) >= threshold
+
+
+def confusion(prediction: ArrayLike, truth: ArrayLike) -> Confusion:
+    """Count the pixels of two binary masks (bool or {0, 1}) of one shape, whatever that shape is.
+
+    Raises ValueError when the shapes differ.
+    """
+    predicted, true = np.asarray(prediction, dtype=bool), np.asarray(truth, dtype=bool)
+    _same_shape(predicted, true)
+
+    tp = int(np.count_nonzero(predicted & true))
+    fp = int(np.count_nonzero(predicted)) - tp
+    fn = int(np.count_nonzero(true)) - tp
+    return Confusion(tp, fp, fn, true.size - tp - fp - fn)
+
+
+def dice(counts: Confusion, *, empty: float = 1.0) -> float:
+    """2 tp / (2 tp + fp + fn), Dice (1945); ``empty`` where both masks are empty."""
+    tp, fp, fn, _ = counts
+    return _ratio(2 * tp, 2 * tp + fp + fn, empty)
+
+
+def iou(counts: Confusion, *, empty: float = 1.0) -> float:
+    """Intersection over union, Jaccard (1912): tp / (tp + fp + fn); ``empty`` where both are."""
+    tp, fp, fn, _ = counts
+    return _ratio(tp, tp + fp + fn, empty)
+
+
+def sensitivity(counts: Confusion, *, empty: float = 1.0) -> float:
+    """Share of the truth that was found, tp / (tp + fn).
+
+    NaN (undefined) where the truth alone is empty, ``empty`` where both masks are.
+    """
+    return _ratio(counts.tp, counts.tp + counts.fn, _undefined(counts, empty))
+
+
+def precision(counts: Confusion, *, empty: float = 1.0) -> float:
+    """Share of the prediction that is true, tp / (tp + fp).
+
+    NaN (undefined) where the prediction alone is empty, ``empty`` where both masks are.
+    """
+    return _ratio(counts.tp, counts.tp + counts.fp, _undefined(counts, empty))
+
+
+def specificity(counts: Confusion) -> float:
+    """Share of the background left alone, tn / (tn + fp); NaN where the truth fills the image."""
+    return _ratio(counts.tn, counts.tn + counts.fp, float("nan"))
+
+
+def parent_scores(prediction: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
+    """MedSegDiff's ``(iou, dice)`` of one image, from its ``segmentation_env.py``.
+
+    The prediction [H, W], of any positive scale, is divided by its own maximum; the truth [H, W]
+    is in [0, 1]. Both are cut at five thresholds, smoothed by 1e-6 (IoU) and 1e-4 (Dice), and
+    averaged over the thresholds. The parents do this at 256 x 256 (``PARENT_SIZE``): bringing
+    both sides there is the caller's part. Raises ValueError when the shapes differ.
+    """
+    soft, true = np.asarray(prediction, dtype=np.float32), np.asarray(truth, dtype=np.float32)
+    _same_shape(soft, true)
+
+    peak = soft.max(initial=0.0)
+    soft = soft / peak if peak > 0 else np.zeros_like(soft)
+    pairs = [_parent_pair(soft, true, np.float32(tau)) for tau in PARENT_THRESHOLDS]
+    mean_iou, mean_dice = np.mean(pairs, axis=0)
+    return float(mean_iou), float(mean_dice)
+
+
+def _parent_pair(
+    soft: NDArray[np.float32], true: NDArray[np.float32], tau: np.float32
+) -> tuple[float, float]:
+    """Both scores at one threshold, the truth cut at it as well."""
+    tp, fp, fn, _ = confusion(soft > tau, true > tau)
+    return (
+        (tp + 1e-6) / (tp + fp + fn + 1e-6),
+        (2 * tp + 1e-4) / (2 * tp + fp + fn + 1e-4),
+    )
+
+
+def _ratio(numerator: int, denominator: int, undefined: float) -> float:
+    return numerator / denominator if denominator else undefined
+
+
+def _undefined(counts: Confusion, empty: float) -> float:
+    """What 0 / 0 stands for: the empty-mask rule if both masks are empty, else nothing at all."""
+    return empty if counts.empty_truth and counts.empty_prediction else float("nan")
+
+
+def _same_shape(prediction: NDArray[Any], truth: NDArray[Any]) -> None:
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction is {prediction.shape}, truth is {truth.shape}")

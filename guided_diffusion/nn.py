@@ -1,0 +1,273 @@
+"""Building blocks that all networks share, with the tensor names of published weights.
+
+Timestep embedding (Vaswani et al., 2017), the residual and attention blocks of Dhariwal & Nichol
+(2021), and the contracting path built from them, which the U-Net and the classifier have in common.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Output(NamedTuple):
+    """What a network gives back.
+
+    Attributes:
+        raw: the prediction [B, K, H, W], or [B, 2K, H, W] with a learned variance.
+        coarse: the condition network's own mask [B, 1, H, W] in (0, 1), or None.
+    """
+
+    raw: Tensor
+    coarse: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all blocks of one network have in common."""
+
+    emb_channels: int
+    dropout: float = 0.0
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_checkpoint: bool = False
+    num_heads: int = 1
+    num_head_channels: int = -1
+    use_new_attention_order: bool = False
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Embed times [B], fractional ones too, as cosines and sines: float32 [B, dim]."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(max_period) / half * steps)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation with 32 groups, computed in float32 whatever the input's type."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, C, ...]; the type of ``x`` is kept."""
+        return super().forward(x.float()).to(x.dtype)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """Start a layer at zero, so that its block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, H/2, W/2]."""
+        return cast(Tensor, self.op(x))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, 2H, 2W]."""
+        return cast(Tensor, self.conv(_double(x)))
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _halve(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+class ResBlock(nn.Module):
+    """Residual block told the time, optionally resampling both of its branches."""
+
+    def __init__(
+        self, channels: int, out_channels: int, style: BlockStyle, resample: str = "none"
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = style.use_checkpoint
+        self.use_scale_shift_norm = style.use_scale_shift_norm
+        self.resample = {"none": None, "up": _double, "down": _halve}[resample]
+
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Linear(style.emb_channels, out_channels * (2 if style.use_scale_shift_norm else 1)),
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(style.dropout),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map [B, C, H, W] under the time embedding [B, E] to [B, C_out, H', W']."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._forward, x, emb, use_reentrant=False))
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+
+        told = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = told.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + told)
+        for layer in rest:
+            h = layer(h)
+        return cast(Tensor, self.skip_connection(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map.
+
+    The legacy order of the projected channels puts heads before query, key and value; the new order
+    puts them after. Published weights need the order they were trained with.
+    """
+
+    def __init__(self, channels: int, style: BlockStyle) -> None:
+        super().__init__()
+        per_head = style.num_head_channels
+        self.num_heads = style.num_heads if per_head == -1 else channels // per_head
+        self.use_new_attention_order = style.use_new_attention_order
+        self.use_checkpoint = style.use_checkpoint
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over the H * W positions of [B, C, H, W]; the shape is kept."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._forward, x, use_reentrant=False))
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        qkv = self.qkv(self.norm(flat))
+        attended = attend(qkv, self.num_heads, heads_first=not self.use_new_attention_order)
+        return (flat + self.proj_out(attended)).reshape(x.shape)
+
+
+def attend(qkv: Tensor, num_heads: int, *, heads_first: bool) -> Tensor:
+    """Scaled dot-product attention of stacked queries, keys and values.
+
+    Args:
+        qkv: [B, 3C, N], its channels ordered (head, qkv, C/head), or (qkv, head, C/head) when not
+            ``heads_first``.
+        num_heads: a divisor of C.
+        heads_first: which of the two orders.
+
+    Returns:
+        [B, C, N].
+    """
+    split = (num_heads, 3) if heads_first else (3, num_heads)
+    parts = qkv.unflatten(1, (*split, -1)).transpose(-1, -2)
+    q, k, v = parts.unbind(2 if heads_first else 1)
+    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence whose residual blocks are told the time."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        """Run [B, C, H, W] through all members."""
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+def time_embedding(channels: int) -> nn.Sequential:
+    """Build the network's reading of :func:`timestep_embedding`: [B, C] to [B, 4C]."""
+    return nn.Sequential(
+        nn.Linear(channels, 4 * channels),
+        nn.SiLU(),
+        nn.Linear(4 * channels, 4 * channels),
+    )
+
+
+def contracting_path(
+    in_channels: int,
+    widths: Sequence[int],
+    num_res_blocks: int,
+    attention_ds: Collection[int],
+    style: BlockStyle,
+) -> tuple[nn.ModuleList, list[int]]:
+    """Build the input blocks of a U-Net or classifier.
+
+    Args:
+        in_channels: channels of the input.
+        widths: channels of each level, finest first; multiples of 32.
+        num_res_blocks: residual blocks a level.
+        attention_ds: the downsampling factors (1, 2, 4, ...) whose levels have attention.
+        style: what all blocks share.
+
+    Returns:
+        The blocks, and the channels that each of them gives.
+    """
+    stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+    blocks: list[nn.Module] = [TimestepEmbedSequential(stem)]
+    channels = [widths[0]]
+    for level, width in enumerate(widths):
+        for _ in range(num_res_blocks):
+            layers: list[nn.Module] = [ResBlock(channels[-1], width, style)]
+            if 2**level in attention_ds:
+                layers.append(AttentionBlock(width, style))
+            blocks.append(TimestepEmbedSequential(*layers))
+            channels.append(width)
+        if level < len(widths) - 1:
+            halving = (
+                ResBlock(width, width, style, "down")
+                if style.resblock_updown
+                else Downsample(width)
+            )
+            blocks.append(TimestepEmbedSequential(halving))
+            channels.append(width)
+    return nn.ModuleList(blocks), channels
+
+
+def middle_block(channels: int, style: BlockStyle) -> TimestepEmbedSequential:
+    """Build the deepest part: residual, attention, residual."""
+    return TimestepEmbedSequential(
+        ResBlock(channels, channels, style),
+        AttentionBlock(channels, style),
+        ResBlock(channels, channels, style),
+    )

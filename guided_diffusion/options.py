@@ -1,0 +1,301 @@
+"""Every flag of every script, as frozen dataclasses: one per concern, field name = flag name.
+
+A field carries its own default, help line and choices, so nothing is listed twice. Names, types,
+bool rule and defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the
+deviations in the changelog. No torch here: ``--help`` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from guided_diffusion.errors import UserError
+
+Group = TypeVar("Group")
+
+
+def _flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    alias: str = "",
+    dead: str = "",
+    run: bool = False,
+) -> Any:
+    """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it."""
+    metadata = {"help": help, "choices": choices, "alias": alias, "dead": dead, "run": run}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network's shape; recorded in the checkpoint."""
+
+    version: str = _flag(
+        "plain", "network: plain concatenates image and noisy mask", choices=("plain",)
+    )
+    image_size: int = _flag(64, "height and width the network works at, in pixels")
+    in_ch: int = _flag(5, "image channels plus noisy mask channels; follows the data by itself")
+    num_channels: int = _flag(128, "width of the first level, a multiple of 32")
+    num_res_blocks: int = _flag(2, "residual blocks on each level")
+    channel_mult: str = _flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
+    attention_resolutions: str = _flag("16,8", "feature map sizes, in pixels, that get attention")
+    num_heads: int = _flag(4, "attention heads")
+    num_heads_upsample: int = _flag(-1, "attention heads on the way up; -1: as num_heads")
+    num_head_channels: int = _flag(-1, "channels of one head, instead of num_heads; -1: unused")
+    use_scale_shift_norm: bool = _flag(True, "the time scales and shifts after normalisation")
+    resblock_updown: bool = _flag(False, "resample inside residual blocks")
+    use_new_attention_order: bool = _flag(False, "split query, key, value before the heads")
+    class_cond: bool = _flag(False, "condition on a class label (not in segmentation)")
+    dropout: float = _flag(0.0, "dropout probability inside residual blocks", run=True)
+    use_checkpoint: bool = _flag(False, "recompute activations to save memory", run=True)
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """The diffusion a network is trained for; recorded in the checkpoint."""
+
+    diffusion_steps: int = _flag(
+        1000, "training: length of the schedule; sampling: network evaluations per mask"
+    )
+    noise_schedule: str = _flag("linear", "noise schedule", choices=("linear", "cosine"))
+    timestep_respacing: str = _flag("", "times to use, as in 50 or 10,20,30 or ddim50; empty: all")
+    learn_sigma: bool = _flag(False, "learn the variance of the reverse process")
+    predict_xstart: bool = _flag(False, "predict the clean mask instead of the noise")
+    use_kl: bool = _flag(False, "train on the variational bound")
+    rescale_timesteps: bool = _flag(False, "tell the network t * 1000 / T")
+    rescale_learned_sigmas: bool = _flag(False, "weigh the bound by T / 1000 in the hybrid loss")
+    mask_range: str = _flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the images are and how they reach the network's size."""
+
+    data_dir: str = _flag("./data/training", "folder with the data set", run=True)
+    data_name: str = _flag("", "layout: BRATS, ISIC, KVASIR, CUSTOM; empty: recognised", run=True)
+    crop: str = _flag(
+        "auto",
+        "wolleb cuts 240x240 to 224x224, none resizes; auto: wolleb for BraTS slices, the plain "
+        "network and image_size 256",
+        choices=("auto", "none", "wolleb"),
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a run happens."""
+
+    out_dir: str = _flag("./results/", "folder for everything that is written")
+    seed: int = _flag(10, "seed of everything random")
+    gpu_dev: str = _flag("0", "index of the CUDA device")
+    multi_gpu: str = _flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
+    use_fp16: bool = _flag(False, "the same as --precision fp16")
+    precision: str = _flag(
+        "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The training loop."""
+
+    max_steps: int = _flag(100_000, "stop after this many steps; 0: never")
+    batch_size: int = _flag(1, "images in one step")
+    microbatch: int = _flag(-1, "images in one forward pass; -1: the whole batch")
+    lr: float = _flag(1e-4, "learning rate")
+    weight_decay: float = _flag(0.0, "weight decay of AdamW")
+    lr_anneal_steps: int = _flag(0, "let the rate fall linearly to 0 over so many steps, then stop")
+    ema_rate: str = _flag("0.9999", "decay of the averaged weights; several by commas")
+    schedule_sampler: str = _flag(
+        "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
+    )
+    log_interval: int = _flag(100, "steps between two lines of the log")
+    save_interval: int = _flag(5000, "steps between two checkpoints")
+    resume_checkpoint: str = _flag("", "checkpoint, or folder of one, to continue from")
+    resume: str = _flag(
+        "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
+    )
+    num_workers: int = _flag(0, "processes that read data; 0: the training process itself")
+    fp16_scale_growth: float = _flag(
+        1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
+    )
+    dpm_solver: bool = _flag(
+        False, "sample with DPM-Solver++", dead="it is a matter of sampling, not of training"
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How masks are drawn."""
+
+    model_path: str = _flag("", "checkpoint, or the folder that holds savedmodel.pt")
+    num_ensemble: int = _flag(5, "masks drawn for each case")
+    num_samples: int = _flag(0, "cases to segment, from the first; 0: all")
+    batch_size: int = _flag(0, "network inputs (cases x masks) at a time; 0: automatic")
+    sampler: str = _flag(
+        "",
+        "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
+        choices=("", "ddpm", "ddim", "dpm_solver", "dpm_solver++"),
+    )
+    steps: int = _flag(0, "network evaluations per mask; 0: as diffusion_steps says")
+    dpm_solver: bool = _flag(False, "sample with DPM-Solver++")
+    use_ddim: bool = _flag(False, "sample with DDIM")
+    eta: float = _flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM")
+    order: int = _flag(2, "order of DPM-Solver: 1, 2 or 3")
+    method: str = _flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
+    skip_type: str = _flag(
+        "time_uniform",
+        "how DPM-Solver spaces its levels",
+        choices=("time_uniform", "logSNR", "time_quadratic"),
+    )
+    clip_denoised: bool = _flag(True, "clip the predicted clean mask at every evaluation")
+    fusion: str = _flag(
+        "mean", "how the masks of a case become one", choices=("mean", "vote", "staple")
+    )
+    weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000")
+    debug: bool = _flag(
+        False, "write more pictures", dead="an overlay of each case is always written"
+    )
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What is scored against what."""
+
+    inp_pth: str = _flag("", "folder with the predicted masks, as sampling writes them")
+    out_pth: str = _flag("", "folder with the ground truth: a data set, or a folder of masks")
+    partial: bool = _flag(False, "score the cases that both folders hold")
+
+
+TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, RunOptions)
+SAMPLE = (DataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
+SCORE = (ScoringOptions,)
+
+
+def parse(
+    description: str, groups: Sequence[type], argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Read a command line and return the flags that were typed, by name.
+
+    Raises:
+        UserError: an unknown flag, a missing value, or a value of the wrong kind.
+    """
+    parser = _Parser(description=description, argument_default=argparse.SUPPRESS)
+    for group in groups:
+        _add_group(parser, group)
+    return vars(parser.parse_args(_glue_negative_values(sys.argv[1:] if argv is None else argv)))
+
+
+def fill(group: type[Group], values: dict[str, Any]) -> Group:
+    """Make one group's options from flags by name; the others are left alone."""
+    names = {entry.name for entry in fields(group)}  # type: ignore[arg-type]
+    return group(**{name: value for name, value in values.items() if name in names})
+
+
+def dead_flags(groups: Iterable[type], typed: dict[str, Any]) -> list[str]:
+    """Say, for every typed flag that does nothing, why."""
+    return [
+        f"--{entry.name} has no effect: {entry.metadata['dead']}"
+        for group in groups
+        for entry in fields(group)
+        if entry.name in typed and entry.metadata["dead"]
+    ]
+
+
+def recorded(*options: Any) -> dict[str, Any]:
+    """Return what a checkpoint remembers of these groups: all but what belongs to a run."""
+    return {
+        entry.name: getattr(group, entry.name)
+        for group in options
+        for entry in fields(group)
+        if not entry.metadata["run"]
+    }
+
+
+def refuse_contradictions(typed: dict[str, Any], trained: dict[str, Any], path: object) -> None:
+    """Raise a UserError for the first typed flag that differs from what a checkpoint records."""
+    for name, value in typed.items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"--{name}",
+                found=value,
+                expected=f"{trained[name]!r}, which {path} was trained with",
+                mend=f"Leave --{name} away: a checkpoint brings its own options.",
+            )
+
+
+def str2bool(text: str) -> bool:
+    """Read yes, true, t, y, 1 and no, false, f, n, 0 in any case."""
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    hint = ""
+    if "--" in text:
+        value, _, flag = text.partition("--")
+        hint = f"; a blank is missing between {value!r} and '--{flag}'"
+    raise argparse.ArgumentTypeError(f"boolean value expected, found {text!r}{hint}")
+
+
+def numbers(flag: str, text: str, kind: type = int) -> list[Any]:
+    """Read a comma-separated list of numbers, as ``--channel_mult 1,2,4`` has it."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(
+            f"--{flag}",
+            found=repr(text),
+            expected="numbers separated by commas",
+            mend=f"Write for example --{flag} 1,2.",
+        ) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one message."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        close = difflib.get_close_matches(
+            unknown[1] if unknown else "", self._option_string_actions, n=1
+        )
+        hint = f"Did you mean {close[0]}?" if close else "--help lists all flags."
+        print(f"error: {message}. {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _add_group(parser: argparse.ArgumentParser, group: type) -> None:
+    hints = get_type_hints(group)
+    section = parser.add_argument_group((group.__doc__ or "").split("\n")[0])
+    for entry in fields(group):
+        info, kind = entry.metadata, hints[entry.name]
+        names = [f"--{entry.name}", *([info["alias"]] if info["alias"] else [])]
+        shown = "" if entry.default in ("", None) else f" (default: {entry.default})"
+        dead = f"; no effect: {info['dead']}" if info["dead"] else ""
+        section.add_argument(
+            *names,
+            dest=entry.name,
+            type=str2bool if kind is bool else kind,
+            choices=info["choices"] or None,
+            metavar=None if info["choices"] else kind.__name__.upper(),
+            help=(info["help"] + shown + dead).replace("%", "%%"),
+        )
+
+
+def _glue_negative_values(argv: Sequence[str]) -> list[str]:
+    """Let ``--mask_range -1,1`` pass: argparse would take the value for a flag."""
+    glued: list[str] = []
+    for word in argv:
+        if re.fullmatch(r"-[\d.][\d.,-]*", word) and glued and re.fullmatch(r"--[\w-]+", glued[-1]):
+            glued[-1] += f"={word}"
+        else:
+            glued.append(word)
+    return glued

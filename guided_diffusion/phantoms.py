@@ -1,0 +1,723 @@
+"""Seeded phantoms: brain-MRI-like patients and skin-like pictures with ambiguous lesions.
+
+A phantom patient is a smooth function of millimetres, made of random fields on fixed coarse grids,
+sampled on whatever voxel grid is asked for; slices, whole volumes and every rater's mask therefore
+come from one anatomy. Lesions fade out over a border zone whose width varies along the contour,
+no single modality shows them by brightness alone, and raters differ where the border fades.
+Called by `scripts/make_phantoms.py`, by the tests and by the benchmarks; nothing here needs torch.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from skimage.io import imsave
+
+from guided_diffusion.errors import UserError
+
+Array = NDArray[Any]
+Field = NDArray[np.floating[Any]]  # on a Grid: mm, an amount in [0, 1] or an intensity
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+CORE, OEDEMA, ENHANCING = 1, 2, 4  # BraTS label values
+PANEL = 4  # raters among whom the one who drew `seg` is chosen
+HEALTHY_EVERY = 6  # every sixth slice slot shows no lesion
+
+FIELD_OF_VIEW = (240.0, 240.0, 155.0)  # mm along left-right, front-back, bottom-top
+BRAIN_BOX = (84.0, 99.0, 77.5)  # mm either side of the centre that can hold brain
+RATER_SPREAD = 0.17  # rater's standard deviation, in half-widths of the border zone
+NOISE = 0.025  # standard deviation of each Rician component, white matter in T1 being 0.72
+
+CONTRAST = {  # tissue: intensity in t1, t1ce, t2, flair
+    "white": (0.72, 0.70, 0.34, 0.40),
+    "grey": (0.50, 0.49, 0.50, 0.54),
+    "nuclei": (0.56, 0.55, 0.44, 0.49),
+    "hyperintensity": (0.66, 0.64, 0.42, 0.86),  # bright in FLAIR, ordinary in T2: not a lesion
+    "cyst": (0.20, 0.20, 0.92, 0.14),  # bright in T2, dark in FLAIR: not a lesion
+    "fluid": (0.18, 0.18, 0.95, 0.12),
+    "vessel": (0.62, 1.00, 0.22, 0.30),  # bright in T1ce only: not a lesion
+    "oedema": (0.50, 0.49, 0.76, 0.74),
+    "enhancing": (0.46, 0.86, 0.62, 0.68),
+    "core": (0.28, 0.31, 0.78, 0.50),
+}
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One phantom patient on a grid [H, W, D]; axes run left-right, front-back, bottom-top.
+
+    modalities: name -> float32 [H, W, D], each axial slice scaled to [0, 1], background exactly 0.
+    labels: uint8 [H, W, D] in {0, 1, 2, 4}, the mask of the one rater drawn for this patient.
+    raters: the masks of raters 1, 2, ..., as many as were asked for, each like `labels`.
+    level: float32 [H, W, D], latent lesion field in mm, positive inside, 0 on the mean contour.
+    fade: float32 [H, W, D], half-width in mm of the zone in which the lesion's contrast fades.
+    voxel_mm: edge lengths of a voxel in mm.
+    """
+
+    modalities: dict[str, Array]
+    labels: Array
+    raters: tuple[Array, ...]
+    level: Array
+    fade: Array
+    voxel_mm: tuple[float, float, float]
+
+
+class Lesion(NamedTuple):
+    """A lesion as smooth fields in mm, all of one shape: level sets are the masks."""
+
+    level: Field  # whole lesion, positive inside
+    core_level: Field  # tumour core (labels 1 and 4), positive inside, below `level`
+    rim: Field  # thickness of the enhancing rim around label 1
+    fade: Field  # half-width of the border zone
+
+
+class Grid(NamedTuple):
+    """Sampling positions: one float64 coordinate vector in mm per axis, 0 at the centre."""
+
+    axes: tuple[Field, ...]
+    steps: tuple[float, ...]  # spacing in mm along each axis
+
+
+# --- random fields ------------------------------------------------------------------------------
+
+
+def stream(seed: int, patient: int, name: str) -> np.random.Generator:
+    """Return the random stream of one named ingredient, independent of all other ingredients."""
+    return np.random.Generator(np.random.PCG64([seed, patient, zlib.crc32(name.encode())]))
+
+
+def sample_grid(shape: Sequence[int]) -> Grid:
+    """Return voxel centres in mm of a grid of this shape over the field of view."""
+    steps = tuple(extent / n for extent, n in zip(FIELD_OF_VIEW, shape, strict=False))
+    axes = [(np.arange(n) + 0.5 - n / 2) * step for n, step in zip(shape, steps, strict=True)]
+    return Grid(tuple(axes), steps)
+
+
+def spline_weights(x: Array, extent: float, spacing: float) -> Array:
+    """Return cubic B-spline weights [len(x), knots] of positions x (mm) on a fixed knot grid."""
+    position = (x + extent / 2) / spacing + 1
+    first = np.floor(position).astype(int)
+    f = position - first
+    taps = ((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, 1 + 3 * (f + f**2 - f**3), f**3)
+
+    weights = np.zeros((len(x), ceil(extent / spacing) + 4))
+    for offset, tap in enumerate(taps):
+        weights[np.arange(len(x)), first - 1 + offset] = tap / 6
+    return weights
+
+
+def smooth_field(rng: np.random.Generator, grid: Grid, *, spacing: float) -> Field:
+    """Sample a smooth Gaussian field, mean 0 and variance about 1, on the grid.
+
+    The knots lie `spacing` mm apart over the whole field of view whatever the grid, so the same
+    stream gives the same field at every resolution. Returns float64 of the grid's shape.
+    """
+    weights = [
+        spline_weights(x, extent, spacing)
+        for x, extent in zip(grid.axes, FIELD_OF_VIEW, strict=False)
+    ]
+    field = rng.standard_normal([w.shape[1] for w in weights])
+    for axis, w in enumerate(weights):
+        field = np.moveaxis(np.tensordot(w, field, axes=(1, axis)), 0, axis)
+    scale = 0.479 ** (len(weights) / 2)  # 151/315 = mean square of one axis' weights
+    scaled: Field = field / scale
+    return scaled
+
+
+def ramp(x: Field, half_width: Field | float) -> Field:
+    """Rise smoothly from 0 at -half_width to 1 at +half_width (cubic; exact arithmetic only)."""
+    t = np.clip(0.5 + 0.5 * x / half_width, 0, 1)
+    risen: Field = t * t * (3 - 2 * t)
+    return risen
+
+
+def blob(grid: Grid, centre: ArrayLike, radii: ArrayLike) -> Field:
+    """Return the approximate signed distance in mm to an ellipsoid, positive inside."""
+    parts = zip(np.ix_(*grid.axes), np.asarray(centre), np.asarray(radii), strict=True)
+    rho: Field = np.sqrt(sum(((x - c) / r) ** 2 for x, c, r in parts))
+    distance: Field = (1 - rho) * np.min(radii)
+    return distance
+
+
+def blobs(
+    rng: np.random.Generator,
+    grid: Grid,
+    *,
+    count: int,
+    radius: tuple[float, float],
+    reach: tuple[float, ...],
+) -> Field:
+    """Return the union of `count` ellipsoids at random places within +-reach mm, as a distance."""
+    union = np.full([len(x) for x in grid.axes], -99.0)
+    for _ in range(count):
+        centre = [rng.uniform(-r, r) for r in reach]
+        radii = rng.uniform(*radius) * rng.uniform(0.75, 1.3, len(reach))
+        np.maximum(union, blob(grid, centre, radii), out=union)
+    return union
+
+
+# --- anatomy ------------------------------------------------------------------------------------
+
+
+def brain_depth(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the depth in mm below the brain's surface, positive inside: an uneven egg."""
+    x, y, z = np.ix_(*grid.axes)
+    a, b, c = rng.uniform((64, 80, 62), (71, 88, 68))
+    narrowing = 1 - rng.uniform(0.06, 0.14) * y / b  # the forehead is narrower
+    rho: Field = np.sqrt((x * narrowing / a) ** 2 + (y / b) ** 2 + (z / c) ** 2)
+
+    bumps = 2.2 * smooth_field(rng, grid, spacing=45) + 0.7 * smooth_field(rng, grid, spacing=12)
+    depth: Field = (1 - rho) * 70 + np.clip(bumps, -5, 5)
+    return depth
+
+
+def fluid_distance(rng: np.random.Generator, grid: Grid, depth: Field) -> Field:
+    """Return the distance in mm from outer fluid: surface, folds and the midline fissure."""
+    x, y, _ = np.ix_(*grid.axes)
+    folds = 8 * np.abs(smooth_field(rng, grid, spacing=11)) + np.maximum(depth - 15, 0)
+    bend = 1.5 * smooth_field(rng, grid, spacing=50)
+    fissure = np.abs(x + bend) + 0.7 * np.maximum(54 - np.abs(y), 0) - 0.6
+    distance: Field = np.minimum(np.minimum(depth, folds), fissure)
+    return distance
+
+
+def ventricles(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the signed distance in mm to the ventricles, positive inside them."""
+    x, y, z = np.ix_(*grid.axes)
+    size, splay = rng.uniform(0.75, 1.5), rng.uniform(8, 15)
+    third = blob(grid, (0, 2, -10), (2.4 * size, 12, 13))
+
+    union = third
+    for side in (-1, 1):
+        width, long, high = size * rng.uniform((5.2, 30, 11), (7.4, 38, 15))
+        middle = side * (width + 2 + splay * (y / 36) ** 2)
+        rho = np.sqrt(((x - middle) / width) ** 2 + (y / long) ** 2 + ((z - 8) / high) ** 2)
+        union = np.maximum(union, (1 - rho) * width)
+    return union + 0.8 * smooth_field(rng, grid, spacing=14)
+
+
+def nuclei(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the signed distance in mm to the deep grey nuclei of both sides."""
+    union = 0.6 * smooth_field(rng, grid, spacing=14) - 0.5
+    shapes = [((25, -6, -2), (7, 17, 12)), ((12, 14, -4), (8, 12, 10))]
+    parts = []
+    for (x, y, z), radii in shapes:
+        scale = rng.uniform(0.85, 1.15)
+        parts += [blob(grid, (side * x, y, z), np.multiply(radii, scale)) for side in (-1, 1)]
+    distance: Field = union + np.maximum.reduce(parts)
+    return distance
+
+
+def hyperintensities(rng: np.random.Generator, grid: Grid, ventricle: Field) -> Field:
+    """Return the distance in mm to FLAIR-bright tissue that is no lesion: caps, spots, one patch.
+
+    The patch is as large and as soft as a lesion, so that FLAIR alone cannot tell the two apart.
+    """
+    caps = 1.5 - np.abs(ventricle + 2.0) + 1.5 * smooth_field(rng, grid, spacing=20)
+    spots = blobs(rng, grid, count=int(rng.integers(4, 9)), radius=(4, 8), reach=(50, 62, 40))
+    patch = blobs(rng, grid, count=int(rng.integers(1, 3)), radius=(13, 22), reach=(45, 55, 30))
+    rough = 2.5 * smooth_field(rng, grid, spacing=14)
+    distance: Field = np.maximum.reduce([caps, spots + 0.5 * rough, patch + rough])
+    return distance
+
+
+def cysts(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the distance in mm to fluid-filled pockets, bright in T2 like a lesion."""
+    union = blobs(rng, grid, count=int(rng.integers(2, 6)), radius=(5, 13), reach=(52, 64, 40))
+    return union + 1.5 * smooth_field(rng, grid, spacing=14)
+
+
+def vessels(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the distance in mm to thin bright tubes, where two smooth fields both vanish."""
+    first, second = (smooth_field(rng, grid, spacing=30) for _ in range(2))
+    return 2.4 - 16 * np.sqrt(first**2 + second**2)
+
+
+def anatomy(seed: int, patient: int, grid: Grid) -> tuple[Field, dict[str, Field]]:
+    """Return depth (mm) and the amount in [0, 1] of each healthy tissue, in painting order."""
+    draw = partial(stream, seed, patient)
+    depth = brain_depth(draw("outline"), grid)
+    fluid = fluid_distance(draw("folds"), grid, depth)
+    ventricle = ventricles(draw("ventricles"), grid)
+    edge = max(0.8, 0.5 * max(grid.steps))  # partial volume: no edge is sharper than half a voxel
+
+    inner = ramp(fluid - 6.0, 2.0)
+    amounts = {
+        "grey": ramp(4.8 - fluid, edge),
+        "nuclei": ramp(nuclei(draw("nuclei"), grid), edge),
+        "hyperintensity": inner * ramp(hyperintensities(draw("bright"), grid, ventricle), 3.0),
+        "cyst": inner * ramp(cysts(draw("cysts"), grid), 2.0),
+        "fluid": np.maximum(ramp(1.1 - fluid, edge), ramp(ventricle, edge)),
+        "vessel": ramp(vessels(draw("vessels"), grid), edge),
+    }
+    return depth, amounts
+
+
+# --- lesions and raters -------------------------------------------------------------------------
+
+
+def lesion_place(rng: np.random.Generator) -> tuple[Field, float]:
+    """Draw a lesion's centre (mm) beside the midline and its mean radius (mm)."""
+    x = rng.choice((-1, 1)) * rng.uniform(20, 34)
+    return np.array([x, rng.uniform(-38, 38), rng.uniform(-12, 24)]), rng.uniform(20, 28)
+
+
+def lobes(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float) -> Field:
+    """Return the distance in mm to a lobed body: one large ellipsoid and two or three smaller."""
+    union = blob(grid, centre, radius * rng.uniform(0.75, 1.15, len(centre)))
+    for _ in range(int(rng.integers(2, 4))):
+        direction = rng.standard_normal(len(centre))
+        shift = direction / np.sqrt((direction**2).sum()) * radius * rng.uniform(0.55, 0.85)
+        radii = radius * rng.uniform(0.45, 0.7) * rng.uniform(0.8, 1.25, len(centre))
+        np.maximum(union, blob(grid, centre + shift, radii), out=union)
+    rough = 2.0 * smooth_field(rng, grid, spacing=18) + 1.0 * smooth_field(rng, grid, spacing=9)
+    return union + rough
+
+
+def make_lesion(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float) -> Lesion:
+    """Draw a lesion around `centre` (mm): its nested level fields and the width of its border."""
+    level = lobes(rng, grid, centre=centre, radius=radius)
+    blur = ramp(smooth_field(rng, grid, spacing=26) - 0.6, 1.0)  # 0 sharp, 1 fading
+    fade = 1.5 + 8.5 * blur
+
+    inset = radius * rng.uniform(0.25, 0.5) + 2.5 * smooth_field(rng, grid, spacing=18)
+    core_level = level - np.maximum(inset, 2.0)
+    rim = np.maximum(rng.uniform(3, 6) + 1.5 * smooth_field(rng, grid, spacing=18), 1.0)
+    return Lesion(level, core_level, rim, fade)
+
+
+def rater_labels(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Array:
+    """Return one rater's mask, uint8 in {0, 1, 2, 4}: the level set under a smooth personal bias.
+
+    The bias is proportional to the border's half-width, so raters agree where it is sharp.
+    """
+    habit = 0.3 * rng.standard_normal()
+    mood = habit + 0.95 * smooth_field(rng, grid, spacing=24)
+    bias = RATER_SPREAD * lesion.fade * mood
+
+    labels = np.zeros(lesion.level.shape, np.uint8)
+    whole = lesion.level > bias
+    labels[whole] = OEDEMA
+    labels[whole & (lesion.core_level > bias)] = ENHANCING
+    labels[whole & (lesion.core_level > bias + lesion.rim)] = CORE
+    return labels
+
+
+def rater_panel(
+    seed: int, patient: int, grid: Grid, *, lesion: Lesion, raters: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return the mask of the rater drawn for this patient, and the masks of raters 1, 2, ...
+
+    The drawn rater is one of the first `PANEL`, whatever number of masks is asked for.
+    """
+    drawn = int(stream(seed, patient, "rater drawn").integers(1, PANEL + 1))
+    masks = {
+        r: rater_labels(stream(seed, patient, f"rater {r}"), grid, lesion)
+        for r in {drawn, *range(1, raters + 1)}
+    }
+    return masks[drawn], tuple(masks[r] for r in range(1, raters + 1))
+
+
+def lesion_amounts(lesion: Lesion) -> dict[str, Field]:
+    """Return the amount in [0, 1] of each lesion tissue, in painting order."""
+    soft = 0.5 * lesion.fade + 0.5
+    return {
+        "oedema": ramp(lesion.level, lesion.fade),
+        "enhancing": ramp(lesion.core_level, soft) * ramp(lesion.level, lesion.fade),
+        "core": ramp(lesion.core_level - lesion.rim, soft),
+    }
+
+
+# --- rendering ----------------------------------------------------------------------------------
+
+
+def paint(amounts: dict[str, Field], *, modality: int, jitter: Field) -> Field:
+    """Mix the tissues of one modality in order, the later over the earlier; returns intensity."""
+    names = list(CONTRAST)
+    image = np.full_like(amounts["grey"], CONTRAST["white"][modality])
+    for tissue, amount in amounts.items():
+        value = CONTRAST[tissue][modality] + jitter[names.index(tissue), modality]
+        image += amount * (value - image)
+    return image
+
+
+def acquire(rng: np.random.Generator, grid: Grid, image: Field) -> Field:
+    """Add what a scanner adds: tissue texture, a smooth bias field and Rician noise."""
+    texture = 0.045 * smooth_field(rng, grid, spacing=5) + 0.03 * smooth_field(
+        rng, grid, spacing=12
+    )
+    bias = 0.10 * smooth_field(rng, grid, spacing=85)
+    signal = image * (1 + texture) * (1 + np.clip(bias, -0.3, 0.3))
+
+    real, imaginary = (NOISE * rng.standard_normal(image.shape, np.float32) for _ in range(2))
+    magnitude: Field = np.sqrt((signal + real) ** 2 + imaginary**2)
+    return magnitude
+
+
+def scale_slices(image: Array, inside: Array) -> Array:
+    """Scale each axial slice to [0, 1] by its 99.7th percentile; background exactly 0, float32."""
+    scaled = np.zeros(image.shape, np.float32)
+    for z in range(image.shape[-1]):
+        here = inside[..., z]
+        if here.any():
+            top = np.percentile(image[..., z][here], 99.7)
+            scaled[..., z][here] = np.clip(image[..., z][here] / top, 1 / 255, 1)
+    return scaled
+
+
+def render(
+    seed: int, patient: int, grid: Grid, *, amounts: dict[str, Field], inside: Array
+) -> dict[str, Array]:
+    """Return the four modalities of the painted tissues, name -> float32 in [0, 1]."""
+    jitter = stream(seed, patient, "contrast").uniform(-0.04, 0.04, (len(CONTRAST), 4))
+    images = {}
+    for m, name in enumerate(MODALITIES):
+        painted = paint(amounts, modality=m, jitter=jitter)
+        acquired = acquire(stream(seed, patient, name), grid, painted)
+        images[name] = scale_slices(acquired, inside)
+    return images
+
+
+def place(box: Array, shape: Sequence[int], corner: Sequence[slice]) -> Array:
+    """Put an array computed on the brain's box into a zero array of the full shape."""
+    full = np.zeros(shape, box.dtype)
+    full[tuple(corner)] = box
+    return full
+
+
+def brain_box(grid: Grid) -> tuple[Grid, list[slice]]:
+    """Cut the grid down to where brain can be; returns the smaller grid and its place."""
+    corner = []
+    for x, reach in zip(grid.axes, BRAIN_BOX, strict=True):
+        near = np.flatnonzero(np.abs(x) <= reach)
+        corner.append(slice(near[0], near[-1] + 1))
+    axes = tuple(x[part] for x, part in zip(grid.axes, corner, strict=True))
+    return Grid(axes, grid.steps), corner
+
+
+def make_patient(
+    seed: int,
+    patient: int,
+    *,
+    shape: tuple[int, int, int] = (80, 80, 52),
+    raters: int = 0,
+) -> Patient:
+    """Return phantom patient number `patient` of the world `seed`, sampled on a grid [H, W, D].
+
+    The grid always spans 240 x 240 x 155 mm, so (240, 240, 155) has 1 mm voxels and any other
+    shape shows the same head coarser or finer. `raters` masks of raters 1, 2, ... come along.
+    A pure function of its arguments.
+    """
+    full = sample_grid(shape)
+    grid, corner = brain_box(full)
+    depth, healthy = anatomy(seed, patient, grid)
+    centre, radius = lesion_place(stream(seed, patient, "place"))
+    lesion = make_lesion(stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
+
+    inside = depth > 0
+    put = partial(place, shape=shape, corner=corner)
+    images = render(seed, patient, grid, amounts=healthy | lesion_amounts(lesion), inside=inside)
+    labels, panel = rater_panel(seed, patient, grid, lesion=lesion, raters=raters)
+    return Patient(
+        modalities={name: put(image) for name, image in images.items()},
+        labels=put(labels * inside),
+        raters=tuple(put(mask * inside) for mask in panel),
+        level=put(np.where(inside, lesion.level, -99).astype(np.float32)),
+        fade=put(lesion.fade.astype(np.float32)),
+        voxel_mm=(full.steps[0], full.steps[1], full.steps[2]),
+    )
+
+
+# --- skin pictures ------------------------------------------------------------------------------
+
+
+class Skin(NamedTuple):
+    """A dermatoscope-like picture: uint8 [S, S, 3], masks uint8 [S, S] in {0, 255}, a class."""
+
+    picture: Array
+    mask: Array  # of the one rater drawn for this picture
+    raters: tuple[Array, ...]  # masks of raters 1, 2, ...
+    malignant: bool
+
+
+def freckles(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
+    """Return the amount in [0, 1] of small brown spots on healthy skin, which are no lesion."""
+    count = int(rng.integers(3, 12))
+    spots = blobs(rng, grid, count=count, radius=(3, 11), reach=(112, 112))
+    spots += 1.5 * smooth_field(rng, grid, spacing=9)
+    return ramp(spots, 2.5) * ramp(-lesion.level - lesion.fade - 6, 4) * rng.uniform(0.5, 1)
+
+
+def hairs(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the amount in [0, 1] of thin bent hairs that cross skin and lesion alike."""
+    x, y = np.ix_(*grid.axes)
+    amount = np.zeros((x.size, y.size))
+    for _ in range(int(rng.integers(0, 14))):
+        x0, y0, angle = rng.uniform((-100, -100, 0), (100, 100, np.pi))
+        along = (x - x0) * np.cos(angle) + (y - y0) * np.sin(angle)
+        across = (y - y0) * np.cos(angle) - (x - x0) * np.sin(angle)
+        bent = across - rng.uniform(-0.004, 0.004) * along**2
+        here = ramp(0.7 - np.abs(bent), max(0.6, 0.5 * max(grid.steps)))
+        amount = np.maximum(amount, here * ramp(rng.uniform(25, 90) - np.abs(along), 4))
+    return 0.8 * amount
+
+
+def skin_picture(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
+    """Render skin, freckles, lesion, hairs and vignetting; returns float64 [S, S, 3] in [0, 1]."""
+    tone = np.array((0.86, 0.66, 0.56)) * rng.uniform(0.85, 1.08) + rng.uniform(-0.04, 0.04, 3)
+    brown = np.array((0.50, 0.32, 0.24)) + rng.uniform(-0.09, 0.09) + rng.uniform(-0.03, 0.03, 3)
+    pigment = 0.10 * smooth_field(rng, grid, spacing=14) + 0.05 * smooth_field(rng, grid, spacing=5)
+    layers = [
+        (freckles(rng, grid, lesion), brown - 0.03),
+        (0.9 * ramp(lesion.level, lesion.fade), brown),
+        (0.6 * ramp(lesion.core_level, 6.0), 0.55 * brown),
+        (hairs(rng, grid), np.array((0.16, 0.11, 0.09))),
+    ]
+
+    shade = 0.06 * smooth_field(rng, grid, spacing=90) + 0.02 * smooth_field(rng, grid, spacing=8)
+    picture = tone * (1 + shade)[..., None]
+    for amount, colour in layers:
+        picture += amount[..., None] * (colour * (1 + pigment)[..., None] - picture)
+
+    x, y = np.ix_(*grid.axes)
+    corner = ramp(np.sqrt(x**2 + y**2) - rng.uniform(125, 165), rng.uniform(8, 30))
+    noise = 0.012 * rng.standard_normal(picture.shape)
+    seen: Field = np.clip(picture * (1 - 0.85 * corner)[..., None] + noise, 0, 1)
+    return seen
+
+
+def make_skin(seed: int, number: int, *, size: int = 128, raters: int = 0) -> Skin:
+    """Return skin phantom `number` of the world `seed` as a picture of size x size pixels.
+
+    The picture always spans the same field, so another size shows the same lesion coarser or
+    finer. A pure function of its arguments.
+    """
+    draw = partial(stream, seed, number)
+    grid = sample_grid((size, size))
+    place = draw("skin place")
+    centre, radius = place.uniform(-25, 25, 2), place.uniform(32, 62)
+    lesion = make_lesion(draw("skin lesion"), grid, centre=centre, radius=radius)
+
+    picture = np.rint(255 * skin_picture(draw("skin"), grid, lesion)).astype(np.uint8)
+    labels, panel = rater_panel(seed, number, grid, lesion=lesion, raters=raters)
+    mask, *others = (((m > 0) * 255).astype(np.uint8) for m in (labels, *panel))
+    return Skin(picture, mask, tuple(others), bool(draw("class").uniform() < 0.25))
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def split_patients(patients: int, training: float) -> tuple[range, range]:
+    """Return the patient numbers for training and for testing; `training` is the first's share."""
+    cut = round(patients * training)
+    return range(cut), range(cut, patients)
+
+
+def save_nifti(
+    path: Path, data: Array, *, voxel_mm: Sequence[float], slope: float | None = None
+) -> None:
+    """Write an array as NIfTI in the BraTS orientation; `slope` turns stored numbers into values.
+
+    Creates the parent folders.
+    """
+    sizes = (*voxel_mm[: data.ndim], 1.0)[:3]
+    affine = np.diag((-sizes[0], -sizes[1], sizes[2], 1.0))
+    image: Any = nib.Nifti1Image(data, affine)
+    if slope is not None:
+        image.header.set_slope_inter(slope, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+
+
+def choose_slices(phantom: Patient, *, first_slot: int, count: int) -> list[int]:
+    """Return `count` axial slice numbers of a patient whose slots start at `first_slot`.
+
+    Lesion slots are spread over the slices where the lesion is at least half as large as at its
+    largest; every `HEALTHY_EVERY`-th slot of the whole data set takes a slice without any lesion.
+    Raises UserError where the patient has too few slices for that.
+    """
+    area = (phantom.labels > 0).sum((0, 1))
+    brain = (phantom.modalities["t1"] > 0).sum((0, 1))
+    contrast = (phantom.level > -phantom.fade).any((0, 1))
+    with_lesion = np.flatnonzero(area >= 0.5 * area.max())
+    without = np.flatnonzero(~contrast & (brain >= 0.5 * brain.max()))
+
+    slots = range(first_slot, first_slot + count)
+    healthy = sum((slot + 1) % HEALTHY_EVERY == 0 for slot in slots)
+    chosen = spread(with_lesion, count - healthy, kind="with a lesion")
+    return sorted(chosen + spread(without, healthy, kind="without one"))
+
+
+def spread(numbers: Array, count: int, *, kind: str) -> list[int]:
+    """Return `count` of the slice numbers, evenly spaced: the middles of `count` equal parts."""
+    if len(numbers) < count:
+        raise UserError(
+            "--slices",
+            found=f"a need for {count} slices {kind}",
+            expected=f"at most {len(numbers)}, all that this patient has",
+            mend="Ask for fewer slices or a larger size.",
+        )
+    return [int(numbers[(2 * i + 1) * len(numbers) // (2 * count)]) for i in range(count)]
+
+
+def write_brats_slices(
+    out: Path,
+    seed: int,
+    *,
+    patients: int,
+    slices: int = 4,
+    size: int = 80,
+    raters: int = 0,
+    training: float = 0.8,
+    progress: Progress = iter,
+) -> None:
+    """Write BraTS 2-D folders: `out/{training,testing}/NNNNNN/brats_train_PPP_<name>_SSS_w.nii.gz`.
+
+    Modalities are uint8 with slope 1/255 (read as [0, 1]), `seg` is uint8 in {0, 1, 2, 4}.
+    Masks of raters go to `out/raters/raterR/` under the same relative names.
+    """
+    train, _ = split_patients(patients, training)
+    shape = (size, size, round(size * FIELD_OF_VIEW[2] / FIELD_OF_VIEW[0]))
+    for patient in progress(range(patients)):
+        phantom = make_patient(seed, patient, shape=shape, raters=raters)
+        part = "training" if patient in train else "testing"
+        first = patient * slices
+        for slot, z in enumerate(choose_slices(phantom, first_slot=first, count=slices), first):
+            stem = f"{part}/{slot + 1:06d}/brats_train_{patient + 1:03d}_{{}}_{z:03d}_w.nii.gz"
+            save_slice(Path(out), stem, phantom=phantom, z=z)
+
+
+def save_slice(out: Path, stem: str, *, phantom: Patient, z: int) -> None:
+    """Write one slice's modalities, label and raters' masks; `{}` in `stem` is the modality."""
+    voxel = phantom.voxel_mm
+    for name, image in phantom.modalities.items():
+        stored = np.rint(255 * image[..., z]).astype(np.uint8)
+        save_nifti(out / stem.format(name), stored, voxel_mm=voxel, slope=1 / 255)
+    save_nifti(out / stem.format("seg"), phantom.labels[..., z], voxel_mm=voxel)
+    for r, mask in enumerate(phantom.raters, 1):
+        path = out / f"raters/rater{r}" / stem.format("seg")
+        save_nifti(path, mask[..., z], voxel_mm=voxel)
+
+
+def write_brats_volumes(
+    out: Path,
+    seed: int,
+    *,
+    patients: int,
+    slices: int = 155,
+    size: int = 240,
+    raters: int = 0,
+    training: float = 0.8,
+    progress: Progress = iter,
+) -> None:
+    """Write BraTS 3-D folders: `out/{training,testing}/<case>/<case>_<name>.nii.gz`.
+
+    Cases are `BraTS20_Training_NNN`. Modalities are float32 of a few hundred, not normalised;
+    `seg` is uint8 in {0, 1, 2, 4}. Voxels are 1 mm at 240 x 240 x 155.
+    """
+    train, _ = split_patients(patients, training)
+    for patient in progress(range(patients)):
+        phantom = make_patient(seed, patient, shape=(size, size, slices), raters=raters)
+        part = "training" if patient in train else "testing"
+        case = f"BraTS20_Training_{patient + 1:03d}"
+        stem = f"{part}/{case}/{case}_{{}}.nii.gz"
+        gains = stream(seed, patient, "gain").uniform(250, 700, len(MODALITIES))
+
+        save = partial(save_nifti, voxel_mm=phantom.voxel_mm)
+        for gain, (name, image) in zip(gains, phantom.modalities.items(), strict=True):
+            save(Path(out) / stem.format(name), np.rint(image * np.float32(gain)))
+        save(Path(out) / stem.format("seg"), phantom.labels)
+        for r, mask in enumerate(phantom.raters, 1):
+            save(Path(out) / f"raters/rater{r}" / stem.format("seg"), mask)
+
+
+def write_isic(
+    out: Path,
+    seed: int,
+    *,
+    patients: int,
+    size: int = 128,
+    raters: int = 0,
+    training: float = 0.8,
+    generation: str = "2025",
+    progress: Progress = iter,
+) -> None:
+    """Write ISIC-like pictures, one per patient, JPEG + mask PNG 0/255, in one of two layouts.
+
+    "2023": `out/ISBI2016_ISIC_Part3B_{Training,Test}_Data/` holds `<id>.jpg` beside
+    `<id>_Segmentation.png`; the CSV's rows are `<id>,<class>`.
+    "2025": `out/{Train,Test}/` hold a picture and a mask folder; the CSV's columns 1 and 2 are
+    their relative paths. Masks of raters go to `out/raters/raterR/<id>_Segmentation.png`.
+    """
+    names = {"2023": isic_2023, "2025": isic_2025}
+    if generation not in names:
+        raise UserError(
+            "generation", found=repr(generation), expected=sorted(names), mend="Name one of these."
+        )
+    tables: dict[Path, list[str]] = {}
+    train, _ = split_patients(patients, training)
+    for number in progress(range(patients)):
+        skin = make_skin(seed, number, size=size, raters=raters)
+        place = names[generation](number, malignant=skin.malignant, testing=number not in train)
+        save_skin(Path(out), place, skin=skin)
+        rows = tables.setdefault(Path(out) / place.table, [place.header])
+        rows.append(place.row.format(index=len(rows) - 1))
+    for path, rows in tables.items():
+        path.write_text("\n".join(rows) + "\n", encoding="ascii")
+
+
+class IsicPlace(NamedTuple):
+    """Where one ISIC picture goes: paths relative to the data set, and its line of the CSV."""
+
+    picture: str
+    mask: str
+    table: str
+    header: str
+    row: str  # `{index}` is the running number within the table
+
+
+def isic_2023(number: int, *, malignant: bool, testing: bool) -> IsicPlace:
+    """Name things as MedSegDiff of 2023 reads them; the test table writes classes as 0 and 1."""
+    base = f"ISBI2016_ISIC_Part3B_{'Test' if testing else 'Training'}"
+    name = f"ISIC_{number:07d}"
+    label = str(int(malignant)) if testing else ("malignant" if malignant else "benign")
+    return IsicPlace(
+        picture=f"{base}_Data/{name}.jpg",
+        mask=f"{base}_Data/{name}_Segmentation.png",
+        table=f"{base}_GroundTruth.csv",
+        header="image_id,label",
+        row=f"{name},{label}",
+    )
+
+
+def isic_2025(number: int, *, malignant: bool, testing: bool) -> IsicPlace:
+    """Name things as MedSegDiff of 2025 reads them; the class is not written."""
+    folder, mode = ("Test", "Test") if testing else ("Train", "Training")
+    base = f"ISBI2016_ISIC_Part1_{mode}"
+    name = f"ISIC_{number:07d}"
+    picture, mask = f"{base}_Data/{name}.jpg", f"{base}_GroundTruth/{name}_Segmentation.png"
+    return IsicPlace(
+        picture=f"{folder}/{picture}",
+        mask=f"{folder}/{mask}",
+        table=f"{folder}/{base}_GroundTruth.csv",
+        header=",img,seg",
+        row=f"{{index}},{picture},{mask}",
+    )
+
+
+def save_skin(out: Path, place: IsicPlace, *, skin: Skin) -> None:
+    """Write one picture, its mask and its raters' masks; creates the folders."""
+    panel = [f"raters/rater{r}/{Path(place.mask).name}" for r in range(1, len(skin.raters) + 1)]
+    files = [(place.picture, skin.picture), (place.mask, skin.mask)]
+    for name, pixels in files + list(zip(panel, skin.raters, strict=True)):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imsave(path, pixels, check_contrast=False)

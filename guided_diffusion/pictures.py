@@ -1,0 +1,289 @@
+"""Pictures of a case that a person would want to look at, with NumPy and Pillow alone.
+
+Here live the 8-bit form of a soft mask, the colour map of the uncertainty and the overlay: image,
+truth, fused mask and uncertainty side by side. Contours are drawn from the level set of the
+enlarged mask, so they are smooth at any size. Prediction and the demo call it; it writes no file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from guided_diffusion import metrics
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+UNCERTAINTY_SCALE = 0.5  # the largest standard deviation that values in [0, 1] can have
+
+BACKGROUND: Colour = (17, 19, 24)
+INK: Colour = (236, 238, 242)
+QUIET: Colour = (150, 156, 168)
+TRUTH: Colour = (92, 240, 120)
+FUSED: Colour = (88, 170, 255)
+TINT: Colour = (24, 104, 240)
+HEAT: tuple[Colour, ...] = (
+    (0, 0, 0),
+    (52, 14, 92),
+    (132, 28, 108),
+    (206, 60, 76),
+    (248, 136, 42),
+    (254, 240, 168),
+)
+
+MARGIN, GAP, HEADER, FOOTER = 20, 12, 50, 34
+
+
+def soft_png(values: ArrayLike) -> Pixels:
+    """Soft mask in [0, 1] -> 8-bit levels, rounded half up so that 0.5 becomes 128 (foreground)."""
+    levels = np.asarray(values, dtype=np.float64) * 255 + 0.5
+    result: Pixels = np.floor(np.clip(levels, 0, 255)).astype(np.uint8)
+    return result
+
+
+def heat(values: ArrayLike) -> Pixels:
+    """Colour map: values [...] in [0, 1] (clipped) -> uint8 [..., 3], dark to bright."""
+    position = np.clip(np.asarray(values, dtype=np.float32), 0, 1) * (len(HEAT) - 1)
+    channels = [np.interp(position, range(len(HEAT)), channel) for channel in np.transpose(HEAT)]
+    result: Pixels = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return result
+
+
+def overlay(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    fused: ArrayLike,
+    uncertainty: ArrayLike,
+    *,
+    name: str,
+    members: int = 1,
+    panel: int = 320,
+) -> Pixels:
+    """One picture of a case: image | ground truth | fused mask | uncertainty.
+
+    ``image`` float [C, H, W] of any range (three channels are colour, else the last one is shown
+    in grey), ``truth`` [H, W] in {0, 1} or None (its panel is left out), ``fused`` [H, W] in
+    [0, 1], ``uncertainty`` [H, W] in [0, 0.5]. ``panel`` is the longer side of a panel in pixels.
+    Returns uint8 [h, w, 3]. Raises ValueError when the sizes differ.
+    """
+    case = _Case.of(image, truth, fused, uncertainty, panel)
+    panels = [
+        (case.picture, _Caption("image")),
+        (case.with_truth(), _Caption("ground truth")),
+        (case.with_fused(), _Caption("fused mask", marks=case.marks())),
+        (case.with_doubt(), _Caption("uncertainty", bar=True)),
+    ]
+    if truth is None:
+        del panels[1]
+
+    canvas = _Canvas(len(panels), case.size)
+    canvas.header(name, _verdict(truth, fused, members))
+    for index, (pixels, caption) in enumerate(panels):
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+class _Case(NamedTuple):
+    """Everything of one case, enlarged to a panel of ``size`` (width, height)."""
+
+    size: tuple[int, int]
+    picture: Floats  # [h, w, 3] in [0, 1]
+    truth: Floats | None  # [h, w], smoothed, contour at 0.5
+    fused: Floats
+    doubt: Floats  # [h, w] in [0, 1]
+
+    @classmethod
+    def of(
+        cls,
+        image: ArrayLike,
+        truth: ArrayLike | None,
+        fused: ArrayLike,
+        uncertainty: ArrayLike,
+        panel: int,
+    ) -> _Case:
+        shown, soft = _displayed(np.asarray(image, dtype=np.float32)), np.asarray(fused)
+        height, width = shown.shape[:2]
+        for values in (truth, soft, uncertainty):
+            if values is not None and np.shape(values) != (height, width):
+                raise ValueError(f"image is {(height, width)}, a mask is {np.shape(values)}")
+
+        scale = panel / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        doubt = np.asarray(uncertainty, dtype=np.float32) / UNCERTAINTY_SCALE
+        return cls(
+            size=size,
+            picture=_enlarge(shown, size),
+            truth=None if truth is None else _enlarge_mask(np.asarray(truth), size),
+            fused=_enlarge_mask(soft, size),
+            doubt=np.clip(_enlarge(doubt, size), 0, 1),
+        )
+
+    def marks(self) -> tuple[tuple[Colour, str], ...]:
+        """The legend of the fused panel."""
+        fused = ((FUSED, "fused"),)
+        return fused if self.truth is None else ((TRUTH, "truth"), *fused)
+
+    def with_truth(self) -> Floats:
+        return self.picture if self.truth is None else _line(self.picture, self.truth, TRUTH)
+
+    def with_fused(self) -> Floats:
+        tinted = _blend(self.picture, TINT, 0.45 * self.fused)
+        outlined = _line(tinted, self.fused, FUSED)
+        return outlined if self.truth is None else _line(outlined, self.truth, TRUTH, width=1.7)
+
+    def with_doubt(self) -> Floats:
+        """The colours added to the dimmed grey image: without doubt only the image is left."""
+        grey = self.picture.mean(axis=-1, keepdims=True) * 0.45
+        colours = heat(self.doubt).astype(np.float32) / np.float32(255)
+        mixed: Floats = grey * (1 - self.doubt[..., None]) + colours
+        return np.clip(mixed, 0, 1)
+
+
+def _displayed(image: Floats) -> Floats:
+    """Image [C, H, W] of any range -> [H, W, 3] in [0, 1]: colour if C is 3, else its last channel.
+
+    Colour that already lies in [0, 1] is left as it is; everything else is stretched between its
+    1st and 99.5th percentile.
+    """
+    if image.ndim != 3:
+        raise ValueError(f"image must be [C, H, W], not {image.shape}")
+    shown = image if len(image) == 3 else np.repeat(image[-1:], 3, axis=0)
+    shown = np.moveaxis(np.nan_to_num(shown), 0, -1)
+    if len(image) == 3 and shown.min() >= 0 and shown.max() <= 1:
+        return shown
+
+    low, high = np.percentile(shown, (1, 99.5))
+    stretched: Floats = np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+    return stretched
+
+
+def _enlarge(values: Floats, size: tuple[int, int]) -> Floats:
+    """Resize [H, W] or [H, W, C] to ``size`` (width, height), smoothly and in floating point."""
+    if values.ndim == 3:
+        planes = [_enlarge(plane, size) for plane in np.moveaxis(values, -1, 0)]
+        stacked: Floats = np.clip(np.stack(planes, axis=-1), 0, 1)
+        return stacked
+    plane = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
+    return np.asarray(plane.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+
+
+def _enlarge_mask(mask: NDArray[Any], size: tuple[int, int]) -> Floats:
+    """Resize a mask and round off the stairs of its pixels, so that its 0.5 contour is clean."""
+    levels = Image.fromarray(soft_png(mask)).resize(size, Image.Resampling.BICUBIC)
+    scale = size[0] / mask.shape[1]
+    if scale > 1:
+        levels = levels.filter(ImageFilter.GaussianBlur(max(0.45 * scale, 0.8)))
+    smooth: Floats = np.asarray(levels, dtype=np.float32) / np.float32(255)
+    return smooth
+
+
+def _line(picture: Floats, mask: Floats, colour: Colour, *, width: float = 2.3) -> Floats:
+    """Draw the 0.5 level set of ``mask`` as an antialiased line with a faint dark rim."""
+    slope = np.hypot(*_gradient(mask))
+    distance = np.abs(mask - 0.5) / np.maximum(slope, 1e-4)
+    rim = np.clip((width + 2.0) / 2 + 0.5 - distance, 0, 1) * 0.4
+    core = np.clip(width / 2 + 0.5 - distance, 0, 1)
+    return _blend(_blend(picture, (0, 0, 0), rim), colour, core)
+
+
+def _gradient(mask: Floats) -> tuple[Floats, Floats]:
+    """Change per pixel along both axes; a side of one pixel has none."""
+    steps = [
+        np.gradient(mask, axis=axis) if mask.shape[axis] > 1 else np.zeros_like(mask)
+        for axis in (0, 1)
+    ]
+    return steps[0], steps[1]
+
+
+def _blend(picture: Floats, colour: Colour, alpha: Floats) -> Floats:
+    paint = np.asarray(colour, dtype=np.float32) / np.float32(255)
+    mixed: Floats = picture + alpha[..., None] * (paint - picture)
+    return mixed
+
+
+def _verdict(truth: ArrayLike | None, fused: ArrayLike, members: int) -> str:
+    """The right side of the header: Dice at 0.5 where there is a truth, and the members."""
+    drawn = "1 member" if members == 1 else f"{members} members"
+    if truth is None:
+        return drawn
+
+    counts = metrics.confusion(metrics.binarise(fused), metrics.binarise(truth))
+    if counts.empty_truth:
+        found = "none predicted" if counts.empty_prediction else f"{counts.fp} pixels predicted"
+        return f"no lesion, {found}  ·  {drawn}"
+    return f"Dice {metrics.dice(counts):.3f}  ·  {drawn}"
+
+
+class _Caption(NamedTuple):
+    """What stands below a panel: its title, and at the right a legend or the colour bar."""
+
+    title: str
+    marks: tuple[tuple[Colour, str], ...] = ()
+    bar: bool = False
+
+
+class _Canvas:
+    """The dark sheet: a header line, and panels in a row, each with its caption below."""
+
+    def __init__(self, panels: int, size: tuple[int, int]) -> None:
+        self.size = size
+        width = 2 * MARGIN + panels * size[0] + (panels - 1) * GAP
+        self.picture = Image.new("RGB", (width, HEADER + size[1] + FOOTER), BACKGROUND)
+        self.draw = ImageDraw.Draw(self.picture)
+
+    def header(self, name: str, verdict: str) -> None:
+        """The name at the left, shortened to the room that the verdict leaves it."""
+        right = self.picture.width - MARGIN
+        self._text((right, HEADER // 2), verdict, size=17, anchor="rm")
+        room = right - MARGIN - self._width(verdict, size=17) - 24
+        self._text((MARGIN, HEADER // 2), self._shortened(name, room), size=19, anchor="lm")
+
+    def place(self, index: int, pixels: Floats, caption: _Caption) -> None:
+        """Paste panel ``index`` and write its caption."""
+        width, height = self.size
+        left, middle = MARGIN + index * (width + GAP), HEADER + height + FOOTER // 2
+        self.picture.paste(Image.fromarray(soft_png(pixels)), (left, HEADER))
+        self._text((left, middle), caption.title, size=14, anchor="lm", fill=QUIET)
+        if caption.bar:
+            self._bar(left + width, middle)
+        self._legend(left + width, middle, caption.marks)
+
+    def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
+        for colour, label in reversed(marks):
+            self._text((right, middle), label, size=13, anchor="rm", fill=QUIET)
+            right -= round(self._width(label, size=13)) + 6
+            self.draw.rectangle((right - 14, middle - 1, right, middle + 1), fill=colour)
+            right -= 14 + 12
+
+    def _bar(self, right: int, middle: int, length: int = 90) -> None:
+        """The scale of the uncertainty, 0 to 0.5, in the colours of the map."""
+        scale = f"{UNCERTAINTY_SCALE:g}"
+        self._text((right, middle), scale, size=13, anchor="rm", fill=QUIET)
+        end = right - round(self._width(scale, size=13)) - 6
+        ramp = np.tile(heat(np.linspace(0, 1, length)), (10, 1, 1))
+        self.picture.paste(Image.fromarray(ramp), (end - length, middle - 5))
+        self.draw.rectangle((end - length - 1, middle - 6, end, middle + 5), outline=(70, 74, 84))
+        self._text((end - length - 7, middle), "std  0", size=13, anchor="rm", fill=QUIET)
+
+    def _shortened(self, name: str, room: float) -> str:
+        """The name, with its middle left out where it is wider than ``room``."""
+        kept = len(name)
+        shown = name
+        while kept > 8 and self._width(shown, size=19) > room:
+            kept -= 1
+            shown = f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
+        return shown
+
+    def _width(self, text: str, *, size: int) -> float:
+        return self.draw.textlength(text, font=ImageFont.load_default(size=size))
+
+    def _text(
+        self, at: tuple[int, int], text: str, *, size: int, anchor: str, fill: Colour = INK
+    ) -> None:
+        font = ImageFont.load_default(size=size)
+        self.draw.text(at, text, font=font, fill=fill, anchor=anchor)

@@ -1,0 +1,73 @@
+"""Choosing which trained times a sampler visits: respacing is nothing but a choice of levels.
+
+Nichol & Dhariwal (2021), section 4. Called by ``script_util`` for training and for sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guided_diffusion.errors import UserError
+
+
+def space_timesteps(steps: int, spec: str | Sequence[int]) -> set[int]:
+    """Choose times out of ``range(steps)``.
+
+    Args:
+        steps: length T of the trained schedule.
+        spec: ``"ddimN"`` for N times at a constant integer stride (Song et al., 2020); otherwise
+            counts, as a list or a comma-separated string: the schedule is cut into that many equal
+            sections and each gives that many evenly spaced times. An empty string keeps all.
+
+    Raises:
+        UserError: the schedule cannot be cut as asked.
+    """
+    if isinstance(spec, str):
+        if spec.startswith("ddim"):
+            return _constant_stride(steps, _count(spec.removeprefix("ddim"), spec))
+        spec = [_count(part, spec) for part in spec.split(",")] if spec else [steps]
+
+    size, longer = divmod(steps, len(spec))
+    chosen: set[int] = set()
+    start = 0
+    for section, count in enumerate(spec):
+        length = size + (section < longer)
+        chosen |= {start + offset for offset in _evenly(length, count)}
+        start += length
+    return chosen
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    """Return ``count`` whole numbers from 0 to ``length - 1``, evenly spaced (only 0 for one)."""
+    if not 1 <= count <= length:
+        raise UserError(
+            "--timestep_respacing",
+            found=f"{count} steps for a section of {length} trained steps",
+            expected=f"between 1 and {length}",
+            mend="Ask for fewer steps, or for fewer sections.",
+        )
+    stride = (length - 1) / (count - 1) if count > 1 else 1.0
+    return [round(stride * i) for i in range(count)]
+
+
+def _constant_stride(steps: int, count: int) -> set[int]:
+    for stride in range(1, steps + 1):
+        if len(range(0, steps, stride)) == count:
+            return set(range(0, steps, stride))
+    raise UserError(
+        "--timestep_respacing",
+        found=f"ddim{count}",
+        expected=f"a count that a constant stride through {steps} steps can give",
+        mend=f"Use --timestep_respacing {count} for uneven strides.",
+    )
+
+
+def _count(text: str, spec: str) -> int:
+    if not text.strip().isdecimal():
+        raise UserError(
+            "--timestep_respacing",
+            found=repr(spec),
+            expected="counts such as 50 or 10,20,30, or ddim50",
+            mend="Separate whole numbers by commas.",
+        )
+    return int(text)

@@ -1,0 +1,195 @@
+"""The U-Net that denoises a mask under the condition of an image.
+
+Dhariwal & Nichol (2021) with the tensor names of their weights; the condition is the image, which
+Wolleb et al. (2022) put beside the noisy mask as further input channels. A convolution is linear,
+so the image's share of the first one is computed once per image (:meth:`UNetModel.encode`) and
+shared by every ensemble member and every step: the rest of the network never sees the image again,
+and the image is never noised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guided_diffusion.nn import (
+    AttentionBlock,
+    BlockStyle,
+    GroupNorm32,
+    Output,
+    ResBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    contracting_path,
+    middle_block,
+    time_embedding,
+    timestep_embedding,
+    zeroed,
+)
+
+
+class Condition(NamedTuple):
+    """Everything of a forward pass that depends on the image alone.
+
+    Attributes:
+        stem: the image's share of the first feature map, [B, C, H, W].
+    """
+
+    stem: Tensor
+
+    def rows(self, index: Tensor) -> Condition:
+        """Pick the condition of the image ``index[i]`` for the i-th network input."""
+        return Condition(*(value[index] for value in self))
+
+
+class UNetModel(nn.Module):
+    """U-Net with residual and attention blocks, told the time and, once per image, the image.
+
+    Args:
+        image_size: height and width that attention and depth were chosen for; others work too.
+        in_channels: image channels plus mask channels.
+        model_channels: width of the first level, a multiple of 32.
+        out_channels: K, or 2K with a learned variance.
+        num_res_blocks: residual blocks a level.
+        attention_resolutions: downsampling factors with attention, e.g. ``(16,)``.
+        mask_channels: K, the last of the input channels.
+        channel_mult: width of each level in units of ``model_channels``.
+        num_classes: classes of a class-conditional network.
+        num_heads_upsample: attention heads of the expanding path; -1 for ``num_heads``.
+
+    The other arguments are those of :class:`guided_diffusion.nn.BlockStyle`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        *,
+        mask_channels: int = 1,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.mask_channels = mask_channels
+        self.num_classes = num_classes
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        style = BlockStyle(
+            emb_channels=4 * model_channels,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_new_attention_order=use_new_attention_order,
+        )
+        decoder_style = (
+            style if num_heads_upsample == -1 else replace(style, num_heads=num_heads_upsample)
+        )
+
+        self.time_embed = time_embedding(model_channels)
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, style.emb_channels)
+        self.input_blocks, skips = contracting_path(
+            in_channels, widths, num_res_blocks, attention_resolutions, style
+        )
+        self.middle_block = middle_block(widths[-1], style)
+        self.output_blocks = _expanding_path(
+            skips, widths, num_res_blocks, attention_resolutions, decoder_style
+        )
+        self.out = nn.Sequential(
+            GroupNorm32(widths[0]),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1)),
+        )
+
+    def encode(self, image: Tensor) -> Condition:
+        """Compute what depends on the image alone.
+
+        Args:
+            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings.
+        """
+        weight, bias = self._stem
+        return Condition(F.conv2d(image, weight[:, : image.shape[1]], bias, padding=1))
+
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Condition, y: Tensor | None = None
+    ) -> Output:
+        """Predict from a noisy mask.
+
+        Args:
+            x: noisy mask [B, K, H, W].
+            t: times [B], fractional ones allowed.
+            condition: of the B images, from :meth:`encode`.
+            y: class labels int64 [B]; exactly when the network is class-conditional.
+        """
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("class labels y belong to class-conditional networks, and only there")
+        weight, _ = self._stem
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(weight.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+
+        h = condition.stem + F.conv2d(x, weight[:, -x.shape[1] :], padding=1)
+        skips = [h]
+        for block in list(self.input_blocks)[1:]:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return Output(self.out(h))
+
+    @property
+    def _stem(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the first convolution; image channels first, mask channels last."""
+        return self.get_parameter("input_blocks.0.0.weight"), self.get_parameter(
+            "input_blocks.0.0.bias"
+        )
+
+
+def _expanding_path(
+    skips: Sequence[int],
+    widths: Sequence[int],
+    num_res_blocks: int,
+    attention_ds: Collection[int],
+    style: BlockStyle,
+) -> nn.ModuleList:
+    """Build the output blocks: one for every skip connection, deepest first."""
+    waiting = list(skips)
+    channels = widths[-1]
+    blocks = []
+    for level, width in reversed(list(enumerate(widths))):
+        for position in range(num_res_blocks + 1):
+            layers: list[nn.Module] = [ResBlock(channels + waiting.pop(), width, style)]
+            channels = width
+            if 2**level in attention_ds:
+                layers.append(AttentionBlock(width, style))
+            if level and position == num_res_blocks:
+                layers.append(
+                    ResBlock(width, width, style, "up")
+                    if style.resblock_updown
+                    else Upsample(width)
+                )
+            blocks.append(TimestepEmbedSequential(*layers))
+    return nn.ModuleList(blocks)

@@ -1,0 +1,21 @@
+"""Score predicted masks against the ground truth."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.options import SCORE, parse
+
+
+def main() -> None:
+    with exit_on_user_error():
+        typed = parse(__doc__ or "", SCORE)
+        from guided_diffusion.script_util import score  # torch is imported only once flags are read
+
+        score(typed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Train a diffusion model that segments images."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.options import TRAIN, parse
+
+
+def main() -> None:
+    with exit_on_user_error():
+        typed = parse(__doc__ or "", TRAIN)
+        from guided_diffusion.script_util import train  # torch is imported only once flags are read
+
+        train(typed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Fusion rules and measures of doubt, against values worked out by hand and their properties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_diffusion.ensemble import (
+    FUSIONS,
+    disagreement,
+    mean,
+    staple,
+    uncertainty,
+    vote,
+)
+from guided_diffusion.metrics import binarise, confusion, dice
+
+
+def raters(*rows):
+    """One row of pixels per rater -> [E, 1, P]."""
+    return torch.tensor(rows, dtype=torch.float32)[:, None]
+
+
+THREE = raters([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0])
+
+
+def test_mean_and_vote_by_hand():
+    torch.testing.assert_close(mean(THREE), torch.tensor([[1, 1 / 3, 1 / 3, 0]]))
+    torch.testing.assert_close(vote(THREE), torch.tensor([[1.0, 0, 0, 0]]))
+
+
+def test_vote_counts_members_not_probabilities():
+    members = raters([0.9, 0.45], [0.6, 0.45], [0.0, 0.9])
+    torch.testing.assert_close(vote(members), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(vote(members, threshold=0.4), torch.tensor([[1.0, 1.0]]))
+    torch.testing.assert_close(vote(raters([1, 0], [0, 0])), torch.tensor([[1.0, 0.0]]))
+
+
+def test_staple_of_two_raters_by_hand():
+    # Two raters who agree on 1 and 0 and part on the third pixel; the prior is 1/2. The first
+    # E-step, with p = q for all, gives 1, 0 and 1/2, hence p = (1, 1 / 1.5) and q = (1 / 1.5, 1)
+    # up to 1e-5; then the third pixel has p1 (1 - p2) against (1 - q1) q2: 1/3 each, once more
+    # 1/2. So (1, 0, 1/2) is the fixed point, and no rater is preferred.
+    fused = staple(raters([1, 0, 1], [1, 0, 0]))
+    torch.testing.assert_close(fused, torch.tensor([[1, 0, 0.5]]), atol=1e-4, rtol=0)
+
+
+def test_staple_toy_agrees_with_a_plain_em():
+    decisions = [[1, 1, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 1, 0, 1], [0, 1, 1, 1, 0, 0, 1, 0]]
+    fused = staple(raters(*decisions))
+    expected = torch.tensor([plain_staple(decisions)])
+    torch.testing.assert_close(fused, expected, atol=1e-5, rtol=0)
+
+
+def plain_staple(decisions, iterations=2000):
+    """The paper's equations, pixel by pixel, on lists of Python floats."""
+    raters_, pixels = range(len(decisions)), range(len(decisions[0]))
+    prior = sum(map(sum, decisions)) / (len(decisions) * len(decisions[0]))
+    p, q = [0.99999] * len(decisions), [0.99999] * len(decisions)
+    for _ in range(iterations):
+        a = [
+            prior * math.prod(p[j] if decisions[j][i] else 1 - p[j] for j in raters_)
+            for i in pixels
+        ]
+        b = [
+            (1 - prior) * math.prod(1 - q[j] if decisions[j][i] else q[j] for j in raters_)
+            for i in pixels
+        ]
+        w = [x / (x + y) for x, y in zip(a, b, strict=True)]
+        p = [sum(w[i] * decisions[j][i] for i in pixels) / sum(w) for j in raters_]
+        rest = len(w) - sum(w)
+        q = [sum((1 - w[i]) * (1 - decisions[j][i]) for i in pixels) / rest for j in raters_]
+    return w
+
+
+def noisy(truth, flips, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(truth.shape, generator=generator) < flips, 1 - truth, truth)
+
+
+def disc(size=32, radius=0.5):
+    line = torch.linspace(-1, 1, size)
+    return (line[:, None] ** 2 + line**2 < radius**2).float()
+
+
+def test_staple_beats_the_majority_where_raters_are_bad():
+    truth = disc()
+    bad = [noisy(truth, 0.45, seed) for seed in range(3)]
+    members = torch.stack([noisy(truth, 0.01, 7), noisy(truth, 0.02, 8), *bad])
+    scores = {
+        name: dice(confusion(binarise(fuse(members)), truth)) for name, fuse in FUSIONS.items()
+    }
+    assert scores["staple"] > 0.94 > scores["vote"] + 0.1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(5)))
+def test_fusions_do_not_care_about_the_order_of_members(order):
+    members = torch.stack([noisy(disc(12), 0.1 + 0.05 * seed, seed) for seed in range(5)])
+    for fuse in (*FUSIONS.values(), uncertainty):
+        torch.testing.assert_close(fuse(members[list(order)]), fuse(members))
+    assert disagreement(members[list(order)]) == pytest.approx(disagreement(members))
+
+
+@pytest.mark.parametrize("fuse", FUSIONS.values(), ids=FUSIONS.keys())
+@pytest.mark.parametrize("mask", [disc(), torch.zeros(8, 8), torch.ones(8, 8)])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_unanimous_members_are_a_fixed_point(fuse, mask, count):
+    fused = fuse(mask.expand(count, *mask.shape))
+    torch.testing.assert_close(fused, mask, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fuse", [*FUSIONS.values(), uncertainty])
+def test_a_batch_is_fused_case_by_case(fuse):
+    members = torch.rand((4, 3, 2, 8, 9), generator=torch.Generator().manual_seed(0))
+    fused = fuse(members)
+    assert fused.shape == (3, 2, 8, 9)
+    assert fused.dtype == torch.float32
+    assert fused.min() >= 0
+    assert fused.max() <= 1
+    torch.testing.assert_close(fused[1, 1], fuse(members[:, 1, 1]), atol=1e-5, rtol=0)
+
+
+def test_uncertainty_by_hand():
+    expected = torch.tensor([[0, math.sqrt(2) / 3, math.sqrt(2) / 3, 0]])
+    torch.testing.assert_close(uncertainty(THREE), expected)
+    torch.testing.assert_close(uncertainty(raters([1, 0], [0, 0])), torch.tensor([[0.5, 0]]))
+    assert not uncertainty(raters([0.3, 0.7])).any()
+
+
+def test_disagreement_by_hand():
+    # The pairs share one pixel of 2 + 2, 2 + 1 and 2 + 1: Dice 1/2, 2/3 and 2/3.
+    assert disagreement(THREE) == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
+    assert disagreement(raters([1, 0], [0, 1])) == 1.0
+    assert disagreement(raters([1, 0], [0, 0])) == 1.0
+    assert disagreement(raters([0, 0], [0, 0], [0, 0])) == 0.0
+    assert disagreement(raters([1, 0])) == 0.0
+
+
+@pytest.mark.parametrize(
+    "members", [torch.zeros(4, 4), torch.zeros(0, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)]
+)
+@pytest.mark.parametrize("function", [*FUSIONS.values(), uncertainty, disagreement])
+def test_members_of_another_kind_are_refused(function, members):
+    with pytest.raises(ValueError, match="members must be float"):
+        function(members)
