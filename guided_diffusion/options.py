@@ -224,7 +224,7 @@ def recorded(*options: Any) -> dict[str, Any]:
 def refuse_contradictions(typed: dict[str, Any], trained: dict[str, Any], path: object) -> None:
     """Raise a UserError for the first typed flag that differs from what a checkpoint records."""
     for name, value in typed.items():
-        if name in trained and trained[name] != value:
+        if name in trained and value not in (trained[name], "auto"):
             raise UserError(
                 f"--{name}",
                 found=value,

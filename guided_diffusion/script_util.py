@@ -196,7 +196,7 @@ def train(typed: dict[str, Any]) -> None:
         load_weights(net, start.model, path)
     process = create_gaussian_diffusion(diffusion)
     loop = TrainLoop(
-        net.to(device),
+        _placed(net, device),
         process,
         dataset=Remembered(Framed(dataset, frame)),
         schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
@@ -217,43 +217,54 @@ def train(typed: dict[str, Any]) -> None:
 
 def sample(typed: dict[str, Any]) -> None:
     """Draw, fuse and write masks: what ``segmentation_sample.py`` does with the flags typed."""
-    options, run, data = (
-        fill(SamplingOptions, typed),
-        fill(RunOptions, typed),
-        fill(DataOptions, typed),
+    options, data = fill(SamplingOptions, typed), fill(DataOptions, typed)
+    out_dir = Path(fill(RunOptions, typed).out_dir).expanduser()
+    for note in dead_flags(SAMPLE, typed):
+        logger.log(note)
+    data_dir = typed.get("data_dir", "./data/testing")
+    dataset = open_dataset(data_dir, data_name=data.data_name, test=True)
+    segmenter, fingerprint = load_segmenter(dataset, typed)
+    names = segment(
+        segmenter,
+        dataset,
+        out_dir,
+        fingerprint=fingerprint,
+        num_samples=options.num_samples,
     )
-    run = _with_precision(run)
-    path = latest_checkpoint(options.model_path)
-    checkpoint = load_checkpoint(path)
-    dataset = open_dataset(
-        typed.get("data_dir", "./data/testing"), data_name=data.data_name, test=True
+    logger.log(
+        f"{len(names)} cases in {out_dir}: <case>_mask.png, <case>_output_ens.png, "
+        "<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>.png, predictions.csv"
     )
 
+
+def load_segmenter(dataset: SegmentationDataset, typed: dict[str, Any]) -> tuple[Segmenter, str]:
+    """Load a trained model as the sampling flags say, for the cases of a data set.
+
+    Returns:
+        What draws masks, and a fingerprint of everything its masks depend on.
+    """
+    options, run = fill(SamplingOptions, typed), _with_precision(fill(RunOptions, typed))
+    path = latest_checkpoint(options.model_path)
+    checkpoint = load_checkpoint(path)
     flags = _trained_flags(checkpoint, typed, path)
     network = _network_for(dataset, flags, path if checkpoint.options else None)
     diffusion = fill(DiffusionOptions, flags)
     frame, _ = _frame(dataset, network, flags)
+    process = create_gaussian_diffusion(diffusion)
+
     device = dev(run.gpu_dev)
+    plan = _plan(options, run, process, typed, device=device, own=bool(checkpoint.options))
     net = create_model(network, diffusion)
     weights, which = checkpoint.choose(options.weights)
     load_weights(net, weights, path)
-    process = create_gaussian_diffusion(diffusion)
-    plan = _plan(options, run, process, typed, device=device, own=bool(checkpoint.options))
-
-    logger.log(f"{path}: {which}; {_million(net)} on {describe(device)}, {plan.precision}")
     logger.log(
-        f"{len(dataset)} {dataset.layout} cases of {dataset.channels} channels from "
-        f"{dataset.directory}; {plan.num_ensemble} masks each by {plan.sampler}, "
-        f"{plan.evaluations} evaluations, fused by {plan.fusion}, seed {plan.seed}"
+        f"{path}: {which}; {_million(net)} on {describe(device)}, {plan.precision}\n"
+        f"{len(dataset)} {dataset.layout} cases, {dataset.channels} channels, "
+        f"{dataset.directory}\n{plan.num_ensemble} masks a case by {plan.sampler}, "
+        f"{plan.evaluations} evaluations each; {plan.fusion}, seed {plan.seed}"
     )
-    for note in dead_flags(SAMPLE, typed):
-        logger.log(note)
-    out_dir = Path(run.out_dir).expanduser()
-    segmenter = Segmenter(net.to(device), process, frame=frame, plan=plan)
-    mark = _fingerprint(weights, plan, frame)
-    names = segment(segmenter, dataset, out_dir, fingerprint=mark, num_samples=options.num_samples)
-    logger.log(
-        f"{len(names)} cases segmented into {out_dir}: <case>_mask.png, <case>_overlay.png, ..."
+    return Segmenter(_placed(net, device), process, frame=frame, plan=plan), _fingerprint(
+        weights, plan, frame
     )
 
 
@@ -439,6 +450,11 @@ def _fingerprint(weights: Weights, plan: Plan, frame: Frame) -> str:
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _placed(net: UNetModel, device: torch.device) -> UNetModel:
+    """Move a network to its device, in the memory order that convolutions are fastest in."""
+    return net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _million(net: UNetModel) -> str:

@@ -1,0 +1,32 @@
+# make demo: train, sample and score on the example in data/.   make test: all checks and tests.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+OUT ?= results/demo
+
+DEMO_FLAGS = --image_size 64 --num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 \
+	--attention_resolutions 8 --num_heads 1 --predict_xstart True --mask_range=-1,1 \
+	--batch_size 8 --lr 1e-3 --ema_rate 0.99 --max_steps 600
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/ready
+	$(PY) scripts/segmentation_train.py --data_dir data/training --out_dir $(OUT) $(DEMO_FLAGS)
+	$(PY) scripts/segmentation_sample.py --data_dir data/testing --model_path $(OUT) --out_dir $(OUT) --dpm_solver True --steps 5
+	$(PY) scripts/segmentation_env.py --inp_pth $(OUT) --out_pth data/testing
+
+test: check
+	$(PY) -m pytest
+
+check: $(VENV)/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+"""Package metadata; the versions that were tested stand in requirements.txt."""
+
+from setuptools import setup
+
+setup(
+    name="guided-diffusion-segmentation",
+    version="0.1.0",
+    description="Diffusion-based medical image segmentation: train, draw ensembles, fuse, score",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["guided_diffusion"],
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.26,<3",
+        "nibabel>=5.3,<6",
+        "scikit-image>=0.24,<1",
+        "pillow>=10.1",
+        "tqdm>=4.65,<5",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "types-tqdm"],
+        "plot": ["matplotlib>=3.8"],
+        "visdom": ["visdom==0.2.4", "tornado>=6.2,<6.6"],
+    },
+)
