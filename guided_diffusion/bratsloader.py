@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.datasets import (
+from guided_diffusion.datasets import Entry, SegmentationDataset
+from guided_diffusion.errors import UserError
+from guided_diffusion.readers import (
     Affine,
     Array,
-    Entry,
-    SegmentationDataset,
     is_nifti,
     label_mask,
     nifti_shape,
@@ -34,7 +34,6 @@ from guided_diffusion.datasets import (
     split_name,
     walk,
 )
-from guided_diffusion.errors import UserError
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 SEG = "seg"

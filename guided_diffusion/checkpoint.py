@@ -8,10 +8,11 @@ well.
 
 from __future__ import annotations
 
-import pickle
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +110,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
             types.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _unreadable(path, f"objects that could run code ({_first_line(error)})") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise _unreadable(path, f"an unreadable file ({_first_line(error)})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses about the protocol of what is no pickle
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no checkpoint can fail in any way
+        raise _unreadable(path, _why(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        del content["format"]
-        return Checkpoint(**content)
-    if isinstance(content, dict) and content and all(torch.is_tensor(v) for v in content.values()):
+        if content.keys() == {"format", *(part.name for part in fields(Checkpoint))}:
+            del content["format"]
+            return Checkpoint(**content)
+        raise _unreadable(path, f"a checkpoint of {', '.join(map(str, content))}")
+    if isinstance(content, dict) and content and all(map(_is_weight, content.items())):
         weights = {name.removeprefix("module."): value.data for name, value in content.items()}
         return Checkpoint(options={}, step=0, model=weights)
     raise _unreadable(path, f"a {type(content).__name__} of something else")
+
+
+def _is_weight(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _unreadable(path: Path, found: str) -> UserError:
@@ -132,8 +139,14 @@ def _unreadable(path: Path, found: str) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _why(error: Exception) -> str:
+    """Say why torch could not load a file; its own words advise to trust the file."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return f"objects that could run code ({code[1]})"
+    if isinstance(error, OSError | RuntimeError) and str(error):
+        return f"an unreadable file ({str(error).splitlines()[0]})"
+    return "a damaged file, or one of another kind"
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:

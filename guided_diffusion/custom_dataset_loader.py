@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from guided_diffusion.datasets import (
+from guided_diffusion.datasets import Entry, SegmentationDataset
+from guided_diffusion.errors import UserError
+from guided_diffusion.readers import (
     NIFTI,
     PICTURES,
     Affine,
-    Entry,
-    SegmentationDataset,
     image_channels,
     is_nifti,
     listing,
@@ -25,7 +25,6 @@ from guided_diffusion.datasets import (
     safe_name,
     split_name,
 )
-from guided_diffusion.errors import UserError
 
 
 class CustomDataset(SegmentationDataset):

@@ -3,46 +3,28 @@
 The contract comes first: :class:`Case` (one picture with its mask), :class:`Entry` (the files
 behind it) and :class:`SegmentationDataset`, which the loaders of the floor above fill, one layout
 each. Then :class:`Frame`, the one place where pictures and masks are cropped or resized and
-brought back, and the readers for pictures and NIfTI slices that the loaders share. Called by the
-loaders, by training (through :class:`Framed`), by prediction (:meth:`Frame.restore`), by scoring.
+brought back. Called by the loaders, by training (through :class:`Framed`) and by prediction
+(:meth:`Frame.restore`).
 """
 
 from __future__ import annotations
 
-import os
-import re
-import struct
-import unicodedata
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import nibabel as nib
-import numpy as np
-import numpy.typing as npt
 import torch
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.readers import Affine, listing, size_text
 
-Array = npt.NDArray[np.float32]
-Affine = npt.NDArray[np.float64]
-
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-NIFTI = (".nii.gz", ".nii")
 CROPS = ("auto", "none", "wolleb")
 WOLLEB_SIZE, WOLLEB_CROP = 240, 8
-
-
-# ------------------------------------------------------------------------------- the contract
 
 
 class Case(NamedTuple):
@@ -165,9 +147,6 @@ def collate(cases: Sequence[Case]) -> Batch:
         mask=torch.stack(masks) if len(masks) == len(cases) else None,
         names=[case.name for case in cases],
     )
-
-
-# ---------------------------------------------------------------------- the network's square
 
 
 @dataclass(frozen=True)
@@ -309,300 +288,3 @@ class Remembered(Dataset[Case]):
             self.room -= size
             self.cases[index] = case
         return case
-
-
-# ----------------------------------------------------------------------- folders and names
-
-
-def open_folder(directory: str | os.PathLike[str]) -> Path:
-    """The folder with ``~`` expanded; a missing one, or a file, is a :class:`UserError`."""
-    folder = Path(directory).expanduser()
-    if folder.is_dir():
-        return folder
-    raise UserError(
-        folder,
-        found="a file" if folder.exists() else "nothing there",
-        expected="a folder of images and masks",
-        mend="Pass the folder that holds the data set.",
-    )
-
-
-def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below (and ``directory`` itself) with its sorted file names; nothing is opened.
-
-    Hidden files and folders are left out. Links to folders are followed, but no folder is visited
-    twice, so a link that points upwards ends the walk there.
-    """
-    seen: set[tuple[int, int]] = set()
-    for root, folders, files in os.walk(directory, onerror=_refuse, followlinks=True):
-        stat = Path(root).stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if _is_visible(name))
-        yield Path(root), sorted(name for name in files if _is_visible(name))
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed must not pass for an empty one."""
-    raise UserError(
-        error.filename,
-        found=f"a folder that cannot be listed ({error.strerror})",
-        expected="a readable folder",
-        mend="Change its permissions, or move it out of the data set.",
-    )
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def split_name(file_name: str) -> tuple[str, str]:
-    """('slice.v2', '.nii.gz') from 'slice.v2.nii.gz'; the ending in lower case."""
-    lower = file_name.lower()
-    ending = next((end for end in NIFTI if lower.endswith(end)), Path(lower).suffix)
-    return file_name[: len(file_name) - len(ending)], ending
-
-
-def is_nifti(path: Path) -> bool:
-    """Whether the file's ending says NIfTI."""
-    return path.name.lower().endswith(NIFTI)
-
-
-def safe_name(text: str) -> str:
-    """A case id that any file system takes: separators and reserved characters become '_'."""
-    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", unicodedata.normalize("NFC", text))
-    return name.strip(" .") or "_"
-
-
-def listing(items: Iterable[object], *, most: int = 5) -> str:
-    """The first few items for a message, with the count of the rest."""
-    texts = [str(item) for item in items]
-    rest = len(texts) - most
-    return ", ".join(texts[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def size_text(image: Tensor) -> str:
-    """'240 x 224' for a message."""
-    return f"{image.shape[-2]} x {image.shape[-1]}"
-
-
-# ------------------------------------------------------------------------------ the readers
-
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-    Image.DecompressionBombError,
-)
-_DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-
-
-def _unreadable(path: Path, error: Exception, kind: str) -> UserError:
-    return UserError(
-        path,
-        found=f"a file that cannot be read ({error or type(error).__name__})",
-        expected=f"a {kind}",
-        mend="Restore it from the source, or take the case out of the set.",
-    )
-
-
-def read_nifti(path: Path) -> tuple[Array, Affine]:
-    """Decode a NIfTI file: float32 array without trailing axes of length 1, its affine [4, 4].
-
-    Values are scaled as the header says and otherwise as stored. Raises :class:`UserError` where
-    the file cannot be decoded, is empty, or holds colours, complex, NaN or infinite values.
-    """
-    try:
-        with np.errstate(all="ignore"):
-            nifti: Any = nib.load(path)
-            stored = np.asarray(nifti.dataobj)
-            if stored.dtype.kind not in "biuf":
-                raise ValueError(f"its values are {stored.dtype}")
-            values = stored.astype(np.float32)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error, "NIfTI image of real numbers") from error
-    while values.ndim > 2 and values.shape[-1] == 1:
-        values = values[..., 0]
-    _require_finite(path, values)
-    return values, np.asarray(nifti.affine, dtype=np.float64)
-
-
-def nifti_shape(path: Path) -> tuple[int, ...]:
-    """The shape from the header alone, without trailing axes of length 1."""
-    try:
-        nifti: Any = nib.load(path)
-        shape = tuple(int(length) for length in nifti.shape)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error, "NIfTI image") from error
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
-    """:func:`read_nifti` for a file that must be two-dimensional, [H, W]."""
-    values, affine = read_nifti(path)
-    if values.ndim != 2:
-        raise UserError(
-            path,
-            found=f"a volume of {' x '.join(map(str, values.shape))}",
-            expected="a two-dimensional slice",
-            mend="Cut volumes into slices; whole volumes are read in the BRATS layout only.",
-        )
-    return values, affine
-
-
-def label_mask(path: Path, values: Array) -> Array:
-    """Label map -> {0, 1} (above 0 is 1); fractions in [0, 1] are a soft mask and are kept."""
-    if np.abs(values - np.round(values)).max() < 1e-3:
-        return (np.round(values) > 0).astype(np.float32)
-    if values.min() >= 0 and values.max() <= 1:
-        return values
-    raise UserError(
-        path,
-        found=f"fractional labels from {values.min():g} to {values.max():g}",
-        expected="whole label numbers, or a soft mask in [0, 1]",
-        mend="Was an image given as the mask, or the label map interpolated?",
-    )
-
-
-def picture_channels(path: Path) -> int:
-    """1 for a grey picture, 3 for a coloured one, from the header alone."""
-    with _opened(path) as picture:
-        return 1 if _is_grey(picture) else 3
-
-
-def read_picture(path: Path, *, channels: int) -> Tensor:
-    """Decode a picture to float32 [channels, H, W] in [0, 1].
-
-    Grey is repeated where 3 channels are asked for; transparency is dropped; orientation tags are
-    ignored, as masks rarely carry them. A coloured picture in a grey set is a :class:`UserError`.
-    """
-    values = _levels(path, _decoded(path))
-    if values.ndim == 2:
-        return torch.from_numpy(values).expand(channels, -1, -1).clone()
-    if channels == 3:
-        return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-    return torch.from_numpy(_one_channel(path, values, "a grey picture as the rest of the set"))[
-        None
-    ]
-
-
-def read_picture_mask(path: Path) -> Tensor:
-    """Decode a mask picture to float32 [1, H, W] in [0, 1], soft borders kept.
-
-    A palette picture is a label map: index above 0 is 1. So is a lossless grey one whose brightest
-    value is below an eighth of white (labels 0, 1, 2, ...). A coloured mask is a
-    :class:`UserError`.
-    """
-    picture = _decoded(path)
-    if picture.mode == "P":
-        return torch.from_numpy((np.asarray(picture) > 0).astype(np.float32))[None]
-
-    values = _levels(path, picture)
-    if values.ndim == 3:
-        values = _one_channel(path, values, "a grey, black-and-white or palette mask")
-    if picture.mode != "F" and values.max() < 1 / 8 and not path.suffix.lower().startswith(".jp"):
-        values = (values > 0).astype(np.float32)
-    return torch.from_numpy(values)[None]
-
-
-def image_channels(path: Path) -> int:
-    """1 for a NIfTI file or a grey picture, 3 for a coloured picture, from the header alone."""
-    return 1 if is_nifti(path) else picture_channels(path)
-
-
-def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
-    """One image of either kind, float32 [channels, H, W], and the affine of a NIfTI slice."""
-    if not is_nifti(path):
-        return read_picture(path, channels=channels), None
-    values, affine = read_nifti_slice(path)
-    return torch.from_numpy(values)[None], affine
-
-
-def read_mask_file(path: Path) -> Tensor:
-    """One mask of either kind, float32 [1, H, W] in [0, 1]."""
-    if not is_nifti(path):
-        return read_picture_mask(path)
-    values, _ = read_nifti_slice(path)
-    return torch.from_numpy(label_mask(path, values))[None]
-
-
-def _opened(path: Path) -> Image.Image:
-    """The picture with its header read."""
-    try:
-        return Image.open(path)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error, "picture") from error
-
-
-def _decoded(path: Path) -> Image.Image:
-    picture = _opened(path)
-    with picture:
-        if picture.format in ("TIFF", "GIF") and getattr(picture, "n_frames", 1) > 1:
-            raise UserError(
-                path,
-                found="a file of several pictures",
-                expected="one picture per file",
-                mend="Split it into single pictures.",
-            )
-        try:
-            picture.load()
-            return picture
-        except _UNREADABLE as error:
-            raise _unreadable(path, error, "picture") from error
-
-
-def _is_grey(picture: Image.Image) -> bool:
-    return picture.mode in ("1", "L", "LA", "La", "F", *_DEEP_GREY)
-
-
-def _levels(path: Path, picture: Image.Image) -> Array:
-    """Pixel values in [0, 1], [H, W] for grey modes and [H, W, 3] for all others."""
-    if picture.mode == "F":
-        values, white = np.asarray(picture, dtype=np.float32), 1
-    elif picture.mode in _DEEP_GREY:
-        values, white = np.asarray(picture).astype(np.float32), 65535
-    else:
-        opaque = picture.convert("RGBA") if picture.mode == "P" else picture
-        converted = opaque.convert("L" if _is_grey(picture) else "RGB")
-        values, white = np.asarray(converted).astype(np.float32), 255
-
-    _require_finite(path, values)
-    if values.min() < 0 or values.max() > white:
-        raise UserError(
-            path,
-            found=f"values from {values.min():g} to {values.max():g}",
-            expected=f"values from 0 to {white}",
-            mend="Scale the picture, or store it with 8 or 16 bits.",
-        )
-    return np.asarray(values / np.float32(white), dtype=np.float32)
-
-
-def _one_channel(path: Path, values: Array, expected: str) -> Array:
-    """[H, W, 3] -> [H, W] where the channels agree up to compression noise."""
-    if np.ptp(values, axis=2).max() > 8 / 255:
-        raise UserError(
-            path,
-            found="a coloured picture",
-            expected=expected,
-            mend="Convert it, or check that images and masks were not swapped.",
-        )
-    return np.ascontiguousarray(values[..., 0])
-
-
-def _require_finite(path: Path, values: Array) -> None:
-    if values.size == 0 or not np.isfinite(values).all():
-        raise UserError(
-            path,
-            found="NaN or infinite values" if values.size else "no pixels",
-            expected="finite numbers",
-            mend="Repair the file, or take the case out of the set.",
-        )

@@ -12,9 +12,8 @@ import csv
 import io
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from torch.nn import functional
 
 from guided_diffusion import metrics
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import whole
 from guided_diffusion.layouts import open_masks
 
 Mask = NDArray[np.float32]
@@ -77,9 +77,9 @@ def evaluate(
     cases = pair_cases(folder, truths, partial=partial)
     scores = [score_case(case) for case in cases]
 
-    summary = summarise(scores)
-    _write_whole(folder / "scores.csv", _csv_text(scores))
-    _write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = {**summarise(scores), "seconds_per_case": _mean(_seconds(folder))}
+    _write(folder / "scores.csv", _csv_text(scores))
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -172,6 +172,14 @@ def summarise(scores: Sequence[CaseScore]) -> Summary:
     }
 
 
+def _seconds(folder: Path) -> Iterator[float]:
+    """What sampling noted for each case in ``predictions.csv``; nothing where there is none."""
+    path = folder / "predictions.csv"
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            yield from (float(row["seconds"]) for row in csv.DictReader(file) if row.get("seconds"))
+
+
 def report(summary: Summary) -> str:
     """The text that the scoring script prints: the parents' two lines, then our own table."""
     rows = [("Dice", "dice"), ("IoU", "iou"), ("Dice of single members", "dice_member")]
@@ -188,6 +196,7 @@ def report(summary: Summary) -> str:
             f"{'at 0.5, own size':<24}{'all cases':>10}{'with lesion':>14}",
             *lines,
             f"{'cases':<24}{summary['cases']:>10}{_with_lesion(summary):>14}",
+            f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
             "",
             f"empty truths {summary['empty_truth']}, empty predictions "
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
@@ -333,20 +342,9 @@ def _csv_text(scores: Sequence[CaseScore]) -> str:
     return text.getvalue()
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write under another name, then rename: a reader finds the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            path,
-            found=f"a file that cannot be written ({error.strerror})",
-            expected="a folder one may write to",
-            mend="Change its permissions, or copy the predictions elsewhere.",
-        ) from error
+def _write(path: Path, text: str) -> None:
+    with whole(path, mend="Change the permissions, or copy the predictions elsewhere.") as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -355,8 +353,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _number(value: float | int | str | None) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-"
+def _number(value: float | int | str | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float) else "-"
 
 
 def _with_lesion(summary: Summary) -> int:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from guided_diffusion.datasets import (
+from guided_diffusion.datasets import Entry, SegmentationDataset
+from guided_diffusion.errors import UserError
+from guided_diffusion.readers import (
     PICTURES,
     Affine,
-    Entry,
-    SegmentationDataset,
     listing,
     open_folder,
     read_image_file,
@@ -26,7 +26,6 @@ from guided_diffusion.datasets import (
     split_name,
     walk,
 )
-from guided_diffusion.errors import UserError
 
 _CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.csv")
 _PICTURE = re.compile(r"ISIC_(\d+)")

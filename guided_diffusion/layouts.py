@@ -20,16 +20,10 @@ from guided_diffusion.custom_dataset_loader import (
     image_files,
     subfolder,
 )
-from guided_diffusion.datasets import (
-    Array,
-    Entry,
-    SegmentationDataset,
-    open_folder,
-    read_mask_file,
-    safe_name,
-)
+from guided_diffusion.datasets import Entry, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset, looks_like_isic
+from guided_diffusion.readers import Array, open_folder, read_mask_file, safe_name
 
 Loader = Callable[[Path, bool], SegmentationDataset]
 

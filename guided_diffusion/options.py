@@ -90,6 +90,13 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class SampleDataOptions(DataOptions):
+    """Where the images to segment are and how they reach the network's size."""
+
+    data_dir: str = _flag("./data/testing", "folder with the data set", run=True)
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """Where and how a run happens."""
 
@@ -177,7 +184,7 @@ class ScoringOptions:
 
 
 TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, RunOptions)
-SAMPLE = (DataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
+SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
 SCORE = (ScoringOptions,)
 
 

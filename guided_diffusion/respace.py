@@ -6,6 +6,7 @@ Nichol & Dhariwal (2021), section 4. Called by ``script_util`` for training and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from guided_diffusion.errors import UserError
 
@@ -38,7 +39,11 @@ def space_timesteps(steps: int, spec: str | Sequence[int]) -> set[int]:
 
 
 def _evenly(length: int, count: int) -> list[int]:
-    """Return ``count`` whole numbers from 0 to ``length - 1``, evenly spaced (only 0 for one)."""
+    """Return ``count`` whole numbers from 0 to ``length - 1``, evenly spaced (only 0 for one).
+
+    The stride is added up, not multiplied: where a position ends on a half, the float error decides
+    which way it rounds, and models that were respaced before this code existed added it up.
+    """
     if not 1 <= count <= length:
         raise UserError(
             "--timestep_respacing",
@@ -47,7 +52,7 @@ def _evenly(length: int, count: int) -> list[int]:
             mend="Ask for fewer steps, or for fewer sections.",
         )
     stride = (length - 1) / (count - 1) if count > 1 else 1.0
-    return [round(stride * i) for i in range(count)]
+    return [round(at) for at in accumulate([stride] * (count - 1), initial=0.0)]
 
 
 def _constant_stride(steps: int, count: int) -> set[int]:

@@ -42,6 +42,7 @@ from guided_diffusion.options import (
     DiffusionOptions,
     NetworkOptions,
     RunOptions,
+    SampleDataOptions,
     SamplingOptions,
     ScoringOptions,
     TrainingOptions,
@@ -177,10 +178,6 @@ def train(typed: dict[str, Any]) -> None:
         fill(DataOptions, typed),
     )
     options, run = _settled(options, typed), _with_precision(run)
-    logger.configure(run.out_dir)
-    for note in dead_flags(TRAIN, typed):
-        logger.log(note)
-
     dataset = open_dataset(data.data_dir, data_name=data.data_name)
     path, start = _checkpoint_to_resume(options, run)
     trained = start.options if start else {}
@@ -204,6 +201,9 @@ def train(typed: dict[str, Any]) -> None:
         run=run,
         recorded={**recorded(network, diffusion), "crop": crop},
     )
+    logger.configure(run.out_dir)
+    for note in dead_flags(TRAIN, typed):
+        logger.log(note)
     if start:
         loop.restore(start)
         logger.log(f"resuming {path} at step {start.step}")
@@ -217,12 +217,11 @@ def train(typed: dict[str, Any]) -> None:
 
 def sample(typed: dict[str, Any]) -> None:
     """Draw, fuse and write masks: what ``segmentation_sample.py`` does with the flags typed."""
-    options, data = fill(SamplingOptions, typed), fill(DataOptions, typed)
+    options, data = fill(SamplingOptions, typed), fill(SampleDataOptions, typed)
     out_dir = Path(fill(RunOptions, typed).out_dir).expanduser()
     for note in dead_flags(SAMPLE, typed):
         logger.log(note)
-    data_dir = typed.get("data_dir", "./data/testing")
-    dataset = open_dataset(data_dir, data_name=data.data_name, test=True)
+    dataset = open_dataset(data.data_dir, data_name=data.data_name, test=True)
     segmenter, fingerprint = load_segmenter(dataset, typed)
     names = segment(
         segmenter,
@@ -273,6 +272,12 @@ def score(typed: dict[str, Any]) -> None:
     options = fill(ScoringOptions, typed)
     summary = evaluate(options.inp_pth, options.out_pth, partial=options.partial)
     print(report(summary))
+    print(
+        f"written: {Path(options.inp_pth) / 'summary.json'}, {Path(options.inp_pth) / 'scores.csv'}"
+    )
+    overlays = sorted(Path(options.inp_pth).expanduser().glob("*_overlay.png"))
+    if overlays:
+        print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
 
 
 def _settled(options: TrainingOptions, typed: dict[str, Any]) -> TrainingOptions:

@@ -23,14 +23,11 @@ from guided_diffusion.datasets import (
     Framed,
     auto_frame,
     collate,
-    read_mask_file,
-    read_picture,
-    safe_name,
-    split_name,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset
 from guided_diffusion.layouts import open_dataset, open_masks
+from guided_diffusion.readers import read_mask_file, read_picture, safe_name, split_name
 
 ALL = ("t1", "t1ce", "t2", "flair", "seg")
 AFFINE = np.array([[-1.0, 0, 0, 5], [0, -2, 0, 239], [0, 0, 3, 7], [0, 0, 0, 1]])

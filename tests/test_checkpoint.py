@@ -1,0 +1,456 @@
+"""Checkpoints: a round trip, the parents' bare weights, damage, malice, and interrupted writes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import contents
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from guided_diffusion.checkpoint import (
+    LATEST,
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.unet import UNetModel
+
+SMALL = {
+    "image_size": 16,
+    "num_channels": 32,
+    "channel_mult": "1",
+    "num_res_blocks": 1,
+    "attention_resolutions": "",
+}
+
+
+def network(**flags: Any) -> UNetModel:
+    return create_model_and_diffusion(**{**SMALL, **flags})[0]
+
+
+def random_weights(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(v.shape, generator=generator) for name, v in net.state_dict().items()}
+
+
+def checkpoint(step: int = 7, **parts: Any) -> Checkpoint:
+    fields = {"options": {"num_channels": 32}, "model": {"w": torch.full((3,), float(step))}}
+    return Checkpoint(step=step, **{**fields, **parts})
+
+
+# ------------------------------------------------------------------------------ round trip
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.randn(4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    written = checkpoint(
+        options={"channel_mult": "1,2", "learn_sigma": True, "lr": 0.5, "in_ch": 5},
+        ema={"0.9": {"w": torch.ones(3)}, "0.99": {"w": torch.zeros(3)}},
+        training={"optimizer": optimizer.state_dict(), "seen": torch.arange(3)},
+    )
+    read = load_checkpoint(save_checkpoint(tmp_path, written))
+
+    assert (read.options, read.step) == (written.options, 7)
+    assert_close(read.model, written.model, rtol=0, atol=0)
+    assert_close(read.ema, written.ema, rtol=0, atol=0)
+    assert_close(read.training["seen"], torch.arange(3))
+    assert_close(
+        read.training["optimizer"]["state"][0]["exp_avg"], optimizer.state[parameter]["exp_avg"]
+    )
+    assert read.training["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_our_own_files_hold_nothing_but_data(trained: Path) -> None:
+    content = torch.load(trained / LATEST, weights_only=True)
+    assert content["step"] == 4
+    assert all(type(value) is Tensor for value in content["model"].values())
+
+
+def test_loading_never_trusts_a_file(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trusted = []
+    load = torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **k: (trusted.append(k.get("weights_only")), load(*a, **k))[1]
+    )
+    load_checkpoint(trained / LATEST)
+    assert trusted == [True]
+
+
+def test_files_are_named_by_the_step_and_the_latest_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for step in (5, 1_234_567, 9):
+        path = save_checkpoint(tmp_path, checkpoint(step))
+        assert path == tmp_path / f"savedmodel{step:06d}.pt"
+        assert path.read_bytes() == (tmp_path / LATEST).read_bytes()
+        assert load_checkpoint(tmp_path / LATEST).step == step
+    assert contents(tmp_path).keys() == {
+        "savedmodel000005.pt",
+        "savedmodel000009.pt",
+        "savedmodel1234567.pt",
+        LATEST,
+    }
+    assert load_checkpoint(tmp_path / "savedmodel000005.pt").step == 5
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint(5))
+    path = save_checkpoint(tmp_path, checkpoint(5, model={"w": torch.tensor([42.0])}))
+    for file in (path, tmp_path / LATEST):
+        assert load_checkpoint(file).model["w"].item() == 42
+
+
+def test_where_links_are_not_to_be_had_the_latest_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    path = save_checkpoint(tmp_path, checkpoint(5))
+    save_checkpoint(tmp_path, checkpoint(6))
+    assert load_checkpoint(path).step == 5
+    assert load_checkpoint(tmp_path / LATEST).step == 6
+
+
+def test_a_path_may_be_a_file_or_its_folder(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, checkpoint(5))
+    assert latest_checkpoint(path) == path
+    assert latest_checkpoint(tmp_path) == latest_checkpoint(str(tmp_path)) == tmp_path / LATEST
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [("", "found nothing"), ("nowhere.pt", "nowhere.pt"), (".", LATEST)],
+)
+def test_a_path_without_a_checkpoint(
+    path: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"--resume_checkpoint: found .*{LATEST}") as raised:
+        latest_checkpoint(path, flag="--resume_checkpoint")
+    assert found in str(raised.value)
+
+
+# -------------------------------------------------------------------------- which weights
+
+
+def test_the_slowest_average_is_preferred_and_said() -> None:
+    averages = {"0.9": {"w": torch.ones(1)}, "0.9999": {"w": torch.zeros(1)}, "0.99": {}}
+    full = checkpoint(12, ema=averages)
+    assert full.choose("ema") == (averages["0.9999"], "averaged weights (EMA 0.9999) of step 12")
+    assert full.choose("raw") == (full.model, "last weights of step 12")
+    assert checkpoint(12).choose("ema")[1] == "last weights of step 12"
+
+
+def test_bare_weights_have_no_average(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
+    bare = load_checkpoint(tmp_path / "bare.pt")
+    assert bare.choose("ema") == (bare.model, "bare weights")
+
+
+# ------------------------------------------------------------------------------ legacy weights
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bare_weights_of_the_parents(prefix: str, zipped: bool, tmp_path: Path) -> None:
+    net = network(learn_sigma=True)
+    weights = random_weights(net)
+    legacy = OrderedDict((prefix + name, nn.Parameter(value)) for name, value in weights.items())
+    path = tmp_path / "savedmodel005000.pt"
+    torch.save(legacy, path, _use_new_zipfile_serialization=zipped)
+
+    read = load_checkpoint(path)
+    assert read.options == {} and read.ema == {} and read.training == {}
+    assert all(type(value) is Tensor for value in read.model.values())
+    load_weights(net, read.model, path)
+    assert_close(dict(net.state_dict()), weights, rtol=0, atol=0)
+
+
+def test_a_legacy_head_is_cut_where_no_variance_is_learned() -> None:
+    legacy = random_weights(network(learn_sigma=True))
+    net = network(learn_sigma=False)
+    load_weights(net, legacy, "legacy.pt")
+    own = net.state_dict()
+    assert own["out.2.weight"].shape[0] == own["out.2.bias"].shape[0] == 1
+    assert_close(own["out.2.weight"], legacy["out.2.weight"][:1], rtol=0, atol=0)
+    assert_close(own["out.2.bias"], legacy["out.2.bias"][:1], rtol=0, atol=0)
+
+
+def test_the_cut_network_gives_the_first_channel() -> None:
+    whole, cut = network(learn_sigma=True).eval(), network(learn_sigma=False).eval()
+    weights = {name: 0.1 * value for name, value in random_weights(whole).items()}
+    load_weights(whole, weights, "")
+    load_weights(cut, weights, "")
+    image, x, t = torch.randn(2, 4, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([3, 900])
+    assert_close(cut(x, t, cut.encode(image)).raw, whole(x, t, whole.encode(image)).raw[:, :1])
+
+
+# ------------------------------------------------------------------------- weights that differ
+
+
+def test_the_first_differing_tensor_is_named_with_both_shapes() -> None:
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(UserError) as raised:
+        load_weights(net, random_weights(network(num_channels=64)), "wide.pt")
+    text = str(raised.value)
+    assert text.startswith("wide.pt: found time_embed.0.weight of shape (256, 64), expected shape")
+    assert "(128, 32)" in text
+    assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_deeper_network_is_told_by_its_first_surplus_tensor() -> None:
+    weights = random_weights(network(num_res_blocks=2))
+    with pytest.raises(UserError, match=r"a\.pt: found .* of shape \(.*\), expected shape"):
+        load_weights(network(), weights, "a.pt")
+
+
+def test_missing_and_surplus_tensors() -> None:
+    net = network()
+    weights = random_weights(net)
+    with pytest.raises(UserError, match=r"found strange of shape \(2, 3\), .*\(absent\)"):
+        load_weights(net, {**weights, "strange": torch.zeros(2, 3)}, "a.pt")
+    del weights["out.2.bias"]
+    with pytest.raises(UserError, match=r"found out\.2\.bias of shape \(absent\), .*shape \(1,\)"):
+        load_weights(net, weights, "a.pt")
+
+
+def test_a_head_too_small_is_not_stretched() -> None:
+    with pytest.raises(UserError, match=r"out\.2\.weight of shape \(1, .*\(2, "):
+        load_weights(network(learn_sigma=True), random_weights(network()), "a.pt")
+
+
+# ------------------------------------------------------------------------ interrupted writes
+
+
+def half_then(failure: BaseException) -> Callable[..., None]:
+    """A torch.save that writes some bytes and fails."""
+
+    def save(content: object, path: Path) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise failure
+
+    return save
+
+
+def fail(failure: BaseException) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise failure
+
+    return call
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", [FULL, RuntimeError("inline_container.cc: write failed")])
+def test_a_full_disk_leaves_the_old_file(
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, checkpoint(5))
+    before = contents(tmp_path)
+    monkeypatch.setattr(torch, "save", half_then(failure))
+    for step in (5, 6):
+        with pytest.raises(UserError, match="earlier checkpoints are intact") as raised:
+            save_checkpoint(tmp_path, checkpoint(step))
+        assert f"savedmodel{step:06d}.pt" in str(raised.value)
+        assert str(failure) in str(raised.value)
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), SystemExit(1), MemoryError()])
+def test_an_interruption_passes_and_leaves_the_old_file(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, checkpoint(5))
+    before = contents(tmp_path)
+    monkeypatch.setattr(torch, "save", half_then(failure))
+    with pytest.raises(type(failure)):
+        save_checkpoint(tmp_path, checkpoint(6))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("owner", [Path, os])
+@pytest.mark.parametrize("name", ["replace", "rename", "fsync"])
+def test_a_failing_rename_leaves_the_old_file(
+    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, checkpoint(5))
+    before = contents(tmp_path)
+    monkeypatch.setattr(owner, name, fail(FULL), raising=False)
+    try:
+        save_checkpoint(tmp_path, checkpoint(5, model={"w": torch.zeros(9)}))
+    except UserError:
+        assert contents(tmp_path) == before
+    else:  # this one was not needed
+        monkeypatch.undo()
+        assert (owner, name) not in ((Path, "replace"), (os, "fsync"))
+        assert load_checkpoint(tmp_path / LATEST).model["w"].numel() == 9
+
+
+def test_a_failing_copy_leaves_the_latest_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, checkpoint(5))
+    latest = (tmp_path / LATEST).read_bytes()
+
+    def copy(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:9])
+        raise FULL
+
+    monkeypatch.setattr(Path, "hardlink_to", fail(OSError("no links here")))
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(UserError):
+        save_checkpoint(tmp_path, checkpoint(6))
+    assert (tmp_path / LATEST).read_bytes() == latest
+    assert contents(tmp_path).keys() == {"savedmodel000005.pt", "savedmodel000006.pt", LATEST}
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"savedmodel000005\.pt: found"):
+        save_checkpoint(tmp_path / "gone", checkpoint(5))
+
+
+def test_what_is_left_of_a_kill_does_no_harm(tmp_path: Path) -> None:
+    """A killed process cannot tidy up: the next save of the same name does."""
+    path = save_checkpoint(tmp_path, checkpoint(5))
+    path.with_name(f".part-{path.name}").write_bytes(b"half of it")
+    (tmp_path / f".part-{LATEST}").write_bytes(b"half of it")
+    save_checkpoint(tmp_path, checkpoint(5, model={"w": torch.zeros(9)}))
+    assert load_checkpoint(tmp_path / LATEST).model["w"].numel() == 9
+    assert contents(tmp_path).keys() == {path.name, LATEST}
+
+
+# --------------------------------------------------------------------- damage and malice
+
+
+class Malice:
+    """Unpickled by an unguarded reader, it leaves a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.trace),))
+
+
+@pytest.mark.parametrize("form", ["zipped", "unzipped", "pickle"])
+@pytest.mark.parametrize("hidden", ["bare", "in options", "in weights"])
+def test_a_malicious_file_is_refused_and_not_executed(
+    form: str, hidden: str, tmp_path: Path
+) -> None:
+    trace, path = tmp_path / "trace", tmp_path / "evil.pt"
+    own = {"format": "guided_diffusion checkpoint 1", "step": 1, "options": {}, "model": {}}
+    content: object = {
+        "bare": Malice(trace),
+        "in options": {**own, "options": {"num_channels": Malice(trace)}},
+        "in weights": {"w": torch.ones(2), "v": Malice(trace)},
+    }[hidden]
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zipped")
+
+    with pytest.raises(UserError, match=r"evil\.pt: found"):
+        load_checkpoint(path)
+    assert not trace.exists()
+
+
+def test_the_trap_of_that_test_works(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Malice(tmp_path / "trace")))
+    assert (tmp_path / "trace").exists()
+
+
+def test_code_in_a_file_is_called_by_its_name(tmp_path: Path) -> None:
+    torch.save(Malice(tmp_path / "trace"), tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="objects that could run code"):
+        load_checkpoint(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"step,loss\n1,0.5\n", b"PK\x03\x04", b"\x80\x02", bytes(1000), b"\x93NUMPY"],
+    ids=["empty", "blank", "text", "zip head", "pickle head", "zeros", "numpy"],
+)
+def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"other\.pt: found .*expected a checkpoint") as raised:
+        load_checkpoint(path)
+    assert "\n" not in str(raised.value)
+    assert "could run code" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {},
+        {"w": 1},
+        torch.ones(3),
+        {"state": {0: {"step": torch.ones(1)}}, "param_groups": []},
+        {"format": "guided_diffusion checkpoint 1"},
+        {"format": "guided_diffusion checkpoint 1", "step": 1, "options": {}, "model": {}, "x": 1},
+        {1: torch.ones(2)},
+    ],
+    ids=["list", "empty", "int", "tensor", "optimiser", "headless", "surplus", "unnamed"],
+)
+def test_other_things_that_torch_saves(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt: found"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    content = save_checkpoint(tmp_path, checkpoint()).read_bytes()
+    path = tmp_path / "short.pt"
+    for length in range(0, len(content), 41):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"short\.pt"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_refused_or_read_but_never_a_crash(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pt"
+    own = {"format": "guided_diffusion checkpoint 1", **vars(checkpoint())}
+    torch.save(own, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    dice = random.Random(0)
+    refusals = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(dice.randint(1, 4)):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            assert "damaged.pt" in str(error) and "\n" not in str(error)
+            refusals += 1
+    assert refusals > 50
+
+
+def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / LATEST).mkdir()
+    with pytest.raises(UserError, match="no file"):
+        latest_checkpoint(tmp_path)

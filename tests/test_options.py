@@ -1,0 +1,323 @@
+"""The command line: the parents' flags with their types and defaults, and what a slip is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from conftest import ROOT, refused, script
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import (
+    SAMPLE,
+    SCORE,
+    TRAIN,
+    DiffusionOptions,
+    NetworkOptions,
+    TrainingOptions,
+    dead_flags,
+    fill,
+    numbers,
+    parse,
+    recorded,
+    refuse_contradictions,
+)
+
+PARENTS: dict[str, dict[str, list[Any]]] = json.loads(
+    (Path(__file__).parent / "golden" / "flags.json").read_text("utf-8")
+)
+GROUPS = {"train": TRAIN, "sample": SAMPLE, "env": SCORE}
+FILES = {name: f"segmentation_{name}" for name in GROUPS}
+
+TRAINING_FOLDER = ["str", "./data/training"]
+TESTING_FOLDER = ["str", "./data/testing"]
+NOTHING = ["str", ""]  # a parent's None
+
+# Where a default differs from the parent's, and what it is; the changelog gives the reasons.
+DEVIATIONS: dict[str, dict[str, list[Any]]] = {
+    "wolleb_train": {},
+    "msd23_train": {
+        "data_name": NOTHING,
+        "data_dir": TRAINING_FOLDER,
+        "multi_gpu": NOTHING,
+    },
+    "msd25_train": {
+        "data_name": NOTHING,
+        "data_dir": TRAINING_FOLDER,
+        "multi_gpu": NOTHING,
+        "resume_checkpoint": NOTHING,
+        "version": ["str", "plain"],
+    },
+    "wolleb_sample": {"num_samples": ["int", 0], "batch_size": ["int", 0]},
+    "msd23_sample": {
+        "data_name": NOTHING,
+        "data_dir": TESTING_FOLDER,
+        "multi_gpu": NOTHING,
+        "num_samples": ["int", 0],
+        "batch_size": ["int", 0],
+    },
+    "msd25_sample": {
+        "data_name": NOTHING,
+        "data_dir": TESTING_FOLDER,
+        "multi_gpu": NOTHING,
+        "num_samples": ["int", 0],
+        "batch_size": ["int", 0],
+        "version": ["str", "plain"],
+    },
+    "msd25_env": {"inp_pth": NOTHING},
+}
+
+
+def kind(parent: str) -> str:
+    return parent.split("_")[1]
+
+
+def flags_of(name: str) -> dict[str, list[Any]]:
+    """Type and default of every flag of one of our scripts, as the golden file writes them."""
+    return {
+        entry.name: [get_type_hints(group)[entry.name].__name__, entry.default]
+        for group in GROUPS[name]
+        for entry in fields(group)
+    }
+
+
+def slip(capsys: pytest.CaptureFixture[str], *argv: str, groups: Any = TRAIN) -> str:
+    """Parse a command line that is wrong and return the one line it is told."""
+    with pytest.raises(SystemExit) as stopped:
+        parse("", groups, argv)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# ------------------------------------------------------------------------- the parents' flags
+
+
+@pytest.mark.parametrize("parent", PARENTS)
+def test_types_and_defaults_are_the_parents(parent: str) -> None:
+    ours = flags_of(kind(parent))
+    assert PARENTS[parent].keys() - ours.keys() == set()
+    differing = {name: ours[name] for name, was in PARENTS[parent].items() if ours[name] != was}
+    assert differing == DEVIATIONS[parent]
+
+
+@pytest.mark.parametrize("parent", PARENTS)
+def test_every_flag_of_the_parents_is_accepted(parent: str) -> None:
+    groups = GROUPS[kind(parent)]
+    values = {"int": ("7", 7), "float": ("0.5", 0.5), "str": ("text", "text"), "bool": ("t", True)}
+    choices = {e.name: e.metadata["choices"] for group in groups for e in fields(group)}
+    for name, (type_name, _) in PARENTS[parent].items():
+        text, value = values[type_name]
+        if choices[name]:
+            text = value = choices[name][-1]
+        parsed = parse("", groups, [f"--{name}", text])
+        assert parsed == {name: value}
+        assert type(parsed[name]).__name__ == type_name
+
+
+def test_flags_of_our_own_are_there() -> None:
+    both = {"seed", "mask_range", "precision", "crop"}
+    assert both | {"max_steps", "resume", "num_workers"} <= flags_of("train").keys()
+    assert both | {"steps", "num_samples", "sampler", "trained_steps"} <= flags_of("sample").keys()
+    assert flags_of("train")["max_steps"] == ["int", 100_000]
+
+
+def test_bools_take_the_parents_words() -> None:
+    for word in ("yes", "true", "t", "y", "1", "Yes", "TRUE", "T", "Y"):
+        assert parse("", TRAIN, ["--learn_sigma", word]) == {"learn_sigma": True}
+    for word in ("no", "false", "f", "n", "0", "No", "FALSE", "F", "N"):
+        assert parse("", TRAIN, ["--learn_sigma", word]) == {"learn_sigma": False}
+
+
+@pytest.mark.parametrize(
+    ("argv", "parsed"),
+    [
+        (["--lr=0.5"], {"lr": 0.5}),
+        (["--channel_mult="], {"channel_mult": ""}),
+        (["--num_ens", "3"], {"num_ensemble": 3}),
+        (["--num_ens=3"], {"num_ensemble": 3}),
+        (["--multi-gpu", "0,1"], {"multi_gpu": "0,1"}),
+        (["--multi_gpu", "0,1"], {"multi_gpu": "0,1"}),
+        (["--mask_range", "-1,1"], {"mask_range": "-1,1"}),
+        (["--mask_range=-1,1"], {"mask_range": "-1,1"}),
+        (["--mask_r", "-1,1", "--eta", "1"], {"mask_range": "-1,1", "eta": 1.0}),
+        (["--mask_range", "-1,1", "--seed", "-1"], {"mask_range": "-1,1", "seed": -1}),
+        (["--num_head_channels", "-1"], {"num_head_channels": -1}),
+        (["--eta", "-.5"], {"eta": -0.5}),
+        ([], {}),
+    ],
+)
+def test_spellings(argv: list[str], parsed: dict[str, Any]) -> None:
+    groups = TRAIN if "--lr=0.5" in argv else SAMPLE
+    assert parse("", groups, argv) == parsed
+
+
+def test_the_last_of_two_equal_flags_counts() -> None:
+    assert parse("", TRAIN, ["--lr", "1", "--lr", "2"]) == {"lr": 2.0}
+
+
+# ------------------------------------------------------------------------------ slips
+
+
+def test_a_missing_blank_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    told = slip(capsys, "--learn_sigma", "True--noise_schedule", "linear")
+    assert "--learn_sigma" in told
+    assert "a blank is missing between 'True' and '--noise_schedule'" in told
+
+
+@pytest.mark.parametrize("value", ["2", "", "yes!", "None"])
+def test_other_words_are_no_bools(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = slip(capsys, "--learn_sigma", value)
+    assert "--learn_sigma" in told and "boolean value expected" in told and repr(value) in told
+    assert "blank" not in told
+
+
+def test_a_bool_needs_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--learn_sigma" in slip(capsys, "--learn_sigma")
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("--diffusion_step_s", "--diffusion_steps"),
+        ("--num-channels", "--num_channels"),
+        ("--lerning_sigma", "--learn_sigma"),
+        ("--bach_size", "--batch_size"),
+    ],
+)
+def test_an_unknown_flag_suggests_a_near_one(
+    typed: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = slip(capsys, typed, "2")
+    assert typed in told and f"Did you mean {near}?" in told
+
+
+def test_a_flag_like_no_other_suggests_none(capsys: pytest.CaptureFixture[str]) -> None:
+    told = slip(capsys, "--xyzzy", "2")
+    assert "Did you mean" not in told and "--help" in told
+
+
+def test_an_ambiguous_prefix_lists_what_it_may_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    told = slip(capsys, "--num_res", "2", "--num_head", "2")
+    assert "--num_heads" in told and "--num_head_channels" in told
+
+
+@pytest.mark.parametrize(
+    "argv", [["--batch_size", "2.5"], ["--lr", "fast"], ["--noise_schedule", "sine"]]
+)
+def test_values_of_the_wrong_kind(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    told = slip(capsys, *argv)
+    assert argv[0] in told and argv[1] in told
+
+
+def test_scripts_exit_with_two_on_a_slip() -> None:
+    for name in FILES.values():
+        assert "--batchsize" in refused(script(name, "--batchsize", 3))
+
+
+# ------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_flag_has_a_help_line(name: str) -> None:
+    run = script(FILES[name], "--help")
+    assert (run.code, run.err) == (0, "")
+    text = " ".join(run.out.split())
+    for group in GROUPS[name]:
+        for entry in fields(group):
+            line = entry.metadata["help"]
+            assert len(line.split()) >= 2, entry.name
+            assert f"--{entry.name} " in text
+            assert "".join(line.split()) in "".join(run.out.split()), entry.name
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("train", "./data/training"), ("sample", "./data/testing")]
+)
+def test_help_tells_the_default(name: str, folder: str) -> None:
+    text = " ".join(script(FILES[name], "--help").out.split())
+    assert f"--data_dir STR folder with the data set (default: {folder})" in text
+
+
+def test_dead_flags_say_so() -> None:
+    for name in ("train", "sample"):
+        for group in GROUPS[name]:
+            for entry in fields(group):
+                notes = dead_flags(GROUPS[name], {entry.name: entry.default})
+                dead = entry.metadata["dead"]
+                assert notes == ([f"--{entry.name} has no effect: {dead}"] if dead else [])
+    assert dead_flags(TRAIN, {}) == []
+    assert dead_flags(TRAIN, {"dpm_solver": True}) != []
+    assert dead_flags(SAMPLE, {"dpm_solver": True}) == []
+
+
+def test_help_comes_before_torch() -> None:
+    for file in (*FILES.values(), "make_phantoms"):
+        program = (
+            "import runpy, sys\n"
+            "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+            "except SystemExit as end: assert not end.code\n"
+            "print(*({'torch', 'numpy'} & set(sys.modules)), file=sys.stderr)\n"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", program, f"scripts/{file}.py", "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "usage:" in run.stdout
+        assert run.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_help_answers_in_half_a_second(name: str) -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        command = [sys.executable, f"scripts/{FILES[name]}.py", "--help"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+# ------------------------------------------------------------------------ groups of options
+
+
+def test_fill_takes_its_own_flags_only() -> None:
+    options = fill(TrainingOptions, {"lr": 0.5, "image_size": 32})
+    assert options == TrainingOptions(lr=0.5)
+
+
+def test_a_checkpoint_forgets_what_belongs_to_a_run() -> None:
+    network = NetworkOptions(num_channels=64, dropout=0.5, use_checkpoint=True)
+    kept = recorded(network, DiffusionOptions(mask_range="-1,1"))
+    assert kept["num_channels"] == 64 and kept["mask_range"] == "-1,1"
+    assert not {"dropout", "use_checkpoint"} & kept.keys()
+    described = {e.name for group in (NetworkOptions, DiffusionOptions) for e in fields(group)}
+    assert kept.keys() == described - {"dropout", "use_checkpoint"}
+
+
+def test_a_contradiction_names_both_values() -> None:
+    trained = {"num_channels": 64, "learn_sigma": False}
+    refuse_contradictions({"num_channels": 64, "batch_size": 3}, trained, "a.pt")
+    with pytest.raises(UserError, match=r"--num_channels: found 32, expected 64, .*a\.pt"):
+        refuse_contradictions({"batch_size": 3, "num_channels": 32}, trained, "a.pt")
+    with pytest.raises(UserError, match="--learn_sigma: found True, expected False"):
+        refuse_contradictions({"learn_sigma": True}, trained, "a.pt")
+
+
+def test_lists_of_numbers() -> None:
+    assert numbers("channel_mult", "1,2,4") == [1, 2, 4]
+    assert numbers("channel_mult", "0.5, 1", float) == [0.5, 1.0]
+    assert numbers("channel_mult", "") == []
+    with pytest.raises(UserError, match="--channel_mult: found '1;2'"):
+        numbers("channel_mult", "1;2")

@@ -1,0 +1,117 @@
+"""Every command the README prints runs, shrunk by further flags only."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion import phantom_folders
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
+SHRINK = {
+    "scripts/segmentation_train.py": f"{SMALL} --batch_size 2 --max_steps 2",
+    "scripts/segmentation_sample.py": "--steps 2 --num_samples 2 --num_ensemble 2",
+    "scripts/segmentation_env.py": "--partial True",
+    "scripts/make_phantoms.py": "--patients 3 --size 32",
+    "benchmarks/steps.py": "--cases 2 --settings ddim:2 dpm_solver++:2",
+}
+RUN_BY_MAKE = ("-m venv", "-m pip", "-m ruff", "-m mypy", "-m pytest")
+"""What ``make test`` itself does before it runs this test, and for the same files."""
+
+
+def shell_lines() -> list[str]:
+    """Return the lines of the README's shell blocks and its inline commands, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    inline = re.findall(r"`(python scripts/[^`]*)`", README)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in [*lines, *(" ".join(i.split()) for i in inline)] if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder that looks like a clone with the data that the README speaks of."""
+    place = tmp_path_factory.mktemp("clone")
+    for name in ("scripts", "guided_diffusion", "benchmarks", "Makefile", "requirements.txt"):
+        (place / name).symlink_to(ROOT / name)
+    for side in ("training", "testing"):
+        (place / "data").mkdir(exist_ok=True)
+        (place / "data" / side).symlink_to(ROOT / "data" / side)
+    phantom_folders.write_isic(place / "data" / "ISIC", 0, patients=6, size=48)
+    return place
+
+
+def run(command: str, workspace: Path, variables: dict[str, str]) -> None:
+    """Run one command in the workspace, as a shell would after the README's variables."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, value in variables.items():
+        command = command.replace(f"${name}", value)
+    words = shlex.split(command)
+    program, script = words[0], words[1]
+    assert program == "python"
+    if script.startswith("scripts/segmentation_sample") and "--model_path" in command:
+        shrink = SHRINK[script]
+    else:
+        shrink = SHRINK[script]
+    full = [sys.executable, *words[1:], *shlex.split(shrink)]
+    done = subprocess.run(full, cwd=workspace, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+def test_the_readme_s_commands_run(workspace: Path) -> None:
+    variables: dict[str, str] = {}
+    ran = 0
+    for line in shell_lines():
+        assignment = re.fullmatch(r'(\w+)="(.*)"', line)
+        if assignment:
+            variables[assignment[1]] = assignment[2]
+        elif line.startswith("python ") and not any(part in line for part in RUN_BY_MAKE):
+            run(line, workspace, variables)
+            ran += 1
+    assert ran >= 15
+
+
+def test_make_demo_is_the_readme_s_three_lines(workspace: Path) -> None:
+    ready = Path(sys.prefix) / "ready"
+    done = subprocess.run(
+        ["make", "-n", "-o", str(ready), "demo", f"VENV={sys.prefix}"],
+        cwd=workspace,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = re.sub(r"\\\n\s*", "", done.stdout).replace(f"{sys.prefix}/bin/", "")
+    commands = [" ".join(line.split()) for line in made.splitlines() if "scripts/" in line]
+    assert len(commands) == 3
+    for command in commands:
+        assert command in [" ".join(line.split()) for line in shell_lines()]
+
+
+def test_make_test_is_the_readme_s_lines(workspace: Path) -> None:
+    ready = Path(sys.prefix) / "ready"
+    done = subprocess.run(
+        ["make", "-n", "-o", str(ready), "test", f"VENV={sys.prefix}"],
+        cwd=workspace,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in done.stdout.replace(f"{sys.prefix}/bin/", "").splitlines():
+        assert line in shell_lines()
+
+
+def test_nothing_else_is_printed_as_a_command() -> None:
+    """Each line of a shell block is known to the tests above."""
+    known = ("make demo", "make test", "python", ".venv/bin/python -m pip", "python3 -m venv")
+    for line in shell_lines():
+        assert line.startswith(known) or re.fullmatch(r'\w+="[^"]*"', line), line
+
+
+def test_pictures_and_links_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
