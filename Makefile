@@ -4,9 +4,9 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 OUT ?= results/demo
 
-DEMO_FLAGS = --image_size 64 --num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 \
+DEMO_FLAGS = --crop wolleb --image_size 64 --num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 \
 	--attention_resolutions 8 --num_heads 1 --predict_xstart True --mask_range=-1,1 \
-	--batch_size 8 --lr 1e-3 --ema_rate 0.99 --max_steps 600
+	--batch_size 8 --lr 1e-3 --ema_rate 0.99 --max_steps 500
 
 .PHONY: demo test check clean
 

@@ -26,8 +26,8 @@ from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.metrics import confusion, dice
-from guided_diffusion.predict import Segmenter
-from guided_diffusion.script_util import load_segmenter
+from guided_diffusion.runs import load_segmenter
+from guided_diffusion.segmenter import Segmenter
 
 SETTINGS = [
     ("ddpm", 1000),
@@ -55,9 +55,14 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|")
         for sampler, steps in settings:
-            flags = {"model_path": arguments.model_path, "sampler": sampler, "steps": steps}
+            flags = {
+                "model_path": arguments.model_path,
+                "data_dir": arguments.data_dir,
+                "sampler": sampler,
+                "steps": steps,
+            }
             flags |= {"batch_size": arguments.batch_size, "precision": arguments.precision}
-            segmenter, _ = load_segmenter(dataset, flags)
+            _, segmenter = load_segmenter(flags)
             print(row(segmenter, cases, f"{sampler} | {steps}"), flush=True)
 
 
@@ -89,7 +94,7 @@ def row(segmenter: Segmenter, cases: list[Case], label: str) -> str:
     started = time.perf_counter()
     results = []
     for start in tqdm(range(0, len(cases), group), desc=label, leave=False, disable=None):
-        results += segmenter(cases[start : start + group])
+        results += segmenter.segment(cases[start : start + group])
     seconds = time.perf_counter() - started
 
     truths = [case.mask[0] >= 0.5 for case in cases if case.mask is not None]

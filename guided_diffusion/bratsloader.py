@@ -3,37 +3,37 @@
 Both forms of the parents' file names are read, the plain one (``t1.nii.gz``) and the long ones
 (``brats_train_001_t1_080_w.nii.gz``, ``BraTS20_Training_001_t1.nii.gz``), and the names of 2023
 (t1n, t1c, t2w, t2f). :class:`BRATSDataset` reads axial slices stored as two-dimensional files,
-:class:`BRATSDataset3D` cuts them out of whole volumes, and :func:`open_brats` looks at one header
-to tell which it is. Called by ``layouts``.
+:class:`BRATSDataset3D` finds the volumes that :mod:`guided_diffusion.volumes` cuts into slices, and
+:func:`open_brats` looks at one header to tell which it is. Called by ``layouts``.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.datasets import Entry, SegmentationDataset
+from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.readers import (
+    NIFTI,
     Affine,
     Array,
-    is_nifti,
-    label_mask,
     nifti_shape,
     open_folder,
     read_mask_file,
-    read_nifti,
     read_nifti_slice,
+    require_same_axes,
     safe_name,
     split_name,
     walk,
 )
+from guided_diffusion.volumes import VolumeDataset
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 SEG = "seg"
@@ -43,6 +43,10 @@ _CALLED = {name: name for name in (*MODALITIES, SEG)} | {
     "t2w": "t2",
     "t2f": "flair",
 }
+_SLICE = re.compile(
+    rf"(?:brats_train_)?(.+?)_(?:{'|'.join(sorted(_CALLED, key=len, reverse=True))})_\d+(?:_w)?",
+    re.IGNORECASE,
+)
 
 
 class BRATSDataset(SegmentationDataset):
@@ -54,15 +58,22 @@ class BRATSDataset(SegmentationDataset):
 
     layout = "BRATS"
 
-    def __init__(self, directory: str | Path, test_flag: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+    ) -> None:
         folder = open_folder(directory)
-        self.modalities, entries = _index(folder, needs_seg=not test_flag)
-        super().__init__(folder, entries, channels=len(self.modalities))
+        index = _index(folder, reading, needs_seg=not test_flag)
+        self.modalities = index.modalities
+        super().__init__(folder, index.slices, channels=len(index.modalities), reading=reading)
+        self.notes += index.notes
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Stack the modalities, float32 [C, H, W]; the affine is the first one's."""
         slices = [read_nifti_slice(path) for path in entry.images]
-        return _stack(entry, [values for values, _ in slices]), slices[0][1]
+        affine = slices[0][1]
+        for path, (_, other) in zip(entry.images, slices, strict=True):
+            require_same_axes(path, other, affine, other=entry.images[0])
+        return _stack(entry, [values for values, _ in slices]), affine
 
     def read_mask(self, entry: Entry) -> Tensor | None:
         """Read the ``seg`` file, float32 [1, H, W]: 1 where a label is above 0."""
@@ -71,71 +82,30 @@ class BRATSDataset(SegmentationDataset):
         return read_mask_file(entry.mask)
 
 
-class BRATSDataset3D(SegmentationDataset):
-    """Whole volumes, one case per axial slice: image [C, H, W], every volume scaled to [0, 1].
-
-    Cases are called ``<case>_slice080``; the depth comes from the header. The volumes of the last
-    two cases stay decoded (for BraTS with four modalities and labels about 0.4 GB), so reading in
-    order costs one decoding per volume.
-    """
+class BRATSDataset3D(VolumeDataset):
+    """Whole volumes of the modalities, one case per axial slice ``<case>_slice080``."""
 
     layout = "BRATS"
-    kept_cases = 2
 
-    def __init__(self, directory: str | Path, test_flag: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+    ) -> None:
         folder = open_folder(directory)
-        self.modalities, volumes = _index(folder, needs_seg=not test_flag)
-        self._decoded: OrderedDict[Path, tuple[Array, Affine]] = OrderedDict()
-        entries = (entry for volume in volumes for entry in _planes(volume))
-        super().__init__(folder, entries, channels=len(self.modalities))
-
-    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Stack one plane of the modalities, float32 [C, H, W]; the affine is that plane's."""
-        planes = [self._plane(path, entry, scaled=True) for path in entry.images]
-        return _stack(entry, [values for values, _ in planes]), planes[0][1]
-
-    def read_mask(self, entry: Entry) -> Tensor | None:
-        """Read one plane of the ``seg`` volume, float32 [1, H, W]: 1 where a label is above 0."""
-        if entry.mask is None:
-            return None
-        values, _ = self._plane(entry.mask, entry, scaled=False)
-        return torch.from_numpy(label_mask(entry.mask, values))[None]
-
-    def _plane(self, path: Path, entry: Entry, *, scaled: bool) -> tuple[Array, Affine]:
-        values, affine = self._volume(path, scaled=scaled)
-        plane = entry.plane or 0
-        if plane >= values.shape[2]:
-            raise UserError(
-                path,
-                found=f"{values.shape[2]} slices",
-                expected=f"the depth of {entry.images[0].name}",
-                mend="Export all files of a case on one grid.",
-            )
-        moved = affine.copy()
-        moved[:3, 3] += plane * affine[:3, 2]
-        return np.ascontiguousarray(values[..., plane]), moved
-
-    def _volume(self, path: Path, *, scaled: bool) -> tuple[Array, Affine]:
-        """The decoded volume [H, W, D], from memory if it was used lately."""
-        if path in self._decoded:
-            self._decoded.move_to_end(path)
-            return self._decoded[path]
-        values, affine = read_nifti(path)
-        _require_volume(path, values.shape)
-
-        self._decoded[path] = (_scaled(values) if scaled else values), affine
-        while len(self._decoded) > self.kept_cases * (self.channels + 1):
-            self._decoded.popitem(last=False)
-        return self._decoded[path]
+        index = _index(folder, reading, needs_seg=not test_flag)
+        self.modalities = index.modalities
+        super().__init__(folder, index.volumes, channels=len(index.modalities), reading=reading)
+        self.notes += index.notes
 
 
-def open_brats(directory: str | Path, test_flag: bool = False) -> SegmentationDataset:
+def open_brats(
+    directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+) -> SegmentationDataset:
     """Open a folder of slices or of volumes, told apart by the header of the first file."""
     folder = open_folder(directory)
     first = next(find_cases(folder), None)
     if first is not None and len(nifti_shape(next(iter(first[1].values()))[0])) > 2:
-        return BRATSDataset3D(folder, test_flag)
-    return BRATSDataset(folder, test_flag)
+        return BRATSDataset3D(folder, test_flag, reading)
+    return BRATSDataset(folder, test_flag, reading)
 
 
 def modality_of(file_name: str) -> str | None:
@@ -144,16 +114,21 @@ def modality_of(file_name: str) -> str | None:
     The stem itself (``t1.nii.gz``), or else the last field between ``_`` or ``-`` that is called
     like a modality (``brats_train_001_t1_080_w``, ``BraTS20_Training_001_t1``).
     """
-    if not is_nifti(Path(file_name)):
+    stem, ending = split_name(file_name)
+    if ending not in NIFTI:
         return None
-    fields = re.split("[_-]", split_name(file_name)[0].lower())
-    return next((_CALLED[field] for field in reversed(fields) if field in _CALLED), None)
+    for field in reversed(stem.lower().replace("-", "_").split("_")):
+        if field in _CALLED:
+            return _CALLED[field]
+    return None
 
 
-def find_cases(folder: Path) -> Iterator[tuple[Path, dict[str, list[Path]]]]:
+def find_cases(
+    folder: Path, strays: list[Path] | None = None
+) -> Iterator[tuple[Path, dict[str, list[Path]]]]:
     """Every folder that directly holds files of a modality or labels, by modality.
 
-    Other files are ignored; nothing is opened.
+    Other files are ignored, and added to ``strays``; nothing is opened.
     """
     for root, names in walk(folder):
         files: dict[str, list[Path]] = {}
@@ -161,23 +136,49 @@ def find_cases(folder: Path) -> Iterator[tuple[Path, dict[str, list[Path]]]]:
             modality = modality_of(name)
             if modality is not None:
                 files.setdefault(modality, []).append(root / name)
+            elif strays is not None:
+                strays.append(root / name)
         if files:
             yield root, files
 
 
-def _index(folder: Path, *, needs_seg: bool) -> tuple[tuple[str, ...], list[Entry]]:
-    """The modalities of the set, and one entry per case folder; checks that all are complete."""
-    cases = {root: _one_each(root, files) for root, files in find_cases(folder)}
-    modalities = tuple(
-        name for name in MODALITIES if any(name in files for files in cases.values())
-    )
-    if not modalities:
+def find_modalities(text: str) -> tuple[str, ...]:
+    """Today's names of the modalities in a comma-separated list, as ``--modalities`` has it.
+
+    Raises:
+        UserError: a name that is no modality, or one given twice.
+    """
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    known = tuple(_CALLED.get(name, name) for name in names)
+    wrong = [name for name in known if name not in MODALITIES or known.count(name) > 1]
+    if wrong:
         raise UserError(
-            folder,
-            found="no NIfTI file named by a modality",
-            expected=f"folders of {', '.join(MODALITIES)} (t1.nii.gz or *_t1_*.nii.gz)",
-            mend="Pass the folder above the case folders.",
+            "--modalities",
+            found=repr(text),
+            expected=f"some of {', '.join(MODALITIES)}, each once, separated by commas",
+            mend="Write for example --modalities flair,t1ce.",
         )
+    return known
+
+
+class _Index(NamedTuple):
+    """What is in a folder: the channels, one entry per case folder, and what was left aside."""
+
+    modalities: tuple[str, ...]
+    slices: list[Entry]
+    notes: list[str]
+
+    @property
+    def volumes(self) -> list[Entry]:
+        """The entries as those of volumes: the patient is the case, not the file name's field."""
+        return [entry._replace(patient=_patient_of_case(entry.name)) for entry in self.slices]
+
+
+def _index(folder: Path, reading: Reading, *, needs_seg: bool) -> _Index:
+    """List a folder's cases, with the modalities chosen; checks that all are complete."""
+    strays: list[Path] = []
+    cases = {root: _one_each(root, files) for root, files in find_cases(folder, strays)}
+    modalities = _choose(folder, {name for files in cases.values() for name in files}, reading)
     needed = (*modalities, SEG) if needs_seg else modalities
     for root, files in cases.items():
         _require_complete(root, files, needed)
@@ -187,10 +188,51 @@ def _index(folder: Path, *, needs_seg: bool) -> tuple[tuple[str, ...], list[Entr
             name=_case_name(folder, root),
             images=tuple(files[name] for name in modalities),
             mask=files.get(SEG),
+            patient=_patient_of_slice(files[modalities[0]]),
         )
         for root, files in cases.items()
     ]
-    return modalities, entries
+    return _Index(modalities, entries, _note_strays(folder, strays))
+
+
+def _choose(folder: Path, found: set[str], reading: Reading) -> tuple[str, ...]:
+    """The modalities to read: those asked for, else all that the folder has."""
+    there = tuple(name for name in MODALITIES if name in found)
+    if not there:
+        raise UserError(
+            folder,
+            found="no NIfTI file named by a modality",
+            expected=f"folders of {', '.join(MODALITIES)} (t1.nii.gz or *_t1_*.nii.gz)",
+            mend="Pass the folder above the case folders.",
+        )
+    missing = [name for name in reading.modalities if name not in there]
+    if missing:
+        raise UserError(
+            "--modalities",
+            found=f"{', '.join(missing)}, which {folder} does not have",
+            expected=f"some of {', '.join(there)}",
+            mend="Name modalities of the data, or leave --modalities away for all of them.",
+        )
+    return reading.modalities or there
+
+
+def _note_strays(folder: Path, strays: list[Path]) -> list[str]:
+    if not strays:
+        return []
+    count = "1 file that is" if len(strays) == 1 else f"{len(strays)} files that are"
+    return [f"ignored {count} no modality, such as {strays[0].relative_to(folder)}"]
+
+
+def _patient_of_slice(path: Path) -> str:
+    """'001' for ``brats_train_001_t1_080_w.nii.gz``: what stands before modality and position."""
+    match = _SLICE.fullmatch(split_name(path.name)[0])
+    return match[1] if match else ""
+
+
+def _patient_of_case(name: str) -> str:
+    """The case, but for the number of the visit in the names of 2023 (``BraTS-GLI-00000-000``)."""
+    match = re.fullmatch(r"(.*BraTS-[A-Za-z]+-\d+)-\d{3}", name)
+    return match[1] if match else name
 
 
 def _one_each(root: Path, files: dict[str, list[Path]]) -> dict[str, Path]:
@@ -233,28 +275,3 @@ def _stack(entry: Entry, channels: list[Array]) -> Tensor:
                 mend="Export all modalities of a case on one grid.",
             )
     return torch.from_numpy(np.stack(channels))
-
-
-def _planes(volume: Entry) -> Iterator[Entry]:
-    """One entry per axial slice, the depth read from the first header."""
-    shape = nifti_shape(volume.images[0])
-    _require_volume(volume.images[0], shape)
-    for plane in range(shape[2]):
-        yield volume._replace(name=f"{volume.name}_slice{plane:03d}", plane=plane)
-
-
-def _require_volume(path: Path, shape: tuple[int, ...]) -> None:
-    if len(shape) != 3:
-        raise UserError(
-            path,
-            found=f"{len(shape)} axes ({' x '.join(map(str, shape))})",
-            expected="a volume of three axes",
-            mend="Keep slices, volumes and time series in data sets of their own.",
-        )
-
-
-def _scaled(values: Array) -> Array:
-    """Min-max to [0, 1] over the volume; a constant volume becomes 0."""
-    low, high = values.min(), values.max()
-    scaled: Array = (values - low) / max(high - low, np.finfo(np.float32).tiny)
-    return scaled

@@ -1,17 +1,19 @@
 """One's own folders: ``images/`` and ``masks/`` with equal stems, the way Kvasir-SEG comes too.
 
-Pictures (png, jpg, tif, bmp; grey or colour, 8 or 16 bit) or two-dimensional NIfTI files, paired by
-stem and never by position. Called by ``layouts``.
+Pictures (png, jpg, tif, bmp; grey or colour, 8 or 16 bit) or NIfTI files, slices or whole volumes,
+paired by stem and never by position. :func:`open_custom` looks at the first file to tell which it
+is. Called by ``layouts``.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import Tensor
 
-from guided_diffusion.datasets import Entry, SegmentationDataset
-from guided_diffusion.errors import UserError
+from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.readers import (
     NIFTI,
     PICTURES,
@@ -19,12 +21,16 @@ from guided_diffusion.readers import (
     image_channels,
     is_nifti,
     listing,
+    nifti_shape,
     open_folder,
     read_image_file,
     read_mask_file,
     safe_name,
     split_name,
 )
+from guided_diffusion.volumes import VolumeDataset
+
+ENDINGS = (*PICTURES, *NIFTI)
 
 
 class CustomDataset(SegmentationDataset):
@@ -37,18 +43,13 @@ class CustomDataset(SegmentationDataset):
 
     layout = "CUSTOM"
 
-    def __init__(self, directory: str | Path, test_flag: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+    ) -> None:
         folder = open_folder(directory)
-        images = _image_files(folder, bare=test_flag)
-        masks = _mask_files(folder, optional=test_flag)
-        if masks:
-            _require_pairs(folder, images, masks)
-            _require_one_kind([*images.values(), *masks.values()])
-
-        entries = [
-            Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()
-        ]
-        super().__init__(folder, entries, channels=image_channels(min(images.items())[1]))
+        entries = _paired(folder, test_flag=test_flag)
+        channels = image_channels(entries[0].images[0])
+        super().__init__(folder, entries, channels=channels, reading=reading)
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
@@ -59,34 +60,81 @@ class CustomDataset(SegmentationDataset):
         return None if entry.mask is None else read_mask_file(entry.mask)
 
 
+class CustomVolumes(VolumeDataset):
+    """Pairs of NIfTI volumes, one case per axial slice ``<stem>_slice080``: image [1, H, W]."""
+
+    layout = "CUSTOM"
+
+    def __init__(
+        self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+    ) -> None:
+        folder = open_folder(directory)
+        volumes = [
+            entry._replace(patient=entry.name) for entry in _paired(folder, test_flag=test_flag)
+        ]
+        super().__init__(folder, volumes, channels=1, reading=reading)
+
+
 class KvasirDataset(CustomDataset):
     """Kvasir-SEG (Jha et al. 2020), which comes as a :class:`CustomDataset`."""
 
     layout = "KVASIR"
 
 
+def open_custom(
+    directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+) -> SegmentationDataset:
+    """Open pairs of pictures or slices, or of volumes, told apart by the first image's header."""
+    folder = open_folder(directory)
+    within = subfolder(folder, "images") or folder
+    names = (name for name in sorted(os.listdir(within)) if not name.startswith("."))
+    first = next((within / name for name in names if split_name(name)[1] in ENDINGS), None)
+    if first is not None and is_nifti(first) and len(nifti_shape(first)) > 2:
+        return CustomVolumes(folder, test_flag, reading)
+    return CustomDataset(folder, test_flag, reading)
+
+
 def subfolder(folder: Path, name: str) -> Path | None:
     """The folder called ``name`` directly below, in any case of letters."""
-    found = (path for path in sorted(folder.iterdir()) if path.name.lower() == name)
+    found = (folder / called for called in sorted(os.listdir(folder)) if called.lower() == name)
     return next((path for path in found if path.is_dir()), None)
 
 
 def image_files(folder: Path) -> dict[str, Path]:
     """The pictures and NIfTI files directly in ``folder``, by stem."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        stem, ending = split_name(path.name)
-        if path.name.startswith(".") or ending not in (*PICTURES, *NIFTI):
+    for name in sorted(os.listdir(folder)):
+        stem, ending = split_name(name)
+        if name.startswith(".") or ending not in ENDINGS:
             continue
         if stem in found:
-            raise UserError(
+            error = UserError(
                 folder,
-                found=f"{found[stem].name} and {path.name}",
+                found=f"{found[stem].name} and {name}",
                 expected="one file per stem",
                 mend="Rename or remove one of them.",
             )
-        found[stem] = path
+            refuse(error)
+        found[stem] = folder / name
     return found
+
+
+def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
+    """One entry per stem, with its mask unless there are none; checks that pairs are complete."""
+    images = _image_files(folder, bare=test_flag)
+    masks = _mask_files(folder, optional=test_flag)
+    if masks:
+        _require_pairs(folder, images, masks)
+        images = {stem: path for stem, path in images.items() if stem in masks}
+    if not images:
+        raise UserError(
+            folder,
+            found="no image that has a mask",
+            expected="images and masks of equal stems",
+            mend="Rename the files so that each pair has one stem.",
+        )
+    _require_one_kind([*images.values(), *masks.values()])
+    return [Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()]
 
 
 def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
@@ -96,7 +144,7 @@ def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
         raise UserError(
             within or folder,
             found="no folder images" if within is None else "no image",
-            expected=f"images/ with {' '.join((*PICTURES, *NIFTI))} files beside masks/",
+            expected=f"images/ with {' '.join(ENDINGS)} files beside masks/",
             mend="Pass the folder that holds images and masks.",
         )
     return found
@@ -118,18 +166,21 @@ def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
 def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:
     for lonely, kind in ((images.keys() - masks, "mask"), (masks.keys() - images, "image")):
         if lonely:
-            raise UserError(
+            error = UserError(
                 folder,
                 found=f"{len(lonely)} stems without {kind}: {listing(sorted(lonely))}",
                 expected="images and masks of equal stems",
                 mend="Rename the files so that each pair has one stem, or remove the single ones.",
+                cases=lonely,
             )
+            refuse(error)
 
 
 def _require_one_kind(paths: list[Path]) -> None:
     """A NIfTI file's first axis runs along x, a picture's along y: a mixed pair would be turned."""
+    first = is_nifti(paths[0])
     for path in paths:
-        if is_nifti(path) != is_nifti(paths[0]):
+        if is_nifti(path) != first:
             raise UserError(
                 path,
                 found="NIfTI files and pictures in one set",

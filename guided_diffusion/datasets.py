@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.intensity import measure, normalised
 from guided_diffusion.readers import Affine, listing, size_text
 
 CROPS = ("auto", "none", "wolleb")
@@ -44,13 +45,42 @@ class Case(NamedTuple):
 class Entry(NamedTuple):
     """Where a case lies on disk: its id, one file per channel (or one picture), its mask's file.
 
-    ``plane`` is the axial position for one slice of a volume, None for two-dimensional files.
+    ``plane`` is the axial position for one slice of a volume, None for two-dimensional files;
+    ``patient`` is whom the case belongs to, empty where nobody knows.
     """
 
     name: str
     images: tuple[Path, ...]
     mask: Path | None
     plane: int | None = None
+    patient: str = ""
+
+    @property
+    def volume(self) -> str:
+        """The name of the volume that a slice was cut from; empty for two-dimensional files."""
+        return "" if self.plane is None else self.name.rpartition("_slice")[0]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read; every loader is given one and uses what its layout knows.
+
+    Attributes:
+        modalities: which channels, in this order; empty for all there are.
+        slices: first and last-plus-one axial slice of a volume, as Python's slices have them.
+        blank_slices: keep slices of a volume whose image is constant.
+        normalise: a name of :data:`guided_diffusion.intensity.NORMALISATIONS`.
+        cache_dir: where decoded volumes are kept; None keeps a few in memory.
+    """
+
+    modalities: tuple[str, ...] = ()
+    slices: tuple[int | None, int | None] = (None, None)
+    blank_slices: bool = True
+    normalise: str = "auto"
+    cache_dir: Path | None = None
+
+
+AS_STORED = Reading()
 
 
 class SegmentationDataset(Dataset[Case]):
@@ -60,20 +90,41 @@ class SegmentationDataset(Dataset[Case]):
     image and mask; sorting, unique names and the checks of every case happen here.
 
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
-    ``names`` (sorted) and ``entries`` (in the same order).
+    ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (where the
+    channels are called so), ``normalise`` (never 'auto') and ``notes``: what the run should say
+    about the folder, such as files that were left aside.
     """
 
     layout = ""
+    usual_scale = "none"
+    modalities: tuple[str, ...] = ()
 
-    def __init__(self, directory: Path, entries: Iterable[Entry], *, channels: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        entries: Iterable[Entry],
+        *,
+        channels: int,
+        reading: Reading = AS_STORED,
+    ) -> None:
         self.directory = directory
         self.entries = sorted(entries, key=lambda entry: entry.name)
         self.names = [entry.name for entry in self.entries]
         self.channels = channels
+        self.notes: list[str] = []
+        self.normalise = self.usual_scale if reading.normalise == "auto" else reading.normalise
         _require_unique(directory, self.names)
 
+    @property
+    def patients(self) -> list[str]:
+        """Whom each case belongs to, in the order of ``names``; empty text where nobody knows."""
+        return [entry.patient for entry in self.entries]
+
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Decode the image, float32 [C, H, W], and its affine where the format has one."""
+        """Decode the image, float32 [C, H, W], and its affine where the format has one.
+
+        Values are as stored, but for a slice of a volume, which is scaled by the whole of it.
+        """
         raise NotImplementedError
 
     def read_mask(self, entry: Entry) -> Tensor | None:
@@ -83,14 +134,25 @@ class SegmentationDataset(Dataset[Case]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __str__(self) -> str:
+        return f"{len(self)} {self.layout} cases, {self.channels} channels, {self.directory}"
+
     def __getitem__(self, index: int) -> Case:
         """Read case ``index``; a file that cannot be used is a :class:`UserError` naming it."""
         entry = self.entries[index]
         image, affine = self.read_image(entry)
+        if entry.plane is None and self.normalise != "none":
+            image = _scaled(image, self.normalise)
         mask = self.read_mask(entry)
 
         _check_case(entry, image, mask, channels=self.channels)
         return Case(image, mask, entry.name, affine)
+
+
+def _scaled(image: Tensor, how: str) -> Tensor:
+    """[C, H, W], every channel scaled by its own intensities."""
+    channels = (channel.numpy() for channel in image)
+    return torch.stack([torch.from_numpy(normalised(c, measure(c), how)) for c in channels])
 
 
 def _require_unique(directory: Path, sorted_names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ lie is a choice of levels, like every other choice of where to evaluate, and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -55,6 +55,38 @@ def multistep(
         past = [*past, (now, _value(x, x0, now, algorithm))][-order:]
         usable = min(len(past), steps - step) if steps < 10 else len(past)
         x = _advance(x, now, nxt, *_differences(past[-usable:], nxt), algorithm=algorithm)
+    return x
+
+
+def multistep_sde(
+    denoise: Denoiser,
+    x: Tensor,
+    levels: Sequence[NoiseLevel],
+    *,
+    order: int = 2,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M): the stochastic sibling, Lu et al. (2022, ++), eq. 18.
+
+    It solves the reverse SDE instead of the ODE, so that every step renews part of the noise.
+
+    Args:
+        denoise: the model.
+        x: noise at ``levels[0]``, [B, K, H, W].
+        levels: decreasing noise, N + 1 of them for N evaluations.
+        order: 1 or 2.
+        randn_like: draws the noise.
+    """
+    past: list[tuple[NoiseLevel, Tensor]] = []
+    for now, nxt in pairwise(levels):
+        x0 = denoise(x, now).x0
+        if nxt.sigma == 0:
+            return x0
+        past = [*past, (now, x0)][-min(order, 2) :]
+        value, _, _ = _differences(past, nxt)
+        shrink = math.exp(now.log_snr - nxt.log_snr)
+        x = (nxt.sigma / now.sigma * shrink) * x + nxt.alpha * (1 - shrink**2) * value
+        x = x + nxt.sigma * math.sqrt(1 - shrink**2) * randn_like(x)
     return x
 
 

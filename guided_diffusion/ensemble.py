@@ -32,6 +32,14 @@ def vote(members: Tensor, threshold: float = 0.5) -> Tensor:
     return (votes.mean(dim=0) >= 0.5).to(members.dtype)
 
 
+def squared_mean(members: Tensor) -> Tensor:
+    """Square of the average: what MedSegDiff's sampling script calls staple. Soft mask in [0, 1].
+
+    Kept for comparison with published numbers; a mean of 0.7 is background by this rule.
+    """
+    return mean(members) ** 2
+
+
 def staple(members: Tensor, *, tolerance: float = 1e-7, max_iterations: int = 500) -> Tensor:
     """STAPLE, Warfield et al. (2004): the probability of the hidden true mask, by EM.
 

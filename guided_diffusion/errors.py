@@ -9,15 +9,58 @@ traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class UserError(Exception):
     """Bad input: names the file or flag, what was found, what was expected, and the mend."""
 
-    def __init__(self, what: object, *, found: object, expected: object, mend: str) -> None:
+    cases: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        what: object,
+        *,
+        found: object,
+        expected: object,
+        mend: str,
+        cases: Iterable[str] = (),
+    ) -> None:
+        """``cases``: every case this is about, where the message can only name a few."""
+        self.cases = tuple(sorted(cases))
         super().__init__(f"{what}: found {found}, expected {expected}. {mend}")
+
+    def __reduce__(self) -> tuple[Callable[[str], UserError], tuple[str]]:
+        """Travel whole from a process that reads data to the one that trains."""
+        return _again, (str(self),)
+
+
+def _again(message: str) -> UserError:
+    return UserError.__new__(UserError, message)
+
+
+_gathered: ContextVar[list[UserError] | None] = ContextVar("gathered", default=None)
+
+
+def refuse(error: UserError) -> None:
+    """Raise ``error``, unless somebody gathers: then it is noted, and the caller does without."""
+    gathered = _gathered.get()
+    if gathered is None:
+        raise error
+    gathered.append(error)
+
+
+@contextmanager
+def gathering() -> Iterator[list[UserError]]:
+    """Collect what :func:`refuse` would raise, for the check that lists all that is wrong."""
+    gathered: list[UserError] = []
+    token = _gathered.set(gathered)
+    try:
+        yield gathered
+    finally:
+        _gathered.reset(token)
 
 
 @contextmanager

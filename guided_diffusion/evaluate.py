@@ -26,7 +26,8 @@ from torch.nn import functional
 from guided_diffusion import metrics
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import whole
-from guided_diffusion.layouts import open_masks
+from guided_diffusion.layouts import Truth, open_masks
+from guided_diffusion.patients import patients_csv, score_patients, summarise_patients
 
 Mask = NDArray[np.float32]
 Summary = dict[str, float | int | str | None]
@@ -68,23 +69,31 @@ def evaluate(
     """Score the predictions in ``inp_pth`` against the truths in ``out_pth``.
 
     Predictions are the files ``<id>_output_ens.png`` (or .jpg) directly in ``inp_pth``, truths
-    whatever ``open_masks`` finds for a data layout. Writes ``scores.csv`` and ``summary.json``
-    into ``inp_pth``, each whole or not at all, after every case has been scored; returns the
+    whatever ``open_masks`` finds for a data layout. Writes ``scores.csv``, ``summary.json`` and,
+    where the data set knows its patients, ``patients.csv`` into ``inp_pth``, each whole or not at all, after every case has been scored; returns the
     summary. ``partial`` scores the cases that are on both sides. Raises UserError for a missing
     or empty folder, cases without a partner, and a file that is not a readable mask.
     """
     folder, truths = _folder(inp_pth, "--inp_pth"), open_masks(_folder(out_pth, "--out_pth"))
     cases = pair_cases(folder, truths, partial=partial)
     scores = [score_case(case) for case in cases]
+    counts = {s.name: metrics.Confusion(s.tp, s.fp, s.fn, s.tn) for s in scores}
+    patients = score_patients(counts, {name: truth.patient for name, truth in truths.items()})
 
-    summary = {**summarise(scores), "seconds_per_case": _mean(_seconds(folder))}
+    summary = {
+        **summarise(scores),
+        **summarise_patients(patients),
+        "seconds_per_case": _mean(_seconds(folder)),
+    }
     _write(folder / "scores.csv", _csv_text(scores))
+    if patients:
+        _write(folder / "patients.csv", patients_csv(patients))
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def pair_cases(
-    folder: Path, truths: Mapping[str, Callable[[], Mask]], *, partial: bool = False
+    folder: Path, truths: Mapping[str, Truth], *, partial: bool = False
 ) -> list[CaseFiles]:
     """Pair the predictions in ``folder`` with the truths, sorted by id.
 
@@ -195,6 +204,7 @@ def report(summary: Summary) -> str:
             "",
             f"{'at 0.5, own size':<24}{'all cases':>10}{'with lesion':>14}",
             *lines,
+            *_patient_lines(summary),
             f"{'cases':<24}{summary['cases']:>10}{_with_lesion(summary):>14}",
             f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
             "",
@@ -351,6 +361,14 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """Arithmetic mean of what is there; None where nothing is."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def _patient_lines(summary: Summary) -> list[str]:
+    """The line on patients, where there are any."""
+    if not summary.get("patients"):
+        return []
+    label = f"Dice of {summary['patients']} patients"
+    return [f"{label:<24}{_number(summary['dice_patient']):>10}"]
 
 
 def _number(value: float | int | str | None, digits: int = 4) -> str:

@@ -8,13 +8,15 @@ CSV, from the ids of the files. Called by ``layouts``.
 from __future__ import annotations
 
 import csv
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from guided_diffusion.datasets import Entry, SegmentationDataset
-from guided_diffusion.errors import UserError
+from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.readers import (
     PICTURES,
     Affine,
@@ -31,6 +33,7 @@ _CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.cs
 _PICTURE = re.compile(r"ISIC_(\d+)")
 _MASK = re.compile(r"ISIC_(\d+)_Segmentation", re.IGNORECASE)
 _SIDES = {False: ("train", "training"), True: ("test", "testing")}
+_SIDE = re.compile(r"(?:.*_)?(?:(train|training)|(test|testing))(?:_.*)?", re.IGNORECASE)
 
 
 class ISICDataset(SegmentationDataset):
@@ -43,14 +46,16 @@ class ISICDataset(SegmentationDataset):
 
     layout = "ISIC"
 
-    def __init__(self, directory: str | Path, test_flag: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+    ) -> None:
         folder = _side_of(open_folder(directory), test_flag)
         table = find_csv(folder, test_flag)
-        entries = _listed(table) if table is not None else _paired_by_id(folder)
+        entries = _listed(table) if table is not None else _paired_by_id(folder, test_flag)
 
         _require_cases(folder, entries)
         entries = _checked_masks(table or folder, entries, optional=test_flag)
-        super().__init__(folder, entries, channels=3)
+        super().__init__(folder, entries, channels=3, reading=reading)
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Decode the picture, float32 [3, H, W] in [0, 1]; pictures have no affine."""
@@ -61,27 +66,30 @@ class ISICDataset(SegmentationDataset):
         return None if entry.mask is None else read_mask_file(entry.mask)
 
 
-def looks_like_isic(folder: Path) -> bool:
-    """Whether the folder holds the CSV, or pictures named by an ISIC number."""
-    sides = [folder, *(_side_of(folder, test) for test in (False, True))]
-    if any(find_csv(side, False) for side in sides):
-        return True
-    names = (name for _, files in walk(folder) for name in files)
+def has_csv(folder: Path) -> bool:
+    """Whether the folder, or its Train or Test, holds the CSV."""
+    sides = {folder, *(_side_of(folder, test) for test in (False, True))}
+    return any(find_csv(side, False) for side in sides)
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether pictures named by an ISIC number lie in the folder or below."""
+    names = (name for _, files in walk(folder) for name in files if name.startswith("ISIC_"))
     return any(_id_of(_PICTURE, name) for name in names)
 
 
 def find_csv(folder: Path, test_flag: bool) -> Path | None:
     """The CSV directly in ``folder``: of the side asked for, else what there is; Part1 first."""
     wanted = "Test" if test_flag else "Training"
-    found = [match for path in folder.iterdir() if (match := _CSV.fullmatch(path.name))]
+    found = [match for name in os.listdir(folder) if (match := _CSV.fullmatch(name))]
     found.sort(key=lambda match: (match[2] != wanted, match[1]))
     return folder / found[0].string if found else None
 
 
 def _side_of(folder: Path, test_flag: bool) -> Path:
     """The Train or Test folder of a root that holds them; ``folder`` itself where it does not."""
-    below = sorted(path for path in folder.iterdir() if path.is_dir())
-    return next((path for path in below if path.name.lower() in _SIDES[test_flag]), folder)
+    called = (name for name in sorted(os.listdir(folder)) if name.lower() in _SIDES[test_flag])
+    return next((folder / name for name in called if (folder / name).is_dir()), folder)
 
 
 def _listed(table: Path) -> list[Entry]:
@@ -138,15 +146,28 @@ def _side_by_side(table: Path, case: str) -> Entry:
     return Entry(name_of(image), (image,), mask)
 
 
-def _paired_by_id(folder: Path) -> list[Entry]:
-    """Without a CSV: every ISIC picture below, and the mask of the same number wherever it is."""
+def _paired_by_id(folder: Path, test_flag: bool) -> list[Entry]:
+    """Without a CSV: every ISIC picture below, and the mask of the same number wherever it is.
+
+    Where folders of both sides are there (``..._Training_Data``, ``..._Test_Data``), only the
+    pictures of the side asked for count.
+    """
     files = [root / name for root, names in walk(folder) for name in names]
+    sides = {path: _side(path.relative_to(folder)) for path in files if _PICTURE.match(path.name)}
+    if {False, True} <= set(sides.values()):
+        files = [path for path in files if sides.get(path, test_flag) in (test_flag, None)]
     masks = {number: path for path in files if (number := _id_of(_MASK, path.name))}
     return [
         Entry(number, (path,), masks.get(number, path.with_name(f"{path.stem}_Segmentation.png")))
         for path in files
         if (number := _id_of(_PICTURE, path.name))
     ]
+
+
+def _side(path: Path) -> bool | None:
+    """Whether a folder in a path says test (True) or training (False); None where none does."""
+    matches = [match for part in path.parts[:-1] if (match := _SIDE.fullmatch(part))]
+    return matches[-1][2] is not None if matches else None
 
 
 def _id_of(pattern: re.Pattern[str], file_name: str) -> str | None:
@@ -173,22 +194,28 @@ def _require_cases(folder: Path, entries: list[Entry]) -> None:
 
 def _checked_masks(source: Path, entries: list[Entry], *, optional: bool) -> list[Entry]:
     """Every file is there; where no mask is, and that is allowed, the entries lose theirs."""
-    _require_files(source, [entry.images[0] for entry in entries], "pictures")
+    entries = _with_files(source, entries, "pictures", lambda entry: entry.images[0])
     missing = [entry for entry in entries if entry.mask is None or not entry.mask.is_file()]
     if optional and len(missing) == len(entries):
         return [entry._replace(mask=None) for entry in entries]
-    _require_files(
-        source, [entry.mask or Path(f"the mask of {entry.name}") for entry in entries], "masks"
+    return _with_files(
+        source, entries, "masks", lambda entry: entry.mask or Path(f"the mask of {entry.name}")
     )
-    return entries
 
 
-def _require_files(source: Path, paths: list[Path], kind: str) -> None:
-    missing = [path for path in paths if not path.is_file()]
+def _with_files(
+    source: Path, entries: list[Entry], kind: str, file_of: Callable[[Entry], Path]
+) -> list[Entry]:
+    missing = [entry for entry in entries if not file_of(entry).is_file()]
     if missing:
-        raise UserError(
+        error = UserError(
             source,
-            found=f"{len(missing)} of {len(paths)} {kind} missing: {listing(missing)}",
+            found=f"{len(missing)} of {len(entries)} {kind} missing: "
+            f"{listing(map(file_of, missing))}",
             expected="every file",
             mend="Restore the files, or take their cases out of the set.",
+            cases=[entry.name for entry in missing],
         )
+        refuse(error)
+    lost = {entry.name for entry in missing}
+    return [entry for entry in entries if entry.name not in lost]

@@ -1,6 +1,6 @@
 """Which loader reads a folder: the registry, the automatic choice, the truths to score by.
 
-A new layout is one loader and one line in ``LAYOUTS``. Called by ``script_util`` for training and
+A new layout is one loader and one line in ``LAYOUTS``. Called by ``runs`` for training and
 prediction, and by scoring through :func:`open_masks`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,29 +16,33 @@ import numpy as np
 
 from guided_diffusion.bratsloader import SEG, find_cases, open_brats
 from guided_diffusion.custom_dataset_loader import (
-    CustomDataset,
     KvasirDataset,
     image_files,
+    open_custom,
     subfolder,
 )
-from guided_diffusion.datasets import Entry, SegmentationDataset
+from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.errors import UserError
-from guided_diffusion.isicloader import ISICDataset, looks_like_isic
+from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
 from guided_diffusion.readers import Array, open_folder, read_mask_file, safe_name
 
-Loader = Callable[[Path, bool], SegmentationDataset]
+Loader = Callable[[Path, bool, Reading], SegmentationDataset]
 
 LAYOUTS: dict[str, Loader] = {
     "BRATS": open_brats,
     "ISIC": ISICDataset,
     "KVASIR": KvasirDataset,
-    "CUSTOM": CustomDataset,
+    "CUSTOM": open_custom,
 }
 _SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
 
 
 def open_dataset(
-    data_dir: str | Path, *, data_name: str = "", test: bool = False
+    data_dir: str | Path,
+    *,
+    data_name: str = "",
+    test: bool = False,
+    reading: Reading = AS_STORED,
 ) -> SegmentationDataset:
     """Open a folder by the layout called ``data_name``, or by the one that is unmistakable.
 
@@ -54,7 +59,15 @@ def open_dataset(
             expected=f"one of {', '.join(LAYOUTS)}",
             mend="Leave it out to have the layout recognised.",
         )
-    return LAYOUTS[name](folder, test)
+    dataset = LAYOUTS[name](folder, test, reading)
+    if reading.modalities and not dataset.modalities:
+        raise UserError(
+            "--modalities",
+            found=",".join(reading.modalities),
+            expected=f"nothing for the {name} layout, whose channels have no names",
+            mend="Leave --modalities away: it chooses among the files of a BraTS case.",
+        )
+    return dataset
 
 
 def recognise(folder: Path, *, test: bool = False) -> str:
@@ -71,8 +84,20 @@ def recognise(folder: Path, *, test: bool = False) -> str:
     )
 
 
-def open_masks(folder: str | Path) -> dict[str, Callable[[], Array]]:
-    """The truths for scoring by case id; each is read when called, float32 [H, W] in [0, 1].
+@dataclass(frozen=True)
+class Truth:
+    """A mask to score by, read when called; ``patient`` is empty where nobody knows."""
+
+    read: Callable[[], Array]
+    patient: str = ""
+
+    def __call__(self) -> Array:
+        """Decode the mask, float32 [H, W] in [0, 1]."""
+        return self.read()
+
+
+def open_masks(folder: str | Path) -> dict[str, Truth]:
+    """The truths for scoring by case id.
 
     ``folder`` is a data set of any layout, or holds mask files, called
     ``ISIC_<id>_Segmentation.png``, ``<id>.png``, ``<id>_mask.png``, ``<id>_seg.nii.gz`` and the
@@ -80,10 +105,13 @@ def open_masks(folder: str | Path) -> dict[str, Callable[[], Array]]:
     """
     folder = open_folder(folder)
     for name in _recognised(folder, test=True):
-        dataset = LAYOUTS[name](folder, True)
+        dataset = LAYOUTS[name](folder, True, AS_STORED)
         labelled = [entry for entry in dataset.entries if entry.mask is not None]
         if labelled:
-            return {entry.name: partial(_entry_mask, dataset, entry) for entry in labelled}
+            return {
+                entry.name: Truth(partial(_entry_mask, dataset, entry), entry.patient)
+                for entry in labelled
+            }
     return _bare_masks(folder)
 
 
@@ -94,7 +122,7 @@ def _recognised(folder: Path, *, test: bool) -> list[str]:
     if paired and not (masks and any(masks.glob("*_Segmentation.*"))):
         return ["CUSTOM"]
     brats = any(files.keys() - {SEG} for _, files in find_cases(folder))
-    isic = looks_like_isic(folder)
+    isic = has_csv(folder) or (not brats and has_pictures(folder))
     return [name for name, marks in (("BRATS", brats), ("ISIC", isic)) if marks]
 
 
@@ -105,11 +133,11 @@ def _contents(folder: Path) -> str:
     )
 
 
-def _bare_masks(folder: Path) -> dict[str, Callable[[], Array]]:
+def _bare_masks(folder: Path) -> dict[str, Truth]:
     """Mask files directly in ``folder``; if some are called masks, the others are not masks."""
     files = image_files(folder)
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
-    masks: dict[str, Callable[[], Array]] = {}
+    masks: dict[str, Truth] = {}
     for stem, path in (named or files).items():
         case = _case_id(stem)
         if case in masks:
@@ -119,7 +147,7 @@ def _bare_masks(folder: Path) -> dict[str, Callable[[], Array]]:
                 expected="one mask per case",
                 mend="Remove one of them.",
             )
-        masks[case] = partial(_file_mask, path)
+        masks[case] = Truth(partial(_file_mask, path))
     if not masks:
         raise UserError(
             folder,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,9 +29,22 @@ def _flag(
     alias: str = "",
     dead: str = "",
     run: bool = False,
+    least: float = -math.inf,
+    most: float = math.inf,
 ) -> Any:
-    """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it."""
-    metadata = {"help": help, "choices": choices, "alias": alias, "dead": dead, "run": run}
+    """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it.
+
+    Numbers are refused outside ``least`` to ``most``.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "alias": alias,
+        "dead": dead,
+        "run": run,
+        "least": least,
+        "most": most,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -44,17 +58,21 @@ class NetworkOptions:
     image_size: int = _flag(64, "height and width the network works at, in pixels")
     in_ch: int = _flag(5, "image channels plus noisy mask channels; follows the data by itself")
     num_channels: int = _flag(128, "width of the first level, a multiple of 32")
-    num_res_blocks: int = _flag(2, "residual blocks on each level")
+    num_res_blocks: int = _flag(2, "residual blocks on each level", least=1)
     channel_mult: str = _flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
     attention_resolutions: str = _flag("16,8", "feature map sizes, in pixels, that get attention")
-    num_heads: int = _flag(4, "attention heads")
-    num_heads_upsample: int = _flag(-1, "attention heads on the way up; -1: as num_heads")
-    num_head_channels: int = _flag(-1, "channels of one head, instead of num_heads; -1: unused")
+    num_heads: int = _flag(4, "attention heads", least=1)
+    num_heads_upsample: int = _flag(-1, "attention heads on the way up; -1: as num_heads", least=-1)
+    num_head_channels: int = _flag(
+        -1, "channels of one head, instead of num_heads; -1: unused", least=-1
+    )
     use_scale_shift_norm: bool = _flag(True, "the time scales and shifts after normalisation")
     resblock_updown: bool = _flag(False, "resample inside residual blocks")
     use_new_attention_order: bool = _flag(False, "split query, key, value before the heads")
     class_cond: bool = _flag(False, "condition on a class label (not in segmentation)")
-    dropout: float = _flag(0.0, "dropout probability inside residual blocks", run=True)
+    dropout: float = _flag(
+        0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
+    )
     use_checkpoint: bool = _flag(False, "recompute activations to save memory", run=True)
 
 
@@ -81,11 +99,35 @@ class DataOptions:
 
     data_dir: str = _flag("./data/training", "folder with the data set", run=True)
     data_name: str = _flag("", "layout: BRATS, ISIC, KVASIR, CUSTOM; empty: recognised", run=True)
+    split: str = _flag(
+        "",
+        "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir",
+        run=True,
+    )
     crop: str = _flag(
         "auto",
         "wolleb cuts 240x240 to 224x224, none resizes; auto: wolleb for BraTS slices, the plain "
         "network and image_size 256",
         choices=("auto", "none", "wolleb"),
+    )
+    modalities: str = _flag(
+        "", "BraTS: channels and their order, as in flair,t1ce; empty: all of t1,t1ce,t2,flair"
+    )
+    normalise: str = _flag(
+        "auto",
+        "intensities: minmax and percentile (1 to 99, clipped) to [0, 1], zscore of what is not 0; "
+        "a volume is scaled as a whole; auto: minmax for volumes, else none",
+        choices=("auto", "none", "minmax", "percentile", "zscore"),
+    )
+    slices: str = _flag(
+        "", "axial slices of each volume, from 0, end left out; BraTS: 80:129; empty: all", run=True
+    )
+    blank_slices: bool = _flag(True, "keep slices of a volume whose image is constant", run=True)
+    cache_dir: str = _flag(
+        "auto",
+        "folder where volumes are unpacked once; auto: guided_diffusion in the user's cache; none: "
+        "the last ones stay in up to 1 GiB of memory",
+        run=True,
     )
 
 
@@ -101,7 +143,7 @@ class RunOptions:
     """Where and how a run happens."""
 
     out_dir: str = _flag("./results/", "folder for everything that is written")
-    seed: int = _flag(10, "seed of everything random")
+    seed: int = _flag(10, "seed of everything random", least=-(2**63), most=2**63 - 1)
     gpu_dev: str = _flag("0", "index of the CUDA device")
     multi_gpu: str = _flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
     use_fp16: bool = _flag(False, "the same as --precision fp16")
@@ -114,23 +156,31 @@ class RunOptions:
 class TrainingOptions:
     """The training loop."""
 
-    max_steps: int = _flag(100_000, "stop after this many steps; 0: never")
-    batch_size: int = _flag(1, "images in one step")
-    microbatch: int = _flag(-1, "images in one forward pass; -1: the whole batch")
-    lr: float = _flag(1e-4, "learning rate")
-    weight_decay: float = _flag(0.0, "weight decay of AdamW")
-    lr_anneal_steps: int = _flag(0, "let the rate fall linearly to 0 over so many steps, then stop")
+    max_steps: int = _flag(100_000, "stop after this many steps; 0: never", least=0)
+    batch_size: int = _flag(1, "images in one step", least=1)
+    microbatch: int = _flag(-1, "images in one forward pass; -1: the whole batch", least=-1)
+    lr: float = _flag(1e-4, "learning rate", least=0)
+    weight_decay: float = _flag(0.0, "weight decay of AdamW", least=0)
+    lr_anneal_steps: int = _flag(
+        0, "let the rate fall linearly to 0 over so many steps, then stop", least=0
+    )
     ema_rate: str = _flag("0.9999", "decay of the averaged weights; several by commas")
     schedule_sampler: str = _flag(
         "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
     )
-    log_interval: int = _flag(100, "steps between two lines of the log")
-    save_interval: int = _flag(5000, "steps between two checkpoints")
+    log_interval: int = _flag(100, "steps between two lines of the log", least=1)
+    save_interval: int = _flag(5000, "steps between two checkpoints", least=1)
     resume_checkpoint: str = _flag("", "checkpoint, or folder of one, to continue from")
     resume: str = _flag(
         "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
     )
-    num_workers: int = _flag(0, "processes that read data; 0: the training process itself")
+    num_workers: int = _flag(0, "processes that read data; 0: the training process itself", least=0)
+    augment: bool = _flag(
+        False, "flip, turn, scale and re-light the training images at random; masks follow"
+    )
+    cache_gib: float = _flag(
+        2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
+    )
     fp16_scale_growth: float = _flag(
         1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
     )
@@ -144,19 +194,19 @@ class SamplingOptions:
     """How masks are drawn."""
 
     model_path: str = _flag("", "checkpoint, or the folder that holds savedmodel.pt")
-    num_ensemble: int = _flag(5, "masks drawn for each case")
-    num_samples: int = _flag(0, "cases to segment, from the first; 0: all")
-    batch_size: int = _flag(0, "network inputs (cases x masks) at a time; 0: automatic")
+    num_ensemble: int = _flag(5, "masks drawn for each case", least=1)
+    num_samples: int = _flag(0, "cases to segment, from the first; 0: all", least=0)
+    batch_size: int = _flag(0, "network inputs (cases x masks) at a time; 0: automatic", least=0)
     sampler: str = _flag(
         "",
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
         choices=("", "ddpm", "ddim", "dpm_solver", "dpm_solver++"),
     )
-    steps: int = _flag(0, "network evaluations per mask; 0: as diffusion_steps says")
+    steps: int = _flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
     dpm_solver: bool = _flag(False, "sample with DPM-Solver++")
     use_ddim: bool = _flag(False, "sample with DDIM")
-    eta: float = _flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM")
-    order: int = _flag(2, "order of DPM-Solver: 1, 2 or 3")
+    eta: float = _flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
+    order: int = _flag(2, "order of DPM-Solver: 1, 2 or 3", least=1, most=3)
     method: str = _flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
     skip_type: str = _flag(
         "time_uniform",
@@ -168,7 +218,7 @@ class SamplingOptions:
         "mean", "how the masks of a case become one", choices=("mean", "vote", "staple")
     )
     weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000")
+    trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
     debug: bool = _flag(
         False, "write more pictures", dead="an overlay of each case is always written"
     )
@@ -203,9 +253,23 @@ def parse(
 
 
 def fill(group: type[Group], values: dict[str, Any]) -> Group:
-    """Make one group's options from flags by name; the others are left alone."""
-    names = {entry.name for entry in fields(group)}  # type: ignore[arg-type]
-    return group(**{name: value for name, value in values.items() if name in names})
+    """Make one group's options from flags by name; the others are left alone.
+
+    Raises:
+        UserError: a number that the flag cannot have.
+    """
+    known = {entry.name: entry.metadata for entry in fields(group)}  # type: ignore[arg-type]
+    chosen = {name: value for name, value in values.items() if name in known}
+    for name, value in chosen.items():
+        least, most = known[name]["least"], known[name]["most"]
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise UserError(
+                f"--{name}",
+                found=value,
+                expected=f"{least} to {most}" if most < math.inf else f"{least} or more",
+                mend=f"Leave --{name} away for its default.",
+            )
+    return group(**chosen)
 
 
 def dead_flags(groups: Iterable[type], typed: dict[str, Any]) -> list[str]:
@@ -264,6 +328,20 @@ def numbers(flag: str, text: str, kind: type = int) -> list[Any]:
             expected="numbers separated by commas",
             mend=f"Write for example --{flag} 1,2.",
         ) from None
+
+
+def slice_range(text: str) -> tuple[int | None, int | None]:
+    """Read the two ends of ``--slices 80:129``; either may be empty, or count from the end."""
+    match = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", text or ":")
+    if match is None:
+        raise UserError(
+            "--slices",
+            found=repr(text),
+            expected="first:end, counted from 0, the end left out",
+            mend="Write for example --slices 80:129, or 80:-26.",
+        )
+    first, end = (int(part) if part else None for part in match.groups())
+    return first, end
 
 
 class _Parser(argparse.ArgumentParser):

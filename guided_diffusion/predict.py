@@ -2,163 +2,31 @@
 
 :class:`Segmenter` draws: mask i of case c depends on the seed, c and i alone, for any batch size,
 order or device. :func:`segment` walks a data set through it and writes the files of every case,
-whole or not at all, skipping cases that an earlier run with the same settings has finished. Wired
-by ``script_util``.
+whole or not at all, skipping cases that an earlier run with the same settings has finished; slices
+of volumes are put together again by ``restack``. Wired by ``runs``.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.datasets import Case, Frame, SegmentationDataset, collate
-from guided_diffusion.dist_util import autocast
-from guided_diffusion.ensemble import FUSIONS, disagreement, uncertainty
+from guided_diffusion.datasets import Case, SegmentationDataset
+from guided_diffusion.ensemble import disagreement
 from guided_diffusion.files import make_folder, whole
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.pictures import overlay, soft_png
-from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
-from guided_diffusion.schedule import NoiseLevel
-from guided_diffusion.unet import UNetModel
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How masks are drawn.
-
-    Attributes:
-        sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`.
-        levels: what it walks through; one network evaluation for each but the last.
-        options: its keywords.
-        clip: the range x0 is clamped to at every evaluation, or None.
-        num_ensemble: masks a case.
-        fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.
-        seed: of all randomness.
-        batch_size: network inputs at a time.
-        precision: fp32, bf16 or fp16.
-    """
-
-    sampler: str
-    levels: tuple[NoiseLevel, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    clip: tuple[float, float] | None = (-1.0, 1.0)
-    num_ensemble: int = 5
-    fusion: str = "mean"
-    seed: int = 10
-    batch_size: int = 8
-    precision: str = "fp32"
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per mask."""
-        return len(self.levels) - 1
-
-
-class Segmentation(NamedTuple):
-    """What a case became, at its own size.
-
-    Attributes:
-        members: every drawn mask, soft, float32 [E, H, W] in [0, 1].
-        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1].
-        uncertainty: standard deviation of the members, float32 [H, W] in [0, 0.5].
-    """
-
-    members: Tensor
-    fused: Tensor
-    uncertainty: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        """The binary mask, bool [H, W]: fused at least one half."""
-        return self.fused >= 0.5
-
-
-class Segmenter:
-    """A trained network that turns cases into :class:`Segmentation` s."""
-
-    def __init__(
-        self, net: UNetModel, diffusion: GaussianDiffusion, *, frame: Frame, plan: Plan
-    ) -> None:
-        self.net = net.eval()
-        self.diffusion = diffusion
-        self.frame = frame
-        self.plan = plan
-        self.device = next(net.parameters()).device
-
-    @torch.inference_mode()
-    def draw(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        """Draw the members of some cases.
-
-        Args:
-            images: at the network's size, float32 [B, C, h, w].
-            names: of the B cases; they seed the noise.
-
-        Returns:
-            Soft masks, float32 [B, E, K, h, w] in [0, 1], on the CPU.
-        """
-        plan = self.plan
-        condition = self.net.encode(images.to(self.device))
-        shape = (self.net.mask_channels, *images.shape[-2:])
-        rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
-        drawn = []
-        for start in range(0, len(rows), plan.batch_size):
-            chunk = rows[start : start + plan.batch_size]
-            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
-            of_case = torch.tensor([case for case, _ in chunk], device=self.device)
-            denoise = self.diffusion.denoiser(self.net, condition.rows(of_case), clip=plan.clip)
-            x = noise(torch.empty(len(chunk), *shape, device=self.device))
-            options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
-            with autocast(self.device, plan.precision):
-                x0 = SAMPLERS[plan.sampler](denoise, x, plan.levels, **options)
-            drawn.append(self.diffusion.from_range(x0).float().cpu())
-        return torch.cat(drawn).unflatten(0, (len(images), plan.num_ensemble))
-
-    def __call__(self, cases: Sequence[Case]) -> list[Segmentation]:
-        """Segment cases of any size: bring them to the network's, draw, bring back, fuse."""
-        batch = collate([self.frame.fit(case) for case in cases])
-        drawn = self.draw(batch.image, batch.names)
-        return [
-            self._fuse(self.frame.restore(members[:, 0], _size(case)))
-            for members, case in zip(drawn, cases, strict=True)
-        ]
-
-    def _fuse(self, members: Tensor) -> Segmentation:
-        fused = FUSIONS[self.plan.fusion](members)
-        return Segmentation(members, fused, uncertainty(members))
-
-
-class MemberNoise:
-    """Standard normal noise in which every row has a generator of its own.
-
-    Drawn on the CPU, so that a device does not change it.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Draw noise of the shape of ``x`` [B, ...], row b from generator b."""
-        rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(x.device, x.dtype)
-
-
-def member_seed(seed: int, name: str, member: int) -> int:
-    """Make the seed of one mask: 63 bits of a hash of the run's seed, the case and the member."""
-    digest = hashlib.sha256(f"{seed}/{name}/{member}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from guided_diffusion.restack import Stacks
+from guided_diffusion.segmenter import Segmentation, Segmenter
 
 
 def segment(
@@ -181,11 +49,20 @@ def segment(
     make_folder(out_dir)
     names = dataset.names[: num_samples or None]
     record = Record(out_dir / "predictions.csv", fingerprint)
-    todo = [index for index, name in enumerate(names) if not record.finished(name)]
+    entries = dataset.entries[: len(names)]
+    stacks = Stacks(out_dir, fingerprint, entries)
+    todo = [
+        index
+        for index, entry in enumerate(entries)
+        if not record.finished(entry.name) or (entry.volume and not stacks.holds(entry))
+    ]
+    stacks.expect(entries[index] for index in todo)
+    stacks.write()
     if len(todo) < len(names):
         logger.log(f"{len(names) - len(todo)} of {len(names)} cases are finished and kept")
-    if record.stale:
-        logger.log(f"{record.stale} cases of other settings in {out_dir} are drawn anew")
+    stale = record.forget([names[index] for index in todo])
+    if stale:
+        logger.log(f"{stale} cases of other settings in {out_dir} are drawn anew")
 
     plan = segmenter.plan
     group = max(1, plan.batch_size // plan.num_ensemble)
@@ -193,10 +70,15 @@ def segment(
         for indices in _batched(todo, group):
             started = time.perf_counter()
             cases = [dataset[index] for index in indices]
-            for case, result in zip(cases, segmenter(cases), strict=True):
+            for index, case, result in zip(indices, cases, segmenter.segment(cases), strict=True):
                 write_case(out_dir, case, result)
+                if entries[index].volume:
+                    stacks.keep(entries[index], maps_of(result))
+                elif case.affine is not None:
+                    write_nifti(out_dir, case, result)
                 seconds = (time.perf_counter() - started) / len(cases)
                 record.add(_row(case, result, seconds))
+            stacks.write()
             progress.update(len(cases))
             drawn = progress.n * plan.num_ensemble * plan.evaluations
             rate = drawn / max(progress.format_dict["elapsed"], 1e-9)
@@ -215,14 +97,16 @@ def _row(case: Case, result: Segmentation, seconds: float) -> dict[str, Any]:
     }
 
 
+COLUMNS = ("name", "members", "area", "disagreement", "uncertainty", "seconds", "fingerprint")
+
+
 class Record:
     """``predictions.csv``: one row per finished case, appended once its files are in place."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
         self.fingerprint = fingerprint
-        self.rows = {row["name"]: row for row in self._read()}
-        self.stale = sum(row["fingerprint"] != fingerprint for row in self.rows.values())
+        self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in self._read()}
 
     def _read(self) -> Iterator[dict[str, str]]:
         if self.path.exists():
@@ -235,22 +119,32 @@ class Record:
         """Whether a case is done, with these settings."""
         return self.rows.get(name, {}).get("fingerprint") == self.fingerprint
 
+    def forget(self, names: Sequence[str]) -> int:
+        """Strike cases off before their files are replaced, and return how many there were."""
+        struck = [name for name in names if self.rows.pop(name, None)]
+        if struck:
+            self._write()
+        return len(struck)
+
     def add(self, row: dict[str, Any]) -> None:
-        """Note a finished case; the file appears whole."""
+        """Note a finished case."""
         self.rows[row["name"]] = {**row, "fingerprint": self.fingerprint}
+        self._write()
+
+    def _write(self) -> None:
+        """Write all rows; the file appears whole."""
         with whole(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*row, "fingerprint"], extrasaction="ignore")
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows.values())
 
 
 def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
-    """Write the files of one case, each at the case's own size.
+    """Write the pictures of one case, each at the case's own size.
 
     ``<name>_output_ens.png`` (soft, 8 bit), ``<name>_mask.png`` (0 and 255),
     ``<name>_uncertainty.png`` (255 is a standard deviation of 0.5), ``<name>_output<i>.png`` (the
-    members, soft) and ``<name>_overlay.png``; for NIfTI input also the first three as ``.nii.gz``
-    with the input's affine.
+    members, soft) and ``<name>_overlay.png``.
     """
     stem = f"{out_dir / case.name}"
     truth = None if case.mask is None else (case.mask[0] >= 0.5).numpy()
@@ -271,20 +165,32 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
     for kind, pixels in pictures.items():
         with whole(Path(f"{stem}_{kind}.png")) as part:
             Image.fromarray(pixels).save(part, format="PNG")
-    if case.affine is not None:
-        _write_nifti(stem, "output_ens", result.fused.numpy(), case.affine)
-        _write_nifti(stem, "mask", result.mask.numpy().astype(np.uint8), case.affine)
-        _write_nifti(stem, "uncertainty", result.uncertainty.numpy(), case.affine)
+    _remove_members(stem, first=len(result.members))
 
 
-def _write_nifti(stem: str, kind: str, values: np.ndarray, affine: np.ndarray) -> None:
-    with whole(Path(f"{stem}_{kind}.nii.gz")) as part:
-        nib.save(nib.Nifti1Image(values, affine), part)
+def write_nifti(out_dir: Path, case: Case, result: Segmentation) -> None:
+    """Write fused mask, binary mask and uncertainty of a NIfTI slice, with the case's affine."""
+    for kind, values in maps_of(result).items():
+        with whole(out_dir / f"{case.name}_{kind}.nii.gz") as part:
+            nib.save(nib.Nifti1Image(values, case.affine), part)
 
 
-def _size(case: Case) -> tuple[int, int]:
-    height, width = case.image.shape[-2:]
-    return height, width
+def maps_of(result: Segmentation) -> dict[str, np.ndarray]:
+    """What is written as NIfTI, by the end of its name."""
+    return {
+        "output_ens": result.fused.numpy(),
+        "mask": result.mask.numpy().astype(np.uint8),
+        "uncertainty": result.uncertainty.numpy(),
+    }
+
+
+def _remove_members(stem: str, *, first: int) -> None:
+    """Remove what an earlier run with more members has left: scoring would take it for ours."""
+    for index in count(first):
+        surplus = Path(f"{stem}_output{index}.png")
+        if not surplus.exists():
+            return
+        surplus.unlink()
 
 
 def _batched(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -1,6 +1,6 @@
 """Choosing which trained times a sampler visits: respacing is nothing but a choice of levels.
 
-Nichol & Dhariwal (2021), section 4. Called by ``script_util`` for training and for sampling.
+Nichol & Dhariwal (2021), section 4. Called by ``runs`` for training and for sampling.
 """
 
 from __future__ import annotations

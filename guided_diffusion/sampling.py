@@ -18,6 +18,7 @@ from torch import Tensor
 from guided_diffusion import dpm_solver
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.schedule import NoiseLevel
+from guided_diffusion.unipc import unipc
 
 Sampler = Callable[..., Tensor]
 RandnLike = Callable[[Tensor], Tensor]
@@ -79,8 +80,10 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver_singlestep": partial(dpm_solver.singlestep, algorithm="dpmsolver"),
     "dpm_solver++": dpm_solver.multistep,
     "dpm_solver++_singlestep": dpm_solver.singlestep,
+    "sde_dpm_solver++": dpm_solver.multistep_sde,
+    "unipc": unipc,
 }
 """Every sampler by name, each called as ``sampler(denoise, x, levels)``."""
 
-STOCHASTIC = frozenset({"ddpm", "ddim"})
+STOCHASTIC = frozenset({"ddpm", "ddim", "sde_dpm_solver++"})
 """Those that draw noise on the way, by their keyword ``randn_like``."""

@@ -57,16 +57,8 @@ def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
     if steps < 1:
         raise UserError("--diffusion_steps", found=steps, expected="at least 1", mend="Try 1000.")
     if name == "linear":
-        first, last = 1e-4 * 1000 / steps, 0.02 * 1000 / steps
-        if last >= 1:
-            raise UserError(
-                "--diffusion_steps",
-                found=f"{steps} with the linear schedule, whose last beta is then {last:.3g}",
-                expected="at least 21, for a beta is a variance below 1",
-                mend="Train with more steps or with --noise_schedule cosine; to sample in few steps, "
-                "use --steps on a model trained with many.",
-            )
-        betas = np.linspace(first, last, steps, dtype=np.float64)
+        scale = 1000 / steps
+        betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
     elif name == "cosine":
         edges = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
@@ -76,6 +68,14 @@ def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
             found=name,
             expected=" or ".join(SCHEDULES),
             mend="Choose one of them.",
+        )
+    if name == "linear" and steps <= 20:
+        raise UserError(
+            "--diffusion_steps",
+            found=f"{steps} with the linear schedule, whose last beta is then {20 / steps:.3g}",
+            expected="at least 21, for a beta is a variance below 1",
+            mend="Train with more steps or with --noise_schedule cosine; to sample in few steps, "
+            "use --steps on a model trained with many.",
         )
     return betas
 

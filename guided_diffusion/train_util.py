@@ -2,7 +2,7 @@
 
 Nothing random outlives a step. What the loop draws at step n (images, times, noise, dropout)
 follows from the seed and n alone, so a run that is resumed repeats the uninterrupted one bit for
-bit on a CPU, whatever the number of reading processes. Wired by ``script_util``.
+bit on a CPU, whatever the number of reading processes. Wired by ``runs``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from guided_diffusion import logger
+from guided_diffusion.augment import Augmentation
 from guided_diffusion.checkpoint import Checkpoint, Weights, save_checkpoint
 from guided_diffusion.datasets import Batch, Case, collate
 from guided_diffusion.dist_util import autocast
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options import RunOptions, TrainingOptions
 from guided_diffusion.resample import ScheduleSampler
@@ -97,27 +99,29 @@ class TrainLoop:
     def run_loop(self) -> Path:
         """Train to the end, or until SIGTERM or Ctrl-C, and return the last checkpoint."""
         first = self.step
-        stop = _StopSignal()
         batches = stream(
             self.dataset,
             self.options.batch_size,
             seed=self.run.seed,
             first_step=first,
             workers=self.options.num_workers,
+            augmentation=Augmentation() if self.options.augment else None,
         )
         total = self.last_step
-        with tqdm(initial=first, total=total or None, unit="step", disable=None) as progress:
-            while not stop.wanted and (not total or self.step < total):
-                loss = self.run_step(next(batches))
-                progress.update()
-                if self.step % self.options.log_interval == 0 or self.step == total:
-                    progress.set_postfix(loss=f"{loss:.4f}")
-                    self._write_log(progress)
-                if self.step % self.options.save_interval == 0 and self.step != total:
-                    self.save()
-        if stop.wanted:
-            logger.log(f"stopped by {stop.wanted} at step {self.step}; the same command resumes")
-        return self.save()
+        bar = tqdm(initial=first, total=total or None, unit="step", disable=None)
+        with _StopSignal() as stop:
+            with bar as progress:
+                while not stop.wanted and (not total or self.step < total):
+                    loss = self.run_step(next(batches))
+                    progress.update()
+                    if self.step % self.options.log_interval == 0 or self.step == total:
+                        progress.set_postfix(loss=f"{loss:.4f}")
+                        self._write_log(progress)
+                    if self.step % self.options.save_interval == 0 and self.step != total:
+                        self.save()
+            if stop.wanted:
+                logger.log(f"stopped by {stop.wanted} at step {self.step}; --resume auto continues")
+            return self.save()
 
     def run_step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch and return its mean loss, a scalar tensor."""
@@ -274,41 +278,107 @@ class StepLog:
 
 
 class _StopSignal:
-    """Remembers that SIGTERM or Ctrl-C asked for the end, so that the step can be finished."""
+    """Remembers that SIGTERM or Ctrl-C asked for the end, so that the step can be finished.
+
+    The second of a kind does what it always did; so does every one after the run.
+    """
 
     def __init__(self) -> None:
         self.wanted = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> _StopSignal:
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.wanted = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self.before[signal.Signals(number)])
 
 
 def stream(
-    dataset: Dataset[Case], batch_size: int, *, seed: int, first_step: int = 0, workers: int = 0
+    dataset: Dataset[Case],
+    batch_size: int,
+    *,
+    seed: int,
+    first_step: int = 0,
+    workers: int = 0,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[Batch]:
-    """Yield full batches for ever, epoch after epoch in a new order, from any step on."""
-    size = len(dataset)  # type: ignore[arg-type]
+    """Yield full batches for ever, epoch after epoch in a new order, from any step on.
+
+    Raises:
+        UserError: a file cannot be used; whichever process reads it, the error arrives here.
+    """
+    drawn = _Drawn(dataset, seed, augmentation)
     loader = DataLoader(
-        dataset,
-        batch_sampler=_Positions(size, batch_size, seed, first_step),
+        drawn,
+        batch_sampler=_Positions(len(drawn), batch_size, seed, first_step),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_batch_or_error,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Draw(NamedTuple):
+    """One case of the stream: which it is, and its place, counted from the stream's beginning."""
+
+    number: int
+    place: int
+
+
+class _Drawn(Dataset["Case | UserError"]):
+    """A data set by draws: how a case is augmented follows from the seed and its place alone."""
+
+    def __init__(
+        self, dataset: Dataset[Case], seed: int, augmentation: Augmentation | None
+    ) -> None:
+        self.dataset, self.seed, self.augmentation = dataset, seed, augmentation
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: _Draw) -> Case | UserError:
+        """Case ``draw.number``, changed; an error is handed on, for processes garble exceptions."""
+        try:
+            case = self.dataset[draw.number]
+        except UserError as error:
+            return error
+        if self.augmentation is None:
+            return case
+        seed = _mix(_mix(self.seed, draw.place), 1)
+        return self.augmentation(case, torch.Generator().manual_seed(seed))
+
+
+def _batch_or_error(cases: Sequence[Case | UserError]) -> Batch | UserError:
+    good: list[Case] = []
+    for case in cases:
+        if isinstance(case, UserError):
+            return case
+        good.append(case)
+    try:
+        return collate(good)
+    except UserError as error:
+        return error
 
 
 class _Positions:
-    """The indices of every batch from a step on; which they are follows from seed and step."""
+    """The draws of every batch from a step on; which they are follows from seed and step."""
 
     def __init__(self, size: int, batch_size: int, seed: int, first_step: int) -> None:
         self.size, self.batch_size, self.seed, self.first_step = size, batch_size, seed, first_step
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[_Draw]]:
         position = self.first_step * self.batch_size
         orders: dict[int, list[int]] = {}
         while True:
@@ -318,7 +388,7 @@ class _Positions:
                 if epoch not in orders:
                     generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
                     orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
-                batch.append(orders[epoch][offset])
+                batch.append(_Draw(orders[epoch][offset], place))
             yield batch
             position += self.batch_size
 

@@ -12,7 +12,7 @@ from guided_diffusion.options import SAMPLE, parse
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", SAMPLE)
-        from guided_diffusion.script_util import (
+        from guided_diffusion.runs import (
             sample,
         )  # torch is imported only once flags are read
 

@@ -215,12 +215,12 @@ def test_a_volume_is_decoded_once_and_memory_stays_bounded(
     decoded: list[Path] = []
     load = nib.load
     monkeypatch.setattr(nib, "load", lambda path: decoded.append(path) or load(path))
-    monkeypatch.setattr(dataset, "kept_cases", 1)
+    dataset.store.most_bytes = 2 * 6 * 8 * 3 * 4
 
     for index in range(len(dataset)):
         dataset[index]
 
-    assert len(decoded) == 4 and len(dataset._decoded) == 2
+    assert len(decoded) == 4 and len(dataset.store._open) == 2
 
 
 # ------------------------------------------------------------------------------------- ISIC
@@ -664,7 +664,7 @@ MALFORMED: list[tuple[Callable[[Path], None], str, str]] = [
     (fractional_labels, "1/seg.nii.gz: found fractional labels", "interpolated"),
     (volume_in_slices, "2/t1.nii.gz: found a volume of 6 x 8 x 3", "Cut volumes"),
     (slice_in_volumes, "p2_flair.nii.gz: found 2 axes (6 x 8)", "of their own"),
-    (shallow_mask, "p2_seg.nii.gz: found 2 slices", "on one grid"),
+    (shallow_mask, "p2_seg.nii.gz: found a grid of 6 x 8 x 2", "on one grid"),
     (four_axes, "1/t1.nii.gz: found 4 axes (6 x 8 x 3 x 2)", "of their own"),
     (isic_missing_picture, "1 of 2 pictures missing: ", "Restore the files"),
     (isic_missing_mask, "ISIC_0000002_Segmentation.png", "Restore the files"),

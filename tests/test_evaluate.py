@@ -13,6 +13,7 @@ from PIL import Image
 from guided_diffusion import evaluate as room
 from guided_diffusion.errors import UserError
 from guided_diffusion.evaluate import evaluate, read_soft, report, resize
+from guided_diffusion.layouts import Truth
 from guided_diffusion.pictures import heat, overlay, soft_png
 
 GOLDEN = Path(__file__).parent / "golden" / "env"
@@ -235,7 +236,7 @@ def test_a_member_of_another_size(folders):
     ],
 )
 def test_a_truth_that_is_no_mask(folders, monkeypatch, truth, wanted):
-    cases = {case: lambda: truth for case in "1234"}
+    cases = {case: Truth(lambda: truth) for case in "1234"}
     monkeypatch.setattr(room, "open_masks", lambda folder: cases)
     refused(folders, "truth of case 1", wanted)
 

@@ -56,7 +56,7 @@ def test_alpha_bar_is_the_product_of_what_betas_leave(name, steps):
     alpha_bar = NoiseSchedule.named(name, steps).alpha_bar
     assert alpha_bar.dtype == torch.float64
     np.testing.assert_allclose(alpha_bar, np.cumprod(1 - betas), rtol=1e-12)
-    assert ((0 < betas) & (betas < 1)).all()
+    assert ((betas > 0) & (betas < 1)).all()
     assert (alpha_bar.diff() < 0).all()
 
 

@@ -1,0 +1,144 @@
+"""How fast training cases arrive, and how fast a large folder is indexed.
+
+    python benchmarks/data_slices.py --data_dir data/training --workers 2 --size 256
+
+prints images per second for the first epoch (every file is decoded) and for the ones after it
+(decoded cases come back from the run's cache), through the loader that training uses. A set of
+fewer than 500 cases is linked together from copies.
+
+    python benchmarks/data_slices.py --index 100000
+
+times opening a made-up folder of so many files, for the BraTS layout and for images/ and masks/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from guided_diffusion.augment import Augmentation
+from guided_diffusion.cache import GIB, Remembered
+from guided_diffusion.datasets import Frame, Framed, SegmentationDataset
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.layouts import open_dataset
+from guided_diffusion.train_util import stream
+
+FEWEST = 500
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores\n")
+    with exit_on_user_error():
+        if arguments.index:
+            index(arguments.index)
+        else:
+            throughput(arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data_dir", nargs="*", default=[], help="labelled data sets")
+    parser.add_argument("--workers", type=int, default=2, help="reading processes")
+    parser.add_argument("--size", type=int, default=256, help="pixels")
+    parser.add_argument("--batch_size", type=int, default=8, help="images in a batch")
+    parser.add_argument("--index", type=int, default=0, help="files to index instead")
+    return parser.parse_args()
+
+
+def throughput(arguments: argparse.Namespace) -> None:
+    """One row for each set: the first epoch, a later one, and a later one with augmentation."""
+    print("| set | cases | first epoch, images/s | later epochs | with --augment |")
+    print("|---|---|---|---|---|")
+    for folder in map(Path, arguments.data_dir):
+        dataset = many(open_dataset(folder))
+        remembered = Remembered(Framed(dataset, Frame(arguments.size)), most_bytes=4 * GIB)
+        rates = [rate(remembered, arguments, augmentation=None) for _ in range(2)]
+        rates.append(rate(remembered, arguments, augmentation=Augmentation()))
+        shown = " | ".join(f"{value:.0f}" for value in rates)
+        print(f"| {folder.parent.name}/{folder.name} | {len(dataset)} | {shown} |", flush=True)
+
+
+def many(dataset: SegmentationDataset) -> SegmentationDataset:
+    """The set, or enough copies of its cases, each decoded on its own."""
+    copies = -(-FEWEST // len(dataset))
+    dataset.entries = [
+        entry._replace(name=f"{entry.name}_{copy}" if copies > 1 else entry.name)
+        for copy in range(copies)
+        for entry in dataset.entries
+    ]
+    dataset.names = [entry.name for entry in dataset.entries]
+    return dataset
+
+
+def rate(
+    remembered: Remembered, arguments: argparse.Namespace, *, augmentation: Augmentation | None
+) -> float:
+    """Images per second over one epoch, the start of the processes left out."""
+    batches = stream(
+        remembered,
+        arguments.batch_size,
+        seed=0,
+        workers=arguments.workers,
+        augmentation=augmentation,
+    )
+    next(batches)
+    count = len(remembered) // arguments.batch_size - 1
+    started = time.perf_counter()
+    for _ in tqdm(islice(batches, count), total=count, leave=False, disable=None):
+        pass
+    return count * arguments.batch_size / (time.perf_counter() - started)
+
+
+def index(files: int) -> None:
+    """One row for each layout: opening a folder for the first and for the second time."""
+    print("| layout | files | opened first, s | opened again, s |")
+    print("|---|---|---|---|")
+    for name, write in (("BRATS", write_slices), ("CUSTOM", write_pairs)):
+        with tempfile.TemporaryDirectory() as place:
+            write(Path(place), files)
+            seconds = []
+            for _ in range(2):
+                started = time.perf_counter()
+                dataset = open_dataset(place)
+                seconds.append(time.perf_counter() - started)
+            assert dataset.layout == name
+            print(f"| {name} | {files} | {seconds[0]:.2f} | {seconds[1]:.2f} |", flush=True)
+
+
+def write_slices(folder: Path, files: int) -> None:
+    """Folders of five files each, all empty but the one whose header tells slices from volumes."""
+    for case in tqdm(range(files // 5), leave=False, disable=None):
+        place = folder / f"{case:06d}"
+        place.mkdir()
+        for name in ("t1", "t1ce", "t2", "flair", "seg"):
+            (place / f"brats_train_{case // 60:03d}_{name}_{case % 60:03d}_w.nii.gz").touch()
+    for path in (folder / "000000").iterdir():
+        nib.save(nib.Nifti1Image(np.zeros((8, 8), np.uint8), np.eye(4)), path)
+
+
+def write_pairs(folder: Path, files: int) -> None:
+    """``images/`` and ``masks/``, all files empty but the first, which tells grey from colour."""
+    for side in ("images", "masks"):
+        (folder / side).mkdir()
+        for case in tqdm(range(files // 2), leave=False, disable=None):
+            (folder / side / f"case{case:06d}.png").touch()
+        Image.new("L", (8, 8)).save(folder / side / "case000000.png")
+
+
+if __name__ == "__main__":
+    main()

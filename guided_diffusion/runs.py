@@ -1,0 +1,235 @@
+"""The composition root: what the three scripts do once their flags are read.
+
+The one place that knows every name: :func:`train`, :func:`sample` and :func:`score` wire options,
+data, networks and verbs together, and refuse what does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guided_diffusion import logger
+from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.checkpoint import (
+    LATEST,
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+)
+from guided_diffusion.datasets import (
+    Frame,
+    Framed,
+    Remembered,
+    SegmentationDataset,
+    auto_frame,
+)
+from guided_diffusion.dist_util import describe, dev
+from guided_diffusion.errors import UserError
+from guided_diffusion.evaluate import evaluate, report
+from guided_diffusion.layouts import open_dataset
+from guided_diffusion.options import (
+    SAMPLE,
+    TRAIN,
+    DataOptions,
+    DiffusionOptions,
+    NetworkOptions,
+    RunOptions,
+    SampleDataOptions,
+    SamplingOptions,
+    ScoringOptions,
+    TrainingOptions,
+    dead_flags,
+    fill,
+    recorded,
+    refuse_contradictions,
+)
+from guided_diffusion.predict import segment
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_model,
+    create_reading,
+    million,
+    place,
+)
+from guided_diffusion.segmenter import Segmenter, settle_precision, trained_flags
+from guided_diffusion.train_util import TrainLoop
+
+
+def train(typed: dict[str, Any]) -> None:
+    """Train on a data set: what ``segmentation_train.py`` does with the flags typed."""
+    options, run, data = (
+        fill(TrainingOptions, typed),
+        fill(RunOptions, typed),
+        fill(DataOptions, typed),
+    )
+    options, run = _settled(options, typed), settle_precision(run)
+    path, start = _checkpoint_to_resume(options, run)
+    trained = start.options if start else {}
+    refuse_contradictions(_plainly(typed), trained, path)
+    reading = create_reading(fill(DataOptions, {**typed, **trained}))
+    dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
+    network = _network_for(dataset, {**typed, **trained}, path)
+    diffusion = fill(DiffusionOptions, {**typed, **trained})
+    frame, crop = _frame(dataset, network, {**typed, **trained})
+
+    device = dev(run.gpu_dev)
+    torch.manual_seed(run.seed)
+    net = create_model(network, diffusion)
+    if start:
+        load_weights(net, start.model, path)
+    process = create_gaussian_diffusion(diffusion)
+    loop = TrainLoop(
+        place(net, device),
+        process,
+        dataset=Remembered(Framed(dataset, frame)),
+        schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
+        options=options,
+        run=run,
+        recorded={**recorded(network, diffusion), "crop": crop, **_read_as(dataset)},
+    )
+    logger.configure(run.out_dir)
+    for note in [*dead_flags(TRAIN, typed), *dataset.notes]:
+        logger.log(note)
+    if start:
+        loop.restore(start)
+        logger.log(f"resuming {path} at step {start.step}")
+    logger.log(
+        f"{len(dataset)} {dataset.layout} cases, {dataset.channels} channels, {data.data_dir}; "
+        f"{million(net)} on {describe(device)}, {run.precision}; "
+        f"steps {loop.step} to {loop.last_step or 'no end'}"
+    )
+    loop.run_loop()
+
+
+def sample(typed: dict[str, Any]) -> None:
+    """Draw, fuse and write masks: what ``segmentation_sample.py`` does with the flags typed."""
+    options, out_dir = fill(SamplingOptions, typed), fill(RunOptions, typed).out_dir
+    for note in dead_flags(SAMPLE, typed):
+        logger.log(note)
+    dataset, segmenter = load_segmenter(typed)
+    for note in [*dataset.notes, str(dataset), str(segmenter)]:
+        logger.log(note)
+    names = segment(
+        segmenter,
+        dataset,
+        Path(out_dir).expanduser(),
+        fingerprint=segmenter.fingerprint,
+        num_samples=options.num_samples,
+    )
+    logger.log(
+        f"{len(names)} cases in {out_dir}: <case>_mask.png, <case>_output_ens.png, "
+        "<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>.png, predictions.csv"
+    )
+
+
+def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter]:
+    """Open the data and the model that the sampling flags name, and see that they fit."""
+    path = latest_checkpoint(typed.get("model_path", ""))
+    checkpoint = load_checkpoint(path)
+    flags = trained_flags(checkpoint, typed, path)
+    data = fill(SampleDataOptions, typed)
+    reading = create_reading(fill(DataOptions, flags))
+    dataset = open_dataset(data.data_dir, data_name=data.data_name, test=True, reading=reading)
+    network = _network_for(dataset, flags, path if checkpoint.options else None)
+    frame, _ = _frame(dataset, network, flags)
+    return dataset, Segmenter.build(checkpoint, path, network=network, frame=frame, flags=typed)
+
+
+def score(typed: dict[str, Any]) -> None:
+    """Score masks against the truth: what ``segmentation_env.py`` does with the flags typed."""
+    options = fill(ScoringOptions, typed)
+    summary = evaluate(options.inp_pth, options.out_pth, partial=options.partial)
+    print(report(summary))
+    print(
+        f"written: {Path(options.inp_pth) / 'summary.json'}, {Path(options.inp_pth) / 'scores.csv'}"
+    )
+    overlays = sorted(Path(options.inp_pth).expanduser().glob("*_overlay.png"))
+    if overlays:
+        print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
+
+
+def _read_as(dataset: SegmentationDataset) -> dict[str, str]:
+    """How a data set's images were read, as flags; a checkpoint remembers it."""
+    return {"modalities": ",".join(dataset.modalities), "normalise": dataset.normalise}
+
+
+def _plainly(typed: dict[str, Any]) -> dict[str, Any]:
+    """The typed flags, with modalities called as a checkpoint calls them."""
+    if not typed.get("modalities"):
+        return typed
+    return {**typed, "modalities": ",".join(find_modalities(typed["modalities"]))}
+
+
+def _settled(options: TrainingOptions, typed: dict[str, Any]) -> TrainingOptions:
+    """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse impossible values."""
+    for name in ("batch_size", "log_interval", "save_interval"):
+        if getattr(options, name) < 1:
+            raise UserError(
+                f"--{name}",
+                found=getattr(options, name),
+                expected="1 or more",
+                mend=f"Leave --{name} away for its default.",
+            )
+    if options.lr_anneal_steps and "max_steps" not in typed:
+        return replace(options, max_steps=options.lr_anneal_steps)
+    return options
+
+
+def _checkpoint_to_resume(
+    options: TrainingOptions, run: RunOptions
+) -> tuple[Path | None, Checkpoint | None]:
+    """Find what to continue from: a named checkpoint, or, with resume auto, the folder's own."""
+    own = Path(run.out_dir).expanduser() / LATEST
+    if options.resume_checkpoint:
+        path = latest_checkpoint(options.resume_checkpoint, flag="--resume_checkpoint")
+    elif own.exists() and options.resume == "auto":
+        path = own
+    else:
+        if own.exists():
+            logger.log(f"{own} exists and will be overwritten; --resume auto would continue it")
+        return None, None
+    return path, load_checkpoint(path)
+
+
+def _network_for(
+    dataset: SegmentationDataset, flags: dict[str, Any], path: Path | None
+) -> NetworkOptions:
+    """The network for a data set's channels; refuse what cannot segment it."""
+    expected = dataset.channels + 1
+    if flags.get("in_ch", expected) != expected:
+        raise UserError(
+            path or "--in_ch",
+            found=f"a network of {flags['in_ch']} input channels",
+            expected=f"{expected}: {dataset.channels} of the images in {dataset.directory} "
+            "and the noisy mask",
+            mend="Use data with the channels of training." if path else "Leave --in_ch away.",
+        )
+    if flags.get("class_cond"):
+        raise UserError(
+            "--class_cond",
+            found="True",
+            expected="False",
+            mend="Segmentation has no class labels to condition on.",
+        )
+    return fill(NetworkOptions, {**flags, "in_ch": expected})
+
+
+def _frame(
+    dataset: SegmentationDataset, network: NetworkOptions, flags: dict[str, Any]
+) -> tuple[Frame, str]:
+    """How cases reach the network's size, and the word for it that a checkpoint remembers."""
+    height, width = dataset[0].image.shape[-2:]
+    frame = auto_frame(
+        dataset.layout,
+        (height, width),
+        version=network.version,
+        image_size=network.image_size,
+        crop=flags.get("crop", "auto"),
+    )
+    return frame, "wolleb" if frame.crop else "none"

@@ -1,0 +1,373 @@
+"""From images to ensembles of masks: a trained network, ready to draw.
+
+A :class:`Plan` says how masks are drawn, a :class:`Segmenter` draws them: mask i of case c depends
+on the seed, c and i alone, for any batch size, order or device. ``predict`` walks a data set
+through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from guided_diffusion.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+)
+from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
+from guided_diffusion.dist_util import autocast, describe, dev
+from guided_diffusion.dpm_solver import solver_levels
+from guided_diffusion.ensemble import FUSIONS, uncertainty
+from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.options import (
+    DiffusionOptions,
+    NetworkOptions,
+    RunOptions,
+    SamplingOptions,
+    fill,
+    refuse_contradictions,
+)
+from guided_diffusion.readers import read_image_file, split_name
+from guided_diffusion.respace import space_timesteps
+from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
+from guided_diffusion.schedule import NoiseLevel, NoiseSchedule
+from guided_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_model,
+    million,
+    place,
+)
+from guided_diffusion.unet import UNetModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How masks are drawn.
+
+    Attributes:
+        sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`.
+        levels: what it walks through; one network evaluation for each but the last.
+        options: its keywords.
+        clip: the range x0 is clamped to at every evaluation, or None.
+        num_ensemble: masks a case.
+        fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.
+        seed: of all randomness.
+        batch_size: network inputs at a time.
+        precision: fp32, bf16 or fp16.
+    """
+
+    sampler: str
+    levels: tuple[NoiseLevel, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    clip: tuple[float, float] | None = (-1.0, 1.0)
+    num_ensemble: int = 5
+    fusion: str = "mean"
+    seed: int = 10
+    batch_size: int = 8
+    precision: str = "fp32"
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per mask."""
+        return len(self.levels) - 1
+
+
+class Segmentation(NamedTuple):
+    """What a case became, at its own size.
+
+    Attributes:
+        members: every drawn mask, soft, float32 [E, H, W] in [0, 1].
+        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1].
+        uncertainty: standard deviation of the members, float32 [H, W] in [0, 0.5].
+    """
+
+    members: Tensor
+    fused: Tensor
+    uncertainty: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """The binary mask, bool [H, W]: fused at least one half."""
+        return self.fused >= 0.5
+
+
+class Segmenter:
+    """A trained network that turns images into :class:`Segmentation` s.
+
+    Args:
+        net: on its device; put into evaluation mode.
+        diffusion: that it was trained for.
+        frame: how cases reach the network's size.
+        plan: how masks are drawn.
+        source: where the weights are from, for the log.
+    """
+
+    def __init__(
+        self,
+        net: UNetModel,
+        diffusion: GaussianDiffusion,
+        *,
+        frame: Frame,
+        plan: Plan,
+        source: str = "",
+    ) -> None:
+        self.net = net.eval()
+        self.diffusion = diffusion
+        self.frame = frame
+        self.plan = plan
+        self.source = source
+        self.device = next(net.parameters()).device
+
+    @classmethod
+    def load(cls, path: str | Path, **flags: Any) -> Segmenter:
+        """Load a checkpoint, or a folder's latest one.
+
+        Args:
+            path: of the checkpoint.
+            flags: those of ``segmentation_sample.py`` by name, such as ``sampler="dpm_solver++"``,
+                ``steps=10``, ``num_ensemble=5``, ``seed=10``; for bare weights also the network's.
+
+        Raises:
+            UserError: no checkpoint there, or flags that contradict it.
+        """
+        path = latest_checkpoint(path)
+        checkpoint = load_checkpoint(path)
+        trained = trained_flags(checkpoint, flags, path)
+        crop = WOLLEB_CROP if trained.get("crop") == "wolleb" else 0
+        network = fill(NetworkOptions, trained)
+        frame = Frame(network.image_size, crop)
+        return cls.build(checkpoint, path, network=network, frame=frame, flags=flags)
+
+    @classmethod
+    def build(
+        cls,
+        checkpoint: Checkpoint,
+        path: Path,
+        *,
+        network: NetworkOptions,
+        frame: Frame,
+        flags: dict[str, Any],
+    ) -> Segmenter:
+        """Build what a checkpoint holds, ready to draw as the flags say."""
+        options, run = fill(SamplingOptions, flags), settle_precision(fill(RunOptions, flags))
+        diffusion = fill(DiffusionOptions, trained_flags(checkpoint, flags, path))
+        process, net = create_gaussian_diffusion(diffusion), create_model(network, diffusion)
+        weights, which = checkpoint.choose(options.weights)
+        load_weights(net, weights, path)
+
+        device = dev(run.gpu_dev)
+        own = bool(checkpoint.options)
+        plan = make_plan(options, run, process, flags, device=device, own=own)
+        source = f"{path}: {which}"
+        if not own:
+            source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
+        return cls(place(net, device), process, frame=frame, plan=plan, source=source)
+
+    def __str__(self) -> str:
+        plan = self.plan
+        return (
+            f"{self.source}; {million(self.net)} on {describe(self.device)}, {plan.precision}; "
+            f"{plan.num_ensemble} masks a case by {plan.sampler}, {plan.evaluations} evaluations "
+            f"each, fused by {plan.fusion}, seed {plan.seed}"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that the masks depend on, in 16 hexadecimal digits."""
+        settings = replace(self.plan, batch_size=0)
+        digest = hashlib.sha256(repr((settings, self.frame)).encode())
+        for name, value in self.net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __call__(self, image: ArrayLike | Tensor | str | Path, name: str = "") -> Segmentation:
+        """Segment one image of any size.
+
+        Args:
+            image: float [C, H, W] in the range of training (pictures: [0, 1]), or the path of a
+                picture or NIfTI file.
+            name: seeds the noise; a path's stem by itself.
+
+        Raises:
+            UserError: another number of channels than the network has, or an unreadable file.
+        """
+        channels = self.net.in_channels - self.net.mask_channels
+        if isinstance(image, (str, Path)):
+            name = name or split_name(Path(image).name)[0]
+            pixels, _ = read_image_file(Path(image), channels=channels)
+        else:
+            pixels = torch.as_tensor(image, dtype=torch.float32)
+        if pixels.ndim != 3 or len(pixels) != channels:
+            raise UserError(
+                name or "image",
+                found=f"shape {tuple(pixels.shape)}",
+                expected=f"[{channels}, H, W], the channels of training",
+                mend="Stack the channels first.",
+            )
+        return self.segment([Case(pixels, None, name or "image")])[0]
+
+    def segment(self, cases: Sequence[Case]) -> list[Segmentation]:
+        """Segment cases of any size: bring them to the network's, draw, bring back, fuse."""
+        batch = collate([self.frame.fit(case) for case in cases])
+        drawn = self.draw(batch.image, batch.names)
+        results = []
+        for members, case in zip(drawn, cases, strict=True):
+            height, width = case.image.shape[-2:]
+            own = self.frame.restore(members[:, 0], (height, width))
+            fused = FUSIONS[self.plan.fusion](own)
+            results.append(Segmentation(own, fused, uncertainty(own)))
+        return results
+
+    @torch.inference_mode()
+    def draw(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Draw the members of some cases, all as one batch as far as ``batch_size`` allows.
+
+        Args:
+            images: at the network's size, float32 [B, C, h, w].
+            names: of the B cases; they seed the noise.
+
+        Returns:
+            Soft masks, float32 [B, E, K, h, w] in [0, 1], on the CPU.
+        """
+        plan = self.plan
+        with autocast(self.device, plan.precision):
+            condition = self.net.encode(images.to(self.device))
+        shape = (self.net.mask_channels, *images.shape[-2:])
+        rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
+        drawn = []
+        for start in range(0, len(rows), plan.batch_size):
+            chunk = rows[start : start + plan.batch_size]
+            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
+            of_case = torch.tensor([case for case, _ in chunk], device=self.device)
+            denoise = self.diffusion.denoiser(self.net, condition.rows(of_case), clip=plan.clip)
+            x = noise(torch.empty(len(chunk), *shape, device=self.device))
+            options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
+            with autocast(self.device, plan.precision):
+                x0 = SAMPLERS[plan.sampler](denoise, x, plan.levels, **options)
+            drawn.append(self.diffusion.from_range(x0).float().cpu())
+        return torch.cat(drawn).unflatten(0, (len(images), plan.num_ensemble))
+
+
+class MemberNoise:
+    """Standard normal noise in which every row has a generator of its own.
+
+    Drawn on the CPU, so that a device does not change it.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Draw noise of the shape of ``x`` [B, ...], row b from generator b."""
+        rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(x.device, x.dtype)
+
+
+def member_seed(seed: int, name: str, member: int) -> int:
+    """Make the seed of one mask: 63 bits of a hash of the run's seed, the case and the member."""
+    digest = hashlib.sha256(f"{seed}/{name}/{member}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What network, diffusion and data were trained with: the checkpoint's word, else the flags'.
+
+    In sampling, ``--diffusion_steps`` and ``--timestep_respacing`` count evaluations and do not
+    describe the training.
+    """
+    describing = {
+        k: v for k, v in typed.items() if k not in ("diffusion_steps", "timestep_respacing")
+    }
+    steps = typed.get("trained_steps", 0)
+    if checkpoint.options:
+        told = describing | ({"diffusion_steps": steps} if steps else {})
+        refuse_contradictions(told, checkpoint.options, path)
+        return {**typed, **checkpoint.options}
+    return {**describing, "diffusion_steps": steps or 1000}
+
+
+def make_plan(
+    options: SamplingOptions,
+    run: RunOptions,
+    diffusion: GaussianDiffusion,
+    typed: dict[str, Any],
+    *,
+    device: torch.device,
+    own: bool,
+) -> Plan:
+    """Settle how masks are drawn."""
+    sampler = options.sampler or (
+        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
+    )
+    clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
+    if options.num_ensemble < 1:
+        raise UserError(
+            "--num_ensemble", found=options.num_ensemble, expected="1 or more", mend="Use 5."
+        )
+    levels = sampling_levels(diffusion.schedule, sampler, options, typed)
+    if options.method == "singlestep" and sampler.startswith("dpm_solver"):
+        sampler += "_singlestep"
+    keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
+    return Plan(
+        sampler=sampler,
+        levels=tuple(levels),
+        options=keywords.get(sampler, {"order": options.order}),
+        clip=clip,
+        num_ensemble=options.num_ensemble,
+        fusion=options.fusion,
+        seed=run.seed,
+        batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
+        precision=run.precision,
+    )
+
+
+def sampling_levels(
+    schedule: NoiseSchedule, sampler: str, options: SamplingOptions, typed: dict[str, Any]
+) -> list[NoiseLevel]:
+    """Choose the levels of a run on the trained schedule.
+
+    ``--steps`` counts evaluations and wins; then ``--timestep_respacing``, then a typed
+    ``--diffusion_steps``; else DDPM and DDIM visit every trained time and the solvers 50.
+
+    Raises:
+        UserError: more evaluations than trained times, or fewer than 1.
+    """
+    total = len(schedule)
+    spec = typed.get("timestep_respacing", "")
+    count = options.steps or (0 if spec else typed.get("diffusion_steps", 0))
+    if not 0 <= count <= total:
+        raise UserError(
+            "--steps" if options.steps else "--diffusion_steps",
+            found=count,
+            expected=f"between 1 and {total}, the length of the trained schedule",
+            mend="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
+        )
+    if sampler not in ("ddpm", "ddim"):
+        evaluations = count or len(space_timesteps(total, spec or [min(50, total)]))
+        return solver_levels(
+            schedule,
+            evaluations,
+            order=options.order,
+            method=options.method if sampler.startswith("dpm_solver") else "multistep",
+            skip_type=options.skip_type,
+        )
+    if count == 1:
+        return schedule.levels([total - 1])
+    kept = space_timesteps(total, [count] if count else spec)
+    return schedule.levels(sorted(kept, reverse=True))
+
+
+def settle_precision(run: RunOptions) -> RunOptions:
+    """Let ``--use_fp16`` mean ``--precision fp16``."""
+    return replace(run, precision="fp16") if run.use_fp16 else run

@@ -1,0 +1,146 @@
+"""House rules: floors, quiet imports, no print, a docstring for everything public."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "guided_diffusion"
+
+# A module imports from lower floors only, never from its own.
+FLOORS = [
+    {"errors"},
+    {"files", "readers", "schedule", "nn", "losses", "metrics", "options", "phantoms"},
+    {"datasets"},
+    {
+        *("respace", "dpm_solver", "unipc", "resample", "gaussian_diffusion"),
+        *("ensemble", "checkpoint", "pictures"),
+        *("bratsloader", "isicloader", "custom_dataset_loader"),
+    },
+    {"unet", "sampling", "layouts"},
+    {"train_util", "predict", "evaluate"},
+    {"script_util"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+GROUND, VERBS = FLOOR["schedule"], FLOOR["predict"]
+
+# The side room stands on the ground floor; only the verbs and what is above them enter it.
+SIDE_ROOM = {"dist_util", "logger"}
+
+# What a sibling may take from a sibling: the type of the function that every sampler is given.
+GRANTED = {
+    ("dpm_solver", "gaussian_diffusion"): {"Denoiser"},
+    ("unipc", "gaussian_diffusion"): {"Denoiser"},
+}
+
+MAY_PRINT = {"errors", "logger", "options", "script_util"}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+TREES = {name: ast.parse((PACKAGE / f"{name}.py").read_text("utf-8")) for name in MODULES}
+
+
+def imports(tree):
+    """Every import anywhere in a module, as (module, name) pairs; name is None for `import m`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the package's modules are imported by their full names"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def siblings(name):
+    """What a module takes from the package: {module: names}, no names for a whole module."""
+    taken = {}
+    for module, what in imports(TREES[name]):
+        package, _, rest = module.partition(".")
+        if package != PACKAGE.name:
+            continue
+        if rest:
+            taken.setdefault(rest, set()).update({what} - {None})
+        else:
+            taken.setdefault(what, set())
+    return taken
+
+
+def test_every_module_has_its_floor():
+    assert not set(FLOOR) & SIDE_ROOM
+    assert set(MODULES) == set(FLOOR) | SIDE_ROOM
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    floor = GROUND + 1 if name in SIDE_ROOM else FLOOR[name]
+    for other, names in siblings(name).items():
+        if other in SIDE_ROOM:
+            assert floor >= VERBS, f"{name} enters the side room of {other}"
+        elif FLOOR[other] >= floor:
+            granted = GRANTED.get((name, other), set())
+            assert names and names <= granted, f"{name} imports {names or 'all'} of {other}"
+
+
+def test_granted_exceptions_are_still_needed():
+    for (name, other), names in GRANTED.items():
+        assert siblings(name)[other] == names
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in MAY_PRINT])
+def test_nothing_prints(name):
+    calls = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    lines = [call.lineno for call in calls if getattr(call.func, "id", "") == "print"]
+    assert not lines
+
+
+@pytest.mark.parametrize("name", [name for name in FLOOR if FLOOR[name] < VERBS])
+def test_below_the_verbs_nobody_reads_the_environment_or_shows_progress(name):
+    forbidden = {"argparse", "tqdm", "logging"} - ({"argparse"} if name == "options" else set())
+    assert not {module.partition(".")[0] for module, _ in imports(TREES[name])} & forbidden
+    attributes = {node.attr for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"environ", "getenv"}
+    assert not {what for _, what in imports(TREES[name])} & {"environ", "getenv"}
+
+
+@pytest.mark.parametrize("name", ["__init__", *MODULES])
+def test_everything_public_has_a_docstring(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text("utf-8"))
+    assert ast.get_docstring(tree), "every file opens with what lives here"
+    assert not list(undocumented(tree))
+
+
+def undocumented(tree):
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield node.name
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node)
+
+
+def run(code):
+    """Run a line of Python in a fresh process, warnings being errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("module", ["guided_diffusion", "guided_diffusion.options"])
+def test_the_package_and_its_flags_import_quietly_and_without_torch(module):
+    heavy = "{'torch', 'numpy', 'nibabel', 'skimage', 'scipy', 'PIL', 'socket'}"
+    result = run(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))")
+    assert (result.stdout, result.stderr, result.returncode) == ("[]\n", "", 0)
+
+
+def test_all_modules_import_quietly_and_touch_no_network():
+    loads = "; ".join(f"import guided_diffusion.{name}" for name in MODULES)
+    guard = "import socket; socket.socket.connect = socket.socket.bind = None"
+    result = run(f"{guard}; {loads}")
+    assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
