@@ -117,7 +117,7 @@ def rate(read: Callable[[int], object], indices: Iterable[int]) -> float:
 
 
 def row(way: str, order: str, slices: float, parents: float) -> None:
-    print(f"| {way} | {order} | {slices:.2f} | {slices / parents:.0f}x |", flush=True)
+    print(f"| {way} | {order} | {slices:.2f} | {slices / parents:.3g}x |", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,13 @@ class Augmentation:
         """
         height, width = case.image.shape[-2:]
         theta = self._theta(height / width, generator)
-        mask = case.mask
-        if mask is not None:
-            mask = (_sampled(mask, theta) >= 0.5).to(mask.dtype)
-        image = self._intensities(_sampled(case.image, theta), generator)
-        return case._replace(image=image, mask=mask)
+        planes = [case.image] if case.mask is None else [case.image, case.mask]
+        moved = _sampled(torch.cat(planes), theta)
+        image, mask = moved[: len(case.image)], moved[len(case.image) :]
+        return case._replace(
+            image=self._intensities(image, generator),
+            mask=None if case.mask is None else (mask >= 0.5).to(case.mask.dtype),
+        )
 
     def _theta(self, aspect: float, generator: Generator) -> Tensor:
         """Where each pixel comes from: float32 [2, 3] for ``affine_grid``; aspect is h / w."""
@@ -68,13 +70,14 @@ class Augmentation:
         """Gamma and noise, drawn for every channel; its lowest value, the background, stays."""
         low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
         span = (high - low).clamp_min(torch.finfo(image.dtype).tiny)
-        level = (image - low) / span
+        level = (image - low).div_(span)
+        lit = level > 1e-3
 
         draws = torch.rand(2, len(image), 1, 1, generator=generator)
         gamma = torch.exp(self.gamma * (2 * draws[0] - 1))
-        noise = torch.randn(image.shape, generator=generator) * (self.noise * draws[1])
-        changed = (level**gamma + noise * (level > 0)).clamp(0, 1)
-        return low + changed * span
+        noise = torch.randn(image.shape, generator=generator).mul_(self.noise * draws[1])
+        changed = level.pow_(gamma).add_(noise.mul_(lit)).clamp_(0, 1)
+        return changed.mul_(span).add_(low)
 
 
 def _sampled(planes: Tensor, theta: Tensor) -> Tensor:

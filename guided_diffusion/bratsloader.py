@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.readers import (
     NIFTI,
     Affine,
@@ -180,9 +180,7 @@ def _index(folder: Path, reading: Reading, *, needs_seg: bool) -> _Index:
     cases = {root: _one_each(root, files) for root, files in find_cases(folder, strays)}
     modalities = _choose(folder, {name for files in cases.values() for name in files}, reading)
     needed = (*modalities, SEG) if needs_seg else modalities
-    for root, files in cases.items():
-        _require_complete(root, files, needed)
-
+    cases = {root: files for root, files in cases.items() if _is_complete(root, files, needed)}
     entries = [
         Entry(
             name=_case_name(folder, root),
@@ -238,30 +236,33 @@ def _patient_of_case(name: str) -> str:
 def _one_each(root: Path, files: dict[str, list[Path]]) -> dict[str, Path]:
     for modality, paths in files.items():
         if len(paths) > 1:
-            raise UserError(
+            error = UserError(
                 root,
                 found=f"{len(paths)} {modality} files ({paths[0].name}, {paths[1].name})",
                 expected="one file per modality",
                 mend="Give every slice or volume a folder of its own.",
             )
+            refuse(error)
     return {modality: paths[0] for modality, paths in files.items()}
 
 
-def _require_complete(root: Path, files: dict[str, Path], needed: tuple[str, ...]) -> None:
+def _is_complete(root: Path, files: dict[str, Path], needed: tuple[str, ...]) -> bool:
     missing = [name for name in needed if name not in files]
     if missing:
-        raise UserError(
+        error = UserError(
             root,
             found=f"an incomplete case: {', '.join(missing)} is missing",
             expected=f"{', '.join(needed)} as in the rest of the set",
             mend="Add the file, or take the folder out of the set.",
         )
+        refuse(error)
+    return not missing
 
 
 def _case_name(folder: Path, root: Path) -> str:
     """The path below the data folder; the folder's own name for a case that lies in it directly."""
-    below = root.relative_to(folder)
-    return safe_name("_".join(below.parts) if below.parts else folder.resolve().name)
+    below = root.parts[len(folder.parts) :]
+    return safe_name("_".join(below) if below else folder.resolve().name)
 
 
 def _stack(entry: Entry, channels: list[Array]) -> Tensor:

@@ -7,7 +7,7 @@ is. Called by ``layouts``.
 
 from __future__ import annotations
 
-import os
+import unicodedata
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from guided_diffusion.readers import (
     image_channels,
     is_nifti,
     listing,
+    names_in,
     nifti_shape,
     open_folder,
     read_image_file,
@@ -87,7 +88,7 @@ def open_custom(
     """Open pairs of pictures or slices, or of volumes, told apart by the first image's header."""
     folder = open_folder(directory)
     within = subfolder(folder, "images") or folder
-    names = (name for name in sorted(os.listdir(within)) if not name.startswith("."))
+    names = (name for name in names_in(within) if not name.startswith("."))
     first = next((within / name for name in names if split_name(name)[1] in ENDINGS), None)
     if first is not None and is_nifti(first) and len(nifti_shape(first)) > 2:
         return CustomVolumes(folder, test_flag, reading)
@@ -96,15 +97,15 @@ def open_custom(
 
 def subfolder(folder: Path, name: str) -> Path | None:
     """The folder called ``name`` directly below, in any case of letters."""
-    found = (folder / called for called in sorted(os.listdir(folder)) if called.lower() == name)
+    found = (folder / called for called in names_in(folder) if called.lower() == name)
     return next((path for path in found if path.is_dir()), None)
 
 
 def image_files(folder: Path) -> dict[str, Path]:
     """The pictures and NIfTI files directly in ``folder``, by stem."""
     found: dict[str, Path] = {}
-    for name in sorted(os.listdir(folder)):
-        stem, ending = split_name(name)
+    for name in names_in(folder):
+        stem, ending = split_name(unicodedata.normalize("NFC", name))
         if name.startswith(".") or ending not in ENDINGS:
             continue
         if stem in found:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.intensity import measure, normalised
 from guided_diffusion.readers import Affine, listing, size_text
 
@@ -159,12 +159,14 @@ def _require_unique(directory: Path, sorted_names: Sequence[str]) -> None:
     """Two cases with one name would overwrite each other's results."""
     twice = sorted({first for first, second in pairwise(sorted_names) if first == second})
     if twice:
-        raise UserError(
+        error = UserError(
             directory,
             found=f"more than one case with the id {listing(twice)}",
             expected="one case per id",
             mend="Rename one of the files, or move it to another folder.",
+            cases=twice,
         )
+        refuse(error)
 
 
 def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: int) -> None:
@@ -327,26 +329,3 @@ class Framed(Dataset[Case]):
     def __getitem__(self, index: int) -> Case:
         """Case ``index``, fitted."""
         return self.frame.fit(self.dataset[index])
-
-
-class Remembered(Dataset[Case]):
-    """A data set that decodes each case once, as far as a bounded memory allows."""
-
-    def __init__(self, dataset: Framed, *, most_bytes: int = 2**31) -> None:
-        self.dataset = dataset
-        self.room = most_bytes
-        self.cases: dict[int, Case] = {}
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Case:
-        """Case ``index``, fitted."""
-        if index in self.cases:
-            return self.cases[index]
-        case = self.dataset[index]
-        size = sum(part.nbytes for part in (case.image, case.mask) if part is not None)
-        if size <= self.room:
-            self.room -= size
-            self.cases[index] = case
-        return case

@@ -70,9 +70,10 @@ def evaluate(
 
     Predictions are the files ``<id>_output_ens.png`` (or .jpg) directly in ``inp_pth``, truths
     whatever ``open_masks`` finds for a data layout. Writes ``scores.csv``, ``summary.json`` and,
-    where the data set knows its patients, ``patients.csv`` into ``inp_pth``, each whole or not at all, after every case has been scored; returns the
-    summary. ``partial`` scores the cases that are on both sides. Raises UserError for a missing
-    or empty folder, cases without a partner, and a file that is not a readable mask.
+    where the data set knows its patients, ``patients.csv`` into ``inp_pth``, each whole or not at
+    all, after every case has been scored; returns the summary. ``partial`` scores the cases that
+    are on both sides. Raises UserError for a missing or empty folder, cases without a partner, and
+    a file that is not a readable mask.
     """
     folder, truths = _folder(inp_pth, "--inp_pth"), open_masks(_folder(out_pth, "--out_pth"))
     cases = pair_cases(folder, truths, partial=partial)

@@ -8,7 +8,6 @@ CSV, from the ids of the files. Called by ``layouts``.
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from guided_diffusion.readers import (
     PICTURES,
     Affine,
     listing,
+    names_in,
     open_folder,
     read_image_file,
     read_mask_file,
@@ -81,14 +81,14 @@ def has_pictures(folder: Path) -> bool:
 def find_csv(folder: Path, test_flag: bool) -> Path | None:
     """The CSV directly in ``folder``: of the side asked for, else what there is; Part1 first."""
     wanted = "Test" if test_flag else "Training"
-    found = [match for name in os.listdir(folder) if (match := _CSV.fullmatch(name))]
+    found = [match for name in names_in(folder) if (match := _CSV.fullmatch(name))]
     found.sort(key=lambda match: (match[2] != wanted, match[1]))
     return folder / found[0].string if found else None
 
 
 def _side_of(folder: Path, test_flag: bool) -> Path:
     """The Train or Test folder of a root that holds them; ``folder`` itself where it does not."""
-    called = (name for name in sorted(os.listdir(folder)) if name.lower() in _SIDES[test_flag])
+    called = (name for name in names_in(folder) if name.lower() in _SIDES[test_flag])
     return next((folder / name for name in called if (folder / name).is_dir()), folder)
 
 
@@ -102,8 +102,11 @@ def _listed(table: Path) -> list[Entry]:
 
 def _read_rows(table: Path) -> list[list[str]]:
     try:
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            return [[field.strip() for field in row] for row in csv.reader(lines)]
+        text = table.read_text(encoding="utf-8-sig")
+        first = text.partition("\n")[0]
+        separator = next((mark for mark in ",;\t" if mark in first), ",")
+        rows = csv.reader(text.splitlines(), delimiter=separator)
+        return [[field.strip() for field in row] for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             table,

@@ -24,7 +24,7 @@ from guided_diffusion.custom_dataset_loader import (
 from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
-from guided_diffusion.readers import Array, open_folder, read_mask_file, safe_name
+from guided_diffusion.readers import Array, many_objects, open_folder, read_mask_file, safe_name
 
 Loader = Callable[[Path, bool, Reading], SegmentationDataset]
 
@@ -51,6 +51,11 @@ def open_dataset(
     or more than one, recognises.
     """
     folder = open_folder(data_dir)
+    with many_objects():
+        return _open(folder, data_name, test, reading)
+
+
+def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> SegmentationDataset:
     name = data_name.upper() or recognise(folder, test=test)
     if name not in LAYOUTS:
         raise UserError(

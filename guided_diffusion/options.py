@@ -233,9 +233,23 @@ class ScoringOptions:
     partial: bool = _flag(False, "score the cases that both folders hold")
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """How a folder is looked at."""
+
+    out: str = _flag("", "contact sheet to write, such as sheet.png; empty: none")
+    cases: int = _flag(24, "cases on the contact sheet", least=1, most=240)
+    image_size: int = _flag(256, "size of training, at which masks must not vanish", least=1)
+    labelled: bool = _flag(True, "False: look as sampling does, where masks may be absent")
+    num_workers: int = _flag(
+        -1, "processes that read; 0: this one; -1: by cores and cases", least=-1
+    )
+
+
 TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, RunOptions)
 SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
 SCORE = (ScoringOptions,)
+CHECK = (DataOptions, CheckOptions)
 
 
 def parse(

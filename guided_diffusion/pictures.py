@@ -1,12 +1,15 @@
 """Pictures of a case that a person would want to look at, with NumPy and Pillow alone.
 
-Here live the 8-bit form of a soft mask, the colour map of the uncertainty and the overlay: image,
-truth, fused mask and uncertainty side by side. Contours are drawn from the level set of the
-enlarged mask, so they are smooth at any size. Prediction and the demo call it; it writes no file.
+Here live the 8-bit form of a soft mask, the colour map of the uncertainty, the overlay (image,
+truth, fused mask and uncertainty side by side) and the contact sheet of a data set. Contours are
+drawn from the level set of the enlarged mask, so they are smooth at any size. Prediction, the demo
+and the check of a data set call it; it writes no file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,7 @@ QUIET: Colour = (150, 156, 168)
 TRUTH: Colour = (92, 240, 120)
 FUSED: Colour = (88, 170, 255)
 TINT: Colour = (24, 104, 240)
+CLASSES: tuple[Colour, ...] = (TRUTH, (255, 196, 64), (255, 96, 128), (96, 200, 255))
 HEAT: tuple[Colour, ...] = (
     (0, 0, 0),
     (52, 14, 92),
@@ -86,6 +90,52 @@ def overlay(
     for index, (pixels, caption) in enumerate(panels):
         canvas.place(index, pixels, caption)
     return np.asarray(canvas.picture)
+
+
+class Tile(NamedTuple):
+    """One case of a contact sheet: image [C, H, W], mask [K, H, W] or None, and what to write."""
+
+    image: ArrayLike
+    mask: ArrayLike | None
+    name: str
+
+
+def contact_sheet(
+    tiles: Sequence[Tile], *, title: str, subtitle: str = "", columns: int = 6, panel: int = 220
+) -> Pixels:
+    """A page of cases with the outlines of their masks, one colour for each class.
+
+    ``panel`` is the side of a tile in pixels. Returns uint8 [h, w, 3]. Raises ValueError where a
+    mask has not the size of its image.
+    """
+    columns = max(1, min(columns, len(tiles)))
+    rows = -(-len(tiles) // columns)
+    canvas = _Canvas(columns, (panel, panel), rows=rows)
+    canvas.header(title, subtitle)
+    for index, tile in enumerate(tiles):
+        pixels, caption = _outlined(tile, panel)
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def _outlined(tile: Tile, panel: int) -> tuple[Floats, _Caption]:
+    """The tile on a square of background, and its caption: its name, and whether it is empty."""
+    shown = _displayed(np.asarray(tile.image, dtype=np.float32))
+    masks = np.zeros((0, *shown.shape[:2])) if tile.mask is None else np.asarray(tile.mask)
+    if masks.shape[1:] != shown.shape[:2]:
+        raise ValueError(f"image is {shown.shape[:2]}, mask is {masks.shape[1:]}")
+
+    scale = panel / max(shown.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in shown.shape[:2])
+    picture = _enlarge(shown, (width, height))
+    for mask, colour in zip(masks, cycle(CLASSES), strict=False):
+        if mask.any():
+            picture = _line(picture, _enlarge_mask(mask, (width, height)), colour, width=2.3)
+    square = np.full((panel, panel, 3), BACKGROUND, dtype=np.float32) / np.float32(255)
+    top, left = (panel - height) // 2, (panel - width) // 2
+    square[top : top + height, left : left + width] = picture
+    state = "no mask" if tile.mask is None else "" if masks.any() else "empty"
+    return square, _Caption(tile.name, note=state)
 
 
 class _Case(NamedTuple):
@@ -225,15 +275,17 @@ class _Caption(NamedTuple):
     title: str
     marks: tuple[tuple[Colour, str], ...] = ()
     bar: bool = False
+    note: str = ""
 
 
 class _Canvas:
-    """The dark sheet: a header line, and panels in a row, each with its caption below."""
+    """The dark sheet: a header line, and panels in rows, each with its caption below."""
 
-    def __init__(self, panels: int, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, panels: int, size: tuple[int, int], *, rows: int = 1) -> None:
+        self.size, self.panels = size, panels
         width = 2 * MARGIN + panels * size[0] + (panels - 1) * GAP
-        self.picture = Image.new("RGB", (width, HEADER + size[1] + FOOTER), BACKGROUND)
+        height = HEADER + rows * (size[1] + FOOTER)
+        self.picture = Image.new("RGB", (width, height), BACKGROUND)
         self.draw = ImageDraw.Draw(self.picture)
 
     def header(self, name: str, verdict: str) -> None:
@@ -246,9 +298,14 @@ class _Canvas:
     def place(self, index: int, pixels: Floats, caption: _Caption) -> None:
         """Paste panel ``index`` and write its caption."""
         width, height = self.size
-        left, middle = MARGIN + index * (width + GAP), HEADER + height + FOOTER // 2
-        self.picture.paste(Image.fromarray(soft_png(pixels)), (left, HEADER))
-        self._text((left, middle), caption.title, size=14, anchor="lm", fill=QUIET)
+        row, column = divmod(index, self.panels)
+        left, top = MARGIN + column * (width + GAP), HEADER + row * (height + FOOTER)
+        middle = top + height + FOOTER // 2
+        self.picture.paste(Image.fromarray(soft_png(pixels)), (left, top))
+        room = width - (self._width(caption.note, size=13) + 10 if caption.note else 0)
+        title = self._shortened(caption.title, room, size=14)
+        self._text((left, middle), title, size=14, anchor="lm", fill=QUIET)
+        self._text((left + width, middle), caption.note, size=13, anchor="rm", fill=HEAT[4])
         if caption.bar:
             self._bar(left + width, middle)
         self._legend(left + width, middle, caption.marks)
@@ -270,11 +327,11 @@ class _Canvas:
         self.draw.rectangle((end - length - 1, middle - 6, end, middle + 5), outline=(70, 74, 84))
         self._text((end - length - 7, middle), "std  0", size=13, anchor="rm", fill=QUIET)
 
-    def _shortened(self, name: str, room: float) -> str:
+    def _shortened(self, name: str, room: float, *, size: int = 19) -> str:
         """The name, with its middle left out where it is wider than ``room``."""
         kept = len(name)
         shown = name
-        while kept > 8 and self._width(shown, size=19) > room:
+        while kept > 8 and self._width(shown, size=size) > room:
             kept -= 1
             shown = f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
         return shown

@@ -6,6 +6,8 @@ data, networks and verbs together, and refuse what does not fit.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import torch
 
 from guided_diffusion import logger
 from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.cache import GIB, Remembered
+from guided_diffusion.check import look_at, write_sheet
+from guided_diffusion.check import report as report_check
 from guided_diffusion.checkpoint import (
     LATEST,
     Checkpoint,
@@ -24,7 +29,6 @@ from guided_diffusion.checkpoint import (
 from guided_diffusion.datasets import (
     Frame,
     Framed,
-    Remembered,
     SegmentationDataset,
     auto_frame,
 )
@@ -35,6 +39,7 @@ from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options import (
     SAMPLE,
     TRAIN,
+    CheckOptions,
     DataOptions,
     DiffusionOptions,
     NetworkOptions,
@@ -45,6 +50,7 @@ from guided_diffusion.options import (
     TrainingOptions,
     dead_flags,
     fill,
+    numbers,
     recorded,
     refuse_contradictions,
 )
@@ -58,6 +64,7 @@ from guided_diffusion.script_util import (
     place,
 )
 from guided_diffusion.segmenter import Segmenter, settle_precision, trained_flags
+from guided_diffusion.splits import narrowed, part_of_cases
 from guided_diffusion.train_util import TrainLoop
 
 
@@ -74,6 +81,8 @@ def train(typed: dict[str, Any]) -> None:
     refuse_contradictions(_plainly(typed), trained, path)
     reading = create_reading(fill(DataOptions, {**typed, **trained}))
     dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
+    if data.split:
+        dataset = narrowed(dataset, data.split, "training")
     network = _network_for(dataset, {**typed, **trained}, path)
     diffusion = fill(DiffusionOptions, {**typed, **trained})
     frame, crop = _frame(dataset, network, {**typed, **trained})
@@ -87,7 +96,7 @@ def train(typed: dict[str, Any]) -> None:
     loop = TrainLoop(
         place(net, device),
         process,
-        dataset=Remembered(Framed(dataset, frame)),
+        dataset=Remembered(Framed(dataset, frame), most_bytes=round(options.cache_gib * GIB)),
         schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
         options=options,
         run=run,
@@ -119,7 +128,7 @@ def sample(typed: dict[str, Any]) -> None:
         segmenter,
         dataset,
         Path(out_dir).expanduser(),
-        fingerprint=segmenter.fingerprint,
+        fingerprint=_fingerprint(segmenter, dataset),
         num_samples=options.num_samples,
     )
     logger.log(
@@ -132,10 +141,13 @@ def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmente
     """Open the data and the model that the sampling flags name, and see that they fit."""
     path = latest_checkpoint(typed.get("model_path", ""))
     checkpoint = load_checkpoint(path)
+    typed = _plainly(typed)
     flags = trained_flags(checkpoint, typed, path)
     data = fill(SampleDataOptions, typed)
     reading = create_reading(fill(DataOptions, flags))
     dataset = open_dataset(data.data_dir, data_name=data.data_name, test=True, reading=reading)
+    if data.split:
+        dataset = narrowed(dataset, data.split, "testing")
     network = _network_for(dataset, flags, path if checkpoint.options else None)
     frame, _ = _frame(dataset, network, flags)
     return dataset, Segmenter.build(checkpoint, path, network=network, frame=frame, flags=typed)
@@ -154,9 +166,38 @@ def score(typed: dict[str, Any]) -> None:
         print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
 
 
+def check(typed: dict[str, Any]) -> None:
+    """Look at a folder: what ``check_data.py`` does with the flags typed; problems exit with 2."""
+    data, options = fill(DataOptions, typed), fill(CheckOptions, typed)
+    findings = look_at(
+        lambda: open_dataset(
+            data.data_dir,
+            data_name=data.data_name,
+            test=not options.labelled,
+            reading=create_reading(data),
+        ),
+        image_size=options.image_size,
+        crop=data.crop,
+        workers=options.num_workers,
+        parts_of=(lambda dataset: part_of_cases(dataset, data.split)) if data.split else None,
+    )
+    print(report_check(findings))
+    if options.out:
+        out = Path(options.out).expanduser()
+        print(f"{write_sheet(findings, out, cases=options.cases)} cases drawn on {out}")
+    if findings.problems:
+        sys.exit(2)
+
+
 def _read_as(dataset: SegmentationDataset) -> dict[str, str]:
     """How a data set's images were read, as flags; a checkpoint remembers it."""
     return {"modalities": ",".join(dataset.modalities), "normalise": dataset.normalise}
+
+
+def _fingerprint(segmenter: Segmenter, dataset: SegmentationDataset) -> str:
+    """Everything that the masks depend on, the way images are read included."""
+    text = f"{segmenter.fingerprint} {_read_as(dataset)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plainly(typed: dict[str, Any]) -> dict[str, Any]:
@@ -167,15 +208,15 @@ def _plainly(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settled(options: TrainingOptions, typed: dict[str, Any]) -> TrainingOptions:
-    """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse impossible values."""
-    for name in ("batch_size", "log_interval", "save_interval"):
-        if getattr(options, name) < 1:
-            raise UserError(
-                f"--{name}",
-                found=getattr(options, name),
-                expected="1 or more",
-                mend=f"Leave --{name} away for its default.",
-            )
+    """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse impossible rates."""
+    rates = numbers("ema_rate", options.ema_rate, float)
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise UserError(
+            "--ema_rate",
+            found=repr(options.ema_rate),
+            expected="decay rates from 0 to 1, separated by commas",
+            mend="Leave --ema_rate away for 0.9999.",
+        )
     if options.lr_anneal_steps and "max_steps" not in typed:
         return replace(options, max_steps=options.lr_anneal_steps)
     return options

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,17 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
 
 def create_model(network: NetworkOptions, diffusion: DiffusionOptions) -> UNetModel:
     """Build the network."""
-    channel_mult = _channel_mult(network)
+    channel_mult, attention_ds = _channel_mult(network), _attention_ds(network)
+    for level, factor in enumerate(channel_mult):
+        if 2**level in attention_ds or level == len(channel_mult) - 1:
+            _refuse_uneven_heads(network, int(factor * network.num_channels))
     return UNetModel(
         image_size=network.image_size,
         in_channels=network.in_ch,
         model_channels=network.num_channels,
         out_channels=2 if diffusion.learn_sigma else 1,
         num_res_blocks=network.num_res_blocks,
-        attention_resolutions=_attention_ds(network),
+        attention_resolutions=attention_ds,
         dropout=network.dropout,
         channel_mult=channel_mult,
         num_classes=NUM_CLASSES if network.class_cond else None,
@@ -78,6 +82,13 @@ def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
     """Build the diffusion; respacing chooses the times that are trained."""
     schedule = NoiseSchedule.named(options.noise_schedule, options.diffusion_steps)
     kept = space_timesteps(options.diffusion_steps, options.timestep_respacing)
+    if len(kept) < 2 and (options.learn_sigma or options.use_kl):
+        raise UserError(
+            "--timestep_respacing",
+            found=f"{len(kept)} trained time",
+            expected="at least 2, for the variational bound compares neighbours",
+            mend="Train on more times, or without --learn_sigma and --use_kl.",
+        )
     return GaussianDiffusion(
         schedule=schedule,
         timesteps=tuple(sorted(kept)),
@@ -142,9 +153,24 @@ def _attention_ds(network: NetworkOptions) -> set[int]:
     return {network.image_size // resolution for resolution in resolutions}
 
 
+def _refuse_uneven_heads(network: NetworkOptions, width: int) -> None:
+    """Raise a UserError where the channels of a level with attention are no whole heads."""
+    by_size = network.num_head_channels != -1
+    names = ["num_head_channels"] if by_size else ["num_heads", "num_heads_upsample"]
+    for name in names:
+        value = getattr(network, name)
+        if value != -1 and (value < 1 or width % value):
+            raise UserError(
+                f"--{name}",
+                found=value,
+                expected=f"a divisor of {width}, the channels of a level with attention",
+                mend=f"Leave --{name} away, or use a power of 2 up to 32.",
+            )
+
+
 def _mask_range(text: str) -> tuple[float, float]:
     values = numbers("mask_range", text, float)
-    if len(values) != 2 or values[0] >= values[1]:
+    if len(values) != 2 or not -math.inf < values[0] < values[1] < math.inf:
         raise UserError(
             "--mask_range", found=text, expected="two rising numbers", mend="Use 0,1 or -1,1."
         )

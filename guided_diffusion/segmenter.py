@@ -291,8 +291,8 @@ def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> 
     }
     steps = typed.get("trained_steps", 0)
     if checkpoint.options:
-        told = describing | ({"diffusion_steps": steps} if steps else {})
-        refuse_contradictions(told, checkpoint.options, path)
+        trained = checkpoint.options["diffusion_steps"] if steps else 0
+        refuse_contradictions(describing, {**checkpoint.options, "trained_steps": trained}, path)
         return {**typed, **checkpoint.options}
     return {**describing, "diffusion_steps": steps or 1000}
 
@@ -311,10 +311,6 @@ def make_plan(
         "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
     )
     clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
-    if options.num_ensemble < 1:
-        raise UserError(
-            "--num_ensemble", found=options.num_ensemble, expected="1 or more", mend="Use 5."
-        )
     levels = sampling_levels(diffusion.schedule, sampler, options, typed)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
         sampler += "_singlestep"

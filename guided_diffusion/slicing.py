@@ -1,9 +1,9 @@
 """From a folder of volumes to the two-dimensional BraTS layout, patients kept together.
 
 ``out/{training,testing}/NNNNNN/brats_train_PPP_<modality>_SSS_w.nii.gz``: one folder per axial
-slice, PPP a patient, SSS the position. ``out/split.txt`` says which patient goes where; it is
-written once and read back ever after. Folders appear whole, so a run that was killed is continued
-by the same command. Called by ``scripts/brats_slices.py``.
+slice, PPP a patient (by line of the split), SSS the position. ``out/split.txt`` says which patient
+goes where; it is written once and read back ever after. Folders appear whole, so a run that was
+killed is continued by the same command. Called by ``scripts/brats_slices.py``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from guided_diffusion.datasets import Entry, Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, whole
 from guided_diffusion.readers import Affine, Array
+from guided_diffusion.splits import PARTS, read_split
 from guided_diffusion.volumes import VolumeDataset
-
-PARTS = ("training", "testing")
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: Plan) -> dic
         return parts
 
     lines = path.read_text(encoding="utf-8").splitlines()
-    written = next((line for line in lines if line.startswith("#")), settings)
+    written = next((line for line in lines if line.startswith("# slices ")), settings)
     if written != settings:
         raise UserError(
             path,
@@ -209,35 +208,23 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: Plan) -> dic
             expected=settings[2:],
             mend="Choose another --out, or the settings of before.",
         )
-    parts = dict(_split_line(path, line) for line in lines if line.strip() and line[0] != "#")
+    parts = read_split(path)
     strangers = sorted(set(patients) - parts.keys())
     if strangers:
         raise UserError(
             path,
             found=f"no line for {', '.join(strangers[:5])}",
-            expected="one line per patient: <patient> training or <patient> testing",
+            expected="one line per patient, such as '<patient> training'",
             mend="Add the lines at the end.",
         )
     return parts
-
-
-def _split_line(path: Path, line: str) -> tuple[str, str]:
-    patient, _, side = line.strip().rpartition(" ")
-    if not patient or side not in PARTS:
-        raise UserError(
-            path,
-            found=repr(line),
-            expected="<patient> training or <patient> testing",
-            mend="Correct the line.",
-        )
-    return patient.strip(), side
 
 
 def divide(patients: Sequence[str], *, train: float, seed: int) -> dict[str, str]:
     """Part by patient, in the given order; the same for a seed on every machine."""
     drawn = random.Random(seed).sample(range(len(patients)), round(train * len(patients)))
     training = {patients[index] for index in drawn}
-    return {patient: PARTS[patient not in training] for patient in patients}
+    return {patient: "training" if patient in training else "testing" for patient in patients}
 
 
 def _settings(plan: Plan) -> str:

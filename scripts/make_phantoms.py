@@ -90,7 +90,7 @@ def write(args: argparse.Namespace) -> None:
     """Write the phantoms the flags ask for, showing progress by patient."""
     from tqdm import tqdm
 
-    from guided_diffusion import phantoms
+    from guided_diffusion import phantom_folders
 
     common = {
         "patients": args.patients,
@@ -100,11 +100,11 @@ def write(args: argparse.Namespace) -> None:
         "progress": lambda numbers: tqdm(numbers, desc=args.layout, unit="patient"),
     }
     if args.layout == "brats2d":
-        phantoms.write_brats_slices(args.out, args.seed, slices=args.slices, **common)
+        phantom_folders.write_brats_slices(args.out, args.seed, slices=args.slices, **common)
     elif args.layout == "brats3d":
-        phantoms.write_brats_volumes(args.out, args.seed, slices=args.slices, **common)
+        phantom_folders.write_brats_volumes(args.out, args.seed, slices=args.slices, **common)
     else:
-        phantoms.write_isic(args.out, args.seed, generation=args.generation, **common)
+        phantom_folders.write_isic(args.out, args.seed, generation=args.generation, **common)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -17,18 +17,19 @@ from unittest import mock
 import pytest
 import torch
 
-from guided_diffusion import logger, phantoms
+from guided_diffusion import logger, phantom_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # A network that takes milliseconds, at 16 pixels; its diffusion is the one of the quick recipes.
-NETWORK = (
-    "--image_size 16 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 "
-    "--attention_resolutions 8 --num_heads 1"
-).split()
-DIFFUSION = (
-    "--diffusion_steps 100 --noise_schedule cosine --predict_xstart True --mask_range -1,1"
-).split()
+NETWORK = [
+    *("--image_size", "16", "--num_channels", "32", "--channel_mult", "1,2"),
+    *("--num_res_blocks", "1", "--attention_resolutions", "8", "--num_heads", "1"),
+]
+DIFFUSION = [
+    *("--diffusion_steps", "100", "--noise_schedule", "cosine"),
+    *("--predict_xstart", "True", "--mask_range", "-1,1"),
+]
 
 
 class Run(NamedTuple):
@@ -109,7 +110,7 @@ def _one_thread() -> None:
 def brats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """BraTS slices of 40 x 40: 4 in training/, 2 in testing/ (000005 and 000006)."""
     folder = tmp_path_factory.mktemp("brats")
-    phantoms.write_brats_slices(folder, 3, patients=3, size=40, slices=2, training=0.67)
+    phantom_folders.write_brats_slices(folder, 3, patients=3, size=40, slices=2, training=0.67)
     return folder
 
 
@@ -117,7 +118,7 @@ def brats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def isic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ISIC pictures of 40 x 40 with either kind of CSV: 4 to train on, 2 to test on."""
     folder = tmp_path_factory.mktemp(f"isic{request.param}")
-    phantoms.write_isic(
+    phantom_folders.write_isic(
         folder, 3, patients=6, size=40, training=0.67, generation=str(request.param)
     )
     return folder
@@ -155,6 +156,3 @@ def quiet() -> Iterator[None]:
     logger.configure(quiet=True)
     yield
     logger.configure()
-
-
-Scripts = Callable[..., Run]

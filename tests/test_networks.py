@@ -98,9 +98,9 @@ def test_sizes_of_the_two_best_known_networks():
 @pytest.mark.parametrize(
     ("resolutions", "blocks"),
     [
-        ("16,8", {5, 6, 8, 9}),  # the levels halved to 32 / 2 and 32 / 4
-        ("17", {2, 3}),  # 32 // 17 is 1: the published networks divide whole numbers
-        ("12", {5, 6}),
+        ("16,8", {4, 5, 7, 8}),  # the levels halved to 32 / 2 and 32 / 4
+        ("17", {1, 2}),  # 32 // 17 is 1: the published networks divide whole numbers
+        ("12", {4, 5}),
         ("3", set()),  # 32 // 3 is no power of two
     ],
 )

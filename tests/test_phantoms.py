@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from skimage.io import imread
 
-from guided_diffusion import phantoms
+from guided_diffusion import phantom_folders, phantoms
 from guided_diffusion.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,7 +213,9 @@ def test_contrast_fades_over_the_border_zone():
 
 
 def test_brats_slices_layout(tmp_path):
-    phantoms.write_brats_slices(tmp_path, 0, patients=3, slices=2, size=48, raters=2, training=0.67)
+    phantom_folders.write_brats_slices(
+        tmp_path, 0, patients=3, slices=2, size=48, raters=2, training=0.67
+    )
     parts = {p: sorted(d.name for d in (tmp_path / p).iterdir()) for p in ("training", "testing")}
     assert parts == {
         "training": ["000001", "000002", "000003", "000004"],
@@ -232,7 +234,7 @@ def test_brats_slices_layout(tmp_path):
 
 
 def test_brats_slice_files_decode_to_the_patient(tmp_path, cohort):
-    phantoms.write_brats_slices(tmp_path, 0, patients=1, training=1.0)
+    phantom_folders.write_brats_slices(tmp_path, 0, patients=1, training=1.0)
     for path in (tmp_path / "training").glob("*/*"):
         *_, name, z, _ = path.name.split("_")
         image = nib.load(path)
@@ -243,7 +245,7 @@ def test_brats_slice_files_decode_to_the_patient(tmp_path, cohort):
 
 
 def test_every_sixth_slice_is_healthy(tmp_path):
-    phantoms.write_brats_slices(tmp_path, 0, patients=4, slices=3, size=48, training=1.0)
+    phantom_folders.write_brats_slices(tmp_path, 0, patients=4, slices=3, size=48, training=1.0)
     empty = [
         int(path.parent.name)
         for path in sorted((tmp_path / "training").glob("*/*_seg_*"))
@@ -255,11 +257,11 @@ def test_every_sixth_slice_is_healthy(tmp_path):
 
 def test_too_many_slices_are_refused_with_the_mend(tmp_path):
     with pytest.raises(UserError, match="Ask for fewer slices or a larger size"):
-        phantoms.write_brats_slices(tmp_path, 0, patients=1, slices=50)
+        phantom_folders.write_brats_slices(tmp_path, 0, patients=1, slices=50)
 
 
 def test_brats_volumes_layout(tmp_path):
-    phantoms.write_brats_volumes(
+    phantom_folders.write_brats_volumes(
         tmp_path, 0, patients=2, slices=31, size=48, raters=1, training=0.5
     )
     case = tmp_path / "training" / "BraTS20_Training_001"
@@ -279,7 +281,9 @@ def test_brats_volumes_layout(tmp_path):
 
 
 def test_isic_2023_layout(tmp_path):
-    phantoms.write_isic(tmp_path, 0, patients=5, size=48, raters=2, training=0.6, generation="2023")
+    phantom_folders.write_isic(
+        tmp_path, 0, patients=5, size=48, raters=2, training=0.6, generation="2023"
+    )
     for mode, count, classes in (("Training", 3, {"benign", "malignant"}), ("Test", 2, {"0", "1"})):
         base = f"ISBI2016_ISIC_Part3B_{mode}"
         _, *rows = read_table(tmp_path / f"{base}_GroundTruth.csv")
@@ -294,7 +298,7 @@ def test_isic_2023_layout(tmp_path):
 
 
 def test_isic_2025_layout(tmp_path):
-    phantoms.write_isic(tmp_path, 0, patients=4, size=48, training=0.5, generation="2025")
+    phantom_folders.write_isic(tmp_path, 0, patients=4, size=48, training=0.5, generation="2025")
     for folder, mode in (("Train", "Training"), ("Test", "Test")):
         table = tmp_path / folder / f"ISBI2016_ISIC_Part1_{mode}_GroundTruth.csv"
         header, *rows = read_table(table)
@@ -307,7 +311,7 @@ def test_isic_2025_layout(tmp_path):
 
 def test_isic_generation_is_checked(tmp_path):
     with pytest.raises(UserError, match=r"2023.*2025"):
-        phantoms.write_isic(tmp_path, 0, patients=1, generation="2024")
+        phantom_folders.write_isic(tmp_path, 0, patients=1, generation="2024")
 
 
 def test_skin_lesion_is_darker_than_the_skin_around():

@@ -23,8 +23,8 @@ from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError
 from guided_diffusion.predict import Record, segment
-from guided_diffusion.segmenter import Plan, Segmenter, member_seed
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.segmenter import Plan, Segmenter, member_seed
 from guided_diffusion.unet import Condition, UNetModel
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 239], [0, 0, 3, 7], [0, 0, 0, 1]])
@@ -185,7 +185,7 @@ def test_seeds_of_members() -> None:
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert member_seed(10, "000246", 0) == 3990487577204183116  # masks of years ago come again
+    assert member_seed(10, "000246", 0) == 9120619459775418110  # for ever
 
 
 def test_the_image_matters() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion.errors import UserError
@@ -115,6 +115,7 @@ def test_between_two_times_log_alpha_is_linear():
     assert schedule.at(0.25).alpha == pytest.approx(0.8**0.75 * 0.1**0.25)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 999))
 def test_at_log_snr_inverts_at(t):
     level = LINEAR.at(t)
@@ -171,6 +172,7 @@ def test_respacing_adds_its_stride_up():
         assert space_timesteps(1000, [count]) == kept
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 500))
 def test_sections_keep_their_counts_and_their_ends(counts, spare):
     steps = max(counts) * len(counts) + spare
@@ -186,6 +188,7 @@ def test_sections_keep_their_counts_and_their_ends(counts, spare):
     assert len(kept) == sum(counts)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 2000), st.integers(1, 50))
 def test_ddim_spacing_is_a_constant_stride_from_zero(steps, stride):
     count = len(range(0, steps, stride))

@@ -1,0 +1,144 @@
+"""Masks per second against the parents' procedure: same weights, same images, same evaluations.
+
+    python benchmarks/sampling.py
+
+The parents draw one member of one image at a time: batch 1, fp32, contiguous tensors, the image put
+through the network again at every step. Ours draws members and images in one tensor. Both run here,
+on the same network, in one process; the figures are medians of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.datasets import Frame
+from guided_diffusion.dist_util import autocast, describe, dev
+from guided_diffusion.dpm_solver import multistep, solver_levels
+from guided_diffusion.script_util import create_model_and_diffusion, million, place
+from guided_diffusion.segmenter import Plan, Segmenter
+
+ENSEMBLE = 5
+
+
+def main() -> None:
+    arguments = parse()
+    device = dev()
+    torch.manual_seed(0)
+    net, diffusion = create_model_and_diffusion(
+        image_size=arguments.image_size,
+        num_channels=arguments.num_channels,
+        num_heads=1,
+        use_scale_shift_norm=False,
+        attention_resolutions="16",
+        learn_sigma=True,
+    )
+    net = net.to(device).eval()
+    images = torch.randn(arguments.images, 4, arguments.image_size, arguments.image_size)
+    levels = tuple(solver_levels(diffusion.schedule, arguments.steps))
+
+    def parents() -> None:
+        for image in images:
+            for _ in range(ENSEMBLE):
+                draw_one(net, diffusion, image[None].to(device), levels)
+
+    def ours(precision: str) -> Callable[[], None]:
+        plan = Plan("dpm_solver++", levels, batch_size=arguments.batch_size, precision=precision)
+        segmenter = Segmenter(net, diffusion, frame=Frame(arguments.image_size), plan=plan)
+        names = [str(index) for index in range(len(images))]
+        return lambda: void(segmenter.draw(images, names))
+
+    masks = ENSEMBLE * len(images)
+    print(f"torch {torch.__version__}, {describe(device)}, {million(net)}")
+    print(
+        f"{arguments.image_size} px, {arguments.steps} evaluations, batch {arguments.batch_size}\n"
+    )
+    print("| procedure | masks per second | times the parents' | total / bare network |")
+    print("|---|---|---|---|")
+    contiguous = measure(parents, arguments.repeats)
+    print(f"| parents' (batch 1, fp32) | {masks / contiguous:.3f} | 1.00 | |", flush=True)
+    place(net, device)
+    for precision in arguments.precisions:
+        seconds = measure(ours(precision), arguments.repeats)
+        bare = bare_seconds(net, images.to(device), levels, arguments, precision)
+        print(
+            f"| ours, {precision} | {masks / seconds:.3f} | {contiguous / seconds:.2f} "
+            f"| {seconds / bare:.3f} |",
+            flush=True,
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--image_size", type=int, default=64, help="height and width")
+    parser.add_argument("--num_channels", type=int, default=64, help="width of the first level")
+    parser.add_argument("--steps", type=int, default=10, help="network evaluations per mask")
+    parser.add_argument("--images", type=int, default=2, help="images, 5 members each")
+    parser.add_argument("--batch_size", type=int, default=5, help="network inputs at a time")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repeats, of which the median counts"
+    )
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], help="fp32 bf16 fp16")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def draw_one(net: torch.nn.Module, diffusion, image: Tensor, levels) -> Tensor:
+    """The parents' procedure for one member of one image."""
+
+    def whole_network(x, t, condition, y):
+        return net(x, t, net.encode(image), y)
+
+    x = torch.randn(1, 1, *image.shape[-2:], device=image.device)
+    return multistep(diffusion.denoiser(whole_network, None), x, levels)
+
+
+@torch.inference_mode()
+def bare_seconds(net, images: Tensor, levels, arguments, precision: str) -> float:
+    """Evaluations times the time of the bare network call at the same batch size."""
+    size, rows = arguments.batch_size, ENSEMBLE * len(images)
+    batches = -(-rows // size)
+    condition = net.encode(images).rows(torch.arange(size, device=images.device) % len(images))
+    x = torch.randn(size, 1, *images.shape[-2:], device=images.device)
+    t = torch.full((size,), 500.0, device=images.device)
+
+    def call() -> None:
+        with autocast(images.device, precision):
+            for _ in range(len(levels) - 1):
+                net(x, t, condition)
+
+    return measure(call, arguments.repeats) * batches
+
+
+def measure(run: Callable[[], None], repeats: int) -> float:
+    """Median seconds of some runs, after one that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronise()
+        started = time.perf_counter()
+        run()
+        synchronise()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def void(_: object) -> None:
+    """Forget a result."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Look at a data set as training would, and list everything that is wrong with it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.options import CHECK, parse
+
+
+def main() -> None:
+    with exit_on_user_error():
+        typed = parse(__doc__ or "", CHECK)
+        from guided_diffusion.runs import check  # torch is imported only once flags are read
+
+        check(typed)
+
+
+if __name__ == "__main__":
+    main()
