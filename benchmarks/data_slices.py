@@ -34,7 +34,7 @@ from guided_diffusion.cache import GIB, Remembered
 from guided_diffusion.datasets import Frame, Framed, SegmentationDataset
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.layouts import open_dataset
-from guided_diffusion.train_util import stream
+from guided_diffusion.stream import stream
 
 FEWEST = 500
 

@@ -76,10 +76,10 @@ class BRATSDataset(SegmentationDataset):
         return _stack(entry, [values for values, _ in slices]), affine
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Read the ``seg`` file, float32 [1, H, W]: 1 where a label is above 0."""
+        """Read the ``seg`` file, float32 [K, H, W]; one class is what is above 0."""
         if entry.mask is None:
             return None
-        return read_mask_file(entry.mask)
+        return read_mask_file(entry.mask, self.classes)
 
 
 class BRATSDataset3D(VolumeDataset):

@@ -32,6 +32,7 @@ from guided_diffusion.readers import label_values, listing
 Result = TypeVar("Result")
 
 MOST_LABELS = 12
+NAMED = 5  # what readers.listing spells out
 GROUP = 16
 
 
@@ -73,7 +74,9 @@ class Findings:
     def problems(self) -> list[str]:
         """Everything that training would fail on, one line each."""
         lines = [line for error in self.errors for line in _lines(error)]
-        lines += [f"{look.name}: {look.error}" for look in self.looks if look.error]
+        seen = set(lines)
+        bad = [look for look in self.looks if look.error and look.error not in seen]
+        lines += [f"{look.name}: {look.error}" for look in bad]
         sizes = Counter(look.fitted for look in self.good)
         if self.frame.crop and len(sizes) > 1:
             lines.append(f"cases of {_counted(sizes, _size)} after --crop; --crop none resizes")
@@ -194,8 +197,7 @@ def report(findings: Findings) -> str:
     problems = findings.problems
     if not problems:
         return "\n".join([*lines, "", "nothing that training would fail on"])
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([*lines, "", f"{count}, training would fail:", *(f"  {p}" for p in problems)])
+    return "\n".join([*lines, "", "training would fail:", *(f"  {line}" for line in problems)])
 
 
 def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[str, str]]:
@@ -301,9 +303,10 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def _lines(error: UserError) -> list[str]:
-    """An error, and a line for every case that its message leaves out."""
-    hidden = [case for case in error.cases if case not in str(error)]
-    return [str(error), *(f"{case}: as the line before" for case in hidden)]
+    """An error, and a line for every case where its message names only a few."""
+    if len(error.cases) <= NAMED:
+        return [str(error)]
+    return [str(error), *(f"  {case}" for case in error.cases)]
 
 
 def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ class Checkpoint:
         return self.model, f"last weights of step {self.step}" if self.options else "bare weights"
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
     """Write ``savedmodelNNNNNN.pt`` and make ``savedmodel.pt`` the same; each appears whole.
+
+    With ``keep``, only so many of the newest numbered checkpoints stay.
 
     Raises:
         UserError: the folder cannot be written; earlier checkpoints are as they were.
@@ -72,7 +74,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     with whole(folder / LATEST, mend=_MEND) as part:
         _link_or_copy(path, part)
+    if keep:
+        for old in sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)[:-keep]:
+            old.unlink()
     return path
+
+
+def step_of(path: Path) -> int:
+    """Read the step from a checkpoint's name: the number between its last ``model`` and the dot."""
+    number = str(path).rpartition("model")[2].partition(".")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -84,14 +95,15 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
-    """Find the checkpoint that a path means: a file, or a folder's ``savedmodel.pt``.
+    """Find the checkpoint that a path means: a file, or a folder's latest one.
 
     Raises:
         UserError: there is none.
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        file = file / LATEST
+        numbered = sorted(file.glob("savedmodel[0-9]*.pt"), key=step_of)
+        file = (file / LATEST) if (file / LATEST).exists() or not numbered else numbered[-1]
     if not file.is_file():
         raise UserError(
             flag,
@@ -122,8 +134,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise _unreadable(path, f"a checkpoint of {', '.join(map(str, content))}")
     if isinstance(content, dict) and content and all(map(_is_weight, content.items())):
         weights = {name.removeprefix("module."): value.data for name, value in content.items()}
-        return Checkpoint(options={}, step=0, model=weights)
+        return Checkpoint(options={}, step=step_of(path), model=weights)
     raise _unreadable(path, f"a {type(content).__name__} of something else")
+
+
+def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) -> Checkpoint:
+    """Add to bare weights what the parents saved beside them: averages and the optimiser.
+
+    ``emasavedmodel_{rate}_{N}.pt`` (or ``ema_...``) and ``optsavedmodel{N}.pt`` (or ``opt...``),
+    where N is in the weights' own name; what is not there starts anew.
+    """
+    ema, number = {}, f"{checkpoint.step:06d}"
+    for rate in rates:
+        for name in (f"emasavedmodel_{rate}_{number}.pt", f"ema_{rate}_{number}.pt"):
+            if (path.parent / name).exists():
+                ema[rate] = load_checkpoint(path.parent / name).model
+    training = {}
+    for name in (f"optsavedmodel{number}.pt", f"opt{number}.pt"):
+        if (path.parent / name).exists():
+            state = torch.load(path.parent / name, map_location="cpu", weights_only=True)
+            training = {"optimizer": state}
+    return replace(checkpoint, ema=ema, training=training)
 
 
 def _is_weight(item: tuple[object, object]) -> bool:

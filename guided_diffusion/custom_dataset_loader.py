@@ -49,16 +49,15 @@ class CustomDataset(SegmentationDataset):
     ) -> None:
         folder = open_folder(directory)
         entries = _paired(folder, test_flag=test_flag)
-        channels = image_channels(entries[0].images[0])
-        super().__init__(folder, entries, channels=channels, reading=reading)
+        super().__init__(folder, entries, channels=_channels(entries), reading=reading)
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
         return read_image_file(entry.images[0], channels=self.channels)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [1, H, W] in [0, 1]."""
-        return None if entry.mask is None else read_mask_file(entry.mask)
+        """Decode the mask, float32 [K, H, W] in [0, 1]."""
+        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
 
 class CustomVolumes(VolumeDataset):
@@ -162,6 +161,16 @@ def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
             mend="Add the masks: training needs them.",
         )
     return found
+
+
+def _channels(entries: list[Entry]) -> int:
+    """What the first image has; 3 where none can be read, and every error is with the gatherer."""
+    for entry in entries:
+        try:
+            return image_channels(entry.images[0])
+        except UserError as error:
+            refuse(error)
+    return 3
 
 
 def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from guided_diffusion.classes import Classes
 from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.intensity import measure, normalised
 from guided_diffusion.readers import Affine, listing, size_text
@@ -71,6 +72,7 @@ class Reading:
         blank_slices: keep slices of a volume whose image is constant.
         normalise: a name of :data:`guided_diffusion.intensity.NORMALISATIONS`.
         cache_dir: where decoded volumes are kept; None keeps a few in memory.
+        classes: the mask's channels; None makes one of everything above 0.
     """
 
     modalities: tuple[str, ...] = ()
@@ -78,6 +80,7 @@ class Reading:
     blank_slices: bool = True
     normalise: str = "auto"
     cache_dir: Path | None = None
+    classes: Classes | None = None
 
 
 AS_STORED = Reading()
@@ -91,8 +94,9 @@ class SegmentationDataset(Dataset[Case]):
 
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
     ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (where the
-    channels are called so), ``normalise`` (never 'auto') and ``notes``: what the run should say
-    about the folder, such as files that were left aside.
+    channels are called so), ``classes`` (of the mask, None for one of everything), ``normalise``
+    (never 'auto') and ``notes``: what the run should say about the folder, such as files that were
+    left aside.
     """
 
     layout = ""
@@ -111,6 +115,7 @@ class SegmentationDataset(Dataset[Case]):
         self.entries = sorted(entries, key=lambda entry: entry.name)
         self.names = [entry.name for entry in self.entries]
         self.channels = channels
+        self.classes = reading.classes
         self.notes: list[str] = []
         self.normalise = self.usual_scale if reading.normalise == "auto" else reading.normalise
         _require_unique(directory, self.names)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,39 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def shared(module: torch.nn.Module) -> torch.nn.Module:
+    """Let the gradients of a module be averaged over all processes, if there are several."""
+    if not dist.is_initialized():
+        return module
+    device = next(module.parameters()).device
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+
+def unsynchronised(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:
+    """Hold the averaging back: more gradients are to be added before it pays."""
+    if active and isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
+
+
+def gathered(values: torch.Tensor) -> torch.Tensor:
+    """Concatenate every process's values [B], in the order of their ranks."""
+    if not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    there = values.contiguous().to(on or values.device)
+    parts = [part.to(there.device) for part in parts]
+    dist.all_gather(parts, there)
+    return torch.cat(parts).to(values.device)
+
+
+def agreed(wish: bool) -> bool:
+    """Whether any process wishes it; all get the same answer."""
+    return bool(gathered(torch.tensor([wish])).any()) if dist.is_initialized() else wish
 
 
 def launch(multi_gpu: str) -> None:
@@ -89,6 +122,18 @@ def dev(gpu_dev: str = "0") -> torch.device:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Compute convolutions, products and attention in a precision: fp32, bf16 or fp16."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this process has held, in GiB: on its CUDA device, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
 
 
 def describe(device: torch.device) -> str:

@@ -62,8 +62,8 @@ class ISICDataset(SegmentationDataset):
         return read_image_file(entry.images[0], channels=self.channels)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [1, H, W] in [0, 1]."""
-        return None if entry.mask is None else read_mask_file(entry.mask)
+        """Decode the mask, float32 [K, H, W] in [0, 1]."""
+        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
 
 def has_csv(folder: Path) -> bool:

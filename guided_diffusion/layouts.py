@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from guided_diffusion.bratsloader import SEG, find_cases, open_brats
+from guided_diffusion.classes import Classes
 from guided_diffusion.custom_dataset_loader import (
     KvasirDataset,
     image_files,
@@ -70,7 +72,7 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             "--modalities",
             found=",".join(reading.modalities),
             expected=f"nothing for the {name} layout, whose channels have no names",
-            mend="Leave --modalities away: it chooses among the files of a BraTS case.",
+            mend="Leave --modalities away; a model that was trained on modalities needs BraTS data.",
         )
     return dataset
 
@@ -97,11 +99,11 @@ class Truth:
     patient: str = ""
 
     def __call__(self) -> Array:
-        """Decode the mask, float32 [H, W] in [0, 1]."""
+        """Decode the mask, float32 [H, W] in [0, 1], or [K, H, W] of declared classes."""
         return self.read()
 
 
-def open_masks(folder: str | Path) -> dict[str, Truth]:
+def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, Truth]:
     """The truths for scoring by case id.
 
     ``folder`` is a data set of any layout, or holds mask files, called
@@ -110,14 +112,14 @@ def open_masks(folder: str | Path) -> dict[str, Truth]:
     """
     folder = open_folder(folder)
     for name in _recognised(folder, test=True):
-        dataset = LAYOUTS[name](folder, True, AS_STORED)
+        dataset = LAYOUTS[name](folder, True, Reading(classes=classes))
         labelled = [entry for entry in dataset.entries if entry.mask is not None]
         if labelled:
             return {
                 entry.name: Truth(partial(_entry_mask, dataset, entry), entry.patient)
                 for entry in labelled
             }
-    return _bare_masks(folder)
+    return _bare_masks(folder, classes)
 
 
 def _recognised(folder: Path, *, test: bool) -> list[str]:
@@ -138,7 +140,7 @@ def _contents(folder: Path) -> str:
     )
 
 
-def _bare_masks(folder: Path) -> dict[str, Truth]:
+def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
     """Mask files directly in ``folder``; if some are called masks, the others are not masks."""
     files = image_files(folder)
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
@@ -152,7 +154,7 @@ def _bare_masks(folder: Path) -> dict[str, Truth]:
                 expected="one mask per case",
                 mend="Remove one of them.",
             )
-        masks[case] = Truth(partial(_file_mask, path))
+        masks[case] = Truth(partial(_file_mask, path, classes))
     if not masks:
         raise UserError(
             folder,
@@ -174,8 +176,12 @@ def _case_id(stem: str) -> str:
 def _entry_mask(dataset: SegmentationDataset, entry: Entry) -> Array:
     mask = dataset.read_mask(entry)
     assert mask is not None
-    return np.asarray(mask[0].numpy(), dtype=np.float32)
+    return _truth(mask, dataset.classes)
 
 
-def _file_mask(path: Path) -> Array:
-    return np.asarray(read_mask_file(path)[0].numpy(), dtype=np.float32)
+def _file_mask(path: Path, classes: Classes | None) -> Array:
+    return _truth(read_mask_file(path, classes), classes)
+
+
+def _truth(mask: Tensor, classes: Classes | None) -> Array:
+    return np.asarray((mask if classes else mask[0]).numpy(), dtype=np.float32)

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import make_folder
+from guided_diffusion.files import make_folder, whole
 
 Values = dict[str, Any]
 
@@ -101,7 +101,7 @@ def append_row(path: Path, values: Values) -> None:
             with path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, names).writerow(values)
             return
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows([*old, values])

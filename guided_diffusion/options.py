@@ -119,6 +119,11 @@ class DataOptions:
         "a volume is scaled as a whole; auto: minmax for volumes, else none",
         choices=("auto", "none", "minmax", "percentile", "zscore"),
     )
+    mask_labels: str = _flag(
+        "",
+        "classes of the mask by label, as in 1,2,4 or WT,TC,ET (BraTS) or core=1+4,oedema=2; "
+        "empty: all above 0 is one class",
+    )
     slices: str = _flag(
         "", "axial slices of each volume, from 0, end left out; BraTS: 80:129; empty: all", run=True
     )
@@ -165,6 +170,10 @@ class TrainingOptions:
         0, "let the rate fall linearly to 0 over so many steps, then stop", least=0
     )
     ema_rate: str = _flag("0.9999", "decay of the averaged weights; several by commas")
+    warmup_steps: int = _flag(0, "steps over which the learning rate rises", least=0)
+    grad_clip: float = _flag(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    max_bad_steps: int = _flag(10, "end after so many non-finite steps in a row", least=1)
+    keep: int = _flag(0, "numbered checkpoints to keep, the newest; 0: all", least=0)
     schedule_sampler: str = _flag(
         "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
     )
@@ -231,6 +240,9 @@ class ScoringOptions:
     inp_pth: str = _flag("", "folder with the predicted masks, as sampling writes them")
     out_pth: str = _flag("", "folder with the ground truth: a data set, or a folder of masks")
     partial: bool = _flag(False, "score the cases that both folders hold")
+    mask_labels: str = _flag(
+        "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
+    )
 
 
 @dataclass(frozen=True)

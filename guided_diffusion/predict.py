@@ -116,8 +116,9 @@ class Record:
                         yield row
 
     def finished(self, name: str) -> bool:
-        """Whether a case is done, with these settings."""
-        return self.rows.get(name, {}).get("fingerprint") == self.fingerprint
+        """Whether a case is done, with these settings, and its mask is still there."""
+        same = self.rows.get(name, {}).get("fingerprint") == self.fingerprint
+        return same and (self.path.parent / f"{name}_mask.png").exists()
 
     def forget(self, names: Sequence[str]) -> int:
         """Strike cases off before their files are replaced, and return how many there were."""

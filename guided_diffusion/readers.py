@@ -26,6 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 from torch import Tensor
 
+from guided_diffusion.classes import Classes
 from guided_diffusion.errors import UserError
 
 Array = npt.NDArray[np.float32]
@@ -337,12 +338,33 @@ def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None
     return torch.from_numpy(values)[None], affine
 
 
-def read_mask_file(path: Path) -> Tensor:
-    """One mask of either kind, float32 [1, H, W] in [0, 1]."""
-    if not is_nifti(path):
+def read_mask_file(path: Path, classes: Classes | None = None) -> Tensor:
+    """One mask of either kind, float32 [1, H, W] in [0, 1], or [K, H, W] of K classes."""
+    if is_nifti(path):
+        return class_masks(path, read_nifti_slice(path)[0], classes)
+    if classes is None:
         return read_picture_mask(path)
-    values, _ = read_nifti_slice(path)
-    return torch.from_numpy(label_mask(path, values))[None]
+    return torch.from_numpy(classes.split(_stored_labels(path), path))
+
+
+def class_masks(path: Path, values: Array, classes: Classes | None) -> Tensor:
+    """Labels [H, W] -> float32 [1, H, W] by :func:`label_mask`, or [K, H, W] of K classes."""
+    if classes is None:
+        return torch.from_numpy(label_mask(path, values))[None]
+    return torch.from_numpy(classes.split(values, path))
+
+
+def _stored_labels(path: Path) -> Array:
+    """The labels of a mask picture [H, W]: its palette indices or grey levels, as stored."""
+    picture = _decoded(path)
+    _require_opaque(path, picture)
+    values = np.asarray(picture).astype(np.float32)
+    if values.ndim == 3:
+        grey = values if values.shape[2] == 3 else np.repeat(values[..., :1], 3, axis=2)
+        values = _one_channel(path, grey, "a grey or palette picture of labels")
+    _require_finite(path, values)
+    _require_lossless(path, picture, values / 255)
+    return values
 
 
 def label_values(path: Path) -> list[float]:

@@ -6,6 +6,7 @@ unbiased. Nichol & Dhariwal (2021), section 3.3. Called by ``train_util``.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -81,9 +82,11 @@ class LossSecondMomentResampler:
         return positions, weights.float()
 
     def update(self, positions: Tensor, losses: Tensor) -> None:
-        """Push each loss to the end of its time's history."""
+        """Push each finite loss to the end of its time's history."""
         history = self._losses.shape[1]
         for position, loss in zip(positions.tolist(), losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                continue
             self._losses[position] = self._losses[position].roll(-1)
             self._losses[position, -1] = loss
             self._seen[position] = min(int(self._seen[position]) + 1, history)

@@ -25,6 +25,7 @@ from guided_diffusion.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    with_companions,
 )
 from guided_diffusion.datasets import (
     Frame,
@@ -32,7 +33,7 @@ from guided_diffusion.datasets import (
     SegmentationDataset,
     auto_frame,
 )
-from guided_diffusion.dist_util import describe, dev
+from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
 from guided_diffusion.errors import UserError
 from guided_diffusion.evaluate import evaluate, report
 from guided_diffusion.layouts import open_dataset
@@ -57,13 +58,14 @@ from guided_diffusion.options import (
 from guided_diffusion.predict import segment
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
+    count_masks,
     create_gaussian_diffusion,
     create_model,
     create_reading,
     million,
     place,
 )
-from guided_diffusion.segmenter import Segmenter, settle_precision, trained_flags
+from guided_diffusion.segmenter import Segmenter, settle_precision, spelled, trained_flags
 from guided_diffusion.splits import narrowed, part_of_cases
 from guided_diffusion.train_util import TrainLoop
 
@@ -76,8 +78,10 @@ def train(typed: dict[str, Any]) -> None:
         fill(DataOptions, typed),
     )
     options, run = _settled(options, typed), settle_precision(run)
+    launch(run.multi_gpu)
+    setup_dist()
     path, start = _checkpoint_to_resume(options, run)
-    trained = start.options if start else {}
+    trained = {"mask_labels": "", **start.options} if start and start.options else {}
     refuse_contradictions(_plainly(typed), trained, path)
     reading = create_reading(fill(DataOptions, {**typed, **trained}))
     dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
@@ -89,7 +93,7 @@ def train(typed: dict[str, Any]) -> None:
 
     device = dev(run.gpu_dev)
     torch.manual_seed(run.seed)
-    net = create_model(network, diffusion)
+    net = create_model(network, diffusion, dataset.classes)
     if start:
         load_weights(net, start.model, path)
     process = create_gaussian_diffusion(diffusion)
@@ -100,9 +104,14 @@ def train(typed: dict[str, Any]) -> None:
         schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
         options=options,
         run=run,
-        recorded={**recorded(network, diffusion), "crop": crop, **_read_as(dataset)},
+        recorded={
+            **recorded(network, diffusion),
+            "crop": crop,
+            "mask_labels": str(dataset.classes or ""),
+            **_read_as(dataset),
+        },
     )
-    logger.configure(run.out_dir)
+    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0)
     for note in [*dead_flags(TRAIN, typed), *dataset.notes]:
         logger.log(note)
     if start:
@@ -201,7 +210,8 @@ def _fingerprint(segmenter: Segmenter, dataset: SegmentationDataset) -> str:
 
 
 def _plainly(typed: dict[str, Any]) -> dict[str, Any]:
-    """The typed flags, with modalities called as a checkpoint calls them."""
+    """The typed flags, with modalities and classes called as a checkpoint calls them."""
+    typed = spelled(typed)
     if not typed.get("modalities"):
         return typed
     return {**typed, "modalities": ",".join(find_modalities(typed["modalities"]))}
@@ -235,20 +245,24 @@ def _checkpoint_to_resume(
         if own.exists():
             logger.log(f"{own} exists and will be overwritten; --resume auto would continue it")
         return None, None
-    return path, load_checkpoint(path)
+    start = load_checkpoint(path)
+    if not start.options:
+        start = with_companions(start, path, options.ema_rate.split(","))
+    return path, start
 
 
 def _network_for(
     dataset: SegmentationDataset, flags: dict[str, Any], path: Path | None
 ) -> NetworkOptions:
     """The network for a data set's channels; refuse what cannot segment it."""
-    expected = dataset.channels + 1
+    masks = count_masks(dataset.classes)
+    expected = dataset.channels + masks
     if flags.get("in_ch", expected) != expected:
         raise UserError(
             path or "--in_ch",
             found=f"a network of {flags['in_ch']} input channels",
             expected=f"{expected}: {dataset.channels} of the images in {dataset.directory} "
-            "and the noisy mask",
+            f"and {'the noisy mask' if masks == 1 else f'{masks} noisy masks'}",
             mend="Use data with the channels of training." if path else "Leave --in_ch away.",
         )
     if flags.get("class_cond"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -41,19 +42,25 @@ _CHANNEL_MULT = {
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusion]:
     """Build network and diffusion from the scripts' flags; what is not given has its default.
 
+    ``mask_labels`` says how many mask channels the network has.
+
     Raises:
         UserError: flags that no network or schedule can have.
         TypeError: a name that is no flag of network or diffusion.
     """
+    classes = find_classes(flags.pop("mask_labels", ""))
     network, diffusion = fill(NetworkOptions, flags), fill(DiffusionOptions, flags)
     unknown = flags.keys() - vars(network).keys() - vars(diffusion).keys()
     if unknown:
         raise TypeError(f"no such network or diffusion flag: {', '.join(sorted(unknown))}")
-    return create_model(network, diffusion), create_gaussian_diffusion(diffusion)
+    return create_model(network, diffusion, classes), create_gaussian_diffusion(diffusion)
 
 
-def create_model(network: NetworkOptions, diffusion: DiffusionOptions) -> UNetModel:
-    """Build the network."""
+def create_model(
+    network: NetworkOptions, diffusion: DiffusionOptions, classes: Classes | None = None
+) -> UNetModel:
+    """Build the network, with a mask channel for each class."""
+    mask_channels = count_masks(classes)
     channel_mult, attention_ds = _channel_mult(network), _attention_ds(network)
     for level, factor in enumerate(channel_mult):
         if 2**level in attention_ds or level == len(channel_mult) - 1:
@@ -62,7 +69,8 @@ def create_model(network: NetworkOptions, diffusion: DiffusionOptions) -> UNetMo
         image_size=network.image_size,
         in_channels=network.in_ch,
         model_channels=network.num_channels,
-        out_channels=2 if diffusion.learn_sigma else 1,
+        out_channels=mask_channels * (2 if diffusion.learn_sigma else 1),
+        mask_channels=mask_channels,
         num_res_blocks=network.num_res_blocks,
         attention_resolutions=attention_ds,
         dropout=network.dropout,
@@ -76,6 +84,11 @@ def create_model(network: NetworkOptions, diffusion: DiffusionOptions) -> UNetMo
         resblock_updown=network.resblock_updown,
         use_new_attention_order=network.use_new_attention_order,
     )
+
+
+def count_masks(classes: Classes | None) -> int:
+    """How many mask channels a network has: one where everything is one class."""
+    return 1 if classes is None else len(classes)
 
 
 def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
@@ -111,6 +124,7 @@ def create_reading(data: DataOptions) -> Reading:
         blank_slices=data.blank_slices,
         normalise=data.normalise,
         cache_dir=places.get(data.cache_dir, Path(data.cache_dir).expanduser()),
+        classes=find_classes(data.mask_labels),
     )
 
 

@@ -23,6 +23,7 @@ from guided_diffusion.checkpoint import (
     load_checkpoint,
     load_weights,
 )
+from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
 from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.dpm_solver import solver_levels
@@ -40,7 +41,7 @@ from guided_diffusion.options import (
 from guided_diffusion.readers import read_image_file, split_name
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
-from guided_diffusion.schedule import NoiseLevel, NoiseSchedule
+from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_model,
@@ -85,20 +86,37 @@ class Plan:
 class Segmentation(NamedTuple):
     """What a case became, at its own size.
 
+    A network of declared classes (``--mask_labels``) has a class axis before H, W in everything
+    but ``labels``: [E, K, H, W] and [K, H, W].
+
     Attributes:
         members: every drawn mask, soft, float32 [E, H, W] in [0, 1].
         fused: the ensemble's mask, soft, float32 [H, W] in [0, 1].
         uncertainty: standard deviation of the members, float32 [H, W] in [0, 0.5].
+        classes: what the channels are; None where everything is one class.
     """
 
     members: Tensor
     fused: Tensor
     uncertainty: Tensor
+    classes: Classes | None = None
 
     @property
     def mask(self) -> Tensor:
-        """The binary mask, bool [H, W]: fused at least one half."""
-        return self.fused >= 0.5
+        """The binary mask, bool [H, W]: fused at least one half.
+
+        Of classes that share no label only the likeliest of each pixel.
+        """
+        if self.classes is None:
+            return self.fused >= 0.5
+        return torch.from_numpy(self.classes.masks(self.fused.numpy()))
+
+    @property
+    def labels(self) -> Tensor:
+        """The label map, uint8 [H, W]: 0 and the labels of the classes, or 0 and 1."""
+        if self.classes is None:
+            return self.mask.to(torch.uint8)
+        return torch.from_numpy(self.classes.label_map(self.fused.numpy()))
 
 
 class Segmenter:
@@ -110,6 +128,7 @@ class Segmenter:
         frame: how cases reach the network's size.
         plan: how masks are drawn.
         source: where the weights are from, for the log.
+        classes: what the mask's channels are; None for one of everything.
     """
 
     def __init__(
@@ -120,12 +139,14 @@ class Segmenter:
         frame: Frame,
         plan: Plan,
         source: str = "",
+        classes: Classes | None = None,
     ) -> None:
         self.net = net.eval()
         self.diffusion = diffusion
         self.frame = frame
         self.plan = plan
         self.source = source
+        self.classes = classes
         self.device = next(net.parameters()).device
 
     @classmethod
@@ -160,8 +181,10 @@ class Segmenter:
     ) -> Segmenter:
         """Build what a checkpoint holds, ready to draw as the flags say."""
         options, run = fill(SamplingOptions, flags), settle_precision(fill(RunOptions, flags))
-        diffusion = fill(DiffusionOptions, trained_flags(checkpoint, flags, path))
-        process, net = create_gaussian_diffusion(diffusion), create_model(network, diffusion)
+        trained = trained_flags(checkpoint, flags, path)
+        diffusion, classes = fill(DiffusionOptions, trained), find_classes(trained["mask_labels"])
+        process = create_gaussian_diffusion(diffusion)
+        net = create_model(network, diffusion, classes)
         weights, which = checkpoint.choose(options.weights)
         load_weights(net, weights, path)
 
@@ -171,7 +194,8 @@ class Segmenter:
         source = f"{path}: {which}"
         if not own:
             source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
-        return cls(place(net, device), process, frame=frame, plan=plan, source=source)
+        net = place(net, device)
+        return cls(net, process, frame=frame, plan=plan, source=source, classes=classes)
 
     def __str__(self) -> str:
         plan = self.plan
@@ -185,7 +209,8 @@ class Segmenter:
     def fingerprint(self) -> str:
         """Everything that the masks depend on, in 16 hexadecimal digits."""
         settings = replace(self.plan, batch_size=0)
-        digest = hashlib.sha256(repr((settings, self.frame)).encode())
+        classes = (self.classes,) if self.classes else ()
+        digest = hashlib.sha256(repr((settings, self.frame, *classes)).encode())
         for name, value in self.net.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -224,9 +249,10 @@ class Segmenter:
         results = []
         for members, case in zip(drawn, cases, strict=True):
             height, width = case.image.shape[-2:]
-            own = self.frame.restore(members[:, 0], (height, width))
+            members = members if self.classes else members[:, 0]
+            own = self.frame.restore(members, (height, width))
             fused = FUSIONS[self.plan.fusion](own)
-            results.append(Segmentation(own, fused, uncertainty(own)))
+            results.append(Segmentation(own, fused, uncertainty(own), self.classes))
         return results
 
     @torch.inference_mode()
@@ -286,15 +312,23 @@ def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> 
     In sampling, ``--diffusion_steps`` and ``--timestep_respacing`` count evaluations and do not
     describe the training.
     """
+    typed = spelled(typed)
     describing = {
         k: v for k, v in typed.items() if k not in ("diffusion_steps", "timestep_respacing")
     }
     steps = typed.get("trained_steps", 0)
     if checkpoint.options:
         trained = checkpoint.options["diffusion_steps"] if steps else 0
-        refuse_contradictions(describing, {**checkpoint.options, "trained_steps": trained}, path)
-        return {**typed, **checkpoint.options}
-    return {**describing, "diffusion_steps": steps or 1000}
+        options = {"mask_labels": "", **checkpoint.options}
+        refuse_contradictions(describing, {**options, "trained_steps": trained}, path)
+        return {**typed, **options}
+    return {"mask_labels": "", **describing, "diffusion_steps": steps or 1000}
+
+
+def spelled(typed: dict[str, Any]) -> dict[str, Any]:
+    """The typed flags, with the classes spelled as a checkpoint does."""
+    classes = find_classes(typed.get("mask_labels", ""))
+    return typed if classes is None else {**typed, "mask_labels": str(classes)}
 
 
 def make_plan(
@@ -311,7 +345,7 @@ def make_plan(
         "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
     )
     clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
-    levels = sampling_levels(diffusion.schedule, sampler, options, typed)
+    levels = sampling_levels(diffusion, sampler, options, typed)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
         sampler += "_singlestep"
     keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
@@ -329,9 +363,9 @@ def make_plan(
 
 
 def sampling_levels(
-    schedule: NoiseSchedule, sampler: str, options: SamplingOptions, typed: dict[str, Any]
+    diffusion: GaussianDiffusion, sampler: str, options: SamplingOptions, typed: dict[str, Any]
 ) -> list[NoiseLevel]:
-    """Choose the levels of a run on the trained schedule.
+    """Choose the levels of a run among the trained times.
 
     ``--steps`` counts evaluations and wins; then ``--timestep_respacing``, then a typed
     ``--diffusion_steps``; else DDPM and DDIM visit every trained time and the solvers 50.
@@ -339,14 +373,15 @@ def sampling_levels(
     Raises:
         UserError: more evaluations than trained times, or fewer than 1.
     """
-    total = len(schedule)
+    schedule, trained = diffusion.schedule, diffusion.kept
+    total = len(trained)
     spec = typed.get("timestep_respacing", "")
     count = options.steps or (0 if spec else typed.get("diffusion_steps", 0))
     if not 0 <= count <= total:
         raise UserError(
             "--steps" if options.steps else "--diffusion_steps",
             found=count,
-            expected=f"between 1 and {total}, the length of the trained schedule",
+            expected=f"between 1 and {total}, the number of trained times",
             mend="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
         )
     if sampler not in ("ddpm", "ddim"):
@@ -359,9 +394,9 @@ def sampling_levels(
             skip_type=options.skip_type,
         )
     if count == 1:
-        return schedule.levels([total - 1])
-    kept = space_timesteps(total, [count] if count else spec)
-    return schedule.levels(sorted(kept, reverse=True))
+        return schedule.levels([trained[-1]])
+    visited = space_timesteps(total, [count] if count else spec)
+    return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
 
 
 def settle_precision(run: RunOptions) -> RunOptions:

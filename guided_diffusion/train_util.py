@@ -10,29 +10,44 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.augment import Augmentation
 from guided_diffusion.checkpoint import Checkpoint, Weights, save_checkpoint
-from guided_diffusion.datasets import Batch, Case, collate
-from guided_diffusion.dist_util import autocast
+from guided_diffusion.datasets import Batch, Case
+from guided_diffusion.dist_util import (
+    agreed,
+    autocast,
+    barrier,
+    gathered,
+    memory_gib,
+    rank,
+    shared,
+    unsynchronised,
+    world_size,
+)
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions
 from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.stream import mix, stream
 from guided_diffusion.unet import UNetModel
 
 
 class TrainLoop:
     """Train a network on a data set, and write log and checkpoints into a folder.
+
+    Under ``torchrun`` every process has its own loop: each takes its share of the step's cases and
+    noise, and the gradients are averaged, so that two processes of batch 4 are one of batch 8.
 
     Args:
         net: on the device it is trained on.
@@ -56,13 +71,16 @@ class TrainLoop:
         recorded: dict[str, Any],
     ) -> None:
         self.net = net
+        self.whole = shared(_Whole(net))
         self.diffusion = diffusion
         self.dataset = dataset
         self.schedule_sampler = schedule_sampler
         self.options = options
         self.run = run
         self.recorded = recorded
+        self.folder = Path(run.out_dir).expanduser()
         self.step = 0
+        self.bad_steps = 0
 
         self.device = next(net.parameters()).device
         self.parameters = list(net.parameters())
@@ -91,27 +109,32 @@ class TrainLoop:
         for rate, average in self.averages.items():
             average.load(checkpoint.ema.get(rate, checkpoint.model))
         state = checkpoint.training
-        if state:
-            self.optimizer.load_state_dict(state["optimizer"])
+        if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        if state:
+            moments = _fitted(state["optimizer"]["state"], self.parameters)
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self._set_rate()
 
     def run_loop(self) -> Path:
         """Train to the end, or until SIGTERM or Ctrl-C, and return the last checkpoint."""
-        first = self.step
         batches = stream(
             self.dataset,
             self.options.batch_size,
             seed=self.run.seed,
-            first_step=first,
+            first_step=self.step,
             workers=self.options.num_workers,
             augmentation=Augmentation() if self.options.augment else None,
+            rank=rank(),
+            world_size=world_size(),
         )
         total = self.last_step
-        bar = tqdm(initial=first, total=total or None, unit="step", disable=None)
+        hidden = True if rank() else None
+        bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
         with _StopSignal() as stop:
             with bar as progress:
-                while not stop.wanted and (not total or self.step < total):
+                while not agreed(bool(stop.wanted)) and (not total or self.step < total):
                     loss = self.run_step(next(batches))
                     progress.update()
                     if self.step % self.options.log_interval == 0 or self.step == total:
@@ -124,19 +147,25 @@ class TrainLoop:
             return self.save()
 
     def run_step(self, batch: Batch) -> Tensor:
-        """Take one optimiser step on a batch and return its mean loss, a scalar tensor."""
-        torch.manual_seed(_mix(self.run.seed, self.step))
+        """Take one optimiser step on a batch and return its mean loss, a scalar tensor.
+
+        A step whose gradient is not finite changes nothing and is counted.
+
+        Raises:
+            UserError: too many such steps in a row.
+        """
         loss = self.forward_backward(batch)
         self.scaler.unscale_(self.optimizer)
-        self.log.gradient(self.parameters)
-        self.scaler.step(self.optimizer)
+        norm = self.log.gradient(self.parameters)
+        if self._usable(norm, batch):
+            self._clip(norm)
+            self.scaler.step(self.optimizer)
+            for average in self.averages.values():
+                average.update(self.step)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-        for average in self.averages.values():
-            average.update(self.step)
         self.step += 1
-        self._anneal()
+        self._set_rate()
         return loss
 
     def forward_backward(self, batch: Batch) -> Tensor:
@@ -149,61 +178,112 @@ class TrainLoop:
             raise ValueError("a training batch needs masks")
         image = batch.image.to(self.device, non_blocking=True)
         x0 = self.diffusion.to_range(batch.mask.to(self.device, non_blocking=True))
-        positions, weights = self.schedule_sampler.sample(len(x0))
+        positions, weights, eps = self._draw(x0.shape)
         t = torch.tensor(self.diffusion.kept)[positions]
-        eps = torch.randn(x0.shape).to(self.device, non_blocking=True)
+        eps = eps.to(self.device, non_blocking=True)
 
         total = torch.zeros((), device=self.device)
         size = self.options.microbatch if self.options.microbatch > 0 else len(x0)
-        for rows in torch.arange(len(x0)).split(size):
+        parts = torch.arange(len(x0)).split(size)
+        losses = []
+        for rows in parts:
             chosen = rows.to(self.device)
-            with autocast(self.device, self.run.precision):
+            last = rows is parts[-1]
+            with autocast(self.device, self.run.precision), unsynchronised(self.whole, not last):
                 terms = self.diffusion.training_losses(
-                    self.net,
-                    x0[chosen],
-                    t[rows],
-                    eps=eps[chosen],
-                    condition=self.net.encode(image[chosen]),
+                    self.whole, x0[chosen], t[rows], eps=eps[chosen], condition=image[chosen]
                 )
-            loss = (terms["loss"] * weights[rows].to(self.device)).sum() / len(x0)
-            self.scaler.scale(loss).backward()
+                loss = (terms["loss"] * weights[rows].to(self.device)).sum() / len(x0)
+                self.scaler.scale(loss).backward()
             total += loss.detach()
             terms = {name: values.detach() for name, values in terms.items()}
-            self.schedule_sampler.update(positions[rows], terms["loss"])
+            losses.append(terms["loss"])
             self.log.losses(t[rows], terms)
+        self.schedule_sampler.update(gathered(positions), gathered(torch.cat(losses)))
         return total
 
+    def _draw(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw positions, weights and noise of this process's rows of the step's whole batch."""
+        torch.manual_seed(mix(self.run.seed, self.step))
+        count, rows = shape[0] * world_size(), slice(rank() * shape[0], (rank() + 1) * shape[0])
+        positions, weights = self.schedule_sampler.sample(count)
+        eps = torch.randn(count, *shape[1:])
+        if rank():
+            torch.manual_seed(mix(self.run.seed + rank(), self.step))
+        return positions[rows], weights[rows], eps[rows]
+
+    def _clip(self, norm: Tensor) -> None:
+        """Shrink a gradient of this norm to the largest that is allowed."""
+        if self.options.grad_clip:
+            shrink = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
+
+    def _usable(self, norm: Tensor, batch: Batch) -> bool:
+        """Whether the gradient is finite; count the steps in a row for which it is not."""
+        if self.scaler.is_enabled() or bool(norm.isfinite()):
+            self.bad_steps = 0
+            return True
+        self.bad_steps += 1
+        self.log.skipped += 1
+        if self.bad_steps >= self.options.max_bad_steps:
+            raise UserError(
+                f"step {self.step}",
+                found=f"a gradient that is not finite, {self.bad_steps} times in a row, last for "
+                f"the cases {', '.join(batch.names)}",
+                expected="finite losses",
+                mend="Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py "
+                "looks at the images. The last checkpoint is intact.",
+            )
+        return False
+
     def save(self) -> Path:
-        """Write a checkpoint of the present state."""
-        checkpoint = Checkpoint(
-            options=self.recorded,
-            step=self.step,
-            model=_detached(self.net.state_dict()),
-            ema={rate: average.state_dict() for rate, average in self.averages.items()},
-            training={
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "schedule_sampler": self.schedule_sampler.state_dict(),
-            },
-        )
-        path = save_checkpoint(Path(self.run.out_dir).expanduser(), checkpoint)
-        logger.log(f"saved {path}")
+        """Write a checkpoint of the present state; the first process does."""
+        path = self.folder / f"savedmodel{self.step:06d}.pt"
+        if rank() == 0:
+            checkpoint = Checkpoint(
+                options=self.recorded,
+                step=self.step,
+                model=_detached(self.net.state_dict()),
+                ema={rate: average.state_dict() for rate, average in self.averages.items()},
+                training={
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "schedule_sampler": self.schedule_sampler.state_dict(),
+                },
+            )
+            save_checkpoint(self.folder, checkpoint, keep=self.options.keep)
+            logger.log(f"saved {path}")
+        barrier()
         return path
 
-    def _anneal(self) -> None:
-        if self.options.lr_anneal_steps:
-            left = 1 - self.step / self.options.lr_anneal_steps
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.options.lr * max(left, 0.0)
+    def _set_rate(self) -> None:
+        """Set the learning rate of the step to come: warm-up, then linear annealing."""
+        warm = min(1.0, (self.step + 1) / max(self.options.warmup_steps, 1))
+        anneal = self.options.lr_anneal_steps
+        left = max(1 - self.step / anneal, 0.0) if anneal else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * warm * left
 
     def _write_log(self, progress: tqdm[Any]) -> None:
         logger.logkv("step", self.step)
-        logger.logkv("samples", self.step * self.options.batch_size)
+        logger.logkv("samples", self.step * self.options.batch_size * world_size())
         logger.logkv("lr", self.optimizer.param_groups[0]["lr"])
+        logger.logkv("memory_gib", memory_gib(self.device))
         for name, value in self.log.means(self.parameters).items():
             logger.logkv(name, value)
         with progress.external_write_mode(sys.stdout):
             logger.dumpkvs()
+
+
+class _Whole(torch.nn.Module):
+    """Image and noisy mask to prediction in one call, so that gradients can be shared."""
+
+    def __init__(self, net: UNetModel) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
+        return cast(Output, self.net(x, t, self.net.encode(image), y))
 
 
 class ExponentialAverage:
@@ -246,6 +326,7 @@ class StepLog:
         self.times: list[Tensor] = []
         self.terms: dict[str, list[Tensor]] = {}
         self.grad_norms: list[Tensor] = []
+        self.skipped = 0
         self.started = time.perf_counter()
 
     def losses(self, t: Tensor, terms: dict[str, Tensor]) -> None:
@@ -254,9 +335,11 @@ class StepLog:
         for name, values in terms.items():
             self.terms.setdefault(name, []).append(values)
 
-    def gradient(self, parameters: Sequence[Tensor]) -> None:
-        """Note the norm of the gradient."""
-        self.grad_norms.append(_norm([p.grad for p in parameters if p.grad is not None]))
+    def gradient(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Note the norm of the gradient, and return it."""
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norms.append(norm)
+        return norm
 
     def means(self, parameters: Sequence[Tensor]) -> dict[str, float]:
         """Return the means since the last call, losses also by quarter of t, and start anew."""
@@ -264,6 +347,7 @@ class StepLog:
         means = {
             "grad_norm": float(torch.stack(self.grad_norms).mean()),
             "param_norm": float(_norm([p.detach() for p in parameters])),
+            "skipped": float(self.skipped),
             "steps_per_s": len(self.grad_norms) / (time.perf_counter() - self.started),
         }
         for name, parts in self.terms.items():
@@ -301,102 +385,17 @@ class _StopSignal:
         signal.signal(number, self.before[signal.Signals(number)])
 
 
-def stream(
-    dataset: Dataset[Case],
-    batch_size: int,
-    *,
-    seed: int,
-    first_step: int = 0,
-    workers: int = 0,
-    augmentation: Augmentation | None = None,
-) -> Iterator[Batch]:
-    """Yield full batches for ever, epoch after epoch in a new order, from any step on.
-
-    Raises:
-        UserError: a file cannot be used; whichever process reads it, the error arrives here.
-    """
-    drawn = _Drawn(dataset, seed, augmentation)
-    loader = DataLoader(
-        drawn,
-        batch_sampler=_Positions(len(drawn), batch_size, seed, first_step),
-        num_workers=workers,
-        collate_fn=_batch_or_error,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-class _Draw(NamedTuple):
-    """One case of the stream: which it is, and its place, counted from the stream's beginning."""
-
-    number: int
-    place: int
-
-
-class _Drawn(Dataset["Case | UserError"]):
-    """A data set by draws: how a case is augmented follows from the seed and its place alone."""
-
-    def __init__(
-        self, dataset: Dataset[Case], seed: int, augmentation: Augmentation | None
-    ) -> None:
-        self.dataset, self.seed, self.augmentation = dataset, seed, augmentation
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, draw: _Draw) -> Case | UserError:
-        """Case ``draw.number``, changed; an error is handed on, for processes garble exceptions."""
-        try:
-            case = self.dataset[draw.number]
-        except UserError as error:
-            return error
-        if self.augmentation is None:
-            return case
-        seed = _mix(_mix(self.seed, draw.place), 1)
-        return self.augmentation(case, torch.Generator().manual_seed(seed))
-
-
-def _batch_or_error(cases: Sequence[Case | UserError]) -> Batch | UserError:
-    good: list[Case] = []
-    for case in cases:
-        if isinstance(case, UserError):
-            return case
-        good.append(case)
-    try:
-        return collate(good)
-    except UserError as error:
-        return error
-
-
-class _Positions:
-    """The draws of every batch from a step on; which they are follows from seed and step."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, first_step: int) -> None:
-        self.size, self.batch_size, self.seed, self.first_step = size, batch_size, seed, first_step
-
-    def __iter__(self) -> Iterator[list[_Draw]]:
-        position = self.first_step * self.batch_size
-        orders: dict[int, list[int]] = {}
-        while True:
-            batch = []
-            for place in range(position, position + self.batch_size):
-                epoch, offset = divmod(place, self.size)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-                    orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
-                batch.append(_Draw(orders[epoch][offset], place))
-            yield batch
-            position += self.batch_size
-
-
-def _mix(seed: int, number: int) -> int:
-    """Make one 63-bit seed of two numbers, such that neighbours share nothing."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**64
-    return (mixed ^ (mixed >> 31)) * 0x94D049BB133111EB % 2**63
+def _fitted(
+    moments: dict[int, dict[str, Any]], parameters: Sequence[Tensor]
+) -> dict[int, dict[str, Any]]:
+    """Cut an optimiser's moments as the parents' two-channel head was cut, if it was."""
+    return {
+        index: {
+            name: value[: len(parameters[index])] if value.ndim else value
+            for name, value in state.items()
+        }
+        for index, state in moments.items()
+    }
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.files import make_folder, whole
 from guided_diffusion.intensity import Levels, measure, normalised
 from guided_diffusion.readers import (
     UNREADABLE,
     Affine,
     Array,
-    label_mask,
+    class_masks,
     nifti_shape,
     read_nifti,
     require_same_axes,
@@ -136,11 +136,11 @@ class VolumeDataset(SegmentationDataset):
         return torch.from_numpy(np.stack(planes)), plane_affine(first.affine, entry.plane or 0)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Read one plane of the labels, float32 [1, H, W]: 1 where a label is above 0."""
+        """Read one plane of the labels, float32 [K, H, W]; one class is what is above 0."""
         values = self.read_labels(entry)
         if entry.mask is None or values is None:
             return None
-        return torch.from_numpy(label_mask(entry.mask, values))[None]
+        return class_masks(entry.mask, values, self.classes)
 
     def read_labels(self, entry: Entry) -> Array | None:
         """Read one plane of the labels as stored, float32 [H, W]; None where there are none."""
@@ -254,8 +254,12 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Entry]:
     """One entry per chosen axial slice; opens headers only, unless blank slices are left out."""
-    shape = nifti_shape(volume.images[0])
-    require_volume(volume.images[0], shape)
+    try:
+        shape = nifti_shape(volume.images[0])
+        require_volume(volume.images[0], shape)
+    except UserError as error:
+        refuse(error)
+        return
     chosen = range(shape[2])[slice(*reading.slices)]
     if not chosen:
         raise UserError(

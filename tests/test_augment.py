@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from guided_diffusion.augment import Augmentation
 from guided_diffusion.datasets import Case
-from guided_diffusion.train_util import stream
+from guided_diffusion.stream import stream
 
 STILL = Augmentation(flip=0, degrees=0, scale=0, gamma=0, noise=0)
 GEOMETRY = Augmentation(gamma=0, noise=0)

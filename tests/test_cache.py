@@ -15,7 +15,7 @@ from guided_diffusion.cache import Remembered
 from guided_diffusion.datasets import Frame, Framed
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
-from guided_diffusion.train_util import stream
+from guided_diffusion.stream import stream
 
 
 @pytest.fixture

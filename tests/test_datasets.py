@@ -297,6 +297,25 @@ def test_custom_nifti_slices(tmp_path: Path) -> None:
     assert case.mask is not None and case.mask.nonzero().tolist() == [[0, 1, 2]]
 
 
+def test_custom_nifti_volumes_by_axial_slices(tmp_path: Path) -> None:
+    for case in ("p1", "p2"):
+        volume = np.zeros((6, 8, 3))
+        volume[1, 2, 1] = 40
+        write_nifti(tmp_path / f"images/{case}.nii.gz", volume)
+        write_nifti(tmp_path / f"masks/{case}.nii", (volume > 0).astype(np.uint8))
+    dataset = open_dataset(tmp_path)
+
+    assert (dataset.layout, dataset.channels, len(dataset)) == ("CUSTOM", 1, 6)
+    assert dataset.names[:2] == ["p1_slice000", "p1_slice001"]
+    assert dataset.patients == ["p1"] * 3 + ["p2"] * 3
+    bottom, middle = dataset[0], dataset[1]
+    assert bottom.mask is not None and bottom.mask.sum() == 0
+    assert middle.image[0, 1, 2] == 1 and middle.image.sum() == 1
+    assert middle.mask is not None and middle.mask.nonzero().tolist() == [[0, 1, 2]]
+    assert middle.affine is not None and middle.affine[:3, 3].tolist() == [5, 239, 10]
+    assert len(open_masks(tmp_path)) == 6
+
+
 def test_grey_is_repeated_in_a_coloured_set(tmp_path: Path) -> None:
     write_pair(write_pair(tmp_path, "a"), "b", grey_mask())
     case = open_dataset(tmp_path)[1]

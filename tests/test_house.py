@@ -14,6 +14,7 @@ PACKAGE = ROOT / "guided_diffusion"
 # A module imports from lower floors only, never from its own.
 FLOORS = [
     {"errors"},
+    {"classes"},
     # files, numbers and flags
     {"files", "readers", "intensity", "metrics", "options", "phantoms"},
     {"schedule", "nn", "losses", "phantom_folders"},
@@ -27,6 +28,7 @@ FLOORS = [
     {"layouts", "slicing", "sampling"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
+    {"stream"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"predict"},
     {"runs"},

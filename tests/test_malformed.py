@@ -21,7 +21,7 @@ from PIL import Image
 from guided_diffusion.datasets import Frame, Framed, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
-from guided_diffusion.train_util import stream
+from guided_diffusion.stream import stream
 
 TABLE = "ISBI2016_ISIC_Part1_Training_GroundTruth.csv"
 DATA = "ISBI2016_ISIC_Part1_Training_Data"
@@ -396,8 +396,9 @@ def capitals(folder: Path) -> None:
 
 def wrong_ending(folder: Path) -> None:
     """A PNG that is called a JPEG is still a PNG."""
+    pair(folder)
     for side in ("images", "masks"):
-        (pair(folder) / side / "a.png").rename(folder / side / "a.jpg")
+        (folder / side / "a.png").rename(folder / side / "a.jpg")
 
 
 def left_by_macs(folder: Path) -> None:

@@ -27,7 +27,8 @@ from guided_diffusion.datasets import Batch, Case, collate
 from guided_diffusion.options import RunOptions, TrainingOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.train_util import ExponentialAverage, StepLog, TrainLoop, stream
+from guided_diffusion.stream import stream
+from guided_diffusion.train_util import ExponentialAverage, StepLog, TrainLoop
 
 
 class Discs(Dataset[Case]):
@@ -614,6 +615,7 @@ def test_losses_are_sorted_by_quarters_of_time() -> None:
         "loss_q1": 10.0,
         "loss_q3": 6.0,
         "grad_norm": pytest.approx(20.0),
+        "skipped": 0.0,
         "param_norm": pytest.approx(5.0),
     }
     log.losses(torch.tensor([3]), {"loss": torch.tensor([0.5])})
