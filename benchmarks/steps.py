@@ -1,9 +1,10 @@
-"""Dice and time against network evaluations, for several samplers on the same trained weights.
+"""Dice, diversity and time against network evaluations, for all samplers on the same weights.
 
     python benchmarks/steps.py --model_path results/demo --data_dir data/testing
 
-prints one Markdown table: the fused mask of an ensemble beside single members, over the cases that
-have a lesion. Every figure comes from this one run.
+prints one Markdown table over the cases that have a lesion: single members beside the fused mask,
+how far members differ, and how well their disagreement finds the cases of low Dice (AUROC). Every
+figure comes from this one run; ``--plot`` draws them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,92 +27,154 @@ from guided_diffusion.datasets import Case
 from guided_diffusion.dist_util import describe, dev
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.layouts import open_dataset
 from guided_diffusion.metrics import confusion, dice
 from guided_diffusion.runs import load_segmenter
 from guided_diffusion.segmenter import Segmenter
 
-SETTINGS = [
-    ("ddpm", 1000),
-    ("ddim", 50),
-    ("dpm_solver++", 10),
-    ("dpm_solver++", 5),
-    ("dpm_solver++", 2),
-    ("dpm_solver++", 1),
-]
+SETTINGS = (
+    *("ddpm:1000", "ddim:50", "ddim:10", "ddim:10:eta=1"),
+    *("dpm_solver++:10", "dpm_solver++:5", "dpm_solver++:2", "dpm_solver++:1"),
+    *("sde_dpm_solver++:10", "sde_dpm_solver++:5", "unipc:10", "unipc:5"),
+)
+
+
+class Figures(NamedTuple):
+    """One row of the table."""
+
+    setting: str
+    evaluations: int
+    single: float
+    fused: float
+    disagreement: float
+    std_inside: float
+    auroc: float | None
+    seconds: float
+
+    def __str__(self) -> str:
+        auroc = "-" if self.auroc is None else f"{self.auroc:.2f}"
+        return (
+            f"| {self.setting} | {self.evaluations} | {self.single:.4f} | {self.fused:.4f} "
+            f"| {self.disagreement:.4f} | {self.std_inside:.4f} | {auroc} | {self.seconds:.3f} |"
+        )
 
 
 def main() -> None:
     arguments = parse()
     with exit_on_user_error():
         logger.configure(quiet=True)
-        dataset = open_dataset(arguments.data_dir, test=True)
-        cases = [case for case in map(dataset.__getitem__, range(len(dataset))) if has_lesion(case)]
-        cases = cases[: arguments.cases or None]
-        settings = [parse_setting(text) for text in arguments.settings] or SETTINGS
-
-        print(f"{arguments.model_path}, {len(cases)} cases with a lesion, ensembles of 5")
+        print(f"{arguments.model_path}, ensembles of {arguments.num_ensemble}")
         print(f"torch {torch.__version__}, {describe(dev())}, {arguments.precision}\n")
-        print(
-            "| sampler | evaluations | Dice, one member | Dice, fused | disagreement | s per mask |"
-        )
-        print("|---|---|---|---|---|---|")
-        for sampler, steps in settings:
-            flags = {
-                "model_path": arguments.model_path,
-                "data_dir": arguments.data_dir,
-                "sampler": sampler,
-                "steps": steps,
-            }
-            flags |= {"batch_size": arguments.batch_size, "precision": arguments.precision}
-            _, segmenter = load_segmenter(flags)
-            print(row(segmenter, cases, f"{sampler} | {steps}"), flush=True)
+        print("| sampler | evaluations | Dice, member | Dice, fused | disagreement ", end="")
+        print(f"| std inside | AUROC, Dice < {arguments.below} | s per mask |")
+        print("|---|---|---|---|---|---|---|---|")
+        rows = []
+        for setting in arguments.settings or SETTINGS:
+            dataset, segmenter = load_segmenter(flags(setting, arguments))
+            cases = [case for case in map(dataset.__getitem__, range(len(dataset))) if lesion(case)]
+            rows.append(measure(segmenter, cases[: arguments.cases or None], setting, arguments))
+            print(rows[-1], flush=True)
+        if arguments.plot:
+            plot(rows, arguments.plot)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model_path", required=True, help="checkpoint or its folder")
     parser.add_argument("--data_dir", required=True, help="labelled data set")
+    parser.add_argument("--data_name", default="", help="its layout, where it is not clear")
     parser.add_argument("--cases", type=int, default=0, help="first cases with a lesion; 0: all")
+    parser.add_argument("--num_ensemble", type=int, default=5, help="masks a case")
     parser.add_argument("--batch_size", type=int, default=20, help="network inputs at a time")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16")
+    parser.add_argument("--below", type=float, default=0.9, help="what counts as a low Dice")
+    parser.add_argument("--plot", type=Path, help="PNG to draw (needs matplotlib)")
     parser.add_argument(
-        "--settings", nargs="*", default=[], help="such as ddpm:1000 ddim:50 dpm_solver++:10"
+        "--settings", nargs="*", help="sampler:steps[:flag=value,...], such as ddim:10:eta=1"
     )
     return parser.parse_args()
 
 
-def parse_setting(text: str) -> tuple[str, int]:
-    sampler, _, steps = text.partition(":")
-    return sampler, int(steps)
+def flags(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the sampling flags of one setting."""
+    sampler, steps, *more = setting.split(":")
+    extra = dict(pair.split("=") for part in more for pair in part.split(","))
+    names = ("model_path", "data_dir", "data_name", "num_ensemble", "batch_size", "precision")
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "sampler": sampler,
+        "steps": int(steps),
+        **{name: float(value) for name, value in extra.items()},
+    }
 
 
-def has_lesion(case: Case) -> bool:
+def lesion(case: Case) -> bool:
     return case.mask is not None and bool((case.mask >= 0.5).any())
 
 
-def row(segmenter: Segmenter, cases: list[Case], label: str) -> str:
-    """Segment all cases and write a row of the table."""
+def measure(
+    segmenter: Segmenter, cases: Sequence[Case], setting: str, arguments: argparse.Namespace
+) -> Figures:
+    """Segment all cases and take their figures."""
     group = max(1, segmenter.plan.batch_size // segmenter.plan.num_ensemble)
     started = time.perf_counter()
     results = []
-    for start in tqdm(range(0, len(cases), group), desc=label, leave=False, disable=None):
+    for start in tqdm(range(0, len(cases), group), desc=setting, leave=False, disable=None):
         results += segmenter.segment(cases[start : start + group])
     seconds = time.perf_counter() - started
 
-    truths = [case.mask[0] >= 0.5 for case in cases if case.mask is not None]
-    fused = [dice(confusion(r.mask, truth)) for r, truth in zip(results, truths, strict=True)]
+    truths = [case.mask >= 0.5 for case in cases if case.mask is not None]
+    members = [result.members.flatten(1, -3) for result in results]
+    fused = [dice(confusion(r.mask.reshape(t.shape), t)) for r, t in zip(results, truths)]
     single = [
-        dice(confusion(member >= 0.5, truth))
-        for r, truth in zip(results, truths, strict=True)
-        for member in r.members
+        dice(confusion(member.reshape(t.shape) >= 0.5, t))
+        for m, t in zip(members, truths)
+        for member in m
     ]
-    spread = statistics.mean(disagreement(r.members) for r in results)
-    masks = len(cases) * segmenter.plan.num_ensemble
-    return (
-        f"| {label} | {statistics.mean(single):.4f} | {statistics.mean(fused):.4f} "
-        f"| {spread:.4f} | {seconds / masks:.3f} |"
+    spread = [disagreement(m[:, 0] if m.ndim == 4 else m) for m in members]
+    inside = [
+        float(m.reshape(len(m), *t.shape).std(0, correction=0)[t].mean())
+        for m, t in zip(members, truths)
+    ]
+    return Figures(
+        setting=setting,
+        evaluations=segmenter.plan.evaluations,
+        single=statistics.mean(single),
+        fused=statistics.mean(fused),
+        disagreement=statistics.mean(spread),
+        std_inside=statistics.mean(inside),
+        auroc=auroc(spread, [value < arguments.below for value in fused]),
+        seconds=seconds / (len(cases) * segmenter.plan.num_ensemble),
     )
+
+
+def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
+    """Return the chance that a positive's score is the higher one; None without both kinds."""
+    high = [score for score, is_positive in zip(scores, positive) if is_positive]
+    low = [score for score, is_positive in zip(scores, positive) if not is_positive]
+    if not high or not low:
+        return None
+    wins = sum((a > b) + 0.5 * (a == b) for a in high for b in low)
+    return wins / (len(high) * len(low))
+
+
+def plot(rows: Sequence[Figures], path: Path) -> None:
+    """Draw Dice of the fused mask against evaluations and against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for sampler in dict.fromkeys(row.setting.partition(":")[0] for row in rows):
+        own = sorted(row for row in rows if row.setting.partition(":")[0] == sampler)
+        for axis, name in zip(axes, ("evaluations", "seconds")):
+            points = sorted((getattr(row, name), row.fused) for row in own)
+            axis.plot(*zip(*points), marker="o", label=sampler)
+            axis.set(xscale="log", xlabel=f"{name} per mask")
+            axis.grid(alpha=0.3)
+    axes[0].set_ylabel("Dice of the fused mask")
+    axes[1].legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from guided_diffusion.files import whole
 
 FORMAT = "guided_diffusion checkpoint 1"
 LATEST = "savedmodel.pt"
+BEST = "bestmodel.pt"
 
 _MEND = "Free some space or choose another --out_dir; earlier checkpoints are intact."
 
@@ -61,19 +62,30 @@ class Checkpoint:
         return self.model, f"last weights of step {self.step}" if self.options else "bare weights"
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
+def save_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int = 0,
+    best: bool = False,
+    numbered: bool = True,
+) -> Path:
     """Write ``savedmodelNNNNNN.pt`` and make ``savedmodel.pt`` the same; each appears whole.
 
-    With ``keep``, only so many of the newest numbered checkpoints stay.
+    With ``keep``, only so many of the newest numbered checkpoints stay. With ``best``, the file is
+    ``bestmodel.pt`` as well, and that alone where it is not to be ``numbered``.
 
     Raises:
         UserError: the folder cannot be written; earlier checkpoints are as they were.
     """
-    path = folder / f"savedmodel{checkpoint.step:06d}.pt"
+    for killed in folder.glob(".part-*model*.pt"):
+        killed.unlink(missing_ok=True)
+    path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
     with whole(path, mend=_MEND) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
-    with whole(folder / LATEST, mend=_MEND) as part:
-        _link_or_copy(path, part)
+    for name in [LATEST] * numbered + [BEST] * (best and numbered):
+        with whole(folder / name, mend=_MEND) as part:
+            _link_or_copy(path, part)
     if keep:
         for old in sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)[:-keep]:
             old.unlink()

@@ -67,7 +67,7 @@ class Classes:
         return tuple(self._value(k) for k in range(len(self)))
 
     def _value(self, k: int) -> int:
-        order = self._painted
+        order = self.painted
         later = {label for j in order[order.index(k) + 1 :] for label in self.labels[j]}
         others = {label for j in order if j != k for label in self.labels[j]}
         alone = [label for label in self.labels[k] if label not in others]
@@ -75,7 +75,7 @@ class Classes:
         return (alone or above or list(self.labels[k]))[0]
 
     @property
-    def _painted(self) -> list[int]:
+    def painted(self) -> list[int]:
         """The order of painting: the widest region first, so that it hides none within."""
         return sorted(range(len(self)), key=lambda k: -len(self.labels[k]))
 
@@ -133,7 +133,7 @@ class Classes:
         """Soft classes float [K, H, W] -> uint8 [H, W] of :attr:`values`, 0 for none of them."""
         masks, values = self.masks(soft), self.values
         labels = np.zeros(masks.shape[1:], dtype=np.uint8)
-        for k in self._painted:
+        for k in self.painted:
             labels[masks[k]] = values[k]
         return labels
 

@@ -322,7 +322,10 @@ def auto_frame(
 
 
 class Framed(Dataset[Case]):
-    """A data set seen through a frame: every case at the network's size, its mask in {0, 1}."""
+    """A data set seen through a frame: every case at the network's size, its mask in {0, 1}.
+
+    Where two classes that exclude each other cover half of a pixel each, the first one has it.
+    """
 
     def __init__(self, dataset: SegmentationDataset, frame: Frame) -> None:
         self.dataset = dataset
@@ -333,4 +336,7 @@ class Framed(Dataset[Case]):
 
     def __getitem__(self, index: int) -> Case:
         """Case ``index``, fitted."""
-        return self.frame.fit(self.dataset[index])
+        case, classes = self.frame.fit(self.dataset[index]), self.dataset.classes
+        if case.mask is None or classes is None or not classes.exclusive:
+            return case
+        return case._replace(mask=case.mask * (case.mask.cumsum(dim=0) <= 1))

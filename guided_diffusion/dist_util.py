@@ -124,6 +124,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
 
 
+def beside(device: torch.device) -> AbstractContextManager[object]:
+    """A context for another thread, to read what this one has computed while it goes on."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
 def memory_gib(device: torch.device) -> float:
     """The most memory this process has held, in GiB: on its CUDA device, else in all."""
     if device.type == "cuda":

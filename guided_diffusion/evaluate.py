@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ from guided_diffusion.layouts import Truth, open_masks
 from guided_diffusion.patients import patients_csv, score_patients, summarise_patients
 
 Mask = NDArray[np.float32]
-Summary = dict[str, float | int | str | None]
+Summary = dict[str, Any]
 
-PREDICTION = re.compile(r"(?P<case>.+)_output_ens\.(png|jpg|jpeg)", re.IGNORECASE)
-MEMBER = re.compile(r"(?P<case>.+)_output(?P<index>\d+)\.png", re.IGNORECASE)
+PREDICTION = r"(?P<case>.+)_output_ens{}\.(png|jpg|jpeg)"
+MEMBER = r"(?P<case>.+)_output(?P<index>\d+){}\.png"
 
 
 class CaseFiles(NamedTuple):
@@ -75,7 +75,7 @@ def evaluate(
     are on both sides. Raises UserError for a missing or empty folder, cases without a partner, and
     a file that is not a readable mask.
     """
-    folder, truths = _folder(inp_pth, "--inp_pth"), open_masks(_folder(out_pth, "--out_pth"))
+    folder, truths = folder_of(inp_pth, "--inp_pth"), open_masks(folder_of(out_pth, "--out_pth"))
     cases = pair_cases(folder, truths, partial=partial)
     scores = [score_case(case) for case in cases]
     counts = {s.name: metrics.Confusion(s.tp, s.fp, s.fn, s.tn) for s in scores}
@@ -84,29 +84,31 @@ def evaluate(
     summary = {
         **summarise(scores),
         **summarise_patients(patients),
-        "seconds_per_case": _mean(_seconds(folder)),
+        "seconds_per_case": mean_of(noted_seconds(folder)),
     }
-    _write(folder / "scores.csv", _csv_text(scores))
+    write_text(folder / "scores.csv", _csv_text(scores))
     if patients:
-        _write(folder / "patients.csv", patients_csv(patients))
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "patients.csv", patients_csv(patients))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def pair_cases(
-    folder: Path, truths: Mapping[str, Truth], *, partial: bool = False
+    folder: Path, truths: Mapping[str, Truth], *, partial: bool = False, end: str = ""
 ) -> list[CaseFiles]:
     """Pair the predictions in ``folder`` with the truths, sorted by id.
+
+    ``end`` stands behind the files' names where they are of one class of several.
 
     Raises UserError that lists the cases which are on one side only (with ``partial`` they are
     left out), and when no case is on both.
     """
-    fused, members = find_predictions(folder), find_members(folder)
+    fused, members = find_predictions(folder, end), find_members(folder, end)
     if not fused:
         raise UserError(
             folder,
             found="no prediction",
-            expected="files named <case>_output_ens.png directly in it",
+            expected=f"files named <case>_output_ens{end}.png directly in it",
             mend="Give --inp_pth the folder that segmentation_sample.py wrote (its --out_dir).",
         )
 
@@ -116,20 +118,22 @@ def pair_cases(
     return [CaseFiles(case, fused[case], members.get(case, ()), truths[case]) for case in common]
 
 
-def find_predictions(folder: Path) -> dict[str, Path]:
+def find_predictions(folder: Path, end: str = "") -> dict[str, Path]:
     """Fused masks directly in ``folder`` by case id; a lossless .png wins over a .jpg."""
     found = {}
+    pattern = re.compile(PREDICTION.format(re.escape(end)), re.IGNORECASE)
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix.lower() == ".png"):
-        if match := PREDICTION.fullmatch(path.name):
+        if match := pattern.fullmatch(path.name):
             found[match["case"]] = path
     return found
 
 
-def find_members(folder: Path) -> dict[str, tuple[Path, ...]]:
+def find_members(folder: Path, end: str = "") -> dict[str, tuple[Path, ...]]:
     """Single members ``<id>_output<i>.png`` by case id, in the order of i."""
     found: dict[str, list[tuple[int, Path]]] = {}
+    pattern = re.compile(MEMBER.format(re.escape(end)), re.IGNORECASE)
     for path in sorted(folder.iterdir()):
-        if match := MEMBER.fullmatch(path.name):
+        if match := pattern.fullmatch(path.name):
             found.setdefault(match["case"], []).append((int(match["index"]), path))
     return {case: tuple(path for _, path in sorted(paths)) for case, paths in found.items()}
 
@@ -141,9 +145,16 @@ def score_case(case: CaseFiles) -> CaseScore:
     that of the fused mask.
     """
     fused, truth = read_soft(case.fused), _read_truth(case)
-    counts = _counts(fused, truth)
-    parent_iou, parent_dice = metrics.parent_scores(_parent_size(fused), _parent_size(truth))
+    return scored(
+        case, fused, truth, _counts(fused, truth), _member_scores(case, fused.shape, truth)
+    )
 
+
+def scored(
+    case: CaseFiles, fused: Mask, truth: Mask, counts: metrics.Confusion, members: Iterable[float]
+) -> CaseScore:
+    """The scores of one case, from its two masks, their counts, and the Dice of its members."""
+    parent_iou, parent_dice = metrics.parent_scores(_parent_size(fused), _parent_size(truth))
     return CaseScore(
         name=case.name,
         dice=metrics.dice(counts),
@@ -154,7 +165,7 @@ def score_case(case: CaseFiles) -> CaseScore:
         empty_truth=counts.empty_truth,
         empty_prediction=counts.empty_prediction,
         members=len(case.members),
-        dice_member=_mean(_member_scores(case, fused.shape, truth)),
+        dice_member=mean_of(members),
     )
 
 
@@ -169,20 +180,20 @@ def summarise(scores: Sequence[CaseScore]) -> Summary:
         "empty_truth": len(scores) - len(lesion),
         "empty_prediction": sum(score.empty_prediction for score in scores),
         "empty_both": sum(score.empty_truth and score.empty_prediction for score in scores),
-        "dice": _mean(score.dice for score in scores),
-        "dice_lesion": _mean(score.dice for score in lesion),
-        "iou": _mean(score.iou for score in scores),
-        "iou_lesion": _mean(score.iou for score in lesion),
-        "dice_member": _mean(score.dice_member for score in scores),
-        "dice_member_lesion": _mean(score.dice_member for score in lesion),
-        "parent_dice": _mean(score.parent_dice for score in scores),
-        "parent_iou": _mean(score.parent_iou for score in scores),
+        "dice": mean_of(score.dice for score in scores),
+        "dice_lesion": mean_of(score.dice for score in lesion),
+        "iou": mean_of(score.iou for score in scores),
+        "iou_lesion": mean_of(score.iou for score in lesion),
+        "dice_member": mean_of(score.dice_member for score in scores),
+        "dice_member_lesion": mean_of(score.dice_member for score in lesion),
+        "parent_dice": mean_of(score.parent_dice for score in scores),
+        "parent_iou": mean_of(score.parent_iou for score in scores),
         "threshold": metrics.THRESHOLD,
         "empty_rule": metrics.EMPTY_RULE,
     }
 
 
-def _seconds(folder: Path) -> Iterator[float]:
+def noted_seconds(folder: Path) -> Iterator[float]:
     """What sampling noted for each case in ``predictions.csv``; nothing where there is none."""
     path = folder / "predictions.csv"
     if path.exists():
@@ -192,11 +203,18 @@ def _seconds(folder: Path) -> Iterator[float]:
 
 def report(summary: Summary) -> str:
     """The text that the scoring script prints: the parents' two lines, then our own table."""
-    rows = [("Dice", "dice"), ("IoU", "iou"), ("Dice of single members", "dice_member")]
+    mean = ", mean of classes" if "classes" in summary else ""
+    rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]
+    rows.append(("Dice of single members", "dice_member"))
     lines = [
-        f"{label:<24}{_number(summary[key]):>10}{_number(summary[f'{key}_lesion']):>14}"
+        _line(label, summary, key)
         for label, key in rows
         if summary.get(key) is not None and f"{key}_lesion" in summary
+    ]
+    lines += [
+        _line(f"{label} of {name}", scores, key)
+        for label, key in (("Dice", "dice"), ("IoU", "iou"))
+        for name, scores in summary.get("classes", {}).items()
     ]
     return "\n".join(
         [
@@ -214,6 +232,11 @@ def report(summary: Summary) -> str:
             f"empty masks: {summary['empty_rule']}",
         ]
     )
+
+
+def _line(label: str, scores: Summary, key: str) -> str:
+    """One line of the table: a mean over all cases, and over those with a lesion."""
+    return f"{label:<24}{_number(scores[key]):>10}{_number(scores[f'{key}_lesion']):>14}"
 
 
 def read_soft(path: Path) -> Mask:
@@ -330,7 +353,7 @@ def _cases(names: Iterable[str], most: int = 10) -> str:
     return f"{len(listed)} {'case' if len(listed) == 1 else 'cases'} ({shown})"
 
 
-def _folder(path: str | Path | None, flag: str) -> Path:
+def folder_of(path: str | Path | None, flag: str) -> Path:
     """The folder a flag names, or a UserError that says what is wrong with it."""
     if path is None or not str(path):
         found, mend = "nothing", f"Add {flag} with a folder."
@@ -353,12 +376,13 @@ def _csv_text(scores: Sequence[CaseScore]) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a table into the result folder, whole or not at all."""
     with whole(path, mend="Change the permissions, or copy the predictions elsewhere.") as part:
         part.write_text(text, encoding="utf-8")
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of(values: Iterable[float | None]) -> float | None:
     """Arithmetic mean of what is there; None where nothing is."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None

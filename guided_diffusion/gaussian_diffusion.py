@@ -4,7 +4,7 @@ A :class:`GaussianDiffusion` holds no loop and no model: :meth:`~GaussianDiffusi
 scores a network at given times, and :meth:`~GaussianDiffusion.denoiser` turns a network and a
 condition into the one function every sampler needs, ``denoise(x, level) -> Prediction``. The image
 is the condition and is never noised. Ho et al. (2020); learned variance: Nichol & Dhariwal (2021),
-section 3.1.
+section 3.1; v-prediction: Salimans & Ho (2022); the loss's weight: Hang et al. (2023).
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class GaussianDiffusion:
         rescale_learned_sigmas: the bound's share of the hybrid loss is scaled by T / 1000.
         rescale_timesteps: the network is told ``t * 1000 / T``.
         mask_range: the two values that background and foreground have while they are diffused.
+        predict_v: the network predicts ``alpha * eps - sigma * x0`` instead of the noise.
+        min_snr_gamma: the squared error counts as that of x0 does, times the signal-to-noise ratio
+            or this cap of it, whichever is less; 0 for no weight.
     """
 
     schedule: NoiseSchedule
@@ -67,6 +70,8 @@ class GaussianDiffusion:
     rescale_learned_sigmas: bool = False
     rescale_timesteps: bool = False
     mask_range: tuple[float, float] = (0.0, 1.0)
+    predict_v: bool = False
+    min_snr_gamma: float = 0.0
 
     def to_range(self, mask: Tensor) -> Tensor:
         """Bring a mask in [0, 1] to the range that is diffused."""
@@ -114,6 +119,8 @@ class GaussianDiffusion:
             value, var_frac = self._split(output.raw.to(x.dtype), x)
             if self.predict_xstart:
                 x0 = value
+            elif self.predict_v:
+                x0 = level.alpha * x - level.sigma * value
             else:
                 x0 = (1 / level.alpha) * x - (level.sigma / level.alpha) * value
             return Prediction(x0.clamp(*clip) if clip else x0, var_frac, output.coarse)
@@ -142,8 +149,8 @@ class GaussianDiffusion:
 
         Returns:
             One value per sample, each [B] and of the dtype of ``x0``: ``loss``; ``mse``, the mean
-            squared error of what is predicted (absent with ``use_kl``); ``vb``, the variational
-            bound in bits per element (with ``learn_sigma`` or ``use_kl``).
+            squared error of what is predicted, unweighted (absent with ``use_kl``); ``vb``, the
+            variational bound in bits per element (with ``learn_sigma`` or ``use_kl``).
         """
         x_t = self.schedule.add_noise(x0, t, eps)
         told = (t * self._told(1.0)).to(x0.device) if self.rescale_timesteps else t.to(x0.device)
@@ -154,11 +161,32 @@ class GaussianDiffusion:
             vb = self._bound(value, var_frac, x0, x_t, t)
             return {"loss": vb * len(self.kept), "vb": vb}
 
-        terms = {"mse": _per_case((value - (x0 if self.predict_xstart else eps)) ** 2)}
-        if self.learn_sigma:
-            vb = self._bound(value.detach(), var_frac, x0, x_t, t)
-            terms["vb"] = vb * (len(self.kept) / 1000) if self.rescale_learned_sigmas else vb
-        return {"loss": sum(terms.values(), torch.zeros_like(terms["mse"])), **terms}
+        mse = _per_case((value - self._target(x0, t, eps)) ** 2)
+        loss = mse * self._weight(t).to(mse) if self.min_snr_gamma else mse
+        if not self.learn_sigma:
+            return {"loss": loss, "mse": mse}
+
+        vb = self._bound(value.detach(), var_frac, x0, x_t, t)
+        vb = vb * (len(self.kept) / 1000) if self.rescale_learned_sigmas else vb
+        return {"loss": loss + vb, "mse": mse, "vb": vb}
+
+    def _target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network is to predict; v is Salimans & Ho (2022), section 4."""
+        if not self.predict_v:
+            return x0 if self.predict_xstart else eps
+        alpha_bar = self.schedule.alpha_bar[t.cpu()]
+        return per_sample(alpha_bar.sqrt(), x0) * eps - per_sample((1 - alpha_bar).sqrt(), x0) * x0
+
+    def _weight(self, t: Tensor) -> Tensor:
+        """Weight of the squared error, float64 [B]: Hang et al. (2023), section 3.4.
+
+        min(SNR, gamma) where x0 is predicted; the errors of eps and v are SNR and SNR + 1 times
+        that of x0.
+        """
+        alpha_bar = self.schedule.alpha_bar[t.cpu()]
+        snr = alpha_bar / (1 - alpha_bar)
+        larger = 1.0 if self.predict_xstart else snr + 1 if self.predict_v else snr
+        return snr.clamp(max=self.min_snr_gamma) / larger
 
     def _told(self, t: float) -> float:
         """The time as the network hears it."""
@@ -184,8 +212,9 @@ class GaussianDiffusion:
         low, high = (per_sample(bound, x0) for bound in self._log_variance_bounds(t))
 
         if not self.predict_xstart:
-            noise = per_sample((1 - alpha_bar).sqrt(), x0)
-            value = (x_t - noise * value) / per_sample(alpha_bar.sqrt(), x0)
+            signal, noise = per_sample(alpha_bar.sqrt(), x0), per_sample((1 - alpha_bar).sqrt(), x0)
+            by_v, by_eps = signal * x_t - noise * value, (x_t - noise * value) / signal
+            value = by_v if self.predict_v else by_eps
         mean = clean_weight * value + noisy_weight * x_t
         log_var = high if var_frac is None else low + var_frac * (high - low)
 

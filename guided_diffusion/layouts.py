@@ -72,7 +72,7 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             "--modalities",
             found=",".join(reading.modalities),
             expected=f"nothing for the {name} layout, whose channels have no names",
-            mend="Leave --modalities away; a model that was trained on modalities needs BraTS data.",
+            mend="Leave --modalities away; a model trained on modalities needs BraTS data.",
         )
     return dataset
 

@@ -2,27 +2,43 @@
 
 Free text goes to the console and ``log.txt``; key-value pairs collect until :func:`dumpkvs` writes
 them as a table to both, as a row to ``progress.csv`` and as a line to ``progress.json``. Files are
-appended to, never truncated. Keys and file names are those of OpenAI's logger.
+appended to, never truncated. Keys and file names are those of OpenAI's logger. Sinks are told the
+same numbers, and shown pictures.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from guided_diffusion.files import make_folder, whole
+from guided_diffusion.pictures import Pixels
 
 Values = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Somewhere else that a run can be watched; neither call may wait or raise."""
+
+    def numbers(self, values: Values) -> None:
+        """Take a row of the log, ``step`` among it."""
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """Take a picture, uint8 [H, W, 3], that replaces the last one of its name."""
 
 
 class Logger:
     """One run's log; a folder of None writes to the console alone."""
 
-    def __init__(self, folder: Path | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None = None, *, quiet: bool = False, sinks: Sequence[Sink] = ()
+    ) -> None:
         self.folder = folder
         self.quiet = quiet
+        self.sinks = sinks
         self.values: Values = {}
 
     def log(self, text: str) -> None:
@@ -43,14 +59,18 @@ class Logger:
             append_row(self.folder / "progress.csv", values)
             with (self.folder / "progress.json").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        for sink in self.sinks if values else ():
+            sink.numbers(values)
         return values
 
 
 _current = Logger()
 
 
-def configure(folder: str | Path | None = None, *, quiet: bool = False) -> None:
-    """Log into a folder, which is made; ``quiet`` keeps the console clean.
+def configure(
+    folder: str | Path | None = None, *, quiet: bool = False, sinks: Sequence[Sink] = ()
+) -> None:
+    """Log into a folder, which is made, and to the sinks; ``quiet`` keeps the console clean.
 
     Raises:
         UserError: the folder cannot be written.
@@ -59,7 +79,7 @@ def configure(folder: str | Path | None = None, *, quiet: bool = False) -> None:
     path = Path(folder).expanduser() if folder else None
     if path:
         make_folder(path)
-    _current = Logger(path, quiet=quiet)
+    _current = Logger(path, quiet=quiet, sinks=sinks)
     if path:
         log(f"Logging to {path}")
 
@@ -72,6 +92,17 @@ def log(text: str) -> None:
 def logkv(key: str, value: Any) -> None:
     """Note a number for the next :func:`dumpkvs`."""
     _current.values[key] = value
+
+
+def picture(name: str, pixels: Pixels, step: int) -> None:
+    """Show a picture, uint8 [H, W, 3], to whoever watches."""
+    for sink in _current.sinks:
+        sink.picture(name, pixels, step)
+
+
+def watched() -> bool:
+    """Whether anybody is shown pictures."""
+    return bool(_current.sinks)
 
 
 def dumpkvs() -> Values:

@@ -91,6 +91,10 @@ class DiffusionOptions:
     rescale_timesteps: bool = _flag(False, "tell the network t * 1000 / T")
     rescale_learned_sigmas: bool = _flag(False, "weigh the bound by T / 1000 in the hybrid loss")
     mask_range: str = _flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
+    predict_v: bool = _flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
+    min_snr_gamma: float = _flag(
+        0.0, "cap of the signal-to-noise ratio in the loss's weight, as in 5; 0: no weight", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ class RunOptions:
     gpu_dev: str = _flag("0", "index of the CUDA device")
     multi_gpu: str = _flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
     use_fp16: bool = _flag(False, "the same as --precision fp16")
+    compile: bool = _flag(False, "compile the network first: minutes, for long runs")
     precision: str = _flag(
         "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
     )
@@ -199,6 +204,25 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
+class WatchOptions:
+    """How a training run is validated and watched."""
+
+    val_dir: str = _flag(
+        "", "labelled data set to validate on; empty: the validation part of --split, if any"
+    )
+    val_interval: int = _flag(0, "steps between two validations; 0: at every checkpoint", least=0)
+    val_cases: int = _flag(16, "cases of validation, evenly spread; 0: all", least=0)
+    val_steps: int = _flag(5, "network evaluations per mask in validation", least=1)
+    patience: int = _flag(
+        0, "stop after so many validations in a row without a better Dice; 0: never", least=0
+    )
+    tensorboard: bool = _flag(False, "write TensorBoard's event files into out_dir as well")
+    visdom: int = _flag(
+        0, "port of a visdom server on this machine to draw on; 0: none", least=0, most=65535
+    )
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How masks are drawn."""
 
@@ -209,13 +233,15 @@ class SamplingOptions:
     sampler: str = _flag(
         "",
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
-        choices=("", "ddpm", "ddim", "dpm_solver", "dpm_solver++"),
+        choices=(
+            *("", "ddpm", "ddim", "dpm_solver", "dpm_solver++", "sde_dpm_solver++", "unipc"),
+        ),
     )
     steps: int = _flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
     dpm_solver: bool = _flag(False, "sample with DPM-Solver++")
     use_ddim: bool = _flag(False, "sample with DDIM")
     eta: float = _flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
-    order: int = _flag(2, "order of DPM-Solver: 1, 2 or 3", least=1, most=3)
+    order: int = _flag(2, "order of DPM-Solver and UniPC: 1, 2 or 3", least=1, most=3)
     method: str = _flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
     skip_type: str = _flag(
         "time_uniform",
@@ -224,7 +250,12 @@ class SamplingOptions:
     )
     clip_denoised: bool = _flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = _flag(
-        "mean", "how the masks of a case become one", choices=("mean", "vote", "staple")
+        "mean",
+        "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
+        choices=("mean", "vote", "staple", "squared_mean"),
+    )
+    uncertainty: str = _flag(
+        "std", "what the uncertainty map holds", choices=("std", "variance", "entropy")
     )
     weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
@@ -258,7 +289,17 @@ class CheckOptions:
     )
 
 
-TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, RunOptions)
+LATER: dict[str, Any] = {"mask_labels": "", "predict_v": False, "min_snr_gamma": 0.0}
+"""Recorded flags that older checkpoints do not know, with what those were trained with."""
+
+TRAIN = (
+    DataOptions,
+    NetworkOptions,
+    DiffusionOptions,
+    TrainingOptions,
+    WatchOptions,
+    RunOptions,
+)
 SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
 SCORE = (ScoringOptions,)
 CHECK = (DataOptions, CheckOptions)

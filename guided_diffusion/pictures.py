@@ -30,7 +30,16 @@ QUIET: Colour = (150, 156, 168)
 TRUTH: Colour = (92, 240, 120)
 FUSED: Colour = (88, 170, 255)
 TINT: Colour = (24, 104, 240)
-CLASSES: tuple[Colour, ...] = (TRUTH, (255, 196, 64), (255, 96, 128), (96, 200, 255))
+CLASSES: tuple[Colour, ...] = (
+    TRUTH,
+    (255, 196, 64),
+    (255, 96, 128),
+    (96, 200, 255),
+    (190, 140, 255),
+    (255, 140, 60),
+    (70, 220, 200),
+    (236, 238, 242),
+)
 HEAT: tuple[Colour, ...] = (
     (0, 0, 0),
     (52, 14, 92),
@@ -90,6 +99,73 @@ def overlay(
     for index, (pixels, caption) in enumerate(panels):
         canvas.place(index, pixels, caption)
     return np.asarray(canvas.picture)
+
+
+def class_overlay(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    masks: ArrayLike,
+    uncertainty: ArrayLike,
+    *,
+    classes: Sequence[str],
+    name: str,
+    members: int = 1,
+    panel: int = 320,
+) -> Pixels:
+    """As :func:`overlay`, for K classes, each in a colour that the legend names.
+
+    ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, ``uncertainty`` is [H, W] in
+    [0, 0.5]; wide regions come first. Raises ValueError when the sizes differ.
+    """
+    found = np.asarray(masks) > 0
+    case = _Case.of(image, None, found.any(axis=0), uncertainty, panel)
+    marks = tuple(zip(cycle(CLASSES), classes, strict=False))
+    panels = [
+        (case.picture, _Caption("image")),
+        (_painted(case, found), _Caption("fused mask", marks=marks)),
+        (case.with_doubt(), _Caption("uncertainty", bar=True)),
+    ]
+    verdict = "1 member" if members == 1 else f"{members} members"
+    if truth is not None:
+        true = np.asarray(truth) > 0
+        verdict = f"{_class_verdict(true, found, classes)}  ·  {verdict}"
+        panels.insert(1, (_painted(case, true), _Caption("ground truth")))
+
+    canvas = _Canvas(len(panels), case.size)
+    canvas.header(name, verdict)
+    for index, (pixels, caption) in enumerate(panels):
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def _painted(case: _Case, masks: NDArray[np.bool_]) -> Floats:
+    """The picture under the outlined masks [K, H, W], tinted by the last of them at each pixel."""
+    painted = case.picture
+    colours = [colour for _, colour in zip(masks, cycle(CLASSES), strict=False)]
+    for k, colour in enumerate(colours):
+        seen = masks[k] & ~masks[k + 1 :].any(axis=0)
+        painted = _blend(painted, colour, 0.4 * _enlarge_mask(seen, case.size))
+    for mask, colour in zip(masks, colours, strict=True):
+        if mask.any():
+            painted = _line(painted, _enlarge_mask(mask, case.size), colour, width=1.7)
+    return painted
+
+
+def _class_verdict(
+    truth: NDArray[np.bool_], found: NDArray[np.bool_], classes: Sequence[str]
+) -> str:
+    """Dice of the classes that are there; of more than four, their mean."""
+    counts = [metrics.confusion(*pair) for pair in zip(found, truth, strict=True)]
+    scores = [
+        (name, metrics.dice(count))
+        for name, count in zip(classes, counts, strict=True)
+        if not (count.empty_truth and count.empty_prediction)
+    ]
+    if not scores:
+        return "no lesion, none predicted"
+    if len(scores) > 4:
+        return f"mean Dice {sum(score for _, score in scores) / len(scores):.3f}"
+    return "Dice  " + "  ".join(f"{name} {score:.3f}" for name, score in scores)
 
 
 class Tile(NamedTuple):
@@ -311,7 +387,10 @@ class _Canvas:
         self._legend(left + width, middle, caption.marks)
 
     def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
-        for colour, label in reversed(marks):
+        room, share = self.size[0] - 90, (self.size[0] - 90) / max(len(marks), 1) - 32
+        fits = sum(self._width(name, size=13) + 32 for _, name in marks) <= room
+        for colour, name in reversed(marks):
+            label = name if fits else self._shortened(name, share, size=13)
             self._text((right, middle), label, size=13, anchor="rm", fill=QUIET)
             right -= round(self._width(label, size=13)) + 6
             self.draw.rectangle((right - 14, middle - 1, right, middle + 1), fill=colour)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,29 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.datasets import Case, SegmentationDataset
-from guided_diffusion.ensemble import disagreement
+from guided_diffusion.class_results import (
+    area_columns,
+    doubt,
+    draw_overlay,
+    measured,
+    note_classes,
+    soft_maps,
+)
+from guided_diffusion.classes import each
+from guided_diffusion.datasets import Case, Entry, SegmentationDataset
+from guided_diffusion.dist_util import barrier, rank, world_size
+from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, whole
-from guided_diffusion.pictures import overlay, soft_png
+from guided_diffusion.pictures import soft_png
+from guided_diffusion.readers import listing
 from guided_diffusion.restack import Stacks
 from guided_diffusion.segmenter import Segmentation, Segmenter
+
+Failures = dict[str, str]
+"""Why a case could not be segmented, by its name."""
+
+DOUBTFUL = 0.5
+"""A mean pairwise 1 - Dice of the members above which a case is pointed out."""
 
 
 def segment(
@@ -47,97 +64,181 @@ def segment(
         num_samples: the first so many cases; 0 for all.
     """
     make_folder(out_dir)
-    names = dataset.names[: num_samples or None]
-    record = Record(out_dir / "predictions.csv", fingerprint)
-    entries = dataset.entries[: len(names)]
+    entries = dataset.entries[: num_samples or None]
+    note_classes(out_dir, segmenter.classes)
+    record = Record(out_dir, fingerprint, area_columns(segmenter.classes))
     stacks = Stacks(out_dir, fingerprint, entries)
     todo = [
         index
         for index, entry in enumerate(entries)
         if not record.finished(entry.name) or (entry.volume and not stacks.holds(entry))
     ]
-    stacks.expect(entries[index] for index in todo)
-    stacks.write()
-    if len(todo) < len(names):
-        logger.log(f"{len(names) - len(todo)} of {len(names)} cases are finished and kept")
-    stale = record.forget([names[index] for index in todo])
-    if stale:
-        logger.log(f"{stale} cases of other settings in {out_dir} are drawn anew")
+    record.begin([entries[index].name for index in todo], of=len(entries))
 
+    mine = _share(todo, entries)
+    stacks.expect(entries[index] for index in mine)
+    stacks.write()
+    failures: dict[str, str] = {}
     plan = segmenter.plan
-    group = max(1, plan.batch_size // plan.num_ensemble)
-    with tqdm(total=len(todo), unit="case", disable=None) as progress:
-        for indices in _batched(todo, group):
+    bar = tqdm(total=len(mine), unit="case", disable=True if rank() else None)
+    with bar as progress:
+        for indices in _batched(mine, max(1, plan.batch_size // plan.num_ensemble)):
             started = time.perf_counter()
-            cases = [dataset[index] for index in indices]
-            for index, case, result in zip(indices, cases, segmenter.segment(cases), strict=True):
+            for index, case, result in _results(segmenter, dataset, indices, failures):
                 write_case(out_dir, case, result)
                 if entries[index].volume:
                     stacks.keep(entries[index], maps_of(result))
                 elif case.affine is not None:
                     write_nifti(out_dir, case, result)
-                seconds = (time.perf_counter() - started) / len(cases)
+                seconds = (time.perf_counter() - started) / len(indices)
                 record.add(_row(case, result, seconds))
             stacks.write()
-            progress.update(len(cases))
+            progress.update(len(indices))
             drawn = progress.n * plan.num_ensemble * plan.evaluations
             rate = drawn / max(progress.format_dict["elapsed"], 1e-9)
             progress.set_postfix_str(f"{rate:.0f} evaluations/s")
-    return names
+    record.end()
+    _report(record, failures)
+    return [entry.name for entry in entries]
+
+
+def _share(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
+    """Choose this process's cases; all slices of a volume go to one process."""
+    places: dict[str, int] = {}
+    for index in todo:
+        places.setdefault(entries[index].volume or entries[index].name, len(places))
+    return [
+        index
+        for index in todo
+        if places[entries[index].volume or entries[index].name] % world_size() == rank()
+    ]
+
+
+def _results(
+    segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int], failures: Failures
+) -> Iterator[tuple[int, Case, Segmentation]]:
+    """Segment cases together; where that fails, one by one, noting those that fail alone."""
+    try:
+        cases = [dataset[index] for index in indices]
+        results = segmenter.segment(cases)
+    except (UserError, OSError, RuntimeError) as error:
+        if len(indices) == 1:
+            failures[dataset.names[indices[0]]] = (str(error).splitlines() or [repr(error)])[0]
+            return
+        for index in indices:
+            yield from _results(segmenter, dataset, [index], failures)
+        return
+    yield from zip(indices, cases, results, strict=True)
+
+
+def _report(record: Record, failures: Failures) -> None:
+    """Name the cases to look at, and raise a UserError for those that could not be segmented."""
+    doubtful = [name for name, row in record.rows.items() if _is_doubtful(row)]
+    if doubtful and rank() == 0:
+        logger.log(
+            f"look at {listing(doubtful)}: their members are partly empty, or disagree by more "
+            f"than {DOUBTFUL}"
+        )
+    if failures:
+        raise UserError(
+            f"{len(failures)} of the cases",
+            found="; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
+            expected="readable cases that fit the model and its device",
+            mend="All others are finished: mend these and run the same command again.",
+        )
+
+
+def _is_doubtful(row: dict[str, Any]) -> bool:
+    some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
+    return some_empty or float(row["disagreement"]) > DOUBTFUL
 
 
 def _row(case: Case, result: Segmentation, seconds: float) -> dict[str, Any]:
     return {
         "name": case.name,
         "members": len(result.members),
-        "area": int(result.mask.sum()),
-        "disagreement": round(disagreement(result.members), 4),
-        "uncertainty": round(float(result.uncertainty.mean()), 6),
+        **measured(result),
+        "empty_members": int((~(result.members >= 0.5).flatten(1).any(1)).sum()),
         "seconds": round(seconds, 3),
     }
 
 
-COLUMNS = ("name", "members", "area", "disagreement", "uncertainty", "seconds", "fingerprint")
+COLUMNS = (
+    *("name", "members", "area", "empty_members"),
+    *("disagreement", "uncertainty", "seconds", "fingerprint"),
+)
 
 
 class Record:
-    """``predictions.csv``: one row per finished case, appended once its files are in place."""
+    """``predictions.csv``: one row per finished case, written once its files are in place.
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path = path
+    Of several processes each keeps a file of its own until the first one gathers them.
+    """
+
+    def __init__(self, out_dir: Path, fingerprint: str, areas: Sequence[str] = ()) -> None:
+        self.out_dir = out_dir
+        self.columns = (*COLUMNS[:3], *areas, *COLUMNS[3:])
         self.fingerprint = fingerprint
-        self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in self._read()}
+        self.path = out_dir / "predictions.csv"
+        self.rows = {row["name"]: row for row in _read_rows([self.path, *self._parts()])}
 
-    def _read(self) -> Iterator[dict[str, str]]:
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    if row.get("fingerprint") and row.get("name"):
-                        yield row
+    def _parts(self) -> list[Path]:
+        return sorted(self.out_dir.glob(".predictions-*.csv"))
 
     def finished(self, name: str) -> bool:
         """Whether a case is done, with these settings, and its mask is still there."""
         same = self.rows.get(name, {}).get("fingerprint") == self.fingerprint
-        return same and (self.path.parent / f"{name}_mask.png").exists()
+        return same and (self.out_dir / f"{name}_mask.png").exists()
 
-    def forget(self, names: Sequence[str]) -> int:
-        """Strike cases off before their files are replaced, and return how many there were."""
-        struck = [name for name in names if self.rows.pop(name, None)]
-        if struck:
-            self._write()
-        return len(struck)
+    def begin(self, names: Sequence[str], *, of: int) -> None:
+        """Strike cases off before their files are replaced, and say what is kept."""
+        if len(names) < of:
+            logger.log(f"{of - len(names)} of {of} cases are finished and kept")
+        stale = [name for name in names if self.rows.pop(name, None)]
+        if stale:
+            logger.log(f"{len(stale)} cases of other settings in {self.out_dir} are drawn anew")
+        if rank() == 0:
+            self._gather(stale)
+        barrier()
+        if rank():
+            self.path, self.rows = self.out_dir / f".predictions-{rank()}.csv", {}
 
     def add(self, row: dict[str, Any]) -> None:
         """Note a finished case."""
         self.rows[row["name"]] = {**row, "fingerprint": self.fingerprint}
         self._write()
 
+    def end(self) -> None:
+        """Gather the rows of all processes in the first one's file."""
+        barrier()
+        if rank() == 0:
+            self.rows |= {row["name"]: row for row in _read_rows(self._parts())}
+            self._gather(self._parts())
+        barrier()
+
+    def _gather(self, changes: Sequence[object]) -> None:
+        parts = self._parts()
+        if changes or parts:
+            self._write()
+        for part in parts:
+            part.unlink()
+
     def _write(self) -> None:
-        """Write all rows; the file appears whole."""
+        """Write all rows, sorted by name; the file appears whole."""
         with whole(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(self.rows.values())
+            writer.writerows(self.rows[name] for name in sorted(self.rows))
+
+
+def _read_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Read the finished cases of some records; what is no record has none."""
+    for path in paths:
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    if row.get("fingerprint") and row.get("name") and row.get("members"):
+                        yield row
 
 
 def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
@@ -145,33 +246,33 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
 
     ``<name>_output_ens.png`` (soft, 8 bit), ``<name>_mask.png`` (0 and 255),
     ``<name>_uncertainty.png`` (255 is a standard deviation of 0.5), ``<name>_output<i>.png`` (the
-    members, soft) and ``<name>_overlay.png``.
+    members, soft) and ``<name>_overlay.png``. Of declared classes the mask is the label map, the
+    soft ones are ``<name>_output_ens_<class>.png`` and ``<name>_output<i>_<class>.png``, and the
+    uncertainty is the largest of the classes.
     """
     stem = f"{out_dir / case.name}"
-    truth = None if case.mask is None else (case.mask[0] >= 0.5).numpy()
+    one = result.classes is None
     pictures = {
-        "output_ens": soft_png(result.fused),
-        "mask": soft_png(result.mask.float()),
-        "uncertainty": soft_png(2 * result.uncertainty),
-        **{f"output{i}": soft_png(member) for i, member in enumerate(result.members)},
-        "overlay": overlay(
-            case.image.numpy(),
-            truth,
-            result.fused.numpy(),
-            result.uncertainty.numpy(),
-            name=case.name,
-            members=len(result.members),
-        ),
+        "mask": soft_png(result.mask.float()) if one else result.labels.numpy(),
+        "uncertainty": soft_png(2 * doubt(result)),
+        **{kind: soft_png(values) for kind, values in soft_maps(result)},
+        "overlay": draw_overlay(case, result),
     }
     for kind, pixels in pictures.items():
         with whole(Path(f"{stem}_{kind}.png")) as part:
             Image.fromarray(pixels).save(part, format="PNG")
-    _remove_members(stem, first=len(result.members))
+    for _, end in each(result.classes):
+        _remove_members(stem, end, first=len(result.members))
 
 
 def write_nifti(out_dir: Path, case: Case, result: Segmentation) -> None:
-    """Write fused mask, binary mask and uncertainty of a NIfTI slice, with the case's affine."""
+    """Write fused mask, binary mask and uncertainty of a NIfTI slice, with the case's affine.
+
+    Declared classes are the fourth axis of the fused mask, and the values of the other.
+    """
     for kind, values in maps_of(result).items():
+        if values.ndim == 3:
+            values = np.moveaxis(values, 0, -1)[:, :, None]
         with whole(out_dir / f"{case.name}_{kind}.nii.gz") as part:
             nib.save(nib.Nifti1Image(values, case.affine), part)
 
@@ -180,15 +281,15 @@ def maps_of(result: Segmentation) -> dict[str, np.ndarray]:
     """What is written as NIfTI, by the end of its name."""
     return {
         "output_ens": result.fused.numpy(),
-        "mask": result.mask.numpy().astype(np.uint8),
-        "uncertainty": result.uncertainty.numpy(),
+        "mask": result.labels.numpy(),
+        "uncertainty": doubt(result).numpy(),
     }
 
 
-def _remove_members(stem: str, *, first: int) -> None:
+def _remove_members(stem: str, end: str, *, first: int) -> None:
     """Remove what an earlier run with more members has left: scoring would take it for ours."""
     for index in count(first):
-        surplus = Path(f"{stem}_output{index}.png")
+        surplus = Path(f"{stem}_output{index}{end}.png")
         if not surplus.exists():
             return
         surplus.unlink()

@@ -69,10 +69,14 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _listed(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
     """The visible folders and files in a folder, sorted, and which folder of the disk it is."""
+    folders: list[str] = []
+    files: list[str] = []
     try:
         stat = os.stat(root)  # noqa: PTH116 - strings, for a path object takes longer than the call
         with os.scandir(root) as entries:
-            below = sorted((entry.name, _is_folder(entry)) for entry in entries)
+            for entry in entries:
+                if _is_visible(entry.name):
+                    (folders if _is_folder(entry) else files).append(entry.name)
     except OSError as error:
         raise UserError(
             root,
@@ -80,9 +84,7 @@ def _listed(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
             expected="a readable folder",
             mend="Change its permissions, or move it out of the data set.",
         ) from error
-    visible = [(name, folder) for name, folder in below if _is_visible(name)]
-    folders = [name for name, folder in visible if folder]
-    return folders, [name for name, folder in visible if not folder], (stat.st_dev, stat.st_ino)
+    return sorted(folders), sorted(files), (stat.st_dev, stat.st_ino)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -363,7 +365,7 @@ def _stored_labels(path: Path) -> Array:
         grey = values if values.shape[2] == 3 else np.repeat(values[..., :1], 3, axis=2)
         values = _one_channel(path, grey, "a grey or palette picture of labels")
     _require_finite(path, values)
-    _require_lossless(path, picture, values / 255)
+    _require_lossless(path, picture, values / np.float32(255))
     return values
 
 

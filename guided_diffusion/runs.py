@@ -27,6 +27,7 @@ from guided_diffusion.checkpoint import (
     load_weights,
     with_companions,
 )
+from guided_diffusion.class_scores import evaluate_all
 from guided_diffusion.datasets import (
     Frame,
     Framed,
@@ -35,7 +36,7 @@ from guided_diffusion.datasets import (
 )
 from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
 from guided_diffusion.errors import UserError
-from guided_diffusion.evaluate import evaluate, report
+from guided_diffusion.evaluate import report
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options import (
     SAMPLE,
@@ -127,22 +128,26 @@ def train(typed: dict[str, Any]) -> None:
 
 def sample(typed: dict[str, Any]) -> None:
     """Draw, fuse and write masks: what ``segmentation_sample.py`` does with the flags typed."""
-    options, out_dir = fill(SamplingOptions, typed), fill(RunOptions, typed).out_dir
+    options, run = fill(SamplingOptions, typed), fill(RunOptions, typed)
+    launch(run.multi_gpu)
+    setup_dist()
+    logger.configure(quiet=rank() > 0)
     for note in dead_flags(SAMPLE, typed):
         logger.log(note)
     dataset, segmenter = load_segmenter(typed)
     for note in [*dataset.notes, str(dataset), str(segmenter)]:
         logger.log(note)
+    end = "_<class>" if segmenter.classes else ""
     names = segment(
         segmenter,
         dataset,
-        Path(out_dir).expanduser(),
+        Path(run.out_dir).expanduser(),
         fingerprint=_fingerprint(segmenter, dataset),
         num_samples=options.num_samples,
     )
     logger.log(
-        f"{len(names)} cases in {out_dir}: <case>_mask.png, <case>_output_ens.png, "
-        "<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>.png, predictions.csv"
+        f"{len(names)} cases in {run.out_dir}: <case>_mask.png, <case>_output_ens{end}.png, "
+        f"<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>{end}.png, predictions.csv"
     )
 
 
@@ -165,7 +170,12 @@ def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmente
 def score(typed: dict[str, Any]) -> None:
     """Score masks against the truth: what ``segmentation_env.py`` does with the flags typed."""
     options = fill(ScoringOptions, typed)
-    summary = evaluate(options.inp_pth, options.out_pth, partial=options.partial)
+    summary = evaluate_all(
+        options.inp_pth,
+        options.out_pth,
+        partial=options.partial,
+        mask_labels=options.mask_labels,
+    )
     print(report(summary))
     print(
         f"written: {Path(options.inp_pth) / 'summary.json'}, {Path(options.inp_pth) / 'scores.csv'}"

@@ -93,6 +93,7 @@ def count_masks(classes: Classes | None) -> int:
 
 def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
     """Build the diffusion; respacing chooses the times that are trained."""
+    _refuse_opposites(options)
     schedule = NoiseSchedule.named(options.noise_schedule, options.diffusion_steps)
     kept = space_timesteps(options.diffusion_steps, options.timestep_respacing)
     if len(kept) < 2 and (options.learn_sigma or options.use_kl):
@@ -111,7 +112,24 @@ def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
         rescale_learned_sigmas=options.rescale_learned_sigmas,
         rescale_timesteps=options.rescale_timesteps,
         mask_range=_mask_range(options.mask_range),
+        predict_v=options.predict_v,
+        min_snr_gamma=options.min_snr_gamma,
     )
+
+
+def _refuse_opposites(options: DiffusionOptions) -> None:
+    """Raise a UserError for two flags of which only one can hold."""
+    for one, other, mend in (
+        ("predict_v", "predict_xstart", "Predict either v or the clean mask."),
+        ("min_snr_gamma", "use_kl", "The bound has its own weights: leave one of the two away."),
+    ):
+        if getattr(options, one) and getattr(options, other):
+            raise UserError(
+                f"--{one}",
+                found=f"{getattr(options, one)} with --{other} {getattr(options, other)}",
+                expected="only one of the two",
+                mend=mend,
+            )
 
 
 def create_reading(data: DataOptions) -> Reading:

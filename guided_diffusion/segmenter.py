@@ -31,6 +31,7 @@ from guided_diffusion.ensemble import FUSIONS, uncertainty
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options import (
+    LATER,
     DiffusionOptions,
     NetworkOptions,
     RunOptions,
@@ -319,7 +320,7 @@ def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> 
     steps = typed.get("trained_steps", 0)
     if checkpoint.options:
         trained = checkpoint.options["diffusion_steps"] if steps else 0
-        options = {"mask_labels": "", **checkpoint.options}
+        options = {**LATER, **checkpoint.options}
         refuse_contradictions(describing, {**options, "trained_steps": trained}, path)
         return {**typed, **options}
     return {"mask_labels": "", **describing, "diffusion_steps": steps or 1000}

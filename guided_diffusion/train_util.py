@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +20,15 @@ from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.augment import Augmentation
-from guided_diffusion.checkpoint import Checkpoint, Weights, save_checkpoint
+from guided_diffusion.averages import ExponentialAverage, copied, on_cpu, plain
+from guided_diffusion.background import Background
+from guided_diffusion.checkpoint import BEST, Checkpoint, Weights, save_checkpoint
 from guided_diffusion.datasets import Batch, Case
 from guided_diffusion.dist_util import (
     agreed,
     autocast,
     barrier,
+    beside,
     gathered,
     memory_gib,
     rank,
@@ -37,10 +39,22 @@ from guided_diffusion.dist_util import (
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.nn import Output
-from guided_diffusion.options import RunOptions, TrainingOptions
+from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.step_log import StepLog
 from guided_diffusion.stream import mix, stream
 from guided_diffusion.unet import UNetModel
+
+
+class Score(NamedTuple):
+    """How good a run is: mean Dice and IoU, in [0, 1], over the cases of validation."""
+
+    dice: float
+    iou: float
+
+
+Validate = Callable[[Weights], Score | None]
+"""Scores weights, changing nothing that is random; None where there is nothing to score."""
 
 
 class TrainLoop:
@@ -57,6 +71,9 @@ class TrainLoop:
         options: of the loop.
         run: folder, seed and precision.
         recorded: the flags a checkpoint has to remember.
+        watch: when it is validated, and when that ends it.
+        validate: scores averaged weights; called in the first process alone.
+        after_save: called in the background once a checkpoint is written.
     """
 
     def __init__(
@@ -69,6 +86,9 @@ class TrainLoop:
         options: TrainingOptions,
         run: RunOptions,
         recorded: dict[str, Any],
+        watch: WatchOptions | None = None,
+        validate: Validate | None = None,
+        after_save: Callable[[], object] = bool,
     ) -> None:
         self.net = net
         self.whole = shared(_Whole(net))
@@ -78,9 +98,14 @@ class TrainLoop:
         self.options = options
         self.run = run
         self.recorded = recorded
+        self.watch = watch or WatchOptions()
+        self.validate = validate
+        self.after_save = after_save
         self.folder = Path(run.out_dir).expanduser()
         self.step = 0
         self.bad_steps = 0
+        self.best: dict[str, Any] = {"dice": -1.0, "step": 0, "since": 0}
+        self.writer = Background()
 
         self.device = next(net.parameters()).device
         self.parameters = list(net.parameters())
@@ -109,6 +134,7 @@ class TrainLoop:
         for rate, average in self.averages.items():
             average.load(checkpoint.ema.get(rate, checkpoint.model))
         state = checkpoint.training
+        self.best = state.get("best", self.best)
         if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
@@ -140,11 +166,18 @@ class TrainLoop:
                     if self.step % self.options.log_interval == 0 or self.step == total:
                         progress.set_postfix(loss=f"{loss:.4f}")
                         self._write_log(progress)
-                    if self.step % self.options.save_interval == 0 and self.step != total:
-                        self.save()
+                    better = self._validation(progress)
+                    if self._due(self.options.save_interval) and self.step != total:
+                        self.save(best=better)
+                    elif better:
+                        self.save(best=True, numbered=False)
+                    if agreed(self._no_longer_better()):
+                        break
             if stop.wanted:
                 logger.log(f"stopped by {stop.wanted} at step {self.step}; --resume auto continues")
-            return self.save()
+            path = self.save()
+            self.writer.wait()
+            return path
 
     def run_step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch and return its mean loss, a scalar tensor.
@@ -236,25 +269,82 @@ class TrainLoop:
             )
         return False
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state; the first process does."""
-        path = self.folder / f"savedmodel{self.step:06d}.pt"
+    def save(self, *, best: bool = False, numbered: bool = True) -> Path:
+        """Write a checkpoint of the present state, in the background; the first process does.
+
+        Args:
+            best: make it the best one, too.
+            numbered: give it its number and make it the latest.
+
+        Raises:
+            UserError: the checkpoint before this one could not be written.
+        """
+        path = self.folder / (f"savedmodel{self.step:06d}.pt" if numbered else BEST)
         if rank() == 0:
-            checkpoint = Checkpoint(
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "schedule_sampler": self.schedule_sampler.state_dict(),
+                **({"best": self.best} if self.best["step"] else {}),
+            }
+            state = Checkpoint(
                 options=self.recorded,
                 step=self.step,
-                model=_detached(self.net.state_dict()),
+                model=plain(self.net.state_dict()),
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
-                training={
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "schedule_sampler": self.schedule_sampler.state_dict(),
-                },
+                training=copied(training),
             )
-            save_checkpoint(self.folder, checkpoint, keep=self.options.keep)
-            logger.log(f"saved {path}")
+            reading = beside(self.device)
+
+            def write() -> None:
+                with reading:
+                    kept = Checkpoint(**on_cpu(vars(state)))
+                save_checkpoint(
+                    self.folder, kept, keep=self.options.keep, best=best, numbered=numbered
+                )
+                logger.log(f"saved {path}")
+                self.after_save()
+
+            self.writer.start(write)
         barrier()
         return path
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0
+
+    def _validation(self, progress: tqdm[Any]) -> bool:
+        """Score the slowest average where it is time to, and tell whether it is the best so far."""
+        interval = self.watch.val_interval or self.options.save_interval
+        if self.validate is None or not (self._due(interval) or self.step == self.last_step):
+            return False
+        better = False
+        if rank() == 0:
+            slowest = self.averages[max(self.averages, key=float)]
+            score = self.validate(slowest.state_dict())
+            if score is not None:
+                better = score.dice > self.best["dice"]
+                since = 0 if better else self.best["since"] + 1
+                self.best = self.best | {"since": since}
+                if better:
+                    self.best |= {"dice": score.dice, "step": self.step}
+                for name, value in score._asdict().items():
+                    logger.logkv(f"val_{name}", value)
+                logger.logkv("step", self.step)
+                with progress.external_write_mode(sys.stdout):
+                    logger.dumpkvs()
+        barrier()
+        return better
+
+    def _no_longer_better(self) -> bool:
+        """Whether ``patience`` validations in a row brought nothing, in the first process."""
+        patience, since = self.watch.patience, self.best["since"]
+        over = rank() == 0 and 0 < patience <= since
+        if over:
+            logger.log(
+                f"stopped at step {self.step}: the last {since} validations were not better "
+                f"than Dice {self.best['dice']:.4f} of step {self.best['step']}, kept as {BEST}"
+            )
+        return over
 
     def _set_rate(self) -> None:
         """Set the learning rate of the step to come: warm-up, then linear annealing."""
@@ -286,81 +376,6 @@ class _Whole(torch.nn.Module):
         return cast(Output, self.net(x, t, self.net.encode(image), y))
 
 
-class ExponentialAverage:
-    """A running average of a network's parameters; buffers are taken as they are.
-
-    The decay warms up as min(rate, (1 + n) / (10 + n)), so that a short run does not sample from
-    its own random start.
-    """
-
-    def __init__(self, net: torch.nn.Module, rate: float) -> None:
-        self.net = net
-        self.rate = rate
-        self.values = [parameter.detach().clone() for parameter in net.parameters()]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the parameters after step ``step`` (counted from 0)."""
-        rate = min(self.rate, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, list(self.net.parameters()), 1 - rate)
-
-    def state_dict(self) -> Weights:
-        """Return the network's state dict with the averages in place of the parameters."""
-        names = [name for name, _ in self.net.named_parameters()]
-        return _detached({**self.net.state_dict(), **dict(zip(names, self.values, strict=True))})
-
-    def load(self, weights: Weights) -> None:
-        """Continue from :meth:`state_dict`."""
-        for (name, _), value in zip(self.net.named_parameters(), self.values, strict=True):
-            value.copy_(weights[name])
-
-
-class StepLog:
-    """Collects what steps report, without waiting for the device, until the log is written."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self._clear()
-
-    def _clear(self) -> None:
-        self.times: list[Tensor] = []
-        self.terms: dict[str, list[Tensor]] = {}
-        self.grad_norms: list[Tensor] = []
-        self.skipped = 0
-        self.started = time.perf_counter()
-
-    def losses(self, t: Tensor, terms: dict[str, Tensor]) -> None:
-        """Note times int64 [B] and the loss terms [B] they gave."""
-        self.times.append(t)
-        for name, values in terms.items():
-            self.terms.setdefault(name, []).append(values)
-
-    def gradient(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Note the norm of the gradient, and return it."""
-        norm = _norm([p.grad for p in parameters if p.grad is not None])
-        self.grad_norms.append(norm)
-        return norm
-
-    def means(self, parameters: Sequence[Tensor]) -> dict[str, float]:
-        """Return the means since the last call, losses also by quarter of t, and start anew."""
-        quarter = (4 * torch.cat(self.times) // self.steps).tolist()
-        means = {
-            "grad_norm": float(torch.stack(self.grad_norms).mean()),
-            "param_norm": float(_norm([p.detach() for p in parameters])),
-            "skipped": float(self.skipped),
-            "steps_per_s": len(self.grad_norms) / (time.perf_counter() - self.started),
-        }
-        for name, parts in self.terms.items():
-            values = torch.cat(parts).tolist()
-            means[name] = sum(values) / len(values)
-            for q in range(4):
-                chosen = [v for v, of in zip(values, quarter, strict=True) if of == q]
-                if chosen:
-                    means[f"{name}_q{q}"] = sum(chosen) / len(chosen)
-        self._clear()
-        return means
-
-
 class _StopSignal:
     """Remembers that SIGTERM or Ctrl-C asked for the end, so that the step can be finished.
 
@@ -388,20 +403,15 @@ class _StopSignal:
 def _fitted(
     moments: dict[int, dict[str, Any]], parameters: Sequence[Tensor]
 ) -> dict[int, dict[str, Any]]:
-    """Cut an optimiser's moments as the parents' two-channel head was cut, if it was."""
+    """Bring an optimiser's moments into the memory order of the parameters they belong to.
+
+    They are cut as the parents' two-channel head was cut, if it was.
+    """
+
+    def fitted(value: Tensor, parameter: Tensor) -> Tensor:
+        return torch.empty_like(parameter).copy_(value[: len(parameter)]) if value.ndim else value
+
     return {
-        index: {
-            name: value[: len(parameters[index])] if value.ndim else value
-            for name, value in state.items()
-        }
+        index: {name: fitted(value, parameters[index]) for name, value in state.items()}
         for index, state in moments.items()
     }
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
-
-
-def _detached(weights: dict[str, Tensor]) -> Weights:
-    """Copy weights to the CPU as plain contiguous tensors."""
-    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}

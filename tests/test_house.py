@@ -16,11 +16,11 @@ FLOORS = [
     {"errors"},
     {"classes"},
     # files, numbers and flags
-    {"files", "readers", "intensity", "metrics", "options", "phantoms"},
+    {"files", "readers", "intensity", "metrics", "options", "phantoms", "background"},
     {"schedule", "nn", "losses", "phantom_folders"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "step_log"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
@@ -30,7 +30,8 @@ FLOORS = [
     {"script_util"},
     {"stream"},
     {"train_util", "segmenter", "evaluate", "check"},
-    {"predict"},
+    {"class_results"},
+    {"predict", "class_scores"},
     {"runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

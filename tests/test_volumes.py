@@ -119,6 +119,8 @@ def test_reading_processes_share_the_cache(tmp_path: Path) -> None:
 class Painter:
     """Draws what is in the image: the plan and the masks of a segmenter, without a network."""
 
+    classes = None
+
     class plan:
         batch_size, num_ensemble, evaluations = 4, 2, 1
 

@@ -1,0 +1,102 @@
+"""What a result folder holds of declared classes: their soft maps, areas, overlay and record.
+
+Where everything is one class, each function gives what it always was: one map without a class in
+its name. Called by ``predict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from guided_diffusion.classes import RECORD, Classes, each, record_text, recorded_classes
+from guided_diffusion.datasets import Case
+from guided_diffusion.ensemble import disagreement
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import whole
+from guided_diffusion.pictures import Pixels, class_overlay, overlay
+from guided_diffusion.segmenter import Segmentation
+
+
+def note_classes(out_dir: Path, classes: Classes | None) -> None:
+    """Say in the folder what its masks are of; results of other classes would mix with them.
+
+    Raises:
+        UserError: the folder holds results of other classes.
+    """
+    earlier, path = recorded_classes(out_dir), out_dir / RECORD
+    if earlier != classes and (out_dir / "predictions.csv").exists():
+        raise UserError(
+            out_dir,
+            found=f"results of {_called(earlier)}",
+            expected=f"a new folder, or one with results of {_called(classes)}",
+            mend="Choose another --out_dir.",
+        )
+    if classes is None:
+        path.unlink(missing_ok=True)
+    elif earlier != classes:
+        with whole(path) as part:
+            part.write_text(record_text(classes) + "\n", encoding="utf-8")
+
+
+def _called(classes: Classes | None) -> str:
+    return "one class" if classes is None else f"the classes {classes}"
+
+
+def area_columns(classes: Classes | None) -> list[str]:
+    """The columns of the areas of declared classes."""
+    return [] if classes is None else [f"area{end}" for _, end in each(classes)]
+
+
+def measured(result: Segmentation) -> dict[str, Any]:
+    """Area of the foreground and of each declared class, and how far the members disagree.
+
+    The disagreement is the mean over the classes.
+    """
+    size = result.fused.shape[-2:]
+    masks = result.mask.reshape(-1, *size)
+    members = result.members.reshape(len(result.members), -1, *size)
+    apart = [disagreement(members[:, k]) for k, _ in each(result.classes)]
+    return {
+        **{f"area{end}": int(masks[k].sum()) for k, end in each(result.classes)},
+        "area": int(masks.any(dim=0).sum()),
+        "disagreement": round(sum(apart) / len(apart), 4),
+        "uncertainty": round(float(doubt(result).mean()), 6),
+    }
+
+
+def doubt(result: Segmentation) -> Tensor:
+    """The uncertainty [H, W]: of declared classes the largest."""
+    return result.uncertainty if result.classes is None else result.uncertainty.amax(dim=0)
+
+
+def soft_maps(result: Segmentation) -> Iterator[tuple[str, Tensor]]:
+    """Fused mask and members [H, W] of every class, by the end of their file's name."""
+    size = result.fused.shape[-2:]
+    for k, end in each(result.classes):
+        yield f"output_ens{end}", result.fused.reshape(-1, *size)[k]
+        for index, member in enumerate(result.members):
+            yield f"output{index}{end}", member.reshape(-1, *size)[k]
+
+
+def draw_overlay(case: Case, result: Segmentation) -> Pixels:
+    """Image, truth, fused mask and uncertainty side by side, uint8 [h, w, 3]."""
+    image, unsure, members = case.image.numpy(), doubt(result).numpy(), len(result.members)
+    truth = None if case.mask is None else (case.mask >= 0.5).numpy()
+    if result.classes is None:
+        truth = None if truth is None else truth[0]
+        fused = result.fused.numpy()
+        return overlay(image, truth, fused, unsure, name=case.name, members=members)
+    order = result.classes.painted
+    return class_overlay(
+        image,
+        None if truth is None else truth[order],
+        result.mask.numpy()[order],
+        unsure,
+        classes=[result.classes.names[k] for k in order],
+        name=case.name,
+        members=members,
+    )

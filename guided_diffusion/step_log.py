@@ -1,0 +1,71 @@
+"""What the steps of training report, collected until a line of the log is written.
+
+Nothing here waits for the device before that. Called by ``train_util``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class StepLog:
+    """Collects what steps report, without waiting for the device, until the log is written."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._clear()
+
+    def _clear(self) -> None:
+        self.times: list[Tensor] = []
+        self.terms: dict[str, list[Tensor]] = {}
+        self.grad_norms: list[Tensor] = []
+        self.skipped = 0
+        self.started = time.perf_counter()
+
+    def losses(self, t: Tensor, terms: dict[str, Tensor]) -> None:
+        """Note times int64 [B] and the loss terms [B] they gave."""
+        self.times.append(t)
+        for name, values in terms.items():
+            self.terms.setdefault(name, []).append(values)
+
+    def gradient(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Note the norm of the gradient, and return it."""
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norms.append(norm)
+        return norm
+
+    def means(self, parameters: Sequence[Tensor]) -> dict[str, float]:
+        """Return the means since the last call, losses also by quarter of t, and start anew.
+
+        What is not finite is left out: ``skipped`` says how often that was.
+        """
+        quarter = (4 * torch.cat(self.times) // self.steps).tolist()
+        norms = _finite(torch.stack(self.grad_norms).tolist())
+        means = {
+            **({"grad_norm": sum(norms) / len(norms)} if norms else {}),
+            "param_norm": float(_norm([p.detach() for p in parameters])),
+            "skipped": float(self.skipped),
+            "steps_per_s": len(self.grad_norms) / (time.perf_counter() - self.started),
+        }
+        for name, parts in self.terms.items():
+            pairs = list(zip(torch.cat(parts).tolist(), quarter, strict=True))
+            kinds = {name: pairs}
+            kinds |= {f"{name}_q{q}": [pair for pair in pairs if pair[1] == q] for q in range(4)}
+            for kind, chosen in kinds.items():
+                if values := _finite([value for value, _ in chosen]):
+                    means[kind] = sum(values) / len(values)
+        self._clear()
+        return means
+
+
+def _finite(values: list[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))

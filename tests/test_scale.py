@@ -1,0 +1,169 @@
+"""Sampling at scale: several processes, cases that fail, memory that does not grow."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, contents, refused, script, succeeded
+
+from guided_diffusion.ensemble import UNCERTAINTIES, squared_mean
+from guided_diffusion.segmenter import Segmenter
+
+
+def sampling(data: Path, model: Path, out: Path) -> list[object]:
+    """A command line of three evaluations and three members."""
+    return [
+        *("--data_dir", data, "--model_path", model, "--out_dir", out),
+        *("--dpm_solver", True, "--steps", 3, "--num_ensemble", 3),
+    ]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def together(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run sampling in several processes, as torchrun does."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.run(
+        [sys.executable, *launcher, "scripts/segmentation_sample.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_processes_draw_what_one_draws(brats: Path, trained: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    succeeded(script("segmentation_sample", *sampling(brats / "training", trained, one)))
+    done = together(2, *sampling(brats / "training", trained, two))
+    assert done.returncode == 0, done.stderr
+
+    assert [row["name"] for row in rows(two)] == [row["name"] for row in rows(one)]
+    left, right = contents(one), contents(two)
+    assert left.keys() == right.keys()
+    masks = [name for name in left if name.endswith("_mask.png")]
+    assert len(masks) == 4
+    assert all(left[name] == right[name] for name in masks)
+
+    assert done.stdout.count("cases in") == 1
+    again = together(2, *sampling(brats / "training", trained, two))
+    assert "4 of 4 cases are finished and kept" in again.stdout
+
+
+def test_rows_of_a_killed_process_are_not_lost(brats: Path, trained: Path, tmp_path: Path) -> None:
+    arguments = sampling(brats / "training", trained, tmp_path)
+    succeeded(script("segmentation_sample", *arguments))
+    (tmp_path / "predictions.csv").rename(tmp_path / ".predictions-1.csv")
+    text = succeeded(script("segmentation_sample", *arguments))
+    assert "4 of 4 cases are finished and kept" in text
+    assert len(rows(tmp_path)) == 4 and not (tmp_path / ".predictions-1.csv").exists()
+
+
+def test_a_case_that_fails_does_not_take_others_along(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(brats / "training", data)
+    broken = sorted(data.rglob("*flair*"))[1]
+    broken.write_bytes(b"no NIfTI at all")
+    arguments = sampling(data, trained, out)
+    message = refused(script("segmentation_sample", *arguments))
+    assert "1 of the cases" in message and broken.name in message
+    assert len(rows(out)) == 3
+
+    shutil.copy(brats / "training" / broken.relative_to(data), broken)
+    text = succeeded(script("segmentation_sample", *arguments))
+    assert "3 of 4 cases are finished and kept" in text and len(rows(out)) == 4
+
+
+def test_partly_empty_ensembles_are_pointed_out(
+    brats: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Segmenter.draw
+
+    def first_member_empty(self: Segmenter, images: torch.Tensor, names: list[str]) -> torch.Tensor:
+        members = torch.ones_like(draw(self, images, names))
+        members[:, 0] = 0
+        return members
+
+    monkeypatch.setattr(Segmenter, "draw", first_member_empty)
+    text = succeeded(script("segmentation_sample", *sampling(brats / "testing", trained, tmp_path)))
+    assert "look at 000005, 000006: their members are partly empty" in text
+    assert {row["empty_members"] for row in rows(tmp_path)} == {"1"}
+
+
+def test_memory_does_not_grow_with_steps(brats: Path, trained: Path, tmp_path: Path) -> None:
+    """Live tensors after each evaluation are as many at 50 steps as at 5."""
+    peaks = []
+    for steps in (5, 50):
+        segmenter = Segmenter.load(
+            trained, sampler="dpm_solver++", steps=steps, num_ensemble=2, batch_size=4
+        )
+        tracemalloc.start()
+        segmenter(torch.rand(4, 40, 40))
+        held = []
+        segmenter.net.register_forward_hook(lambda *_, held=held: held.append(live_bytes()))
+        segmenter(torch.rand(4, 40, 40))
+        tracemalloc.stop()
+        peaks.append(max(held))
+        assert len(held) == steps
+    assert peaks[1] <= 1.02 * peaks[0]
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python holds."""
+    import gc
+
+    return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
+
+
+def test_from_python(trained: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.load(trained, sampler="unipc", steps=3, num_ensemble=4, seed=3)
+    image = torch.rand(4, 30, 20)
+    result = segmenter(image.numpy(), name="a")
+    assert result.members.shape[0] == 4 and result.members.shape[-2:] == (30, 20)
+    assert torch.equal(result.fused, result.members.mean(0))
+    assert torch.equal(result.members, segmenter(image, name="a").members)
+    assert not torch.equal(result.members, segmenter(image, name="b").members)
+    with pytest.raises(Exception, match=r"\[4, H, W\]"):
+        segmenter(image[:2])
+
+
+def test_maps_of_doubt_by_hand() -> None:
+    members = torch.tensor([[[0.0, 1.0, 0.5, 1.0]], [[1.0, 1.0, 0.5, 0.0]]])
+    expected = {
+        "std": [0.5, 0, 0, 0.5],
+        "variance": [0.25, 0, 0, 0.25],
+        "entropy": [1, 0, 1, 1],
+    }
+    for name, values in expected.items():
+        of, most = UNCERTAINTIES[name]
+        torch.testing.assert_close(of(members), torch.tensor([values], dtype=torch.float32))
+        assert of(members).max() <= most
+    quarter = torch.tensor([[[0.25]]])
+    bits = -(0.25 * torch.tensor(0.25).log2() + 0.75 * torch.tensor(0.75).log2())
+    torch.testing.assert_close(UNCERTAINTIES["entropy"].of(quarter)[0, 0], bits)
+    torch.testing.assert_close(squared_mean(members), torch.tensor([[0.25, 1.0, 0.25, 0.25]]))
+
+
+def test_the_record_is_of_no_use_without_its_masks(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    arguments = sampling(brats / "testing", trained, tmp_path)
+    succeeded(script("segmentation_sample", *arguments))
+    (tmp_path / "000005_mask.png").unlink()
+    text = succeeded(script("segmentation_sample", *arguments))
+    assert "1 of 2 cases are finished and kept" in text
+    assert (tmp_path / "000005_mask.png").exists()
