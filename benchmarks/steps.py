@@ -123,18 +123,15 @@ def measure(
     seconds = time.perf_counter() - started
 
     truths = [case.mask >= 0.5 for case in cases if case.mask is not None]
-    members = [result.members.flatten(1, -3) for result in results]
-    fused = [dice(confusion(r.mask.reshape(t.shape), t)) for r, t in zip(results, truths)]
+    pairs = list(zip(results, (truth[0] for truth in truths)))
+    fused = [dice(confusion(result.mask, truth)) for result, truth in pairs]
     single = [
-        dice(confusion(member.reshape(t.shape) >= 0.5, t))
-        for m, t in zip(members, truths)
-        for member in m
+        dice(confusion(member >= 0.5, truth))
+        for result, truth in pairs
+        for member in result.members
     ]
-    spread = [disagreement(m[:, 0] if m.ndim == 4 else m) for m in members]
-    inside = [
-        float(m.reshape(len(m), *t.shape).std(0, correction=0)[t].mean())
-        for m, t in zip(members, truths)
-    ]
+    spread = [disagreement(result.members) for result in results]
+    inside = [float(result.uncertainty[truth].mean()) for result, truth in pairs]
     return Figures(
         setting=setting,
         evaluations=segmenter.plan.evaluations,

@@ -7,7 +7,6 @@ calls them with the draws of one case or of a batch of cases; every function is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,34 +119,6 @@ def uncertainty(members: Tensor) -> Tensor:
     One member alone has none: all zeros.
     """
     return _checked(members).std(dim=0, correction=0).clamp(max=0.5)
-
-
-def variance(members: Tensor) -> Tensor:
-    """Pixel-wise variance of the members: [E, ..., H, W] -> [..., H, W] in [0, 0.25]."""
-    return _checked(members).var(dim=0, correction=0).clamp(max=0.25)
-
-
-def entropy(members: Tensor) -> Tensor:
-    """Entropy of the mean mask in bits: [E, ..., H, W] -> [..., H, W] in [0, 1].
-
-    Unlike the spread it is high where all members are unsure alike.
-    """
-    p = mean(members)
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / math.log(2)
-
-
-class Measure(NamedTuple):
-    """A map of doubt, and the largest value it can have."""
-
-    of: Fusion
-    most: float
-
-
-UNCERTAINTIES = {
-    "std": Measure(uncertainty, 0.5),
-    "variance": Measure(variance, 0.25),
-    "entropy": Measure(entropy, 1.0),
-}
 
 
 def disagreement(members: Tensor) -> float:

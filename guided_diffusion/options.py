@@ -156,7 +156,6 @@ class RunOptions:
     gpu_dev: str = _flag("0", "index of the CUDA device")
     multi_gpu: str = _flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
     use_fp16: bool = _flag(False, "the same as --precision fp16")
-    compile: bool = _flag(False, "compile the network first: minutes, for long runs")
     precision: str = _flag(
         "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
     )
@@ -253,9 +252,6 @@ class SamplingOptions:
         "mean",
         "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
         choices=("mean", "vote", "staple", "squared_mean"),
-    )
-    uncertainty: str = _flag(
-        "std", "what the uncertainty map holds", choices=("std", "variance", "entropy")
     )
     weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
