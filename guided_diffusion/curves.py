@@ -49,9 +49,7 @@ def smoothed(values: list[float], half: int) -> list[float]:
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    ends = [
-        (max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))
-    ]
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
     return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
 
 
@@ -76,7 +74,9 @@ def draw_curves(log: Path, picture: Path) -> bool:
         ("learning rate", lambda axes: _plain(axes, columns.get("lr"), COLOURS[2])),
     ]
     if "val_dice" in columns:
+        speed = ("steps per second", lambda axes: _plain(axes, columns.get("steps_per_s"), QUIET))
         panels.insert(2, ("validation", lambda axes: _validation(axes, columns)))
+        panels.append(speed)
 
     across = 3 if len(panels) > 4 else 2
     figure = Figure(figsize=(4.6 * across, 6.4), dpi=110, facecolor="white", layout="constrained")
@@ -95,7 +95,7 @@ def _furnish(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=QUIET, labelsize=8.5, length=0)
+    axes.tick_params(which="both", colors=QUIET, labelsize=8.5, length=0)
     axes.set_xlabel("step", fontsize=8.5, color=QUIET)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -112,11 +112,24 @@ def _line(axes: Any, points: Points | None, colour: str, label: str = "") -> Non
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
     marker = "o" if len(values) == 1 else None
     mean = smoothed(values, half)
-    axes.plot(
-        steps, mean, color=colour, linewidth=1.8, marker=marker, label=label, clip_on=False
-    )
-    if min(values) > 0 and max(values) > 8 * min(values):
+    axes.plot(steps, mean, color=colour, linewidth=1.8, marker=marker, label=label, clip_on=False)
+    _scale(axes)
+
+
+def _scale(axes: Any) -> None:
+    """A logarithmic axis of plain numbers where the means span much; it may cut outliers off."""
+    means = [y for line in axes.lines if line.get_alpha() is None for y in line.get_ydata()]
+    low, high = min(means), max(means)
+    if 0 < 8 * low < high:
         axes.set_yscale("log")
+        axes.set_ylim(low / 1.5, high * 1.5)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leads(value) else "")
+
+
+def _leads(value: float) -> bool:
+    """Whether a number begins with 2 or 5, which is enough of them on an axis."""
+    return f"{value:e}"[0] in "25"
 
 
 def _plain(axes: Any, points: Points | None, colour: str) -> None:

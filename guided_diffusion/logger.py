@@ -14,8 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from guided_diffusion.files import make_folder, whole
-from guided_diffusion.pictures import Pixels
+
+Pixels = NDArray[np.uint8]
 
 Values = dict[str, Any]
 

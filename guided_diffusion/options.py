@@ -232,9 +232,7 @@ class SamplingOptions:
     sampler: str = _flag(
         "",
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
-        choices=(
-            *("", "ddpm", "ddim", "dpm_solver", "dpm_solver++", "sde_dpm_solver++", "unipc"),
-        ),
+        choices=(*("", "ddpm", "ddim", "dpm_solver", "dpm_solver++", "sde_dpm_solver++", "unipc"),),
     )
     steps: int = _flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
     dpm_solver: bool = _flag(False, "sample with DPM-Solver++")

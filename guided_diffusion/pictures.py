@@ -194,6 +194,24 @@ def contact_sheet(
     return np.asarray(canvas.picture)
 
 
+def strip(
+    panels: Sequence[ArrayLike], captions: Sequence[str], *, title: str, columns: int
+) -> Pixels:
+    """Grey pictures in rows of ``columns``: each [H, W] in [0, 1] and of one size.
+
+    Returns uint8 [h, w, 3].
+    """
+    height, width = np.shape(panels[0])
+    scale = max(1, 160 // max(height, width))
+    rows = -(-len(panels) // columns)
+    canvas = _Canvas(columns, (max(160, width * scale), height * scale), rows=rows)
+    canvas.header(title, "")
+    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        grey = np.repeat(np.asarray(panel, dtype=np.float32)[..., None], 3, axis=-1)
+        canvas.place(index, grey.repeat(scale, axis=0).repeat(scale, axis=1), _Caption(caption))
+    return np.asarray(canvas.picture)
+
+
 def _outlined(tile: Tile, panel: int) -> tuple[Floats, _Caption]:
     """The tile on a square of background, and its caption: its name, and whether it is empty."""
     shown = _displayed(np.asarray(tile.image, dtype=np.float32))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ from guided_diffusion.checkpoint import (
     with_companions,
 )
 from guided_diffusion.class_scores import evaluate_all
+from guided_diffusion.curves import draw_curves
 from guided_diffusion.datasets import (
     Frame,
     Framed,
+    Reading,
     SegmentationDataset,
     auto_frame,
 )
@@ -39,6 +43,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.evaluate import report
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options import (
+    LATER,
     SAMPLE,
     TRAIN,
     CheckOptions,
@@ -50,6 +55,7 @@ from guided_diffusion.options import (
     SamplingOptions,
     ScoringOptions,
     TrainingOptions,
+    WatchOptions,
     dead_flags,
     fill,
     numbers,
@@ -66,9 +72,17 @@ from guided_diffusion.script_util import (
     million,
     place,
 )
-from guided_diffusion.segmenter import Segmenter, settle_precision, spelled, trained_flags
-from guided_diffusion.splits import narrowed, part_of_cases
+from guided_diffusion.segmenter import (
+    Segmenter,
+    make_plan,
+    settle_precision,
+    spelled,
+    trained_flags,
+)
+from guided_diffusion.sinks import TensorBoardSink, VisdomSink
+from guided_diffusion.splits import narrowed, part_of_cases, read_split
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.validation import Validation, chosen_cases
 
 
 def train(typed: dict[str, Any]) -> None:
@@ -82,10 +96,13 @@ def train(typed: dict[str, Any]) -> None:
     launch(run.multi_gpu)
     setup_dist()
     path, start = _checkpoint_to_resume(options, run)
-    trained = {"mask_labels": "", **start.options} if start and start.options else {}
+    trained = {**LATER, **start.options} if start and start.options else {}
     refuse_contradictions(_plainly(typed), trained, path)
     reading = create_reading(fill(DataOptions, {**typed, **trained}))
     dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
+    watch, held_out = fill(WatchOptions, typed), None
+    if rank() == 0:
+        held_out = _held_out(watch, data, dataset, reading)
     if data.split:
         dataset = narrowed(dataset, data.split, "training")
     network = _network_for(dataset, {**typed, **trained}, path)
@@ -98,6 +115,28 @@ def train(typed: dict[str, Any]) -> None:
     if start:
         load_weights(net, start.model, path)
     process = create_gaussian_diffusion(diffusion)
+    sinks = _sinks(watch, run) if rank() == 0 else []
+    validation = None
+    if held_out or sinks:
+        plan = make_plan(
+            SamplingOptions(
+                sampler="dpm_solver++",
+                steps=min(watch.val_steps, len(process.kept)),
+                num_ensemble=2,
+            ),
+            run,
+            process,
+            {},
+            device=device,
+            own=True,
+        )
+        copy = place(create_model(network, diffusion, dataset.classes), device)
+        validation = Validation(
+            Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes),
+            chosen_cases(held_out, watch.val_cases) if held_out else [dataset[0]],
+            folder=Path(run.out_dir).expanduser() / "validation" if held_out else None,
+        )
+    out_dir = Path(run.out_dir).expanduser()
     loop = TrainLoop(
         place(net, device),
         process,
@@ -111,10 +150,20 @@ def train(typed: dict[str, Any]) -> None:
             "mask_labels": str(dataset.classes or ""),
             **_read_as(dataset),
         },
+        watch=watch,
+        validate=validation,
+        after_save=lambda: draw_curves(out_dir / "progress.csv", out_dir / "curves.png"),
     )
-    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0)
+    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
     for note in [*dead_flags(TRAIN, typed), *dataset.notes]:
         logger.log(note)
+    if validation and validation.folder:
+        logger.log(
+            f"validation on {len(validation.cases)} of {len(held_out or ())} cases, "
+            f"2 masks each in {validation.segmenter.plan.evaluations} evaluations"
+        )
+    if find_spec("matplotlib") is None:
+        logger.log("no curves.png: python -m pip install matplotlib would draw it")
     if start:
         loop.restore(start)
         logger.log(f"resuming {path} at step {start.step}")
@@ -123,7 +172,49 @@ def train(typed: dict[str, Any]) -> None:
         f"{million(net)} on {describe(device)}, {run.precision}; "
         f"steps {loop.step} to {loop.last_step or 'no end'}"
     )
-    loop.run_loop()
+    try:
+        loop.run_loop()
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def _held_out(
+    watch: WatchOptions, data: DataOptions, dataset: SegmentationDataset, reading: Reading
+) -> SegmentationDataset | None:
+    """The cases to validate on: a folder's, else the validation part of the split, if any."""
+    if watch.val_dir:
+        held_out = open_dataset(watch.val_dir, data_name=data.data_name, test=True, reading=reading)
+    elif data.split and "validation" in read_split(data.split).values():
+        held_out = narrowed(dataset, data.split, "validation")
+    elif watch.patience:
+        raise UserError(
+            "--patience",
+            found=watch.patience,
+            expected="cases to validate on",
+            mend="Name them with --val_dir, or leave --patience away.",
+        )
+    else:
+        return None
+    if held_out.channels != dataset.channels:
+        raise UserError(
+            "--val_dir",
+            found=f"{held_out.channels} channels",
+            expected=f"{dataset.channels}, those of {dataset.directory}",
+            mend="Validate on data like that of training.",
+        )
+    return held_out
+
+
+def _sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | TensorBoardSink]:
+    """Where else the run is to be watched."""
+    folder = Path(run.out_dir).expanduser()
+    sinks: list[VisdomSink | TensorBoardSink] = []
+    if watch.tensorboard:
+        sinks.append(TensorBoardSink(folder))
+    if watch.visdom:
+        sinks.append(VisdomSink(watch.visdom, environment=folder.name or "main"))
+    return sinks
 
 
 def sample(typed: dict[str, Any]) -> None:

@@ -53,8 +53,8 @@ class Score(NamedTuple):
     iou: float
 
 
-Validate = Callable[[Weights], Score | None]
-"""Scores weights, changing nothing that is random; None where there is nothing to score."""
+Validate = Callable[[Weights, int], Score | None]
+"""Scores the weights of a step; None where there is nothing to score."""
 
 
 class TrainLoop:
@@ -320,7 +320,7 @@ class TrainLoop:
         better = False
         if rank() == 0:
             slowest = self.averages[max(self.averages, key=float)]
-            score = self.validate(slowest.state_dict())
+            score = self.validate(slowest.state_dict(), self.step)
             if score is not None:
                 better = score.dice > self.best["dice"]
                 since = 0 if better else self.best["since"] + 1

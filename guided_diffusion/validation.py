@@ -53,9 +53,8 @@ class Validation:
     def __call__(self, weights: Weights, step: int) -> Score | None:
         """Score weights; the pictures of the last call are replaced."""
         self.segmenter.net.load_state_dict(weights)
-        if logger.watched() or self.folder:
-            film = film_of(self.segmenter, self.cases[0])
-            logger.picture("sampling", film, step)
+        film = film_of(self.segmenter, self.cases[0])
+        logger.picture("sampling", film, step)
         if self.folder is None:
             return None
         make_folder(self.folder)

@@ -16,11 +16,11 @@ FLOORS = [
     {"errors"},
     {"classes"},
     # files, numbers and flags
-    {"files", "readers", "intensity", "metrics", "options", "phantoms", "background"},
-    {"schedule", "nn", "losses", "phantom_folders"},
+    {"files", "readers", "intensity", "metrics", "options", "phantoms"},
+    {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "step_log"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
@@ -28,10 +28,10 @@ FLOORS = [
     {"layouts", "slicing", "sampling"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
-    {"stream"},
+    {"stream", "step_log", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results"},
-    {"predict", "class_scores"},
+    {"predict", "class_scores", "validation"},
     {"runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
