@@ -37,9 +37,9 @@ class ExponentialAverage:
         return plain({**self.net.state_dict(), **dict(zip(names, self.values, strict=True))})
 
     def load(self, weights: Weights) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`; the parents' two-channel head is cut."""
         for (name, _), value in zip(self.net.named_parameters(), self.values, strict=True):
-            value.copy_(weights[name])
+            value.copy_(weights[name][: len(value)])
 
 
 def plain(weights: Weights) -> Weights:

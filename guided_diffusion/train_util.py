@@ -121,6 +121,7 @@ class TrainLoop:
             rate: ExponentialAverage(net, float(rate)) for rate in options.ema_rate.split(",")
         }
         self.log = StepLog(len(diffusion.schedule))
+        self._set_rate()
 
     @property
     def last_step(self) -> int:

@@ -1,6 +1,5 @@
 """Every command the README prints runs, shrunk by further flags only."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import script
 
 from guided_diffusion import phantom_folders
 
@@ -48,23 +49,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(command: str, workspace: Path, variables: dict[str, str]) -> None:
-    """Run one command in the workspace, as a shell would after the README's variables."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(command: str, variables: dict[str, str]) -> None:
+    """Run one command, as a shell would after the README's variables."""
     for name, value in variables.items():
         command = command.replace(f"${name}", value)
-    words = shlex.split(command)
-    program, script = words[0], words[1]
+    program, file, *words = shlex.split(command)
     assert program == "python"
-    shrink = SHRINK[script]
-    if "--image_size" in command and script.endswith("sample.py"):
+    shrink = SHRINK[file]
+    if "--image_size" in command and file.endswith("sample.py"):
         shrink += f" {SMALL}"  # the flags of the network have to be those of training
-    full = [sys.executable, *words[1:], *shlex.split(shrink)]
-    done = subprocess.run(full, cwd=workspace, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    ended = script(Path(file).stem, *words, *shlex.split(shrink))
+    assert ended.code == 0, f"{command}\n{ended.err[-2000:]}"
 
 
-def test_the_readme_s_commands_run(workspace: Path) -> None:
+def test_the_readme_s_commands_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
     variables: dict[str, str] = {}
     ran = 0
     for line in shell_lines():
@@ -72,9 +71,14 @@ def test_the_readme_s_commands_run(workspace: Path) -> None:
         if assignment:
             variables[assignment[1]] = assignment[2]
         elif line.startswith("python ") and not any(part in line for part in RUN_BY_MAKE):
-            run(line, workspace, variables)
+            run(line, variables)
             ran += 1
-    assert ran >= 15
+    assert ran >= 20
+
+    names: dict[str, object] = {"image": torch.rand(4, 80, 80)}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    assert names["result"].members.shape == (5, 80, 80)
 
 
 def test_make_demo_is_the_readme_s_three_lines(workspace: Path) -> None:
@@ -108,7 +112,7 @@ def test_make_test_is_the_readme_s_lines(workspace: Path) -> None:
 
 def test_nothing_else_is_printed_as_a_command() -> None:
     """Each line of a shell block is known to the tests above."""
-    known = ("make demo", "make test", "python", ".venv/bin/python -m pip", "python3 -m venv")
+    known = ("make demo", "make test", "python", "python3 -m venv", ". .venv/bin/activate")
     for line in shell_lines():
         assert line.startswith(known) or re.fullmatch(r'\w+="[^"]*"', line), line
 

@@ -63,12 +63,16 @@ FLAGS: dict[str, Any] = {
 
 def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) -> TrainLoop:
     """A loop over discs with a network whose weights are all random, none of them zero."""
-    flags = {key: options.pop(key) for key in list(options) if key in FLAGS or key == "dropout"}
+    own = {*FLAGS, "dropout", "learn_sigma"}
+    flags = {key: options.pop(key) for key in list(options) if key in own}
+    channels_last, rest = options.pop("channels_last", False), options.pop("rest", {})
     steps = options.pop("diffusion_steps", 100)
     net, diffusion = create_model_and_diffusion(**{**FLAGS, **flags}, diffusion_steps=steps)
     generator = torch.Generator().manual_seed(0)
     for parameter in net.parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
     settings = TrainingOptions(
         **{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 1, **options}
     )
@@ -80,6 +84,7 @@ def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) ->
         options=settings,
         run=RunOptions(out_dir=str(out_dir), seed=seed),
         recorded={},
+        **rest,
     )
 
 
@@ -550,6 +555,7 @@ def test_checkpoints_of_a_run(interval: int, end: int, steps: list[int], tmp_pat
 
 def test_the_log_of_a_run(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
+        "curves.png",
         "log.txt",
         "progress.csv",
         "progress.json",

@@ -1,0 +1,142 @@
+"""Two processes on one machine train as one process does with the doubled batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, training
+from test_training import make_loop, rows
+from torch.testing import assert_close
+
+from guided_diffusion.checkpoint import LATEST, load_checkpoint
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import logger
+from guided_diffusion.dist_util import rank, setup_dist
+from test_training import make_loop
+setup_dist()
+out = Path(sys.argv[1])
+logger.configure(None if rank() else out, quiet=True)
+loop = make_loop(out, max_steps=4, batch_size=2, microbatch=1, diffusion_steps=2,
+                 schedule_sampler="loss-second-moment", save_interval=2)
+forward_backward, gradients = loop.forward_backward, []
+def noting(batch):
+    loss = forward_backward(batch)
+    gradients.append([p.grad.clone() for p in loop.parameters])
+    return loss
+loop.forward_backward = noting
+loop.run_loop()
+torch.save({
+    "sampler": loop.schedule_sampler.state_dict(),
+    "model": dict(loop.net.state_dict()),
+    "gradients": gradients,
+}, out / f"rank{rank()}")
+torch.distributed.destroy_process_group()
+"""
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *TORCHRUN, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    two_processes(folder / "program.py", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_gradients_and_weights_are_those_of_the_doubled_batch(
+    shared: Path, quiet: None, tmp_path: Path
+) -> None:
+    loop = make_loop(
+        tmp_path,
+        max_steps=4,
+        batch_size=4,
+        diffusion_steps=2,
+        schedule_sampler="loss-second-moment",
+    )
+    run_step, alone = loop.forward_backward, []
+
+    def noting(batch: Any) -> Any:
+        loss = run_step(batch)
+        alone.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
+        return loss
+
+    loop.forward_backward = noting  # type: ignore[method-assign]
+    loop.run_loop()
+    ranks = [torch.load(shared / f"rank{rank}") for rank in (0, 1)]
+    for rank in ranks:
+        assert len(rank["gradients"]) == len(alone) == 4
+        for step, whole in zip(rank["gradients"], alone, strict=True):
+            largest = max(float(part.abs().max()) for part in whole)
+            for one, other in zip(step, whole, strict=True):
+                assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
+    first = zip(ranks[0]["gradients"][0], alone[0], strict=True)
+    for one, other in first:
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    own = load_checkpoint(tmp_path / LATEST)
+    both = load_checkpoint(shared / LATEST)
+    apart = [(both.model[name] - value).abs().flatten() for name, value in own.model.items()]
+    assert float(torch.cat(apart).mean()) < 2e-6
+    assert_close(
+        both.training["schedule_sampler"], own.training["schedule_sampler"], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_all_processes_hold_the_same(shared: Path) -> None:
+    one, other = (torch.load(shared / f"rank{rank}") for rank in (0, 1))
+    assert_close(one["model"], other["model"], rtol=0, atol=0)
+    assert_close(one["sampler"], other["sampler"], rtol=0, atol=0)
+    assert int(one["sampler"]["seen"].sum()) == 16
+
+
+@pytest.mark.slow
+def test_one_writes_and_one_log_is_kept(shared: Path) -> None:
+    names = {path.name for path in shared.iterdir()} - {"program.py", "rank0", "rank1"}
+    assert names == {
+        *("savedmodel000002.pt", "savedmodel000004.pt", LATEST),
+        *("log.txt", "progress.csv", "progress.json"),
+    }
+    table = rows(shared / "progress.csv")
+    assert [row["step"] for row in table] == ["1", "2", "3", "4"]
+    assert [row["samples"] for row in table] == ["4", "8", "12", "16"]
+    assert (shared / "log.txt").read_text("utf-8").count("saved ") == 2
+
+
+@pytest.mark.slow
+def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
+    """Validated by the first process, stopped early in all."""
+    command = [*training(brats, tmp_path), "--max_steps", 40, "--lr", 0, "--patience", 2]
+    done = two_processes(
+        "scripts/segmentation_train.py", *command, "--val_dir", brats / "testing", "--val_steps", 1
+    )
+    assert done.stdout.count("4 BRATS cases") == 1
+    assert "stopped at step 6: the last 2 validations" in done.stdout
+    assert load_checkpoint(tmp_path / LATEST).step == 6
