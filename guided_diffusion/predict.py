@@ -78,25 +78,15 @@ def segment(
     mine = _share(todo, entries)
     stacks.expect(entries[index] for index in mine)
     stacks.write()
-    failures: dict[str, str] = {}
-    plan = segmenter.plan
-    bar = tqdm(total=len(mine), unit="case", disable=True if rank() else None)
-    with bar as progress:
-        for indices in _batched(mine, max(1, plan.batch_size // plan.num_ensemble)):
-            started = time.perf_counter()
-            for index, case, result in _results(segmenter, dataset, indices, failures):
-                write_case(out_dir, case, result)
-                if entries[index].volume:
-                    stacks.keep(entries[index], maps_of(result))
-                elif case.affine is not None:
-                    write_nifti(out_dir, case, result)
-                seconds = (time.perf_counter() - started) / len(indices)
-                record.add(_row(case, result, seconds))
-            stacks.write()
-            progress.update(len(indices))
-            drawn = progress.n * plan.num_ensemble * plan.evaluations
-            rate = drawn / max(progress.format_dict["elapsed"], 1e-9)
-            progress.set_postfix_str(f"{rate:.0f} evaluations/s")
+    failures: Failures = {}
+    for index, case, result, seconds in _drawn(segmenter, dataset, mine, failures):
+        write_case(out_dir, case, result)
+        if entries[index].volume:
+            stacks.keep(entries[index], maps_of(result))
+        elif case.affine is not None:
+            write_nifti(out_dir, case, result)
+        record.add(_row(case, result, seconds))
+        stacks.write()
     record.end()
     _report(record, failures)
     return [entry.name for entry in entries]
@@ -112,6 +102,25 @@ def _share(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
         for index in todo
         if places[entries[index].volume or entries[index].name] % world_size() == rank()
     ]
+
+
+def _drawn(
+    segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int], failures: Failures
+) -> Iterator[tuple[int, Case, Segmentation, float]]:
+    """Segment cases batch by batch under a progress bar; the number is the seconds of each."""
+    plan = segmenter.plan
+    with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
+        for some in _batched(indices, max(1, plan.batch_size // plan.num_ensemble)):
+            started = time.perf_counter()
+            results = list(_results(segmenter, dataset, some, failures))
+            seconds = (time.perf_counter() - started) / len(some)
+            for index, case, result in results:
+                yield index, case, result, seconds
+
+            progress.update(len(some))
+            drawn = progress.n * plan.num_ensemble * plan.evaluations
+            rate = drawn / max(progress.format_dict["elapsed"], 1e-9)
+            progress.set_postfix_str(f"{rate:.0f} evaluations/s")
 
 
 def _results(

@@ -172,7 +172,7 @@ class TrainLoop:
                         self.save(best=better)
                     elif better:
                         self.save(best=True, numbered=False)
-                    if agreed(self._no_longer_better()):
+                    if self.watch.patience and agreed(self._no_longer_better()):
                         break
             if stop.wanted:
                 logger.log(f"stopped by {stop.wanted} at step {self.step}; --resume auto continues")
@@ -314,27 +314,31 @@ class TrainLoop:
         return self.step % interval == 0
 
     def _validation(self, progress: tqdm[Any]) -> bool:
-        """Score the slowest average where it is time to, and tell whether it is the best so far."""
+        """Score the slowest average where it is time to, and tell whether it is the best so far.
+
+        The first process does; all hear of it.
+        """
         interval = self.watch.val_interval or self.options.save_interval
-        if self.validate is None or not (self._due(interval) or self.step == self.last_step):
+        if not (self._due(interval) or self.step == self.last_step):
             return False
-        better = False
-        if rank() == 0:
-            slowest = self.averages[max(self.averages, key=float)]
-            score = self.validate(slowest.state_dict(), self.step)
-            if score is not None:
-                better = score.dice > self.best["dice"]
-                since = 0 if better else self.best["since"] + 1
-                self.best = self.best | {"since": since}
-                if better:
-                    self.best |= {"dice": score.dice, "step": self.step}
-                for name, value in score._asdict().items():
-                    logger.logkv(f"val_{name}", value)
-                logger.logkv("step", self.step)
-                with progress.external_write_mode(sys.stdout):
-                    logger.dumpkvs()
-        barrier()
-        return better
+        slowest = self.averages[max(self.averages, key=float)]
+        score = self.validate(slowest.state_dict(), self.step) if self.validate else None
+        if score is None:
+            return agreed(False)
+        better = score.dice > self.best["dice"]
+        if better:
+            self.best = {"dice": score.dice, "step": self.step, "since": 0}
+        else:
+            self.best = self.best | {"since": self.best["since"] + 1}
+        for name, value in {
+            "step": self.step,
+            "val_dice": score.dice,
+            "val_iou": score.iou,
+        }.items():
+            logger.logkv(name, value)
+        with progress.external_write_mode(sys.stdout):
+            logger.dumpkvs()
+        return agreed(better)
 
     def _no_longer_better(self) -> bool:
         """Whether ``patience`` validations in a row brought nothing, in the first process."""

@@ -55,7 +55,7 @@ def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
