@@ -20,6 +20,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "types-tqdm"],
         "plot": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.14"],
         "visdom": ["visdom==0.2.4", "tornado>=6.2,<6.6"],
     },
 )

@@ -41,6 +41,7 @@ from guided_diffusion.datasets import (
 from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
 from guided_diffusion.errors import UserError
 from guided_diffusion.evaluate import report
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options import (
     LATER,
@@ -73,6 +74,7 @@ from guided_diffusion.script_util import (
     place,
 )
 from guided_diffusion.segmenter import (
+    Plan,
     Segmenter,
     make_plan,
     settle_precision,
@@ -118,19 +120,8 @@ def train(typed: dict[str, Any]) -> None:
     sinks = _sinks(watch, run) if rank() == 0 else []
     validation = None
     if held_out or sinks:
-        plan = make_plan(
-            SamplingOptions(
-                sampler="dpm_solver++",
-                steps=min(watch.val_steps, len(process.kept)),
-                num_ensemble=2,
-            ),
-            run,
-            process,
-            {},
-            device=device,
-            own=True,
-        )
         copy = place(create_model(network, diffusion, dataset.classes), device)
+        plan = _plan_of_validation(watch, run, process, device)
         validation = Validation(
             Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes),
             chosen_cases(held_out, watch.val_cases) if held_out else [dataset[0]],
@@ -177,6 +168,15 @@ def train(typed: dict[str, Any]) -> None:
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _plan_of_validation(
+    watch: WatchOptions, run: RunOptions, process: GaussianDiffusion, device: torch.device
+) -> Plan:
+    """Two masks a case, in a few evaluations."""
+    steps = min(watch.val_steps, len(process.kept))
+    options = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
+    return make_plan(options, run, process, {}, device=device, own=True)
 
 
 def _held_out(

@@ -7,7 +7,6 @@ bit on a CPU, whatever the number of reading processes. Wired by ``runs``.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.step_log import StepLog
+from guided_diffusion.stop_signal import StopSignal
 from guided_diffusion.stream import mix, stream
 from guided_diffusion.unet import UNetModel
 
@@ -159,7 +159,7 @@ class TrainLoop:
         total = self.last_step
         hidden = True if rank() else None
         bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
-        with _StopSignal() as stop:
+        with StopSignal() as stop:
             with bar as progress:
                 while not agreed(bool(stop.wanted)) and (not total or self.step < total):
                     loss = self.run_step(next(batches))
@@ -379,30 +379,6 @@ class _Whole(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
         return cast(Output, self.net(x, t, self.net.encode(image), y))
-
-
-class _StopSignal:
-    """Remembers that SIGTERM or Ctrl-C asked for the end, so that the step can be finished.
-
-    The second of a kind does what it always did; so does every one after the run.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = ""
-
-    def __enter__(self) -> _StopSignal:
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.wanted = signal.Signals(number).name
-        signal.signal(number, self.before[signal.Signals(number)])
 
 
 def _fitted(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.nn import Output
@@ -373,3 +374,99 @@ def test_mask_range_there_and_back(mask_range):
     mask = torch.linspace(0, 1, 11)
     torch.testing.assert_close(diffusion.from_range(diffusion.to_range(mask)), mask)
     assert diffusion.from_range(torch.tensor([-9.0, 9.0])).tolist() == [0, 1]
+
+
+# v-prediction and the loss's weight
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_perfect_predictor_of_v(channels):
+    """v = alpha eps - sigma x0; with it, x0 = alpha x - sigma v and eps = sigma x + alpha v."""
+    diffusion = GaussianDiffusion(LINEAR, predict_v=True)
+    x0, eps = normals(4, channels, 6, 5), normals(4, channels, 6, 5, seed=1)
+    t = torch.tensor([0, 3, 500, 999])
+    alpha_bar = LINEAR.alpha_bar[t][:, None, None, None]
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    terms = diffusion.training_losses(constant(v), x0, t, eps=eps, condition=None)
+    assert terms["loss"].tolist() == terms["mse"].tolist() == [0] * 4
+    terms = diffusion.training_losses(constant(v + 0.5), x0, t, eps=eps, condition=None)
+    torch.testing.assert_close(terms["mse"], torch.full((4,), 0.25).double())
+
+    for row, time in enumerate(t.tolist()):
+        level = LINEAR.at(time)
+        x = level.alpha * x0[row] + level.sigma * eps[row]
+        truth = level.alpha * eps[row] - level.sigma * x0[row]
+        found = diffusion.denoiser(constant(truth[None]), None, clip=None)(x[None], level).x0
+        torch.testing.assert_close(found[0], x0[row])
+
+
+@pytest.mark.parametrize("flags", [{"learn_sigma": True}, {"use_kl": True}])
+def test_the_bound_is_the_same_whatever_is_predicted(flags):
+    x0, eps = normals(3, 1, 4, 4), normals(3, 1, 4, 4, seed=1)
+    t = torch.tensor([0, 10, 900])
+    alpha_bar = LINEAR.alpha_bar[t][:, None, None, None]
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    guess = x0 + 0.3 * normals(3, 1, 4, 4, seed=2)
+    x_t = signal * x0 + noise * eps
+    values = {
+        "predict_xstart": guess,
+        "predict_v": (signal * x_t - guess) / noise,
+        "": (x_t - signal * guess) / noise,
+    }
+    bounds = []
+    for name, value in values.items():
+        diffusion = GaussianDiffusion(LINEAR, **flags, **({name: True} if name else {}))
+        raw = torch.cat([value, 0.1 * normals(3, 1, 4, 4, seed=3)], 1)
+        net = constant(raw if "learn_sigma" in flags else value)
+        bounds.append(diffusion.training_losses(net, x0, t, eps=eps, condition=None)["vb"])
+    torch.testing.assert_close(bounds[1], bounds[0])
+    torch.testing.assert_close(bounds[2], bounds[0])
+
+
+@pytest.mark.parametrize("kind", ["predict_xstart", "predict_v", ""])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_the_weight_of_a_loss_is_the_capped_signal_to_noise_ratio(kind, gamma):
+    flags = {kind: True} if kind else {}
+    plain = GaussianDiffusion(LINEAR, **flags)
+    weighted = GaussianDiffusion(LINEAR, **flags, min_snr_gamma=gamma)
+    x0, eps = normals(5, 1, 4, 4), normals(5, 1, 4, 4, seed=1)
+    t, raw = torch.tensor([0, 50, 200, 600, 999]), normals(5, 1, 4, 4, seed=2)
+    mse = plain.training_losses(constant(raw), x0, t, eps=eps, condition=None)["loss"]
+    terms = weighted.training_losses(constant(raw), x0, t, eps=eps, condition=None)
+    for i, time in enumerate(t.tolist()):
+        level = LINEAR.at(time)
+        snr = level.alpha**2 / level.sigma**2
+        weight = min(snr, gamma) / {"predict_xstart": 1, "predict_v": snr + 1, "": snr}[kind]
+        assert float(terms["loss"][i]) == pytest.approx(float(mse[i]) * weight, rel=1e-9)
+    torch.testing.assert_close(terms["mse"], mse)
+
+
+def test_weighted_losses_of_one_error_in_x0_are_the_same_whatever_is_predicted():
+    x0, eps = normals(3, 1, 4, 4), normals(3, 1, 4, 4, seed=1)
+    t = torch.tensor([5, 100, 900])
+    alpha_bar = LINEAR.alpha_bar[t][:, None, None, None]
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    x_t, guess = signal * x0 + noise * eps, x0 + normals(3, 1, 4, 4, seed=2)
+    answers = {
+        "predict_xstart": guess,
+        "predict_v": (signal * x_t - guess) / noise,
+        "": (x_t - signal * guess) / noise,
+    }
+    losses = [
+        GaussianDiffusion(
+            LINEAR, min_snr_gamma=5.0, **({name: True} if name else {})
+        ).training_losses(constant(value), x0, t, eps=eps, condition=None)["loss"]
+        for name, value in answers.items()
+    ]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"predict_v": True, "predict_xstart": True}, {"min_snr_gamma": 5.0, "use_kl": True}],
+)
+def test_flags_that_exclude_each_other(flags):
+    first, second = flags
+    with pytest.raises(UserError, match=f"--{first}: found .* with --{second} True"):
+        create_model_and_diffusion(**flags, num_channels=32)

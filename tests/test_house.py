@@ -28,7 +28,7 @@ FLOORS = [
     {"layouts", "slicing", "sampling"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
-    {"stream", "step_log", "sinks"},
+    {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results"},
     {"predict", "class_scores", "validation"},

@@ -1,0 +1,235 @@
+"""A training step beside the parents' procedure, on the same network and the same images.
+
+    python benchmarks/training.py
+
+prints one Markdown table. The parents' procedure: fp32, contiguous tensors, images read in the
+training process, AdamW without fusion, averages updated tensor by tensor in Python. The ways take
+turns, a few steps each, and medians are compared, so that other work on the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.utils.data import Dataset
+
+from guided_diffusion import logger
+from guided_diffusion.datasets import Case, collate
+from guided_diffusion.dist_util import describe, dev
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.options import RunOptions, TrainingOptions
+from guided_diffusion.resample import UniformSampler
+from guided_diffusion.script_util import create_model_and_diffusion, million, place
+from guided_diffusion.stream import stream
+from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.unet import UNetModel
+
+
+class Discs(Dataset[Case]):
+    """64 random images with a disc each, kept in memory."""
+
+    def __init__(self, size: int, channels: int = 4) -> None:
+        generator = torch.Generator().manual_seed(0)
+        row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        inside = ((row - size / 2) ** 2 + (column - size / 2) ** 2 < (size / 4) ** 2).float()[None]
+        self.cases = [
+            Case(inside + torch.randn(channels, size, size, generator=generator), inside, f"{i}")
+            for i in range(64)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Case:
+        return self.cases[index]
+
+
+def main() -> None:
+    arguments = parse()
+    logger.configure(quiet=True)
+    device, data = dev(), Discs(arguments.image_size)
+    ways: dict[str, Callable[[], None]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        ours = {
+            precision: our_loop(arguments, data, device, precision, Path(folder))
+            for precision in ("fp32", "bf16")
+        }
+        net, diffusion = build(arguments)
+        ways["the parents' procedure, fp32"] = parents_step(
+            net.to(device), diffusion, data, arguments
+        )
+        for precision, loop in ours.items():
+            ways[f"this suite, {precision}"] = our_step(loop)
+        around: dict[str, list[float]] = {precision: [] for precision in ours}
+        for precision, loop in ours.items():
+            time_the_middle(loop, around[precision], device)
+        seconds = measure(ways, arguments, device)
+
+        print(f"{million(net)}, {arguments.image_size} px, batch {arguments.batch_size}, ", end="")
+        print(f"torch {torch.__version__}, {describe(device)}\n")
+        print("| way | s per step | against the parents' | around forward and backward |")
+        print("|---|---|---|---|")
+        first = statistics.median(next(iter(seconds.values())))
+        for name, values in seconds.items():
+            median, precision = statistics.median(values), name.rpartition(" ")[2]
+            inside = around[precision][-len(values) :] if name.startswith("this") else []
+            rest = f"{1 - statistics.median(inside) / median:.1%}" if inside else ""
+            print(f"| {name} | {median:.4f} | {median / first:.2f} | {rest} |")
+
+        loop, stalls = ours["fp32"], []
+        for _ in range(3):
+            started = time.perf_counter()
+            loop.save()
+            stalls.append(time.perf_counter() - started)
+            loop.writer.wait()
+            whole = time.perf_counter() - started
+        step = statistics.median(seconds["this suite, fp32"])
+        print(
+            f"\nA checkpoint takes {whole:.2f} s to be written and holds training up for "
+            f"{statistics.median(stalls):.3f} s, {statistics.median(stalls) / step:.2f} of a step."
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--num_channels", type=int, default=64)
+    parser.add_argument("--num_res_blocks", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8, help="turns each way takes")
+    parser.add_argument("--steps", type=int, default=3, help="steps in one turn")
+    return parser.parse_args()
+
+
+def build(arguments: argparse.Namespace) -> tuple[UNetModel, GaussianDiffusion]:
+    """The parents' README network at this size; the same weights every time."""
+    torch.manual_seed(0)
+    return create_model_and_diffusion(
+        image_size=arguments.image_size,
+        num_channels=arguments.num_channels,
+        num_res_blocks=arguments.num_res_blocks,
+        num_heads=1,
+        learn_sigma=True,
+        use_scale_shift_norm=False,
+        attention_resolutions="16",
+    )
+
+
+def our_loop(
+    arguments: argparse.Namespace,
+    data: Discs,
+    device: torch.device,
+    precision: str,
+    folder: Path,
+) -> TrainLoop:
+    net, diffusion = build(arguments)
+    return TrainLoop(
+        place(net, device),
+        diffusion,
+        dataset=data,
+        schedule_sampler=UniformSampler(len(diffusion.kept)),
+        options=TrainingOptions(batch_size=arguments.batch_size, keep=1),
+        run=RunOptions(out_dir=str(folder), precision=precision),
+        recorded={},
+    )
+
+
+def our_step(loop: TrainLoop) -> Callable[[], None]:
+    batches = stream(loop.dataset, loop.options.batch_size, seed=0)
+
+    def step() -> None:
+        loop.run_step(next(batches))
+        if loop.step % 100 == 0:
+            loop.log.means(loop.parameters)
+
+    return step
+
+
+def time_the_middle(loop: TrainLoop, seconds: list[float], device: torch.device) -> None:
+    """Note how long forward and backward alone take, in each step from now on."""
+    whole = loop.forward_backward
+
+    def timed(batch: object) -> torch.Tensor:
+        synchronise(device)
+        started = time.perf_counter()
+        loss = whole(batch)  # type: ignore[arg-type]
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+        return loss
+
+    loop.forward_backward = timed  # type: ignore[method-assign]
+
+
+def parents_step(
+    net: UNetModel, diffusion: GaussianDiffusion, data: Discs, arguments: argparse.Namespace
+) -> Callable[[], None]:
+    """What the parents do in a step, with the same network and losses."""
+    parameters = list(net.parameters())
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False, fused=False)
+    averages = [parameter.detach().clone() for parameter in parameters]
+    place_in_data = 0
+
+    def step() -> None:
+        nonlocal place_in_data
+        cases = [data[(place_in_data + i) % len(data)] for i in range(arguments.batch_size)]
+        place_in_data += arguments.batch_size
+        batch = collate(cases)
+        assert batch.mask is not None
+        x0, image = batch.mask.to(device), batch.image.to(device)
+        t = torch.randint(len(diffusion.schedule), (len(x0),))
+        terms = diffusion.training_losses(
+            lambda x, t, image, y: net(x, t, net.encode(image), y=y),
+            x0,
+            t,
+            eps=torch.randn_like(x0),
+            condition=image,
+        )
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.detach_()
+                parameter.grad.zero_()
+        terms["loss"].mean().backward()
+        norm = sum((p.grad**2).sum().item() for p in parameters if p.grad is not None)
+        assert norm >= 0
+        optimizer.step()
+        with torch.no_grad():
+            for average, parameter in zip(averages, parameters, strict=True):
+                average.mul_(0.9999).add_(parameter, alpha=1 - 0.9999)
+
+    return step
+
+
+def measure(
+    ways: dict[str, Callable[[], None]], arguments: argparse.Namespace, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step, the ways taking turns; the first turn only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(arguments.rounds + 1):
+        for name, step in ways.items():
+            for _ in range(arguments.steps):
+                synchronise(device)
+                started = time.perf_counter()
+                step()
+                synchronise(device)
+                if turn:
+                    seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
