@@ -27,7 +27,7 @@ from guided_diffusion.evaluate import (
     evaluate,
     folder_of,
     mean_of,
-    noted_seconds,
+    noted,
     pair_cases,
     read_soft,
     resize,
@@ -76,7 +76,7 @@ def evaluate_classes(
 
     patients = {name: _by_patient(scores, truths) for name, scores in rows.items()}
     summary = _summary(rows, patients)
-    summary["seconds_per_case"] = mean_of(noted_seconds(folder))
+    summary |= noted(folder)
     write_text(folder / "scores.csv", _table(rows, CaseScore._fields))
     if any(patients.values()):
         write_text(folder / "patients.csv", _table(patients, PatientScore._fields))

@@ -72,4 +72,5 @@ def exit_on_user_error() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def evaluate(
     summary = {
         **summarise(scores),
         **summarise_patients(patients),
-        "seconds_per_case": mean_of(noted_seconds(folder)),
+        **noted(folder),
     }
     write_text(folder / "scores.csv", _csv_text(scores))
     if patients:
@@ -193,12 +193,17 @@ def summarise(scores: Sequence[CaseScore]) -> Summary:
     }
 
 
-def noted_seconds(folder: Path) -> Iterator[float]:
-    """What sampling noted for each case in ``predictions.csv``; nothing where there is none."""
+def noted(folder: Path) -> Summary:
+    """What sampling noted in ``predictions.csv``: seconds per case, and its count of settings."""
     path = folder / "predictions.csv"
+    rows: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            yield from (float(row["seconds"]) for row in csv.DictReader(file) if row.get("seconds"))
+            rows = list(csv.DictReader(file))
+    return {
+        "seconds_per_case": mean_of(float(row["seconds"]) for row in rows if row.get("seconds")),
+        "settings": len({row.get("fingerprint") for row in rows}),
+    }
 
 
 def report(summary: Summary) -> str:
@@ -230,8 +235,18 @@ def report(summary: Summary) -> str:
             f"empty truths {summary['empty_truth']}, empty predictions "
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
             f"empty masks: {summary['empty_rule']}",
+            *_mixture(summary),
         ]
     )
+
+
+def _mixture(summary: Summary) -> list[str]:
+    if summary["settings"] < 2:
+        return []
+    return [
+        f"beware: these masks are of {summary['settings']} different settings (weights, sampler, "
+        "steps, seed); fingerprint in predictions.csv tells them apart"
+    ]
 
 
 def _line(label: str, scores: Summary, key: str) -> str:
@@ -392,7 +407,7 @@ def _patient_lines(summary: Summary) -> list[str]:
     """The line on patients, where there are any."""
     if not summary.get("patients"):
         return []
-    label = f"Dice of {summary['patients']} patients"
+    label = f"Dice of {summary['patients']} patient{'s' * (summary['patients'] != 1)}"
     return [f"{label:<24}{_number(summary['dice_patient']):>10}"]
 
 

@@ -31,7 +31,7 @@ from guided_diffusion.class_results import (
 )
 from guided_diffusion.classes import each
 from guided_diffusion.datasets import Case, Entry, SegmentationDataset
-from guided_diffusion.dist_util import barrier, rank, world_size
+from guided_diffusion.dist_util import agreed, barrier, rank, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, whole
 from guided_diffusion.pictures import soft_png
@@ -76,7 +76,9 @@ def segment(
     record.begin([entries[index].name for index in todo], of=len(entries))
 
     mine = _share(todo, entries)
-    stacks.expect(entries[index] for index in mine)
+    others = {entries[i].volume for i in todo} if rank() == 0 else {e.volume for e in entries}
+    own = {entries[index].volume for index in mine}
+    stacks.expect((entries[index] for index in mine), elsewhere=others - own)
     stacks.write()
     failures: Failures = {}
     for index, case, result, seconds in _drawn(segmenter, dataset, mine, failures):
@@ -88,8 +90,15 @@ def segment(
         record.add(_row(case, result, seconds))
         stacks.write()
     record.end()
-    _report(record, failures)
-    return [entry.name for entry in entries]
+    failed = agreed(bool(failures))
+    if rank() == 0 and not failed:
+        stacks.clear()
+    names = [entry.name for entry in entries]
+    if rank() == 0:
+        _say_what_to_look_at(record, names)
+    if failures:
+        raise _failure(failures)
+    return names
 
 
 def _share(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
@@ -140,21 +149,29 @@ def _results(
     yield from zip(indices, cases, results, strict=True)
 
 
-def _report(record: Record, failures: Failures) -> None:
-    """Name the cases to look at, and raise a UserError for those that could not be segmented."""
-    doubtful = [name for name, row in record.rows.items() if _is_doubtful(row)]
-    if doubtful and rank() == 0:
+def _say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
+    """Name the cases of this run whose members are doubtful, and what else lies in the folder."""
+    doubtful = [name for name in names if name in record.rows and _is_doubtful(record.rows[name])]
+    if doubtful:
         logger.log(
             f"look at {listing(doubtful)}: their members are partly empty, or disagree by more "
             f"than {DOUBTFUL}"
         )
-    if failures:
-        raise UserError(
-            f"{len(failures)} of the cases",
-            found="; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
-            expected="readable cases that fit the model and its device",
-            mend="All others are finished: mend these and run the same command again.",
+    strangers = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
+    if strangers:
+        logger.log(
+            f"{strangers} cases in {record.out_dir} are of other settings; they stay, and would be "
+            "scored together with these"
         )
+
+
+def _failure(failures: Failures) -> UserError:
+    return UserError(
+        f"{len(failures)} of the cases",
+        found="; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
+        expected="readable cases that fit the model and its device",
+        mend="All others are finished: mend these and run the same command again.",
+    )
 
 
 def _is_doubtful(row: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,13 @@ class Stacks:
             self.whole[volume] = all(self._written(volume, kind) is not None for kind in KINDS)
         return self.whole[volume] or self._slice(entry).exists()
 
-    def expect(self, entries: Iterable[Entry]) -> None:
-        """Say which slices are still to come; volumes are written when the last one is there."""
+    def expect(self, entries: Iterable[Entry], *, elsewhere: Container[str] = ()) -> None:
+        """Say which slices are still to come; volumes are written when the last one is there.
+
+        The volumes ``elsewhere`` are another process's, which writes them.
+        """
         self.missing = Counter(entry.volume for entry in entries)
+        self.source = {v: path for v, path in self.source.items() if v not in elsewhere}
 
     def keep(self, entry: Entry, maps: Mapping[str, np.ndarray]) -> None:
         """Put one slice by: a map [..., H, W] for each of the :data:`KINDS`."""
@@ -69,8 +73,10 @@ class Stacks:
                 for kind in KINDS:
                     self._write_kind(volume, kind, source, sorted(waiting.glob("[0-9]*.npz")))
                 shutil.rmtree(waiting)
-        if self.waiting.parent.is_dir() and not any(self.missing.values()):
-            shutil.rmtree(self.waiting.parent)
+
+    def clear(self) -> None:
+        """Remove what waits for nothing any more: all is in its volume."""
+        shutil.rmtree(self.waiting.parent, ignore_errors=True)
 
     def _write_kind(self, volume: str, kind: str, source: Path, slices: list[Path]) -> None:
         planes = {int(path.stem): _load(path, kind) for path in slices}

@@ -8,6 +8,7 @@ killed is continued by the same command. Called by ``scripts/brats_slices.py``.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import nibabel as nib
 import numpy as np
@@ -74,19 +76,43 @@ class Job(NamedTuple):
 
 
 def plan_jobs(dataset: VolumeDataset, out: Path, plan: Plan) -> list[Job]:
-    """One job per volume, in the order of the split file, which is written if it is not there."""
+    """One job per volume, in the order of the split file, which is written if it is not there.
+
+    ``volumes.json`` remembers which numbers a volume's slices have, so that volumes may be added,
+    and what its files were, so that a changed one is refused.
+    """
     make_folder(out, flag="--out")
     parts = _read_or_write_split(out / "split.txt", sorted(set(dataset.patients)), plan)
     order = {patient: number for number, patient in enumerate(parts, 1)}
     entries = sorted(dataset.entries, key=lambda entry: (order[entry.patient], entry.name))
 
-    jobs, first = [], 1
-    for _, group in groupby(entries, key=lambda entry: entry.volume):
+    path = out / "volumes.json"
+    known: dict[str, list[int]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    free = 1 + max((first + count - 1 for first, count, _ in known.values()), default=0)
+    jobs = []
+    for volume, group in groupby(entries, key=lambda entry: entry.volume):
         slices = list(group)
+        row = known.setdefault(volume, [free, len(slices), _stamp(slices[0])])
+        if row[1:] != [len(slices), _stamp(slices[0])]:
+            raise UserError(
+                slices[0].images[0],
+                found="a volume that has changed since its slices were cut",
+                expected="the volume of before",
+                mend="Choose another --out, so that old and new slices do not mix.",
+            )
+        free = max(free, row[0] + row[1])
         patient = slices[0].patient
-        jobs.append(Job(out / parts[patient], order[patient], slices, first))
-        first += len(slices)
+        jobs.append(Job(out / parts[patient], order[patient], slices, row[0]))
+    with whole(path) as part:
+        part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return jobs
+
+
+def _stamp(volume: Entry) -> int:
+    """One number that changes when a file of the volume does: of sizes and times of change."""
+    files = [*volume.images, *([volume.mask] if volume.mask else [])]
+    stats = [path.stat() for path in files]
+    return crc32(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
 
 
 def open_volumes(src: Path, reading: Reading) -> VolumeDataset:
@@ -232,4 +258,5 @@ def _settings(plan: Plan) -> str:
     first, end = ("" if bound is None else bound for bound in reading.slices)
     blank = "" if reading.blank_slices else ", no blank slices"
     channels = ",".join(reading.modalities) or "all modalities"
-    return f"slices {first}:{end}{blank}, {reading.normalise}, {plan.dtype}, {channels}"
+    cut = f"slices {first}:{end}{blank}, {reading.normalise}, {plan.dtype}, {channels}"
+    return f"{cut}, train {plan.train:g}, seed {plan.seed}"

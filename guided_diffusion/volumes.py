@@ -268,7 +268,9 @@ def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Ent
             expected=f"some of the {shape[2]} slices of {volume.images[0]}",
             mend="Count from 0, the end left out: 80:129 leaves 49 of 155.",
         )
-    blank = frozenset() if reading.blank_slices else store(volume.images[0]).constant
+    blank: frozenset[int] = frozenset()
+    if not reading.blank_slices:
+        blank = frozenset.intersection(*(store(path).constant for path in volume.images))
     for plane in chosen:
         if plane not in blank:
             yield volume._replace(name=f"{volume.name}_slice{plane:03d}", plane=plane)

@@ -10,10 +10,13 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, refused, script, succeeded
+from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succeeded
 
+from guided_diffusion import phantom_folders
 from guided_diffusion.ensemble import squared_mean
 from guided_diffusion.segmenter import Segmenter
 
@@ -60,6 +63,41 @@ def test_two_processes_draw_what_one_draws(brats: Path, trained: Path, tmp_path:
     assert done.stdout.count("cases in") == 1
     again = together(2, *sampling(brats / "training", trained, two))
     assert "4 of 4 cases are finished and kept" in again.stdout
+
+
+def test_two_processes_restack_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    phantom_folders.write_brats_volumes(tmp_path, 3, patients=4, size=24, slices=12, training=0.25)
+    flags = ("--out_dir", tmp_path / "run", "--max_steps", 1, *NETWORK, *DIFFUSION)
+    succeeded(script("segmentation_train", "--data_dir", tmp_path / "training", *flags))
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, run in ((one, script), (two, None)):
+        line = [*sampling(tmp_path / "testing", tmp_path / "run", out), "--slices", "3:9"]
+        if run:
+            succeeded(run("segmentation_sample", *line))
+        else:
+            done = together(2, *line)
+            assert done.returncode == 0, done.stderr
+    volumes = sorted(path.name for path in one.glob("*.nii.gz"))
+    assert len(volumes) == 9 and volumes == sorted(path.name for path in two.glob("*.nii.gz"))
+    for name in volumes:
+        left, right = (nib.load(folder / name).get_fdata() for folder in (one, two))
+        np.testing.assert_allclose(left, right, atol=2e-4)
+        if "output_ens" in name:
+            assert (left[:, :, 3:9].max(axis=(0, 1)) > 0).all()
+    assert not (two / ".slices").exists()
+
+
+def test_cases_of_other_settings_are_told_apart(brats: Path, trained: Path, tmp_path: Path) -> None:
+    arguments = sampling(brats / "testing", trained, tmp_path)
+    succeeded(script("segmentation_sample", *arguments))
+    more = ("--num_samples", 1, "--seed", 3)
+    text = succeeded(script("segmentation_sample", *arguments, *more))
+    assert "1 cases in" in text and "are of other settings" in text
+    flags = ("--inp_pth", tmp_path, "--out_pth", brats / "testing")
+    assert "beware: these masks are of 2 different settings" in succeeded(
+        script("segmentation_env", *flags)
+    )
 
 
 def test_rows_of_a_killed_process_are_not_lost(brats: Path, trained: Path, tmp_path: Path) -> None:

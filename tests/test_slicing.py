@@ -133,3 +133,24 @@ def test_slicing_refuses_other_settings_and_slices(tmp_path: Path) -> None:
     succeeded(slicer(data, out, "--slices", "1:3"))
     assert "cut with other settings (slices 1:3" in refused(slicer(data, out, "--slices", "1:4"))
     assert "two-dimensional slices" in refused(slicer(out / "training", tmp_path / "new"))
+
+
+def test_volumes_may_be_added_but_not_changed(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_volumes(data, ("BraTS-GLI-00001-000", "BraTS-GLI-00002-000"))
+    flags = ("--slices", "1:3", "--train", 1)
+    succeeded(slicer(data, out, *flags))
+    before = contents(out / "training")
+
+    write_volumes(data, ("BraTS-GLI-00001-001",))
+    text = succeeded(slicer(data, out, *flags))
+    assert "2 slices of 3 volumes written, 4 were there" in text
+    after = contents(out / "training")
+    assert before.items() <= after.items()
+    assert len(BRATSDataset(out / "training")) == 6
+
+    assert "train 0.5" in refused(slicer(data, out, "--slices", "1:3", "--train", 0.5))
+    seg = next((data / "BraTS-GLI-00002-000").glob("*seg*"))
+    seg.touch()
+    assert "changed since" in refused(slicer(data, out, *flags))
+    assert contents(out / "training") == after
