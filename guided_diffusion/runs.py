@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,27 +89,18 @@ from guided_diffusion.validation import Validation, chosen_cases
 
 def train(typed: dict[str, Any]) -> None:
     """Train on a data set: what ``segmentation_train.py`` does with the flags typed."""
-    options, run, data = (
-        fill(TrainingOptions, typed),
-        fill(RunOptions, typed),
-        fill(DataOptions, typed),
-    )
-    options, run = _settled(options, typed), settle_precision(run)
+    options = _settled(fill(TrainingOptions, typed), typed)
+    run, watch = settle_precision(fill(RunOptions, typed)), fill(WatchOptions, typed)
     launch(run.multi_gpu)
     setup_dist()
     path, start = _checkpoint_to_resume(options, run)
     trained = {**LATER, **start.options} if start and start.options else {}
     refuse_contradictions(_plainly(typed), trained, path)
-    reading = create_reading(fill(DataOptions, {**typed, **trained}))
-    dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
-    watch, held_out = fill(WatchOptions, typed), None
-    if rank() == 0:
-        held_out = _held_out(watch, data, dataset, reading)
-    if data.split:
-        dataset = narrowed(dataset, data.split, "training")
-    network = _network_for(dataset, {**typed, **trained}, path)
-    diffusion = fill(DiffusionOptions, {**typed, **trained})
-    frame, crop = _frame(dataset, network, {**typed, **trained})
+    flags = {**typed, **trained}
+    dataset, held_out = _training_data(flags, watch)
+    network = _network_for(dataset, flags, path)
+    diffusion = fill(DiffusionOptions, flags)
+    frame, crop = _frame(dataset, network, flags)
 
     device = dev(run.gpu_dev)
     torch.manual_seed(run.seed)
@@ -121,12 +112,9 @@ def train(typed: dict[str, Any]) -> None:
     validation = None
     if held_out or sinks:
         copy = place(create_model(network, diffusion, dataset.classes), device)
-        plan = _plan_of_validation(watch, run, process, device)
-        validation = Validation(
-            Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes),
-            chosen_cases(held_out, watch.val_cases) if held_out else [dataset[0]],
-            folder=Path(run.out_dir).expanduser() / "validation" if held_out else None,
-        )
+        plan = _validation_plan(watch, run, process, device)
+        segmenter = Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes)
+        validation = _validation(segmenter, dataset, held_out, watch, run)
     out_dir = Path(run.out_dir).expanduser()
     loop = TrainLoop(
         place(net, device),
@@ -145,22 +133,15 @@ def train(typed: dict[str, Any]) -> None:
         validate=validation,
         after_save=lambda: draw_curves(out_dir / "progress.csv", out_dir / "curves.png"),
     )
+
     logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
-    for note in [*dead_flags(TRAIN, typed), *dataset.notes]:
-        logger.log(note)
-    if validation and validation.folder:
-        logger.log(
-            f"validation on {len(validation.cases)} of {len(held_out or ())} cases, "
-            f"2 masks each in {validation.segmenter.plan.evaluations} evaluations"
-        )
-    if find_spec("matplotlib") is None:
-        logger.log("no curves.png: python -m pip install matplotlib would draw it")
     if start:
         loop.restore(start)
         logger.log(f"resuming {path} at step {start.step}")
+    for note in [*dead_flags(TRAIN, typed), *dataset.notes, *_notes(validation)]:
+        logger.log(note)
     logger.log(
-        f"{len(dataset)} {dataset.layout} cases, {dataset.channels} channels, {data.data_dir}; "
-        f"{million(net)} on {describe(device)}, {run.precision}; "
+        f"{dataset}; {million(net)} on {describe(device)}, {run.precision}; "
         f"steps {loop.step} to {loop.last_step or 'no end'}"
     )
     try:
@@ -170,13 +151,50 @@ def train(typed: dict[str, Any]) -> None:
             sink.close()
 
 
-def _plan_of_validation(
-    watch: WatchOptions, run: RunOptions, process: GaussianDiffusion, device: torch.device
+def _training_data(
+    flags: dict[str, Any], watch: WatchOptions
+) -> tuple[SegmentationDataset, SegmentationDataset | None]:
+    """Open the cases to train on, and those to validate on, if any."""
+    data = fill(DataOptions, flags)
+    reading = create_reading(data)
+    dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
+    held_out = _held_out(watch, data, dataset, reading) if rank() == 0 else None
+    if data.split:
+        dataset = narrowed(dataset, data.split, "training")
+    return dataset, held_out
+
+
+def _validation_plan(
+    watch: WatchOptions, run: RunOptions, diffusion: GaussianDiffusion, device: torch.device
 ) -> Plan:
-    """Two masks a case, in a few evaluations."""
-    steps = min(watch.val_steps, len(process.kept))
-    options = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
-    return make_plan(options, run, process, {}, device=device, own=True)
+    """How the masks of a validation are drawn: two a case, in few evaluations."""
+    steps = min(watch.val_steps, len(diffusion.kept))
+    sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
+    return make_plan(sampling, run, diffusion, {}, device=device, own=True)
+
+
+def _validation(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    held_out: SegmentationDataset | None,
+    watch: WatchOptions,
+    run: RunOptions,
+) -> Validation:
+    """Validate on some held-out cases; without any, only film one training case."""
+    if held_out is None:
+        return Validation(segmenter, [dataset[0]], folder=None)
+    folder = Path(run.out_dir).expanduser() / "validation"
+    return Validation(segmenter, chosen_cases(held_out, watch.val_cases), folder=folder)
+
+
+def _notes(validation: Validation | None) -> Iterator[str]:
+    if validation and validation.folder:
+        yield (
+            f"validation on {len(validation.cases)} cases, 2 masks each in "
+            f"{validation.segmenter.plan.evaluations} evaluations"
+        )
+    if find_spec("matplotlib") is None:
+        yield "no curves.png: python -m pip install matplotlib would draw it"
 
 
 def _held_out(

@@ -307,7 +307,7 @@ def test_volumes_from_training_to_scores(tmp_path: Path, monkeypatch: pytest.Mon
             "segmentation_env", "--inp_pth", out, "--out_pth", tmp_path / "testing", "--partial", 1
         )
     )
-    assert "Dice of 1 patients" in scored and (out / "patients.csv").exists()
+    assert "Dice of 1 patient" in scored and (out / "patients.csv").exists()
 
 
 # --------------------------------------------------------------------------------------- real data
