@@ -364,8 +364,12 @@ class TrainLoop:
         logger.logkv("samples", self.step * self.options.batch_size * world_size())
         logger.logkv("lr", self.optimizer.param_groups[0]["lr"])
         logger.logkv("memory_gib", memory_gib(self.device))
-        for name, value in self.log.means(self.parameters).items():
+        means = self.log.means(self.parameters)
+        for name, value in means.items():
             logger.logkv(name, value)
+        if self.last_step:
+            left = (self.last_step - self.step) / means["steps_per_s"]
+            logger.logkv("minutes_left", round(left / 60, 1))
         with progress.external_write_mode(sys.stdout):
             logger.dumpkvs()
 

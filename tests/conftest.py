@@ -41,13 +41,14 @@ class Run(NamedTuple):
 
 
 def script(name: str, *arguments: object) -> Run:
-    """Run a file of scripts/ as a program, in this process: an import of torch takes seconds.
+    """Run a script as a program, in this process: an import of torch takes seconds.
 
     An exception that no script should let through is let through here as well.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    argv = [f"scripts/{name}.py", *map(str, arguments)]
+    file = ROOT / (name if name.endswith(".py") else f"scripts/{name}.py")
+    argv = [str(file.relative_to(ROOT)), *map(str, arguments)]
     try:
         with (
             mock.patch.object(sys, "argv", argv),
@@ -55,7 +56,7 @@ def script(name: str, *arguments: object) -> Run:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+            runpy.run_path(str(file), run_name="__main__")
     except SystemExit as end:
         code = int(end.code or 0)
     finally:

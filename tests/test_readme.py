@@ -31,7 +31,7 @@ RUN_BY_MAKE = ("-m venv", "-m pip", "-m ruff", "-m mypy", "-m pytest")
 def shell_lines() -> list[str]:
     """Return the lines of the README's shell blocks and its inline commands, in order."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    inline = re.findall(r"`(python scripts/[^`]*)`", README)
+    inline = re.findall(r"`(python (?:scripts|benchmarks)/[^`]*)`", README)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in [*lines, *(" ".join(i.split()) for i in inline)] if line.strip()]
 
@@ -58,7 +58,7 @@ def run(command: str, variables: dict[str, str]) -> None:
     shrink = SHRINK[file]
     if "--image_size" in command and file.endswith("sample.py"):
         shrink += f" {SMALL}"  # the flags of the network have to be those of training
-    ended = script(Path(file).stem, *words, *shlex.split(shrink))
+    ended = script(file, *words, *shlex.split(shrink))
     assert ended.code == 0, f"{command}\n{ended.err[-2000:]}"
 
 
@@ -115,6 +115,10 @@ def test_nothing_else_is_printed_as_a_command() -> None:
     known = ("make demo", "make test", "python", "python3 -m venv", ". .venv/bin/activate")
     for line in shell_lines():
         assert line.startswith(known) or re.fullmatch(r'\w+="[^"]*"', line), line
+
+
+def test_every_figure_has_been_filled_in() -> None:
+    assert not re.findall(r"\b[A-Z]{10,}\b", README)
 
 
 def test_pictures_and_links_exist() -> None:
