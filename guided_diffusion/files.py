@@ -6,6 +6,7 @@ Used by everything that writes results: checkpoints, logs, predictions and score
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,11 +44,10 @@ def make_folder(path: Path, *, flag: str = "--out_dir") -> Path:
     Raises:
         UserError: it cannot.
     """
-    probe = path / ".writable"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):  # nameless: several processes may ask at once
+            pass
     except OSError as error:
         raise UserError(
             flag,

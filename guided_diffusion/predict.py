@@ -223,6 +223,7 @@ class Record:
         stale = [name for name in names if self.rows.pop(name, None)]
         if stale:
             logger.log(f"{len(stale)} cases of other settings in {self.out_dir} are drawn anew")
+        barrier()  # every process has read the parts that the first one now gathers
         if rank() == 0:
             self._gather(stale)
         barrier()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succee
 
 from guided_diffusion import phantom_folders
 from guided_diffusion.ensemble import squared_mean
+from guided_diffusion.files import make_folder
 from guided_diffusion.segmenter import Segmenter
 
 
@@ -165,6 +167,13 @@ def live_bytes() -> int:
     """Bytes of all tensors that Python holds, garbage apart."""
     gc.collect()
     return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
+
+
+def test_many_may_make_a_folder_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for folder in (tmp_path / str(trial) for trial in range(50)):
+            assert set(pool.map(make_folder, [folder] * 8)) == {folder}
+            assert not list(folder.iterdir())
 
 
 def test_from_python(trained: Path, tmp_path: Path) -> None:
