@@ -7,6 +7,7 @@ device from its tensors.
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -31,9 +32,19 @@ def world_size() -> int:
 
 
 def setup_dist() -> None:
-    """Join the other processes that ``torchrun`` started, if any: nccl with CUDA, else gloo."""
+    """Join the other processes that ``torchrun`` started, if any: nccl with CUDA, else gloo.
+
+    The process leaves them as it ends: an interpreter that ends with the group's threads still
+    running is now and then aborted, its work done and its exit code lost.
+    """
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:

@@ -42,7 +42,6 @@ torch.save({
     "model": dict(loop.net.state_dict()),
     "gradients": gradients,
 }, out / f"rank{rank()}")
-torch.distributed.destroy_process_group()
 """
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
