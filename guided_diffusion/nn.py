@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Output(NamedTuple):
@@ -63,7 +65,7 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
+def zeroed(layer: Layer) -> Layer:
     """Start a layer at zero, so that its block starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -181,10 +183,20 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)
-        qkv = self.qkv(self.norm(flat))
-        attended = attend(qkv, self.num_heads, heads_first=not self.use_new_attention_order)
-        return (flat + self.proj_out(attended)).reshape(x.shape)
+        attended = attend(
+            _pointwise(self.qkv, self.norm(x).flatten(2)),
+            self.num_heads,
+            heads_first=not self.use_new_attention_order,
+        )
+        return x + _pointwise(self.proj_out, attended).reshape(x.shape)
+
+
+def _pointwise(layer: nn.Conv1d, flat: Tensor) -> Tensor:
+    """Apply a convolution of width 1 to [B, C, N] as the linear map it is.
+
+    A channels-last feature map stays so, and the fast kernels of attention want just that.
+    """
+    return F.linear(flat.transpose(1, 2), layer.weight[..., 0], layer.bias).transpose(1, 2)
 
 
 def attend(qkv: Tensor, num_heads: int, *, heads_first: bool) -> Tensor:
