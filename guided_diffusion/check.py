@@ -18,15 +18,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from guided_diffusion.datasets import Case, Frame, SegmentationDataset, auto_frame
 from guided_diffusion.errors import UserError, gathering
-from guided_diffusion.files import whole
-from guided_diffusion.pictures import Tile, contact_sheet
+from guided_diffusion.pictures import Tile, contact_sheet, write_picture
 from guided_diffusion.readers import label_values, listing
 
 Result = TypeVar("Result")
@@ -325,8 +323,7 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     subtitle = f"{dataset.layout}  ·  {len(tiles)} of {len(dataset)} cases"
     title = "/".join(dataset.directory.resolve().parts[-2:])
     page = contact_sheet(tiles, title=title, subtitle=subtitle)
-    with whole(path, mend="Choose another --out.") as part:
-        Image.fromarray(page).save(part, format="PNG")
+    write_picture(path, page, mend="Choose another --out.")
     return len(tiles)
 
 

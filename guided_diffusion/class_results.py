@@ -6,7 +6,7 @@ its name. Called by ``predict``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from guided_diffusion.classes import RECORD, Classes, each, record_text, recorded_classes
 from guided_diffusion.datasets import Case
-from guided_diffusion.ensemble import disagreement
+from guided_diffusion.ensemble import MEASURES, disagreement
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import whole
-from guided_diffusion.pictures import Pixels, class_overlay, overlay
+from guided_diffusion.pictures import Pixels, class_overlay, overlay, strip
 from guided_diffusion.segmenter import Segmentation
 
 
@@ -82,14 +82,35 @@ def soft_maps(result: Segmentation) -> Iterator[tuple[str, Tensor]]:
             yield f"output{index}{end}", member.reshape(-1, *size)[k]
 
 
+def draw_strip(case: Case, result: Segmentation, channels: Sequence[str] = ()) -> Pixels:
+    """Every channel, the truth, the fused mask and every member in grey, uint8 [h, w, 3].
+
+    ``channels`` are the names of the image's.
+    """
+    names = channels or [f"channel {index}" for index in range(len(case.image))]
+    panels = dict(zip(names, map(_stretched, case.image), strict=True))
+    for k, end in each(result.classes):
+        if case.mask is not None:
+            panels[f"truth{end}"] = case.mask[k]
+    panels |= dict(soft_maps(result))
+    return strip(list(panels.values()), list(panels), title=case.name, columns=len(names))
+
+
+def _stretched(channel: Tensor) -> Tensor:
+    """A channel [H, W] of any range, between its least and its largest value."""
+    low, high = channel.aminmax()
+    return (channel - low) / (high - low).clamp(min=1e-12)
+
+
 def draw_overlay(case: Case, result: Segmentation) -> Pixels:
     """Image, truth, fused mask and uncertainty side by side, uint8 [h, w, 3]."""
-    image, unsure, members = case.image.numpy(), doubt(result).numpy(), len(result.members)
+    image, unsure = case.image.numpy(), doubt(result).numpy()
+    scale, members = (result.measure, MEASURES[result.measure].most), len(result.members)
     truth = None if case.mask is None else (case.mask >= 0.5).numpy()
     if result.classes is None:
         truth = None if truth is None else truth[0]
         fused = result.fused.numpy()
-        return overlay(image, truth, fused, unsure, name=case.name, members=members)
+        return overlay(image, truth, fused, unsure, name=case.name, members=members, scale=scale)
     order = result.classes.painted
     return class_overlay(
         image,
@@ -99,4 +120,5 @@ def draw_overlay(case: Case, result: Segmentation) -> Pixels:
         classes=[result.classes.names[k] for k in order],
         name=case.name,
         members=members,
+        scale=scale,
     )

@@ -1,12 +1,14 @@
 """Several masks of one image made into one, and how far they agree.
 
 Here live the fusion rules (mean, majority vote, and STAPLE of Warfield, Zou and Wells, 2004) and
-the two measures of doubt: the pixel-wise spread and the disagreement of the members. Prediction
-calls them with the draws of one case or of a batch of cases; every function is pure.
+the measures of doubt: pixel by pixel (standard deviation, variance, entropy), and the disagreement
+of the members as one number. Prediction calls them with the draws of one case or of a batch of
+cases; every function is pure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -119,6 +121,35 @@ def uncertainty(members: Tensor) -> Tensor:
     One member alone has none: all zeros.
     """
     return _checked(members).std(dim=0, correction=0).clamp(max=0.5)
+
+
+def variance(members: Tensor) -> Tensor:
+    """Pixel-wise variance (over E): [E, ..., H, W] in [0, 1] -> [..., H, W] in [0, 0.25]."""
+    return _checked(members).var(dim=0, correction=0).clamp(max=0.25)
+
+
+def entropy(members: Tensor) -> Tensor:
+    """Entropy in bits of the mean foreground probability: [E, ..., H, W] -> [..., H, W] in [0, 1].
+
+    It counts what every member is unsure of as well as what they disagree on.
+    """
+    p = mean(members)
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / math.log(2)
+
+
+class Measure(NamedTuple):
+    """A pixel-wise measure of doubt, and the largest value it can have."""
+
+    rule: Callable[[Tensor], Tensor]
+    most: float
+
+
+MEASURES: dict[str, Measure] = {
+    "std": Measure(uncertainty, 0.5),
+    "variance": Measure(variance, 0.25),
+    "entropy": Measure(entropy, 1.0),
+}
+"""The pixel-wise measures of doubt by the names of ``--uncertainty``."""
 
 
 def disagreement(members: Tensor) -> float:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from guided_diffusion.errors import UserError
 
+ROOM = "Free some space or choose another folder."
+
 
 @contextmanager
-def whole(path: Path, *, mend: str = "Free some space or choose another folder.") -> Iterator[Path]:
+def whole(path: Path, *, mend: str = ROOM) -> Iterator[Path]:
     """Give a path to write to; on success the file takes its real name, on failure it vanishes.
 
     Raises:

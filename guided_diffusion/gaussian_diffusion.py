@@ -116,7 +116,8 @@ class GaussianDiffusion:
         def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
             t = torch.full((len(x),), self._told(level.t), device=x.device)
             output = net(x, t, condition, y)
-            value, var_frac = self._split(output.raw.to(x.dtype), x)
+            raw = output.raw.to(x.dtype, copy=True)  # a CUDA graph's output is overwritten
+            value, var_frac = self._split(raw, x)
             if self.predict_xstart:
                 x0 = value
             elif self.predict_v:

@@ -159,6 +159,11 @@ class RunOptions:
     precision: str = _flag(
         "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
     )
+    compile: str = _flag(
+        "",
+        "compile the network with this mode of torch.compile; reduce-overhead uses CUDA graphs",
+        choices=("", "default", "reduce-overhead", "max-autotune"),
+    )
 
 
 @dataclass(frozen=True)
@@ -251,10 +256,21 @@ class SamplingOptions:
         "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
         choices=("mean", "vote", "staple", "squared_mean"),
     )
+    uncertainty: str = _flag(
+        "std",
+        "the map of doubt: std or variance of the members, or entropy (bits) of their mean",
+        choices=("std", "variance", "entropy"),
+    )
     weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
     debug: bool = _flag(
-        False, "write more pictures", dead="an overlay of each case is always written"
+        False, "write <case>_debug.png too: channels, truth, fused mask and members"
+    )
+    visdom: int = _flag(
+        0,
+        "port of a visdom server on this machine to show the drawing on; 0: none",
+        least=0,
+        most=65535,
     )
 
 

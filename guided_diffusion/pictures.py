@@ -2,14 +2,15 @@
 
 Here live the 8-bit form of a soft mask, the colour map of the uncertainty, the overlay (image,
 truth, fused mask and uncertainty side by side) and the contact sheet of a data set. Contours are
-drawn from the level set of the enlarged mask, so they are smooth at any size. Prediction, the demo
-and the check of a data set call it; it writes no file.
+drawn from the level set of the enlarged mask, so they are smooth at any size. Prediction,
+validation and the check of a data set call it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from guided_diffusion import metrics
+from guided_diffusion.files import ROOM, whole
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
-UNCERTAINTY_SCALE = 0.5  # the largest standard deviation that values in [0, 1] can have
+Scale = tuple[str, float]
+STD: Scale = ("std", 0.5)
+"""What a map of doubt shows, and its largest value: the standard deviation of values in [0, 1]."""
 
 BACKGROUND: Colour = (17, 19, 24)
 INK: Colour = (236, 238, 242)
@@ -59,6 +63,16 @@ def soft_png(values: ArrayLike) -> Pixels:
     return result
 
 
+def write_picture(path: Path, pixels: Pixels, *, mend: str = ROOM) -> None:
+    """Write a picture as PNG; it appears whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with whole(path, mend=mend) as part:
+        Image.fromarray(pixels).save(part, format="PNG")
+
+
 def heat(values: ArrayLike) -> Pixels:
     """Colour map: values [...] in [0, 1] (clipped) -> uint8 [..., 3], dark to bright."""
     position = np.clip(np.asarray(values, dtype=np.float32), 0, 1) * (len(HEAT) - 1)
@@ -75,21 +89,22 @@ def overlay(
     *,
     name: str,
     members: int = 1,
+    scale: Scale = STD,
     panel: int = 320,
 ) -> Pixels:
     """One picture of a case: image | ground truth | fused mask | uncertainty.
 
     ``image`` float [C, H, W] of any range (three channels are colour, else the last one is shown
     in grey), ``truth`` [H, W] in {0, 1} or None (its panel is left out), ``fused`` [H, W] in
-    [0, 1], ``uncertainty`` [H, W] in [0, 0.5]. ``panel`` is the longer side of a panel in pixels.
-    Returns uint8 [h, w, 3]. Raises ValueError when the sizes differ.
+    [0, 1], ``uncertainty`` [H, W], which ``scale`` names, with its largest value. ``panel`` is the
+    longer side of a panel in pixels. Returns uint8 [h, w, 3]. Raises ValueError when sizes differ.
     """
-    case = _Case.of(image, truth, fused, uncertainty, panel)
+    case = _Case.of(image, truth, fused, np.asarray(uncertainty) / scale[1], panel)
     panels = [
         (case.picture, _Caption("image")),
         (case.with_truth(), _Caption("ground truth")),
         (case.with_fused(), _Caption("fused mask", marks=case.marks())),
-        (case.with_doubt(), _Caption("uncertainty", bar=True)),
+        (case.with_doubt(), _Caption("uncertainty", bar=scale)),
     ]
     if truth is None:
         del panels[1]
@@ -110,20 +125,21 @@ def class_overlay(
     classes: Sequence[str],
     name: str,
     members: int = 1,
+    scale: Scale = STD,
     panel: int = 320,
 ) -> Pixels:
     """As :func:`overlay`, for K classes, each in a colour that the legend names.
 
-    ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, ``uncertainty`` is [H, W] in
-    [0, 0.5]; wide regions come first. Raises ValueError when the sizes differ.
+    ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, ``uncertainty`` is [H, W]; wide
+    regions come first. Raises ValueError when the sizes differ.
     """
     found = np.asarray(masks) > 0
-    case = _Case.of(image, None, found.any(axis=0), uncertainty, panel)
+    case = _Case.of(image, None, found.any(axis=0), np.asarray(uncertainty) / scale[1], panel)
     marks = tuple(zip(cycle(CLASSES), classes, strict=False))
     panels = [
         (case.picture, _Caption("image")),
         (_painted(case, found), _Caption("fused mask", marks=marks)),
-        (case.with_doubt(), _Caption("uncertainty", bar=True)),
+        (case.with_doubt(), _Caption("uncertainty", bar=scale)),
     ]
     verdict = "1 member" if members == 1 else f"{members} members"
     if truth is not None:
@@ -258,7 +274,7 @@ class _Case(NamedTuple):
 
         scale = panel / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        doubt = np.asarray(uncertainty, dtype=np.float32) / UNCERTAINTY_SCALE
+        doubt = np.asarray(uncertainty, dtype=np.float32)
         return cls(
             size=size,
             picture=_enlarge(shown, size),
@@ -368,7 +384,7 @@ class _Caption(NamedTuple):
 
     title: str
     marks: tuple[tuple[Colour, str], ...] = ()
-    bar: bool = False
+    bar: Scale | None = None
     note: str = ""
 
 
@@ -401,7 +417,7 @@ class _Canvas:
         self._text((left, middle), title, size=14, anchor="lm", fill=QUIET)
         self._text((left + width, middle), caption.note, size=13, anchor="rm", fill=HEAT[4])
         if caption.bar:
-            self._bar(left + width, middle)
+            self._bar(left + width, middle, caption.bar)
         self._legend(left + width, middle, caption.marks)
 
     def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
@@ -414,15 +430,16 @@ class _Canvas:
             self.draw.rectangle((right - 14, middle - 1, right, middle + 1), fill=colour)
             right -= 14 + 12
 
-    def _bar(self, right: int, middle: int, length: int = 90) -> None:
-        """The scale of the uncertainty, 0 to 0.5, in the colours of the map."""
-        scale = f"{UNCERTAINTY_SCALE:g}"
+    def _bar(self, right: int, middle: int, of: Scale, length: int = 90) -> None:
+        """The scale of the uncertainty, from 0, in the colours of the map."""
+        name, most = of
+        scale = f"{most:g}"
         self._text((right, middle), scale, size=13, anchor="rm", fill=QUIET)
         end = right - round(self._width(scale, size=13)) - 6
         ramp = np.tile(heat(np.linspace(0, 1, length)), (10, 1, 1))
         self.picture.paste(Image.fromarray(ramp), (end - length, middle - 5))
         self.draw.rectangle((end - length - 1, middle - 6, end, middle + 5), outline=(70, 74, 84))
-        self._text((end - length - 7, middle), "std  0", size=13, anchor="rm", fill=QUIET)
+        self._text((end - length - 7, middle), f"{name}  0", size=13, anchor="rm", fill=QUIET)
 
     def _shortened(self, name: str, room: float, *, size: int = 19) -> str:
         """The name, with its middle left out where it is wider than ``room``."""

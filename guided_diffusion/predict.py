@@ -17,7 +17,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import logger
@@ -25,6 +24,7 @@ from guided_diffusion.class_results import (
     area_columns,
     doubt,
     draw_overlay,
+    draw_strip,
     measured,
     note_classes,
     soft_maps,
@@ -32,12 +32,14 @@ from guided_diffusion.class_results import (
 from guided_diffusion.classes import each
 from guided_diffusion.datasets import Case, Entry, SegmentationDataset
 from guided_diffusion.dist_util import agreed, barrier, rank, world_size
+from guided_diffusion.ensemble import MEASURES
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, whole
-from guided_diffusion.pictures import soft_png
+from guided_diffusion.film import Film
+from guided_diffusion.pictures import soft_png, write_picture
 from guided_diffusion.readers import listing
 from guided_diffusion.restack import Stacks
-from guided_diffusion.segmenter import Segmentation, Segmenter
+from guided_diffusion.segmenter import Segmentation, Segmenter, batched
 
 Failures = dict[str, str]
 """Why a case could not be segmented, by its name."""
@@ -53,6 +55,7 @@ def segment(
     *,
     fingerprint: str,
     num_samples: int = 0,
+    debug: bool = False,
 ) -> list[str]:
     """Segment a data set into a result folder and return the names of its cases.
 
@@ -62,6 +65,7 @@ def segment(
         out_dir: where ``predictions.csv`` and the files of each case go.
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
+        debug: write a strip of all that there is to see of each case as well.
     """
     make_folder(out_dir)
     entries = dataset.entries[: num_samples or None]
@@ -83,6 +87,9 @@ def segment(
     failures: Failures = {}
     for index, case, result, seconds in _drawn(segmenter, dataset, mine, failures):
         write_case(out_dir, case, result)
+        if debug:
+            pixels = draw_strip(case, result, channels=dataset.modalities)
+            write_picture(out_dir / f"{case.name}_debug.png", pixels)
         if entries[index].volume:
             stacks.keep(entries[index], maps_of(result))
         elif case.affine is not None:
@@ -118,8 +125,10 @@ def _drawn(
 ) -> Iterator[tuple[int, Case, Segmentation, float]]:
     """Segment cases batch by batch under a progress bar; the number is the seconds of each."""
     plan = segmenter.plan
+    if plan.compile and indices:
+        logger.log(f"compiled in {segmenter.warm_up(dataset[indices[0]]):.0f} s")
     with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
-        for some in _batched(indices, max(1, plan.batch_size // plan.num_ensemble)):
+        for some in batched(indices, plan.cases):
             started = time.perf_counter()
             results = list(_results(segmenter, dataset, some, failures))
             seconds = (time.perf_counter() - started) / len(some)
@@ -138,7 +147,8 @@ def _results(
     """Segment cases together; where that fails, one by one, noting those that fail alone."""
     try:
         cases = [dataset[index] for index in indices]
-        results = segmenter.segment(cases)
+        film = Film(segmenter, cases[0].name, show=_show) if logger.watched() else None
+        results = segmenter.segment(cases, film)
     except (UserError, OSError, RuntimeError) as error:
         if len(indices) == 1:
             failures[dataset.names[indices[0]]] = (str(error).splitlines() or [repr(error)])[0]
@@ -147,6 +157,10 @@ def _results(
             yield from _results(segmenter, dataset, [index], failures)
         return
     yield from zip(indices, cases, results, strict=True)
+
+
+def _show(film: Film) -> None:
+    logger.picture("sampling", film.picture(), film.calls)
 
 
 def _say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
@@ -272,22 +286,21 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
     """Write the pictures of one case, each at the case's own size.
 
     ``<name>_output_ens.png`` (soft, 8 bit), ``<name>_mask.png`` (0 and 255),
-    ``<name>_uncertainty.png`` (255 is a standard deviation of 0.5), ``<name>_output<i>.png`` (the
-    members, soft) and ``<name>_overlay.png``. Of declared classes the mask is the label map, the
-    soft ones are ``<name>_output_ens_<class>.png`` and ``<name>_output<i>_<class>.png``, and the
-    uncertainty is the largest of the classes.
+    ``<name>_uncertainty.png`` (255 is the largest value that the measure can have),
+    ``<name>_output<i>.png`` (the members, soft) and ``<name>_overlay.png``. Of declared classes the
+    mask is the label map, the soft ones are ``<name>_output_ens_<class>.png`` and
+    ``<name>_output<i>_<class>.png``, and the uncertainty is the largest of the classes.
     """
     stem = f"{out_dir / case.name}"
     one = result.classes is None
     pictures = {
         "mask": soft_png(result.mask.float()) if one else result.labels.numpy(),
-        "uncertainty": soft_png(2 * doubt(result)),
+        "uncertainty": soft_png(doubt(result) / MEASURES[result.measure].most),
         **{kind: soft_png(values) for kind, values in soft_maps(result)},
         "overlay": draw_overlay(case, result),
     }
     for kind, pixels in pictures.items():
-        with whole(Path(f"{stem}_{kind}.png")) as part:
-            Image.fromarray(pixels).save(part, format="PNG")
+        write_picture(Path(f"{stem}_{kind}.png"), pixels)
     for _, end in each(result.classes):
         _remove_members(stem, end, first=len(result.members))
 
@@ -320,8 +333,3 @@ def _remove_members(stem: str, end: str, *, first: int) -> None:
         if not surplus.exists():
             return
         surplus.unlink()
-
-
-def _batched(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

@@ -117,7 +117,7 @@ def train(typed: dict[str, Any]) -> None:
         validation = _validation(segmenter, dataset, held_out, watch, run)
     out_dir = Path(run.out_dir).expanduser()
     loop = TrainLoop(
-        place(net, device),
+        place(net, device, compile=run.compile),
         process,
         dataset=Remembered(Framed(dataset, frame), most_bytes=round(options.cache_gib * GIB)),
         schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
@@ -170,7 +170,8 @@ def _validation_plan(
     """How the masks of a validation are drawn: two a case, in few evaluations."""
     steps = min(watch.val_steps, len(diffusion.kept))
     sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
-    return make_plan(sampling, run, diffusion, {}, device=device, own=True)
+    uncompiled = replace(run, compile="")
+    return make_plan(sampling, uncompiled, diffusion, {}, device=device, own=True)
 
 
 def _validation(
@@ -231,8 +232,13 @@ def _sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | Tensor
     if watch.tensorboard:
         sinks.append(TensorBoardSink(folder))
     if watch.visdom:
-        sinks.append(VisdomSink(watch.visdom, environment=folder.name or "main"))
+        sinks.append(VisdomSink(watch.visdom, environment=_page(run)))
     return sinks
+
+
+def _page(run: RunOptions) -> str:
+    """The page of a visdom server that a run draws on."""
+    return Path(run.out_dir).expanduser().name or "main"
 
 
 def sample(typed: dict[str, Any]) -> None:
@@ -240,7 +246,8 @@ def sample(typed: dict[str, Any]) -> None:
     options, run = fill(SamplingOptions, typed), fill(RunOptions, typed)
     launch(run.multi_gpu)
     setup_dist()
-    logger.configure(quiet=rank() > 0)
+    sinks = [VisdomSink(options.visdom, environment=_page(run))] if options.visdom else []
+    logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
     for note in dead_flags(SAMPLE, typed):
         logger.log(note)
     dataset, segmenter = load_segmenter(typed)
@@ -253,7 +260,10 @@ def sample(typed: dict[str, Any]) -> None:
         Path(run.out_dir).expanduser(),
         fingerprint=_fingerprint(segmenter, dataset),
         num_samples=options.num_samples,
+        debug=options.debug,
     )
+    for sink in sinks:
+        sink.close()
     logger.log(
         f"{len(names)} cases in {run.out_dir}: <case>_mask.png, <case>_output_ens{end}.png, "
         f"<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>{end}.png, predictions.csv"

@@ -209,9 +209,15 @@ def _mask_range(text: str) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def place(net: UNetModel, device: torch.device) -> UNetModel:
-    """Move a network to its device, in the memory order that convolutions are fastest in."""
-    return net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def place(net: UNetModel, device: torch.device, *, compile: str = "") -> UNetModel:
+    """Move a network to its device, in the memory order that convolutions are fastest in.
+
+    ``compile`` is a mode of ``torch.compile``; the network is compiled when it is first called.
+    """
+    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        net.compile(mode=compile)
+    return net
 
 
 def million(net: torch.nn.Module) -> str:

@@ -8,10 +8,11 @@ through it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from numpy.typing import ArrayLike
@@ -27,9 +28,9 @@ from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
 from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.dpm_solver import solver_levels
-from guided_diffusion.ensemble import FUSIONS, uncertainty
+from guided_diffusion.ensemble import FUSIONS, MEASURES
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.options import (
     LATER,
     DiffusionOptions,
@@ -51,6 +52,8 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.unet import UNetModel
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,9 +66,11 @@ class Plan:
         clip: the range x0 is clamped to at every evaluation, or None.
         num_ensemble: masks a case.
         fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.
+        measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
         seed: of all randomness.
         batch_size: network inputs at a time.
         precision: fp32, bf16 or fp16.
+        compile: a mode of ``torch.compile``, or empty.
     """
 
     sampler: str
@@ -74,14 +79,26 @@ class Plan:
     clip: tuple[float, float] | None = (-1.0, 1.0)
     num_ensemble: int = 5
     fusion: str = "mean"
+    measure: str = "std"
     seed: int = 10
     batch_size: int = 8
     precision: str = "fp32"
+    compile: str = ""
 
     @property
     def evaluations(self) -> int:
         """Network evaluations per mask."""
         return len(self.levels) - 1
+
+    @property
+    def cases(self) -> int:
+        """Cases whose members fit into ``batch_size`` together; 1 if not even those of one do."""
+        return max(1, self.batch_size // self.num_ensemble)
+
+    @property
+    def inputs(self) -> int:
+        """Network inputs in a full call."""
+        return min(self.batch_size, self.cases * self.num_ensemble)
 
 
 class Segmentation(NamedTuple):
@@ -93,14 +110,16 @@ class Segmentation(NamedTuple):
     Attributes:
         members: every drawn mask, soft, float32 [E, H, W] in [0, 1].
         fused: the ensemble's mask, soft, float32 [H, W] in [0, 1].
-        uncertainty: standard deviation of the members, float32 [H, W] in [0, 0.5].
+        uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
         classes: what the channels are; None where everything is one class.
+        measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
     """
 
     members: Tensor
     fused: Tensor
     uncertainty: Tensor
     classes: Classes | None = None
+    measure: str = "std"
 
     @property
     def mask(self) -> Tensor:
@@ -118,6 +137,10 @@ class Segmentation(NamedTuple):
         if self.classes is None:
             return self.mask.to(torch.uint8)
         return torch.from_numpy(self.classes.label_map(self.fused.numpy()))
+
+
+Note = Callable[[Tensor, NoiseLevel, Prediction], object]
+"""Told of every network evaluation: the noisy masks, their level, and what was predicted."""
 
 
 class Segmenter:
@@ -195,7 +218,7 @@ class Segmenter:
         source = f"{path}: {which}"
         if not own:
             source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
-        net = place(net, device)
+        net = place(net, device, compile=plan.compile)
         return cls(net, process, frame=frame, plan=plan, source=source, classes=classes)
 
     def __str__(self) -> str:
@@ -243,26 +266,54 @@ class Segmenter:
             )
         return self.segment([Case(pixels, None, name or "image")])[0]
 
-    def segment(self, cases: Sequence[Case]) -> list[Segmentation]:
-        """Segment cases of any size: bring them to the network's, draw, bring back, fuse."""
+    def segment(self, cases: Sequence[Case], note: Note | None = None) -> list[Segmentation]:
+        """Segment cases of any size: bring them to the network's, draw, bring back, fuse.
+
+        ``note`` is told of every network evaluation.
+        """
         batch = collate([self.frame.fit(case) for case in cases])
-        drawn = self.draw(batch.image, batch.names)
+        drawn = self.draw(batch.image, batch.names, note)
         results = []
         for members, case in zip(drawn, cases, strict=True):
             height, width = case.image.shape[-2:]
             members = members if self.classes else members[:, 0]
             own = self.frame.restore(members, (height, width))
             fused = FUSIONS[self.plan.fusion](own)
-            results.append(Segmentation(own, fused, uncertainty(own), self.classes))
+            doubt = MEASURES[self.plan.measure].rule(own)
+            results.append(Segmentation(own, fused, doubt, self.classes, self.plan.measure))
         return results
 
+    def warm_up(self, case: Case) -> float:
+        """Compile, or tune, for cases of the size of this one; the seconds that it took.
+
+        Raises:
+            UserError: the compiler does not work here.
+        """
+        started, plan = time.perf_counter(), self.plan
+        self.plan = replace(plan, levels=(plan.levels[0], plan.levels[-1]))
+        fitted = self.frame.fit(case).image
+        try:
+            for _ in range(3):  # CUDA graphs are recorded on the second call
+                self.draw(fitted[None].expand(plan.cases, -1, -1, -1), [case.name] * plan.cases)
+        except RuntimeError as error:
+            raise UserError(
+                "--compile",
+                found=(str(error).splitlines() or [repr(error)])[0],
+                expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
+                mend="Leave --compile away.",
+            ) from error
+        finally:
+            self.plan = plan
+        return time.perf_counter() - started
+
     @torch.inference_mode()
-    def draw(self, images: Tensor, names: Sequence[str]) -> Tensor:
+    def draw(self, images: Tensor, names: Sequence[str], note: Note | None = None) -> Tensor:
         """Draw the members of some cases, all as one batch as far as ``batch_size`` allows.
 
         Args:
             images: at the network's size, float32 [B, C, h, w].
             names: of the B cases; they seed the noise.
+            note: told of every network evaluation.
 
         Returns:
             Soft masks, float32 [B, E, K, h, w] in [0, 1], on the CPU.
@@ -273,17 +324,41 @@ class Segmenter:
         shape = (self.net.mask_channels, *images.shape[-2:])
         rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
         drawn = []
-        for start in range(0, len(rows), plan.batch_size):
-            chunk = rows[start : start + plan.batch_size]
+        for whole in batched(rows, plan.inputs if plan.compile else plan.batch_size):
+            chunk = padded(whole, plan.inputs) if plan.compile else whole
             noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
             of_case = torch.tensor([case for case, _ in chunk], device=self.device)
             denoise = self.diffusion.denoiser(self.net, condition.rows(of_case), clip=plan.clip)
+            if note:
+                denoise = _noting(denoise, note)
             x = noise(torch.empty(len(chunk), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
                 x0 = SAMPLERS[plan.sampler](denoise, x, plan.levels, **options)
-            drawn.append(self.diffusion.from_range(x0).float().cpu())
+            drawn.append(self.diffusion.from_range(x0[: len(whole)]).float().cpu())
         return torch.cat(drawn).unflatten(0, (len(images), plan.num_ensemble))
+
+
+def _noting(denoise: Denoiser, note: Note) -> Denoiser:
+    """Let ``note`` see what goes into a model and what comes out."""
+
+    def noted(x: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = denoise(x, level)
+        note(x, level, prediction)
+        return prediction
+
+    return noted
+
+
+def batched(values: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Cut a sequence into pieces of ``size``; the last may be shorter."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def padded(values: Sequence[Item], size: int) -> Sequence[Item]:
+    """Repeat the last value until there are ``size``: compiled code is for one shape."""
+    return [*values, *[values[-1]] * (size - len(values))]
 
 
 class MemberNoise:
@@ -357,9 +432,11 @@ def make_plan(
         clip=clip,
         num_ensemble=options.num_ensemble,
         fusion=options.fusion,
+        measure=options.uncertainty,
         seed=run.seed,
         batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
         precision=run.precision,
+        compile=run.compile,
     )
 
 

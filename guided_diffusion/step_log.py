@@ -27,6 +27,11 @@ class StepLog:
         self.skipped = 0
         self.started = time.perf_counter()
 
+    def restart(self) -> float:
+        """Leave the time until now out of the speed, and return it in seconds."""
+        before, self.started = self.started, time.perf_counter()
+        return self.started - before
+
     def losses(self, t: Tensor, terms: dict[str, Tensor]) -> None:
         """Note times int64 [B] and the loss terms [B] they gave."""
         self.times.append(t)

@@ -163,6 +163,8 @@ class TrainLoop:
             with bar as progress:
                 while not agreed(bool(stop.wanted)) and (not total or self.step < total):
                     loss = self.run_step(next(batches))
+                    if self.run.compile and progress.n == progress.initial:
+                        logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
                     if self.step % self.options.log_interval == 0 or self.step == total:
                         progress.set_postfix(loss=f"{loss:.4f}")

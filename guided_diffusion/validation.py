@@ -11,23 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import Weights
 from guided_diffusion.class_results import draw_overlay
 from guided_diffusion.datasets import Case, SegmentationDataset
-from guided_diffusion.dist_util import autocast
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import make_folder, whole
-from guided_diffusion.gaussian_diffusion import Prediction
+from guided_diffusion.files import make_folder
+from guided_diffusion.film import Film
 from guided_diffusion.metrics import confusion, dice, iou
-from guided_diffusion.pictures import Pixels, strip
-from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
-from guided_diffusion.schedule import NoiseLevel
-from guided_diffusion.segmenter import MemberNoise, Segmentation, Segmenter, member_seed
+from guided_diffusion.pictures import Pixels, write_picture
+from guided_diffusion.segmenter import Segmentation, Segmenter
 from guided_diffusion.train_util import Score
 
 SHOWN = 4
@@ -58,13 +52,13 @@ class Validation:
         if self.folder is None:
             return None
         make_folder(self.folder)
-        _write(self.folder / "sampling.png", film)
+        write_picture(self.folder / "sampling.png", film)
         scores = []
         for case in self.cases:
             (result,) = self.segmenter.segment([case])
             scores.append(score_of(case, result))
             shown = draw_overlay(case, result)
-            _write(self.folder / f"{case.name}.png", shown)
+            write_picture(self.folder / f"{case.name}.png", shown)
             if len(scores) <= SHOWN:
                 logger.picture(case.name, shown, step)
         return Score(*np.mean(scores, axis=0).tolist())
@@ -80,45 +74,12 @@ def score_of(case: Case, result: Segmentation) -> Score:
     return Score(*(float(np.mean([rule(c) for c in counts])) for rule in (dice, iou)))
 
 
-@torch.inference_mode()
-def film_of(segmenter: Segmenter, case: Case, frames: int = 6) -> Pixels:
-    """How the first mask of a case comes to be: the noisy mask and its prediction, level by level.
-
-    Returns:
-        A picture, uint8 [h, w, 3]: the noisy masks in the upper row, below each what the network
-        takes it for.
-    """
-    plan, fitted = segmenter.plan, segmenter.frame.fit(case)
-    seen: list[tuple[NoiseLevel, Tensor, Tensor]] = []
-    with autocast(segmenter.device, plan.precision):
-        condition = segmenter.net.encode(fitted.image[None].to(segmenter.device))
-        denoise = segmenter.diffusion.denoiser(segmenter.net, condition, clip=plan.clip)
-
-        def noting(x: Tensor, level: NoiseLevel) -> Prediction:
-            prediction = denoise(x, level)
-            seen.append((level, x, prediction.x0))
-            return prediction
-
-        noise = MemberNoise([member_seed(plan.seed, case.name, 0)])
-        shape = (1, segmenter.net.mask_channels, *fitted.image.shape[-2:])
-        options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
-        x = noise(torch.empty(shape, device=segmenter.device))
-        SAMPLERS[plan.sampler](noting, x, plan.levels, **options)
-
-    chosen = np.unique(np.linspace(0, len(seen) - 1, min(frames, len(seen))).round().astype(int))
-    rows = [[seen[i][part] for i in chosen] for part in (1, 2)]
-    grey = [
-        segmenter.diffusion.from_range(x).amax(dim=(0, 1)).float().cpu().numpy()
-        for row in rows
-        for x in row
-    ]
-    titles = [f"t = {seen[i][0].t:.0f}" for i in chosen]
-    return strip(
-        grey,
-        [*(f"x at {title}" for title in titles), *(f"its x0 at {title}" for title in titles)],
-        title=case.name,
-        columns=len(chosen),
-    )
+def film_of(segmenter: Segmenter, case: Case) -> Pixels:
+    """How the first mask of a case comes to be, uint8 [h, w, 3]."""
+    film = Film(segmenter, case.name)
+    image = segmenter.frame.fit(case).image
+    segmenter.draw(image[None], [case.name], note=film)
+    return film.picture()
 
 
 def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
@@ -139,8 +100,3 @@ def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
                 mend="Leave --val_dir away, or name a folder with masks.",
             )
     return cases
-
-
-def _write(path: Path, pixels: Pixels) -> None:
-    with whole(path) as part:
-        Image.fromarray(pixels).save(part, format="PNG")

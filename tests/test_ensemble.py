@@ -1,6 +1,8 @@
 """Fusion rules and measures of doubt, against values worked out by hand and their properties."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,18 @@ from hypothesis import strategies as st
 
 from guided_diffusion.ensemble import (
     FUSIONS,
+    MEASURES,
     disagreement,
+    entropy,
     mean,
     staple,
     uncertainty,
+    variance,
     vote,
 )
 from guided_diffusion.metrics import binarise, confusion, dice
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def raters(*rows):
@@ -85,6 +92,37 @@ def disc(size=32, radius=0.5):
     return (line[:, None] ** 2 + line**2 < radius**2).float()
 
 
+def test_staple_is_that_of_itk():
+    known = json.loads((GOLDEN / "staple_itk.json").read_text(encoding="utf-8"))
+    members = torch.tensor([[float(bit) for bit in rater] for rater in known["raters"]])
+    fused = staple(members.double().reshape(5, *known["shape"])).flatten()
+    said = ["".join(str(int(bit)) for bit in pixel) for pixel in members.T]
+    expected = torch.tensor([known["probability"][pattern] for pattern in said]).double()
+    torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)
+
+    inside = members.double() @ fused / fused.sum()
+    outside = (1 - members.double()) @ (1 - fused) / (1 - fused).sum()
+    torch.testing.assert_close(
+        inside, torch.tensor(known["sensitivity"]).double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        outside, torch.tensor(known["specificity"]).double(), atol=1e-6, rtol=0
+    )
+
+
+def test_staple_recovers_raters_of_known_quality():
+    generator = torch.Generator().manual_seed(4)
+    truth = (torch.arange(256) < 128).double().expand(256, 256)
+    chance = torch.rand(10, 256, 256, generator=generator, dtype=torch.float64)
+    members = torch.where(truth > 0, chance < 0.95, chance < 0.10).double()
+    fused = staple(members)
+    sensitivity = (members * fused).sum((1, 2)) / fused.sum()
+    specificity = ((1 - members) * (1 - fused)).sum((1, 2)) / (1 - fused).sum()
+    torch.testing.assert_close(sensitivity, torch.full((10,), 0.95).double(), atol=0.006, rtol=0)
+    torch.testing.assert_close(specificity, torch.full((10,), 0.90).double(), atol=0.006, rtol=0)
+    assert ((fused >= 0.5) == (truth > 0)).double().mean() > 0.9995
+
+
 def test_staple_beats_the_majority_where_raters_are_bad():
     truth = disc()
     bad = [noisy(truth, 0.45, seed) for seed in range(3)]
@@ -128,6 +166,23 @@ def test_uncertainty_by_hand():
     torch.testing.assert_close(uncertainty(THREE), expected)
     torch.testing.assert_close(uncertainty(raters([1, 0], [0, 0])), torch.tensor([[0.5, 0]]))
     assert not uncertainty(raters([0.3, 0.7])).any()
+
+
+def test_variance_and_entropy_by_hand():
+    members = raters([1.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.5, 0.0])
+    torch.testing.assert_close(variance(members), torch.tensor([[0.0, 0.25, 0.0, 0.0]]))
+    torch.testing.assert_close(entropy(members), torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    quarter = entropy(raters([0.25], [0.25]))
+    assert float(quarter) == pytest.approx(2 - 0.75 * math.log2(3))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_measures_keep_to_their_range(name, rows):
+    measure, members = MEASURES[name], raters(*rows)
+    values = measure.rule(members)
+    assert bool((values >= 0).all()) and bool((values <= measure.most).all())
+    torch.testing.assert_close(values, measure.rule(members.flip(0)))
 
 
 def test_disagreement_by_hand():

@@ -30,7 +30,7 @@ FLOORS = [
     {"script_util"},
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
-    {"class_results"},
+    {"class_results", "film"},
     {"predict", "class_scores", "validation"},
     {"runs"},
 ]

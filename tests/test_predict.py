@@ -405,11 +405,11 @@ class Watched(Segmenter):
         self.dies_at = dies_at
         self.drew: list[str] = []
 
-    def segment(self, cases: Sequence[Case]) -> list[Any]:
+    def segment(self, cases: Sequence[Case], note: Any = None) -> list[Any]:
         self.drew += [case.name for case in cases]
         if self.dies_at in self.drew:
             raise Killed
-        return super().segment(cases)
+        return super().segment(cases, note)
 
 
 def times(folder: Path) -> dict[str, int]:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succeeded
+from PIL import Image
 
 from guided_diffusion import phantom_folders
-from guided_diffusion.ensemble import squared_mean
+from guided_diffusion.ensemble import MEASURES, squared_mean
 from guided_diffusion.files import make_folder
 from guided_diffusion.segmenter import Segmenter
 
@@ -34,6 +35,17 @@ def sampling(data: Path, model: Path, out: Path) -> list[object]:
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def contains(picture: np.ndarray, part: np.ndarray) -> bool:
+    """Whether a picture [H, W] shows a part [h, w] somewhere, pixel by pixel."""
+    windows = np.lib.stride_tricks.sliding_window_view(picture, part.shape)
+    corners = (windows[..., 0, 0] == part[0, 0]) & (windows[..., -1, -1] == part[-1, -1])
+    return any(np.array_equal(window, part) for window in windows[corners])
 
 
 def together(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -133,7 +145,9 @@ def test_partly_empty_ensembles_are_pointed_out(
 ) -> None:
     draw = Segmenter.draw
 
-    def first_member_empty(self: Segmenter, images: torch.Tensor, names: list[str]) -> torch.Tensor:
+    def first_member_empty(
+        self: Segmenter, images: torch.Tensor, names: list[str], note: object
+    ) -> torch.Tensor:
         members = torch.ones_like(draw(self, images, names))
         members[:, 0] = 0
         return members
@@ -191,6 +205,71 @@ def test_from_python(trained: Path, tmp_path: Path) -> None:
 def test_what_medsegdiff_calls_staple() -> None:
     members = torch.tensor([[[0.0, 1.0, 0.5, 1.0]], [[1.0, 1.0, 0.5, 0.0]]])
     torch.testing.assert_close(squared_mean(members), torch.tensor([[0.25, 1.0, 0.25, 0.25]]))
+
+
+def test_the_map_of_doubt_is_the_one_asked_for(brats: Path, trained: Path, tmp_path: Path) -> None:
+    for name, measure in MEASURES.items():
+        out = tmp_path / name
+        arguments = [*sampling(brats / "testing", trained, out), "--uncertainty", name]
+        succeeded(script("segmentation_sample", *arguments))
+        stacked = [pixels(out / f"000005_output{index}.png") for index in range(3)]
+        expected = measure.rule(torch.from_numpy(np.stack(stacked)) / 255) / measure.most
+        found = pixels(out / "000005_uncertainty.png") / 255
+        np.testing.assert_allclose(found, expected, atol=0.02)
+        assert found.max() > 0.05
+
+
+def test_a_strip_shows_all_that_there_is(brats: Path, trained: Path, tmp_path: Path) -> None:
+    arguments = [*sampling(brats / "training", trained, tmp_path), "--debug", True]
+    succeeded(script("segmentation_sample", *arguments, "--num_samples", 1))
+    (strip,) = tmp_path.glob("*_debug.png")
+    name = strip.name.removesuffix("_debug.png")
+    shown = pixels(strip)[..., 0]
+    for kind in ("output_ens", "output0", "output1", "output2"):
+        panel = pixels(tmp_path / f"{name}_{kind}.png").repeat(4, 0).repeat(4, 1)
+        assert contains(shown, panel), kind
+    assert shown.shape[1] > 4 * 160, "four modalities beside each other"
+
+
+def test_a_compiled_network_draws_the_same(
+    brats: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def compile(net: torch.nn.Module, *, mode: str) -> None:
+        forward = net.forward
+        net.forward = lambda x, *rest, **named: (
+            calls.append((mode, len(x))),
+            forward(x, *rest, **named),
+        )[1]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    arguments = [*sampling(brats / "training", trained, plain), "--batch_size", 7]
+    succeeded(script("segmentation_sample", *arguments))
+    assert not calls
+    arguments = [*sampling(brats / "training", trained, compiled), "--batch_size", 7]
+    text = succeeded(script("segmentation_sample", *arguments, "--compile", "reduce-overhead"))
+    assert set(calls) == {("reduce-overhead", 6)}, "one shape, whatever is left for the last call"
+    assert "compiled in" in text
+    for path in plain.glob("*_output_ens.png"):
+        difference = pixels(path).astype(int) - pixels(compiled / path.name)
+        assert np.abs(difference).max() <= 1
+
+
+def test_without_a_compiler_it_says_so(brats: Path, trained: Path, tmp_path: Path) -> None:
+    arguments = [*sampling(brats / "testing", trained, tmp_path), "--compile", "default"]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no C++ compiler\nlong trace")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segmenter, "draw", broken)
+        patch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+        done = script("segmentation_sample", *arguments)
+    error = refused(done)
+    assert "--compile: found no C++ compiler, expected" in error and "Leave --compile" in error
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_the_record_is_of_no_use_without_its_masks(

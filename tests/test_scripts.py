@@ -228,7 +228,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Plan:
     """Run the sampling script with a network that is never asked, and return its plan."""
     plans = []
 
-    def draw(self: Segmenter, images: Tensor, names: Sequence[str]) -> Tensor:
+    def draw(self: Segmenter, images: Tensor, names: Sequence[str], note: object) -> Tensor:
         plans.append(self.plan)
         return torch.zeros(len(images), self.plan.num_ensemble, 1, *images.shape[-2:])
 

@@ -36,6 +36,8 @@ from guided_diffusion.layouts import open_masks
 from guided_diffusion.patients import score_patients, summarise_patients
 from guided_diffusion.predict import segment
 from guided_diffusion.restack import Stacks
+from guided_diffusion.schedule import CLEAN
+from guided_diffusion.segmenter import Plan, Segmentation
 
 # --------------------------------------------------------------------------- decoded once, bounded
 
@@ -121,12 +123,9 @@ class Painter:
 
     classes = None
 
-    class plan:
-        batch_size, num_ensemble, evaluations = 4, 2, 1
+    plan = Plan("ddpm", (CLEAN, CLEAN), batch_size=4, num_ensemble=2)
 
-    def segment(self, cases: list) -> list:
-        from guided_diffusion.segmenter import Segmentation
-
+    def segment(self, cases: list, note: object = None) -> list:
         results = []
         for case in cases:
             fused = case.image[0].clamp(0, 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refused, script, succeeded, training
+from conftest import contents, refused, script, succeeded, training
 from PIL import Image
 
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
@@ -183,6 +183,34 @@ def test_a_server_that_comes_back_has_it_all(server: Server) -> None:
     sink.numbers({"step": 2, "loss": 2.0})
     sink.close()
     assert server.posts[-1][1]["data"][0]["x"] == [1, 2]
+
+
+def test_sampling_is_drawn_and_stays_the_same(
+    server: Server, brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    for name, extra in (("plain", ()), ("shown", ("--visdom", server.port))):
+        flags = ["--data_dir", brats / "testing", "--model_path", trained, "--sampler", "ddim"]
+        flags += ["--steps", 9, "--num_ensemble", 2, "--out_dir", tmp_path / name, *extra]
+        succeeded(script("segmentation_sample", *flags))
+    shown = [post for _, post in server.posts]
+    assert {(post["win"], post["eid"]) for post in shown} == {("sampling", "shown")}
+    captions = [post["data"][0]["content"]["caption"] for post in shown]
+    assert captions[-6:] == ["step 0", "step 2", "step 3", "step 5", "step 6", "step 8"]
+    one, other = contents(tmp_path / "plain"), contents(tmp_path / "shown")
+    assert one.keys() == other.keys()
+    assert all(one[name] == other[name] for name in one if name.endswith(".png"))
+
+
+def test_sampling_waits_for_no_server(brats: Path, trained: Path, tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        flags = ["--data_dir", brats / "testing", "--model_path", trained, "--out_dir", tmp_path]
+        flags += ["--steps", 2, "--visdom", silent.getsockname()[1]]
+        succeeded(script("segmentation_sample", *flags))
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "000005_mask.png").exists()
 
 
 def test_a_run_is_drawn_and_stays_the_same(
