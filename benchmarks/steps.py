@@ -103,8 +103,18 @@ def flags(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in names},
         "sampler": sampler,
         "steps": int(steps),
-        **{name: float(value) for name, value in extra.items()},
+        **{name: value_of(text) for name, text in extra.items()},
     }
+
+
+def value_of(text: str) -> int | float | str:
+    """Read a flag's value as what it looks like."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def lesion(case: Case) -> bool:
