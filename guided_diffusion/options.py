@@ -250,6 +250,9 @@ class SamplingOptions:
         "how DPM-Solver spaces its levels",
         choices=("time_uniform", "logSNR", "time_quadratic"),
     )
+    temperature: float = _flag(
+        1.0, "scale of the noise a mask starts from; above 1 members differ more", least=0
+    )
     clip_denoised: bool = _flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = _flag(
         "mean",

@@ -71,6 +71,7 @@ class Plan:
         batch_size: network inputs at a time.
         precision: fp32, bf16 or fp16.
         compile: a mode of ``torch.compile``, or empty.
+        temperature: standard deviation of the noise that a mask starts from.
     """
 
     sampler: str
@@ -84,6 +85,7 @@ class Plan:
     batch_size: int = 8
     precision: str = "fp32"
     compile: str = ""
+    temperature: float = 1.0
 
     @property
     def evaluations(self) -> int:
@@ -331,7 +333,7 @@ class Segmenter:
             denoise = self.diffusion.denoiser(self.net, condition.rows(of_case), clip=plan.clip)
             if note:
                 denoise = _noting(denoise, note)
-            x = noise(torch.empty(len(chunk), *shape, device=self.device))
+            x = plan.temperature * noise(torch.empty(len(chunk), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
                 x0 = SAMPLERS[plan.sampler](denoise, x, plan.levels, **options)
@@ -437,6 +439,7 @@ def make_plan(
         batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
         precision=run.precision,
         compile=run.compile,
+        temperature=options.temperature,
     )
 
 

@@ -123,6 +123,21 @@ def drawn(segmenter: Segmenter, dataset: Shelf, order: Sequence[int]) -> dict[st
     return {case.name: part for case, part in zip(cases, members, strict=True)}
 
 
+def test_temperature_scales_the_noise_a_mask_starts_from() -> None:
+    starts = {}
+    for temperature in (0.0, 1.0, 2.0):
+        seen: list[Tensor] = []
+        segmenter = make_segmenter(temperature=temperature)
+        members = segmenter.draw(
+            torch.ones(1, 1, 16, 16), ["a"], lambda x, level, prediction, seen=seen: seen.append(x)
+        )
+        starts[temperature] = seen[0]
+        assert len(seen) == segmenter.plan.evaluations
+        assert bool((members[0, 0] == members[0, 1]).all()) == (temperature == 0)
+    torch.testing.assert_close(starts[2.0], 2 * starts[1.0], rtol=0, atol=0)
+    assert abs(float(starts[1.0].std()) - 1) < 0.1 and not starts[0.0].any()
+
+
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
