@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,12 +44,15 @@ class StepLog:
         self.grad_norms.append(norm)
         return norm
 
-    def means(self, parameters: Sequence[Tensor]) -> dict[str, float]:
+    def means(
+        self, parameters: Sequence[Tensor], gather: Callable[[Tensor], Tensor] = torch.Tensor.cpu
+    ) -> dict[str, float]:
         """Return the means since the last call, losses also by quarter of t, and start anew.
 
-        What is not finite is left out: ``skipped`` says how often that was.
+        ``gather`` joins the values [N] of all processes. What is not finite is left out:
+        ``skipped`` says how often that was.
         """
-        quarter = (4 * torch.cat(self.times) // self.steps).tolist()
+        quarter = (4 * gather(torch.cat(self.times)) // self.steps).tolist()
         norms = _finite(torch.stack(self.grad_norms).tolist())
         means = {
             **({"grad_norm": sum(norms) / len(norms)} if norms else {}),
@@ -58,7 +61,7 @@ class StepLog:
             "steps_per_s": len(self.grad_norms) / (time.perf_counter() - self.started),
         }
         for name, parts in self.terms.items():
-            pairs = list(zip(torch.cat(parts).tolist(), quarter, strict=True))
+            pairs = list(zip(gather(torch.cat(parts)).tolist(), quarter, strict=True))
             kinds = {name: pairs}
             kinds |= {f"{name}_q{q}": [pair for pair in pairs if pair[1] == q] for q in range(4)}
             for kind, chosen in kinds.items():

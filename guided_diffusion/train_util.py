@@ -255,12 +255,17 @@ class TrainLoop:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
 
     def _usable(self, norm: Tensor, batch: Batch) -> bool:
-        """Whether the gradient is finite; count the steps in a row for which it is not."""
-        if self.scaler.is_enabled() or bool(norm.isfinite()):
+        """Whether the gradient is finite; count the steps in a row for which it is not.
+
+        Of a scaled loss that is expected, until the scaler has found a scale that fits.
+        """
+        if bool(norm.isfinite()):
             self.bad_steps = 0
             return True
-        self.bad_steps += 1
         self.log.skipped += 1
+        if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return False
+        self.bad_steps += 1
         if self.bad_steps >= self.options.max_bad_steps:
             raise UserError(
                 f"step {self.step}",
@@ -366,7 +371,7 @@ class TrainLoop:
         logger.logkv("samples", self.step * self.options.batch_size * world_size())
         logger.logkv("lr", self.optimizer.param_groups[0]["lr"])
         logger.logkv("memory_gib", memory_gib(self.device))
-        means = self.log.means(self.parameters)
+        means = self.log.means(self.parameters, gathered)
         for name, value in means.items():
             logger.logkv(name, value)
         if self.last_step:

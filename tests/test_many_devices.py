@@ -14,6 +14,7 @@ from conftest import ROOT, training
 from test_training import make_loop, rows
 from torch.testing import assert_close
 
+from guided_diffusion import logger
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
 
 PROGRAM = """
@@ -79,6 +80,7 @@ def test_gradients_and_weights_are_those_of_the_doubled_batch(
         diffusion_steps=2,
         schedule_sampler="loss-second-moment",
     )
+    logger.configure(tmp_path, quiet=True)
     run_step, alone = loop.forward_backward, []
 
     def noting(batch: Any) -> Any:
@@ -95,6 +97,9 @@ def test_gradients_and_weights_are_those_of_the_doubled_batch(
             largest = max(float(part.abs().max()) for part in whole)
             for one, other in zip(step, whole, strict=True):
                 assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
+    for name in ("loss", "mse", "grad_norm"):
+        both, one = (float(rows(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
+        assert both == pytest.approx(one, rel=1e-4), f"{name} is that of the whole batch"
     first = zip(ranks[0]["gradients"][0], alone[0], strict=True)
     for one, other in first:
         assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import random
 import signal
@@ -228,6 +229,25 @@ def test_too_many_in_a_row_end_the_run_and_name_the_cases(quiet: None, tmp_path:
         for _ in range(3):
             loop.run_step(spoiled(batch_of(2)))
     assert "step 5" in str(raised.value)
+
+
+def test_a_loss_scale_finds_its_size_before_steps_count_as_bad(quiet: None, tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, max_bad_steps=2)
+    loop.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    for parameter in loop.parameters:
+        parameter.register_hook(lambda gradient: gradient.half().float())
+    before = load_state(loop)
+    while equal(load_state(loop), before):
+        loop.run_step(batch_of(2))
+    lowered = 24 - math.log2(loop.scaler.get_scale())
+    assert lowered >= 3, "more steps in a row than max_bad_steps were not finite"
+    assert loop.log.means(loop.parameters)["skipped"] == lowered
+    assert loop.bad_steps == 0
+
+    loop.scaler.update(1.0)
+    with pytest.raises(UserError, match="2 times in a row"):
+        for _ in range(2):
+            loop.run_step(spoiled(batch_of(2)))
 
 
 def test_the_log_counts_them(quiet: None, tmp_path: Path) -> None:
