@@ -156,14 +156,14 @@ class TrainLoop:
             rank=rank(),
             world_size=world_size(),
         )
-        total = self.last_step
+        start, total = self.step, self.last_step
         hidden = True if rank() else None
         bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
         with StopSignal() as stop:
             with bar as progress:
                 while not agreed(bool(stop.wanted)) and (not total or self.step < total):
                     loss = self.run_step(next(batches))
-                    if self.run.compile and progress.n == progress.initial:
+                    if self.run.compile and self.step == start + 1:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
                     if self.step % self.options.log_interval == 0 or self.step == total:

@@ -653,6 +653,18 @@ def test_the_log_speaks_of_learned_variance(brats: Path, tmp_path: Path) -> None
     assert float(row["loss"]) == pytest.approx(float(row["mse"]) + float(row["vb"]), rel=1e-4)
 
 
+def test_a_compiled_run_is_the_run(
+    brats: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, *, mode: modes.append(mode))
+    command = [*training(brats, tmp_path), "--max_steps", 4, "--compile", "default"]
+    assert succeeded(script("segmentation_train", *command)).count("compiled in") == 1
+    assert modes == ["default"]
+    one, other = load_checkpoint(trained / LATEST), load_checkpoint(tmp_path / LATEST)
+    assert all(torch.equal(one.model[name], value) for name, value in other.model.items())
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_short_arithmetic_trains(precision: str, tmp_path: Path, brats: Path) -> None:
     flags = ["--use_fp16", True] if precision == "fp16" else ["--precision", precision]
