@@ -74,6 +74,14 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             expected=f"nothing for the {name} layout, whose channels have no names",
             mend="Leave --modalities away; a model trained on modalities needs BraTS data.",
         )
+    if any(end is not None for end in reading.slices) and not dataset.entries[0].volume:
+        first, end = ("" if end is None else end for end in reading.slices)
+        raise UserError(
+            "--slices",
+            found=f"{first}:{end}",
+            expected=f"nothing for {folder}, which holds pictures or slices, not volumes",
+            mend="Leave --slices away.",
+        )
     return dataset
 
 

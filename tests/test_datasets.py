@@ -21,6 +21,7 @@ from guided_diffusion.datasets import (
     Case,
     Frame,
     Framed,
+    Reading,
     auto_frame,
     collate,
 )
@@ -796,3 +797,12 @@ def test_real_data(
     assert case.image.shape == (channels, size, size)
     assert 0 <= case.image.min() < case.image.max() <= 1
     assert (case.mask is None) == folder.endswith("unlabelled")
+
+
+def test_slices_of_what_is_no_volume_are_refused(tmp_path: Path) -> None:
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        Image.fromarray(np.full((4, 4), 255, np.uint8)).save(tmp_path / part / "a.png")
+    reading = Reading(slices=(2, None))
+    with pytest.raises(UserError, match=r"--slices: found 2:, .*not volumes.*away"):
+        open_dataset(tmp_path, reading=reading)
