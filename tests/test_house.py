@@ -16,7 +16,9 @@ FLOORS = [
     {"errors"},
     {"classes"},
     # files, numbers and flags
-    {"files", "readers", "intensity", "metrics", "options", "phantoms"},
+    {"files", "readers", "intensity", "options", "phantoms"},
+    # arithmetic on arrays
+    {"metrics", "surface", "calibration", "intervals"},
     {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
