@@ -125,7 +125,8 @@ def compare(first: ArrayLike, second: ArrayLike, groups: Sequence[object] | None
     )
     difference = difference[kept]
     if not len(difference):
-        return Paired(0, *[float("nan")] * 4, 0, 0)
+        nan = float("nan")
+        return Paired(0, nan, nan, nan, nan, better=0, worse=0)
 
     sums, counts = _by_group(difference, members)
     units = sums / counts

@@ -19,6 +19,7 @@ import torch
 from guided_diffusion import logger
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.cache import GIB, Remembered
+from guided_diffusion.case_scores import Scoring
 from guided_diffusion.check import look_at, write_sheet
 from guided_diffusion.check import report as report_check
 from guided_diffusion.checkpoint import (
@@ -29,7 +30,6 @@ from guided_diffusion.checkpoint import (
     load_weights,
     with_companions,
 )
-from guided_diffusion.class_scores import evaluate_all
 from guided_diffusion.curves import draw_curves
 from guided_diffusion.datasets import (
     Frame,
@@ -40,7 +40,7 @@ from guided_diffusion.datasets import (
 )
 from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
 from guided_diffusion.errors import UserError
-from guided_diffusion.evaluate import report
+from guided_diffusion.evaluate import evaluate_all
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options import (
@@ -83,6 +83,7 @@ from guided_diffusion.segmenter import (
 )
 from guided_diffusion.sinks import TensorBoardSink, VisdomSink
 from guided_diffusion.splits import narrowed, part_of_cases, read_split
+from guided_diffusion.summary import report
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.validation import Validation, chosen_cases
 
@@ -279,13 +280,15 @@ def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmente
 def score(typed: dict[str, Any]) -> None:
     """Score masks against the truth: what ``segmentation_env.py`` does with the flags typed."""
     options = fill(ScoringOptions, typed)
-    summary = evaluate_all(
+    evaluation = evaluate_all(
         options.inp_pth,
         options.out_pth,
+        scoring=Scoring(options.empty, options.tolerance, options.low_dice),
         partial=options.partial,
         mask_labels=options.mask_labels,
+        raters=[folder for folder in options.raters.split(",") if folder],
     )
-    print(report(summary))
+    print(report(evaluation.summary))
     print(
         f"written: {Path(options.inp_pth) / 'summary.json'}, {Path(options.inp_pth) / 'scores.csv'}"
     )

@@ -28,12 +28,16 @@ FLOORS = [
     {"bratsloader", "isicloader", "custom_dataset_loader"},
     {"dpm_solver", "unipc", "unet"},
     {"layouts", "slicing", "sampling"},
+    # what is predicted, and what it is worth
+    {"predictions"},
+    {"case_scores"},
+    {"summary"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results"},
-    {"predict", "class_scores", "validation"},
+    {"predict", "validation"},
     {"runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
