@@ -9,6 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["guided_diffusion"],
+    package_data={"guided_diffusion": ["report.html"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26,<3",

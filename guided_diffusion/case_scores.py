@@ -145,8 +145,12 @@ class Scored(NamedTuple):
     uncertainty: Tally
 
 
-def load_case(files: Sequence[CaseFiles], classes: Classes | None, read: Reader) -> list[CaseMasks]:
+def load_case(
+    files: Sequence[CaseFiles], classes: Classes | None, read: Reader, *, fuse: bool = True
+) -> list[CaseMasks]:
     """Read one case: the files of each class, or of the only one; ``read`` decodes them.
+
+    ``fuse``: also put the members together by every rule there is.
 
     Raises UserError for a file that cannot be read as a mask, for members whose sizes differ, and
     for a truth or a rater's mask that is none.
@@ -162,9 +166,9 @@ def load_case(files: Sequence[CaseFiles], classes: Classes | None, read: Reader)
     kept, found = len(drawn), _cut(soft, classes)
     cut = np.stack([found, *(_cut(member, classes) for member in drawn)])[1:]
     fusions = {
-        name: _cut(fuse(torch.from_numpy(drawn)).numpy(), classes)
-        for name, fuse in FUSIONS.items()
-        if kept > 1
+        name: _cut(rule(torch.from_numpy(drawn)).numpy(), classes)
+        for name, rule in FUSIONS.items()
+        if fuse and kept > 1
     }
     return [
         CaseMasks(

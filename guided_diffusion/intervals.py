@@ -48,8 +48,9 @@ class Description(NamedTuple):
 class Paired(NamedTuple):
     """Two lists of scores of the same cases: the mean of second minus first, and how sure it is.
 
-    ``p_value`` is that of the two-sided Wilcoxon signed-rank test (1945) on the units' mean
-    differences, 1 where no unit differs; ``units`` is the number of cases, or of groups.
+    ``units`` is the number of cases, or of groups; ``higher`` and ``lower`` count those whose mean
+    difference is above and below 0. ``p_value`` is that of the two-sided Wilcoxon signed-rank test
+    (1945) on the units' mean differences, 1 where no unit differs.
     """
 
     units: int
@@ -57,8 +58,8 @@ class Paired(NamedTuple):
     low: float
     high: float
     p_value: float
-    better: int
-    worse: int
+    higher: int
+    lower: int
 
 
 def describe(scores: ArrayLike, groups: Sequence[object] | None = None) -> Description:
@@ -126,7 +127,7 @@ def compare(first: ArrayLike, second: ArrayLike, groups: Sequence[object] | None
     difference = difference[kept]
     if not len(difference):
         nan = float("nan")
-        return Paired(0, nan, nan, nan, nan, better=0, worse=0)
+        return Paired(0, nan, nan, nan, nan, higher=0, lower=0)
 
     sums, counts = _by_group(difference, members)
     units = sums / counts
@@ -136,8 +137,8 @@ def compare(first: ArrayLike, second: ArrayLike, groups: Sequence[object] | None
         difference=float(difference.mean()),
         **mean_interval(difference, members)._asdict(),
         p_value=float(wilcoxon(changed).pvalue) if len(changed) else 1.0,
-        better=int((units > 0).sum()),
-        worse=int((units < 0).sum()),
+        higher=int((units > 0).sum()),
+        lower=int((units < 0).sum()),
     )
 
 

@@ -2,9 +2,9 @@
 
 What is read is the first of these that a folder has: ``<case>_output_ens`` as a picture or NIfTI
 (soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``. A
-member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or a strip of
-panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI volume
-stands for its axial slices, ``<case>_slice000`` and on. Called by scoring.
+member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or
+a strip of panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI
+volume stands for its axial slices, ``<case>_slice000`` and on. Called by scoring.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ FLOORS = [
     # files, numbers and flags
     {"files", "readers", "intensity", "options", "phantoms"},
     # arithmetic on arrays
-    {"metrics", "surface", "calibration", "intervals"},
-    {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
+    {"metrics", "surface", "calibration", "intervals", "charts"},
+    {"schedule", "nn", "losses", "phantom_folders", "background", "curves", "provenance"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "thumbnails"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
@@ -37,7 +37,7 @@ FLOORS = [
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results"},
-    {"predict", "validation"},
+    {"predict", "validation", "report", "compare"},
     {"runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

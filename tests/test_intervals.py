@@ -65,7 +65,7 @@ def test_paired_differences_by_hand():
     first = [0.5, 0.6, 0.7, 0.8, 0.9, float("nan")]
     second = [0.6, 0.8, 0.7, 1.2, 0.4, 0.5]
     found = compare(first, second)
-    assert (found.units, found.better, found.worse) == (5, 3, 1)
+    assert (found.units, found.higher, found.lower) == (5, 3, 1)
     assert found.difference == pytest.approx((0.1 + 0.2 + 0 + 0.4 - 0.5) / 5)
     # Ranks of .1, .2, .4, -.5 are 1 to 4: W- = 4, and 6 of the 16 signings give W <= 4 either way
     # of which P(W <= 4) = 7 / 16, two-sided 14 / 16.
@@ -78,7 +78,7 @@ def test_paired_differences_by_hand():
 def test_a_clear_winner_and_no_difference_at_all():
     better = compare(SCORES - 0.05 - 0.001 * np.arange(60), SCORES)
     assert better.p_value == pytest.approx(stats.wilcoxon(0.05 + 0.001 * np.arange(60)).pvalue)
-    assert better.low > 0 and better.better == 60
+    assert better.low > 0 and better.higher == 60
     same = compare(SCORES, SCORES)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
     assert compare([], []).units == 0
@@ -87,5 +87,5 @@ def test_a_clear_winner_and_no_difference_at_all():
 def test_groups_are_the_units_of_the_test():
     first, second = np.zeros(6), np.array([1.0, 3.0, 2.0, 2.0, -1.0, -1.0])
     found = compare(first, second, list("aabbcc"))
-    assert (found.units, found.better, found.worse) == (3, 2, 1)
+    assert (found.units, found.higher, found.lower) == (3, 2, 1)
     assert found.p_value == compare([0, 0, 0], [2.0, 2.0, -1.0]).p_value
