@@ -86,6 +86,7 @@ def summarise_all(scores: Mapping[str, ClassScores], scoring: Scoring) -> Summar
         **means,
         "threshold": metrics.THRESHOLD,
         "distances": first["distances"],
+        "interval": first["interval"],
         # a case counts as empty where all of its classes are
         "empty_truth": sum(empty),
         "empty_prediction": sum(found_none),
