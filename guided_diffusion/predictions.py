@@ -39,6 +39,11 @@ BINARY = r"(?P<case>.+)_mask"
 KINDS = (r"\.(png|jpe?g)", r"\.nii(\.gz)?", "")
 """Endings, best first: a folder is read by the first kind it has; a tensor has none."""
 
+NO_TENSOR = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError),  # of the unpickler, on any text
+)
+
 PADDING = 10
 """Black pixels around every panel of the parents' strips."""
 
@@ -149,7 +154,7 @@ def read_soft(path: Path) -> Mask:
 
 
 def last_panel(picture: Mask) -> Mask:
-    """The lowest panel of a strip of square panels [n (s + 10) + 10, s + 20], else the picture.
+    """The lowest of n > 1 square panels [n (s + 10) + 10, s + 20], else the picture itself.
 
     torchvision's ``save_image(nrow=1, padding=10)`` draws it so, on black; a picture of those
     measures whose padding is not black is no strip.
@@ -157,7 +162,7 @@ def last_panel(picture: Mask) -> Mask:
     height, width = picture.shape
     side = width - 2 * PADDING
     panels, rest = divmod(height - PADDING, side + PADDING) if side > 0 else (0, 1)
-    if rest or panels < 1:
+    if rest or panels < 2:
         return picture
     rows = [picture[n * (side + PADDING) :][:PADDING] for n in range(panels + 1)]
     if max(row[2:-2].mean() for row in rows) > 0.05:  # JPEG smears two pixels into the padding
@@ -173,7 +178,7 @@ def read_tensor(path: Path) -> Mask:
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except NO_TENSOR as error:
         raise _unreadable(path, error, "a tensor with one mask") from error
     if not isinstance(loaded, torch.Tensor) or loaded.ndim < 2 or not loaded.numel():
         shape = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__

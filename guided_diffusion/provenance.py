@@ -24,7 +24,9 @@ PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pillow")
 
 def command() -> str:
     """The command line of this process, as a shell would take it."""
-    return shlex.join(["python", *sys.argv])
+    program, *flags = sys.argv
+    script = Path(program)
+    return shlex.join(["python", str(Path(script.parent.name, script.name)), *flags])
 
 
 def now() -> str:
