@@ -8,6 +8,7 @@ cases only some are pictured, so that the file stays small. Called by ``runs`` a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -414,13 +415,19 @@ def _data(evaluation: Evaluation, rows: Sequence[tuple[str, CaseScore]]) -> str:
 
 
 def chosen(dice: Sequence[float | None], most: int = MOST_PICTURES) -> list[int]:
-    """Which cases get a picture: all, or the worst, the best and an even spread between them."""
-    if len(dice) <= most:
-        return list(range(len(dice)))
-    order = sorted(range(len(dice)), key=lambda index: (dice[index] is None, dice[index] or 0.0))
+    """Which cases get a picture: all, or the worst, the best and an even spread between them.
+
+    Those without a Dice come last.
+    """
+    values = [math.inf if value is None else value for value in dice]
+    order = sorted(range(len(values)), key=values.__getitem__)
+    known = len(dice) - values.count(math.inf)
+    if known <= most:
+        return sorted(order[:most])
     third = most // 3
-    middle = np.linspace(third, len(order) - third - 1, most - 2 * third).round().astype(int)
-    return sorted({*order[:third], *order[-third:], *(order[place] for place in middle)})
+    middle = np.linspace(third, known - third - 1, most - 2 * third).round().astype(int)
+    places = [*range(third), *middle.tolist(), *range(known - third, known)]
+    return sorted(order[place] for place in places)
 
 
 def _case_layers(case: Sequence[CaseFiles], evaluation: Evaluation, read: Reader) -> list[Layers]:
