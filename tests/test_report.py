@@ -41,7 +41,7 @@ def scored(tmp_path_factory):
     names = [f"{k:02d}" for k in range(10)] + ["x&lt;b&gt;'", "nothing"]
     for k, name in enumerate(names):
         truth = disc(12) * (name != "nothing")
-        members = [disc(12 - k * 0.8), disc(12 + k * 0.4), disc(12)]
+        members = [disc(12 - k * 0.8), disc(12 - k * 0.7), disc(12)]
         for index, member in enumerate(members):
             save(place / f"pred/{name}_output{index}.png", member)
         fused = np.mean(members, axis=0)
@@ -188,7 +188,7 @@ addEventListener("load", () => {
   seen.reversed = dice();
   document.querySelector('#list thead [data-key="name"] button').click();
   seen.names = all("name");
-  press("ArrowRight"); press("ArrowRight"); press("ArrowLeft");
+  press("ArrowLeft"); press("ArrowLeft"); press("ArrowRight");
   seen.at = document.getElementById("place").textContent;
   seen.drawn = document.querySelector("#stage path.truth").getAttribute("d").length > 20;
   type("search", "01");
@@ -236,7 +236,7 @@ def test_sorting_toggling_and_filtering_in_a_browser(scored, tmp_path):
     assert seen["opacity"] == "0.3"
     assert [float(value) >= 0.9 for value in seen["high"]] == [True] * sum(d >= 0.9 for d in dice)
     assert (seen["found"], seen["cards"], seen["requests"]) == (1, 9, [])
-    assert re.fullmatch(r"\d+ of 12", seen["at"])
+    assert seen["at"] == "10 of 12"
 
 
 # ------------------------------------------------------------------------------------ the script
