@@ -9,11 +9,13 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["guided_diffusion"],
+    package_data={"guided_diffusion": ["report.html"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26,<3",
         "nibabel>=5.3,<6",
         "scikit-image>=0.24,<1",
+        "scipy>=1.11,<2",
         "pillow>=10.1",
         "tqdm>=4.65,<5",
     ],

@@ -12,9 +12,13 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor
 
+Floats = NDArray[np.float64]
 Fusion = Callable[[Tensor], Tensor]
 
 _CLOSE_TO_ONE = 1.0 - 1e-9
@@ -61,50 +65,68 @@ def _staple_image(decisions: Tensor, *, tolerance: float, max_iterations: int) -
     """EM over one image, bool [E, P] -> float64 [P].
 
     Pixels on which the raters say the same are alike, so it runs over the few patterns of
-    decisions that occur, each weighted by its number of pixels, not over all pixels.
+    decisions that occur, each weighted by its number of pixels, not over all pixels; in NumPy, for
+    of tables this small the calls cost more than the numbers.
     """
-    patterns, pattern_of, pixels = torch.unique(
-        decisions, dim=1, return_inverse=True, return_counts=True
-    )
-    patterns, pixels = patterns.double(), pixels.double()
-    prior = _inside((patterns * pixels).sum() / decisions.numel())
-    start = torch.full_like(patterns[:, 0], 0.99999)
+    pattern_of = _pattern_of(decisions)
+    pixels = pattern_of.bincount().cpu().double().numpy()
+    table = torch.empty(len(decisions), len(pixels), dtype=torch.float64, device=decisions.device)
+    table[:, pattern_of] = decisions.double()  # every pixel of a pattern writes the same
+    patterns = table.cpu().numpy()
+    prior = _inside((patterns @ pixels).sum() / decisions.numel())
+    start = np.full(len(patterns), 0.99999)
 
     truth = _expected_truth(patterns, prior, Rating(start, start))
     for _ in range(max_iterations):
         before = truth
         truth = _expected_truth(patterns, prior, _rate(patterns, pixels, before))
-        if (truth - before).abs().max() <= tolerance:
+        if np.abs(truth - before).max() <= tolerance:
             break
-    return truth[pattern_of]
+    return torch.from_numpy(truth).to(decisions.device)[pattern_of]
+
+
+def _pattern_of(decisions: Tensor) -> Tensor:
+    """Number the patterns of decisions, bool [E, P] -> int64 [P], counted from 0.
+
+    The decisions of up to 31 raters are the bits of one number: to sort numbers takes a hundredth
+    of the time of sorting columns.
+    """
+    pattern = torch.zeros(decisions.shape[1], dtype=torch.int64, device=decisions.device)
+    for some in decisions.split(31):
+        for decision in some:
+            pattern = pattern * 2 + decision
+        pattern = pattern.unique(return_inverse=True)[1]
+    return pattern
 
 
 class Rating(NamedTuple):
     """How good each rater is: float64 [E] in (0, 1), the paper's p and q."""
 
-    sensitivity: Tensor
-    specificity: Tensor
+    sensitivity: Floats
+    specificity: Floats
 
 
-def _expected_truth(patterns: Tensor, prior: Tensor, rating: Rating) -> Tensor:
+def _expected_truth(patterns: Floats, prior: Floats, rating: Rating) -> Floats:
     """E-step, eqs. 14-16: patterns [E, N] -> probability of foreground [N]."""
-    p, q = (rate[:, None] for rate in rating)
-    evidence = torch.where(patterns > 0, (p / (1 - q)).log(), ((1 - p) / q).log())
-    return torch.sigmoid(evidence.sum(dim=0) + torch.logit(prior))
+    p, q = rating
+    seen, not_seen = np.log(p / (1 - q)), np.log((1 - p) / q)
+    evidence = (seen - not_seen) @ patterns + not_seen.sum() + np.log(prior / (1 - prior))
+    return expit(evidence)
 
 
-def _rate(patterns: Tensor, pixels: Tensor, truth: Tensor) -> Rating:
+def _rate(patterns: Floats, pixels: Floats, truth: Floats) -> Rating:
     """M-step, eqs. 18-19: how often each rater says what the expected truth says."""
     inside, outside = pixels * truth, pixels * (1 - truth)
+    found, wrong = patterns @ inside, patterns @ outside
     return Rating(
-        sensitivity=_inside(patterns @ inside / inside.sum().clamp(min=1e-12)),
-        specificity=_inside((1 - patterns) @ outside / outside.sum().clamp(min=1e-12)),
+        sensitivity=_inside(found / max(inside.sum(), 1e-12)),
+        specificity=_inside(1 - wrong / max(outside.sum(), 1e-12)),
     )
 
 
-def _inside(probability: Tensor) -> Tensor:
+def _inside(probability: Floats) -> Floats:
     """Keep a probability off 0 and 1, where its logarithm would end the iteration."""
-    return probability.clamp(1 - _CLOSE_TO_ONE, _CLOSE_TO_ONE)
+    return np.minimum(np.maximum(probability, 1 - _CLOSE_TO_ONE), _CLOSE_TO_ONE)
 
 
 FUSIONS: dict[str, Fusion] = {

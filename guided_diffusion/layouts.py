@@ -7,7 +7,7 @@ prediction, and by scoring through :func:`open_masks`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,17 @@ from guided_diffusion.custom_dataset_loader import (
 from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
-from guided_diffusion.readers import Array, many_objects, open_folder, read_mask_file, safe_name
+from guided_diffusion.readers import (
+    Array,
+    class_masks,
+    is_nifti,
+    many_objects,
+    nifti_shape,
+    open_folder,
+    read_mask_file,
+    safe_name,
+)
+from guided_diffusion.volumes import VolumeStore
 
 Loader = Callable[[Path, bool, Reading], SegmentationDataset]
 
@@ -101,10 +111,18 @@ def recognise(folder: Path, *, test: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Truth:
-    """A mask to score by, read when called; ``patient`` is empty where nobody knows."""
+    """A mask to score by, read when called; ``patient`` is empty where nobody knows.
+
+    ``volume`` and ``plane`` say where in a volume it lies; ``source`` is its file, whose header
+    may know the size of a pixel; ``image`` decodes the picture itself, float32 [C, H, W].
+    """
 
     read: Callable[[], Array]
     patient: str = ""
+    volume: str = ""
+    plane: int | None = None
+    source: Path | None = None
+    image: Callable[[], Array] | None = None
 
     def __call__(self) -> Array:
         """Decode the mask, float32 [H, W] in [0, 1], or [K, H, W] of declared classes."""
@@ -124,7 +142,14 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
         labelled = [entry for entry in dataset.entries if entry.mask is not None]
         if labelled:
             return {
-                entry.name: Truth(partial(_entry_mask, dataset, entry), entry.patient)
+                entry.name: Truth(
+                    partial(_entry_mask, dataset, entry),
+                    patient=entry.patient,
+                    volume=entry.volume,
+                    plane=entry.plane,
+                    source=entry.mask,
+                    image=partial(_entry_image, dataset, entry),
+                )
                 for entry in labelled
             }
     return _bare_masks(folder, classes)
@@ -153,16 +178,17 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
     files = image_files(folder)
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
     masks: dict[str, Truth] = {}
+    store = VolumeStore(None)
     for stem, path in (named or files).items():
-        case = _case_id(stem)
-        if case in masks:
+        found = dict(_truths_in(path, _case_id(stem), classes, store))
+        if twice := found.keys() & masks.keys():
             raise UserError(
                 folder,
-                found=f"two masks for case {case}",
+                found=f"two masks for case {min(twice)}",
                 expected="one mask per case",
                 mend="Remove one of them.",
             )
-        masks[case] = Truth(partial(_file_mask, path, classes))
+        masks |= found
     if not masks:
         raise UserError(
             folder,
@@ -171,6 +197,27 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
             mend="Pass the folder with the ground truth.",
         )
     return masks
+
+
+def _truths_in(
+    path: Path, case: str, classes: Classes | None, store: VolumeStore
+) -> Iterator[tuple[str, Truth]]:
+    """The one mask of a file, or every axial plane of a volume as a mask of its own."""
+    shape = nifti_shape(path) if is_nifti(path) else ()
+    if len(shape) != 3:
+        yield case, Truth(partial(_file_mask, path, classes), source=path)
+        return
+    for plane in range(shape[2]):
+        yield (
+            f"{case}_slice{plane:03d}",
+            Truth(
+                partial(_plane_mask, path, plane, classes, store),
+                patient=case,
+                volume=case,
+                plane=plane,
+                source=path,
+            ),
+        )
 
 
 def _case_id(stem: str) -> str:
@@ -185,6 +232,15 @@ def _entry_mask(dataset: SegmentationDataset, entry: Entry) -> Array:
     mask = dataset.read_mask(entry)
     assert mask is not None
     return _truth(mask, dataset.classes)
+
+
+def _entry_image(dataset: SegmentationDataset, entry: Entry) -> Array:
+    return np.asarray(dataset.read_image(entry)[0].numpy(), dtype=np.float32)
+
+
+def _plane_mask(path: Path, plane: int, classes: Classes | None, store: VolumeStore) -> Array:
+    values = np.ascontiguousarray(store(path).voxels[..., plane], dtype=np.float32)
+    return _truth(class_masks(path, values, classes), classes)
 
 
 def _file_mask(path: Path, classes: Classes | None) -> Array:

@@ -1,6 +1,6 @@
 """How a mask is scored against its truth, from four counts and in NumPy alone.
 
-Here live the confusion counts with the ratios made of them, the one rule for empty masks, and the
+Here live the confusion counts with the ratios made of them, the rules for empty masks, and the
 arithmetic of MedSegDiff's evaluation script, kept so that published numbers can be compared. The
 scoring (``evaluate``), the pictures and the tests call it; nothing here reads a file or prints.
 """
@@ -19,6 +19,13 @@ EMPTY_RULE = (
     "prediction and truth both empty: a perfect match (1.0), counted apart; "
     "only one of them empty: 0.0"
 )
+EMPTY_RULES = {
+    "match": EMPTY_RULE,
+    "skip": "cases without a lesion are left out of every mean, whatever was predicted",
+    "zero": "prediction and truth both empty: 0.0, as is only one of them empty",
+    "parents": "MedSegDiff's smoothing, (2 tp + 1e-4) / (2 tp + fp + fn + 1e-4) and likewise IoU "
+    "with 1e-6: both empty 1.0, only one of them empty nearly 0",
+}
 
 
 class Confusion(NamedTuple):
@@ -96,6 +103,42 @@ def specificity(counts: Confusion) -> float:
     return _ratio(counts.tn, counts.tn + counts.fp, float("nan"))
 
 
+def volume_difference(counts: Confusion) -> float:
+    """How much larger the prediction is than the truth: (fp - fn) / (tp + fn), in [-1, inf).
+
+    NaN where the truth is empty.
+    """
+    return _ratio(counts.fp - counts.fn, counts.tp + counts.fn, float("nan"))
+
+
+class Ratios(NamedTuple):
+    """All scores that the four counts give; NaN where one is undefined or left out."""
+
+    dice: float
+    iou: float
+    precision: float
+    sensitivity: float
+    specificity: float
+    volume_difference: float
+
+
+def ratios(counts: Confusion, *, rule: str = "match") -> Ratios:
+    """Every ratio by one of :data:`EMPTY_RULES`, which says what empty masks count for."""
+    if rule == "skip" and counts.empty_truth:
+        return Ratios(*[float("nan")] * len(Ratios._fields))
+
+    empty = 0.0 if rule == "zero" else 1.0
+    smooth = rule == "parents"
+    return Ratios(
+        dice=_smooth_dice(counts) if smooth else dice(counts, empty=empty),
+        iou=_smooth_iou(counts) if smooth else iou(counts, empty=empty),
+        precision=precision(counts, empty=empty),
+        sensitivity=sensitivity(counts, empty=empty),
+        specificity=specificity(counts),
+        volume_difference=volume_difference(counts),
+    )
+
+
 def parent_scores(prediction: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     """MedSegDiff's ``(iou, dice)`` of one image, from its ``segmentation_env.py``.
 
@@ -118,11 +161,18 @@ def _parent_pair(
     soft: NDArray[np.float32], true: NDArray[np.float32], tau: np.float32
 ) -> tuple[float, float]:
     """Both scores at one threshold, the truth cut at it as well."""
-    tp, fp, fn, _ = confusion(soft > tau, true > tau)
-    return (
-        (tp + 1e-6) / (tp + fp + fn + 1e-6),
-        (2 * tp + 1e-4) / (2 * tp + fp + fn + 1e-4),
-    )
+    counts = confusion(soft > tau, true > tau)
+    return _smooth_iou(counts), _smooth_dice(counts)
+
+
+def _smooth_iou(counts: Confusion) -> float:
+    tp, fp, fn, _ = counts
+    return (tp + 1e-6) / (tp + fp + fn + 1e-6)
+
+
+def _smooth_dice(counts: Confusion) -> float:
+    tp, fp, fn, _ = counts
+    return (2 * tp + 1e-4) / (2 * tp + fp + fn + 1e-4)
 
 
 def _ratio(numerator: int, denominator: int, undefined: float) -> float:

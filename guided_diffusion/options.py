@@ -31,10 +31,11 @@ def _flag(
     run: bool = False,
     least: float = -math.inf,
     most: float = math.inf,
+    words: str = "",
 ) -> Any:
     """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it.
 
-    Numbers are refused outside ``least`` to ``most``.
+    Numbers are refused outside ``least`` to ``most``; ``words`` names the several values it takes.
     """
     metadata = {
         "help": help,
@@ -44,6 +45,7 @@ def _flag(
         "run": run,
         "least": least,
         "most": most,
+        "words": tuple(words.split()),
     }
     return field(default=default, metadata=metadata)
 
@@ -287,6 +289,25 @@ class ScoringOptions:
     mask_labels: str = _flag(
         "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
     )
+    empty: str = _flag(
+        "match",
+        "what empty masks count for: match, both empty is 1; zero, it is 0; skip, cases without a "
+        "lesion are left out; parents, MedSegDiff's smoothing",
+        choices=("match", "skip", "zero", "parents"),
+    )
+    tolerance: float = _flag(
+        2.0,
+        "distance that surface Dice forgives, in mm where headers give a spacing, else px",
+        least=0,
+    )
+    low_dice: float = _flag(
+        0.8, "cases below this Dice are those that the uncertainty should find", least=0, most=1
+    )
+    raters: str = _flag("", "folders with the masks of several raters, separated by commas")
+    compare: tuple[str, ...] = _flag(
+        (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
+    )
+    report: bool = _flag(True, "write report.html beside the scores")
 
 
 @dataclass(frozen=True)
@@ -443,14 +464,16 @@ def _add_group(parser: argparse.ArgumentParser, group: type) -> None:
     for entry in fields(group):
         info, kind = entry.metadata, hints[entry.name]
         names = [f"--{entry.name}", *([info["alias"]] if info["alias"] else [])]
-        shown = "" if entry.default in ("", None) else f" (default: {entry.default})"
+        words = info["words"]
+        shown = "" if entry.default in ("", None, ()) else f" (default: {entry.default})"
         dead = f"; no effect: {info['dead']}" if info["dead"] else ""
         section.add_argument(
             *names,
             dest=entry.name,
-            type=str2bool if kind is bool else kind,
+            type=str2bool if kind is bool else str if words else kind,
+            nargs=len(words) or None,
             choices=info["choices"] or None,
-            metavar=None if info["choices"] else kind.__name__.upper(),
+            metavar=None if info["choices"] else words or kind.__name__.upper(),
             help=(info["help"] + shown + dead).replace("%", "%%"),
         )
 

@@ -6,59 +6,88 @@ every voxel weighs the same, as in scores of whole volumes. Called by ``evaluate
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from guided_diffusion import metrics
 
+Surfaces = tuple[float | None, float | None, float | None]
+"""HD95, average surface distance and surface Dice of a volume."""
+
 
 class PatientScore(NamedTuple):
-    """One row of ``patients.csv``; the fields are its columns, in this order."""
+    """One row of ``patients.csv``; the fields are its columns, in this order.
+
+    The last three are of the patient's volume, None where that is not one and whole.
+    """
 
     patient: str
     cases: int
-    dice: float
-    iou: float
+    dice: float | None
+    iou: float | None
     tp: int
     fp: int
     fn: int
     tn: int
+    precision: float | None = None
+    sensitivity: float | None = None
+    specificity: float | None = None
+    volume_difference: float | None = None
+    hd95: float | None = None
+    assd: float | None = None
+    surface_dice: float | None = None
 
 
 def score_patients(
-    counts: Mapping[str, metrics.Confusion], patients: Mapping[str, str]
+    counts: Mapping[str, metrics.Confusion],
+    patients: Mapping[str, str],
+    *,
+    surfaces: Mapping[str, Surfaces] | None = None,
+    rule: str = "match",
 ) -> list[PatientScore]:
     """Pool the counts of each patient's cases, sorted by patient.
 
-    ``counts`` and ``patients`` are by case; a case without a patient is left out.
+    ``counts`` and ``patients`` are by case, ``surfaces`` by patient; a case without a patient is
+    left out. ``rule`` is one of :data:`guided_diffusion.metrics.EMPTY_RULES`.
     """
     pooled: dict[str, list[metrics.Confusion]] = {}
     for case, confusion in counts.items():
         if patients.get(case):
             pooled.setdefault(patients[case], []).append(confusion)
-    return [_pool(patient, pooled[patient]) for patient in sorted(pooled)]
+    none: Surfaces = (None, None, None)
+    return [
+        _pool(patient, pooled[patient], (surfaces or {}).get(patient, none), rule)
+        for patient in sorted(pooled)
+    ]
 
 
-def _pool(patient: str, counts: list[metrics.Confusion]) -> PatientScore:
+def _pool(
+    patient: str, counts: list[metrics.Confusion], surfaces: Surfaces, rule: str
+) -> PatientScore:
     total = metrics.Confusion(*map(sum, zip(*counts, strict=True)))
-    return PatientScore(patient, len(counts), metrics.dice(total), metrics.iou(total), *total)
+    ratios = metrics.ratios(total, rule=rule)
+    dice, iou, *others = (None if math.isnan(value) else value for value in ratios)
+    precision, sensitivity, specificity, volume_difference = others
+    return PatientScore(
+        patient,
+        len(counts),
+        dice,
+        iou,
+        *total,
+        precision,
+        sensitivity,
+        specificity,
+        volume_difference,
+        *surfaces,
+    )
 
 
 def summarise_patients(scores: Iterable[PatientScore]) -> dict[str, float | int | None]:
     """How many patients there are, and the mean of their Dice; None where there are none."""
-    dice = [score.dice for score in scores]
-    if not dice:
-        return {"patients": None, "dice_patient": None}
-    return {"patients": len(dice), "dice_patient": math.fsum(dice) / len(dice)}
-
-
-def patients_csv(scores: Iterable[PatientScore]) -> str:
-    """One header line and one line per patient."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(PatientScore._fields)
-    writer.writerows(scores)
-    return text.getvalue()
+    rows = list(scores)
+    dice = [score.dice for score in rows if score.dice is not None]
+    return {
+        "patients": len(rows) or None,
+        "dice_patient": math.fsum(dice) / len(dice) if dice else None,
+    }

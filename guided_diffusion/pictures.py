@@ -116,6 +116,27 @@ def overlay(
     return np.asarray(canvas.picture)
 
 
+def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
+    """The image itself, cut out of an :func:`overlay` of a case of ``size`` (height, width).
+
+    None where the picture has not the measures of an overlay of such a case.
+    """
+    height = drawn.shape[0] - HEADER - FOOTER
+    width = max(1, round(height * size[1] / size[0]))
+    room = drawn.shape[1] - 2 * MARGIN + GAP
+    panels = round(room / (width + GAP))
+    if height < 1 or panels not in (3, 4):
+        return None
+    width = room // panels - GAP
+    panel: Pixels = drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]
+    return panel
+
+
+def displayed(image: ArrayLike) -> Pixels:
+    """An image [C, H, W] of any range as overlays show it, uint8 [H, W, 3]."""
+    return soft_png(_displayed(np.asarray(image, dtype=np.float32)))
+
+
 def class_overlay(
     image: ArrayLike,
     truth: ArrayLike | None,

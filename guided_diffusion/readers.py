@@ -216,6 +216,23 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
     return shape
 
 
+def nifti_spacing(path: Path) -> tuple[float, ...] | None:
+    """The size of a voxel along each axis, in millimetres, from the header alone.
+
+    None where the header does not say it: a size that is zero or no number.
+    """
+    try:
+        nifti: Any = nib.load(path)
+        unit = nifti.header.get_xyzt_units()[0]
+        sizes = [float(size) for size in nifti.header.get_zooms()]
+    except UNREADABLE as error:
+        raise unreadable(path, error, "NIfTI image") from error
+    scale = {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)
+    if not all(np.isfinite(size) and size > 0 for size in sizes[:3]):
+        return None
+    return tuple(size * scale for size in sizes[: len(nifti_shape(path))])
+
+
 def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
     """:func:`read_nifti` for a file that must be two-dimensional, [H, W]."""
     values, affine = read_nifti(path)

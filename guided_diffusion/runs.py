@@ -19,6 +19,7 @@ import torch
 from guided_diffusion import logger
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.cache import GIB, Remembered
+from guided_diffusion.case_scores import Scoring
 from guided_diffusion.check import look_at, write_sheet
 from guided_diffusion.check import report as report_check
 from guided_diffusion.checkpoint import (
@@ -29,7 +30,8 @@ from guided_diffusion.checkpoint import (
     load_weights,
     with_companions,
 )
-from guided_diffusion.class_scores import evaluate_all
+from guided_diffusion.compare import compare_folders
+from guided_diffusion.compare import report as report_comparison
 from guided_diffusion.curves import draw_curves
 from guided_diffusion.datasets import (
     Frame,
@@ -40,7 +42,7 @@ from guided_diffusion.datasets import (
 )
 from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
 from guided_diffusion.errors import UserError
-from guided_diffusion.evaluate import report
+from guided_diffusion.evaluate import Evaluation, evaluate_all
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options import (
@@ -64,6 +66,8 @@ from guided_diffusion.options import (
     refuse_contradictions,
 )
 from guided_diffusion.predict import segment
+from guided_diffusion.provenance import described, note_sampling
+from guided_diffusion.report import write_report
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     count_masks,
@@ -83,6 +87,7 @@ from guided_diffusion.segmenter import (
 )
 from guided_diffusion.sinks import TensorBoardSink, VisdomSink
 from guided_diffusion.splits import narrowed, part_of_cases, read_split
+from guided_diffusion.summary import report
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.validation import Validation, chosen_cases
 
@@ -250,20 +255,29 @@ def sample(typed: dict[str, Any]) -> None:
     logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
     for note in dead_flags(SAMPLE, typed):
         logger.log(note)
-    dataset, segmenter = load_segmenter(typed)
+    dataset, segmenter, checkpoint = _loaded(typed)
     for note in [*dataset.notes, str(dataset), str(segmenter)]:
         logger.log(note)
     end = "_<class>" if segmenter.classes else ""
+    out_dir, fingerprint = Path(run.out_dir).expanduser(), _fingerprint(segmenter, dataset)
     names = segment(
         segmenter,
         dataset,
-        Path(run.out_dir).expanduser(),
-        fingerprint=_fingerprint(segmenter, dataset),
+        out_dir,
+        fingerprint=fingerprint,
         num_samples=options.num_samples,
         debug=options.debug,
     )
     for sink in sinks:
         sink.close()
+    if rank() == 0:
+        note_sampling(
+            out_dir,
+            fingerprint,
+            model=str(segmenter),
+            seed=segmenter.plan.seed,
+            options=checkpoint.options,
+        )
     logger.log(
         f"{len(names)} cases in {run.out_dir}: <case>_mask.png, <case>_output_ens{end}.png, "
         f"<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>{end}.png, predictions.csv"
@@ -272,6 +286,11 @@ def sample(typed: dict[str, Any]) -> None:
 
 def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter]:
     """Open the data and the model that the sampling flags name, and see that they fit."""
+    return _loaded(typed)[:2]
+
+
+def _loaded(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter, Checkpoint]:
+    """Both, and the checkpoint itself."""
     path = latest_checkpoint(typed.get("model_path", ""))
     checkpoint = load_checkpoint(path)
     typed = _plainly(typed)
@@ -283,25 +302,39 @@ def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmente
         dataset = narrowed(dataset, data.split, "testing")
     network = _network_for(dataset, flags, path if checkpoint.options else None)
     frame, _ = _frame(dataset, network, flags)
-    return dataset, Segmenter.build(checkpoint, path, network=network, frame=frame, flags=typed)
+    segmenter = Segmenter.build(checkpoint, path, network=network, frame=frame, flags=typed)
+    return dataset, segmenter, checkpoint
 
 
 def score(typed: dict[str, Any]) -> None:
     """Score masks against the truth: what ``segmentation_env.py`` does with the flags typed."""
     options = fill(ScoringOptions, typed)
-    summary = evaluate_all(
-        options.inp_pth,
-        options.out_pth,
-        partial=options.partial,
-        mask_labels=options.mask_labels,
-    )
-    print(report(summary))
-    print(
-        f"written: {Path(options.inp_pth) / 'summary.json'}, {Path(options.inp_pth) / 'scores.csv'}"
-    )
-    overlays = sorted(Path(options.inp_pth).expanduser().glob("*_overlay.png"))
+    if options.compare:
+        first, second = (_scored(options, folder) for folder in options.compare)
+        print(report_comparison(compare_folders(first, second)))
+        print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
+        return
+    evaluation = _scored(options, options.inp_pth)
+    written = ["summary.json", "scores.csv"]
+    if options.report:
+        written.append(write_report(evaluation, described(evaluation.folder)).name)
+    print(report(evaluation.summary))
+    print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
+    overlays = sorted(evaluation.folder.glob("*_overlay.png"))
     if overlays:
         print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
+
+
+def _scored(options: ScoringOptions, folder: str) -> Evaluation:
+    """Score one folder as the flags say."""
+    return evaluate_all(
+        folder,
+        options.out_pth,
+        scoring=Scoring(options.empty, options.tolerance, options.low_dice),
+        partial=options.partial,
+        mask_labels=options.mask_labels,
+        raters=[rater for rater in options.raters.split(",") if rater],
+    )
 
 
 def check(typed: dict[str, Any]) -> None:

@@ -14,16 +14,16 @@ from brats_folders import AFFINE, write_volumes
 from conftest import DIFFUSION, NETWORK, contents, refused, script, succeeded
 from PIL import Image
 
-from guided_diffusion.class_scores import evaluate_all
 from guided_diffusion.classes import Classes, find_classes, record_text, recorded_classes
 from guided_diffusion.datasets import Case, Frame, Framed, Reading
 from guided_diffusion.errors import UserError
-from guided_diffusion.evaluate import report
+from guided_diffusion.evaluate import evaluate_all
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.pictures import class_overlay
 from guided_diffusion.readers import read_mask_file
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.segmenter import Segmentation, Segmenter
+from guided_diffusion.summary import report
 
 LABELS = np.array([[0, 1, 2, 4], [4, 2, 1, 0]], np.uint8)
 
@@ -366,7 +366,7 @@ def test_volumes_of_regions(tmp_path: Path) -> None:
     values = np.moveaxis(np.asarray(soft.dataobj), -1, 0)
     expected = classes_of("WT,TC,ET").label_map(values)
     assert (np.asarray(mask.dataobj) == expected).all()
-    summary = evaluate_all(out, tmp_path / "data")
+    summary = evaluate_all(out, tmp_path / "data").summary
     assert list(summary["classes"]) == ["WT", "TC", "ET"] and summary["patients"] == 2
 
 
@@ -400,7 +400,7 @@ def by_hand(tmp_path: Path) -> Path:
 
 
 def test_scores_of_classes_by_hand(by_hand: Path) -> None:
-    summary = evaluate_all(by_hand / "pred", by_hand / "truth")
+    summary = evaluate_all(by_hand / "pred", by_hand / "truth").summary
     one, two = summary["classes"]["1"], summary["classes"]["2"]
     assert (one["dice"], one["dice_lesion"], one["iou"]) == (1, 1, 1)
     assert (two["dice"], two["dice_lesion"], two["iou_lesion"]) == (0.5, 1, 1)
@@ -423,7 +423,7 @@ def test_scores_of_classes_by_hand(by_hand: Path) -> None:
 
 
 def test_overlapping_regions_are_scored_by_one_half(by_hand: Path) -> None:
-    summary = evaluate_all(by_hand / "pred", by_hand / "truth", mask_labels="1=1+2,2=2")
+    summary = evaluate_all(by_hand / "pred", by_hand / "truth", mask_labels="1=1+2,2=2").summary
     one, two = (summary["classes"][name]["dice_lesion"] for name in "12")
     assert one == pytest.approx(2 * 40 / (40 + 48)) and two == pytest.approx(2 * 16 / (24 + 16))
 

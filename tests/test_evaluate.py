@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from guided_diffusion import evaluate as room
+from guided_diffusion.case_scores import resize
 from guided_diffusion.errors import UserError
-from guided_diffusion.evaluate import evaluate, read_soft, report, resize
+from guided_diffusion.evaluate import evaluate
 from guided_diffusion.layouts import Truth
 from guided_diffusion.pictures import heat, overlay, soft_png
+from guided_diffusion.predictions import read_soft
+from guided_diffusion.summary import report
 
 GOLDEN = Path(__file__).parent / "golden" / "env"
 
@@ -89,11 +92,12 @@ def test_files_that_are_written(folders):
 
 def test_report_is_aligned_and_states_the_rule(folders):
     lines = report(evaluate(*folders)).splitlines()
-    table = lines[3:7]
-    assert [line.split()[0] for line in table] == ["at", "Dice", "IoU", "cases"]
+    table = lines[3:9]
+    words = ["at", "Dice", "IoU", "HD95,", "surface", "cases"]
+    assert [line.split()[0] for line in table] == words
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["Dice", "0.6667", "0.8333"]
-    assert table[3].split() == ["cases", "4", "2"]
+    assert table[5].split() == ["cases", "4", "2"]
     assert "empty masks: prediction and truth both empty" in lines[-1]
 
 

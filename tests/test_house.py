@@ -16,22 +16,28 @@ FLOORS = [
     {"errors"},
     {"classes"},
     # files, numbers and flags
-    {"files", "readers", "intensity", "metrics", "options", "phantoms"},
-    {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
+    {"files", "readers", "intensity", "options", "phantoms"},
+    # arithmetic on arrays
+    {"metrics", "surface", "calibration", "intervals", "charts"},
+    {"schedule", "nn", "losses", "phantom_folders", "background", "curves", "provenance"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "thumbnails"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
     {"dpm_solver", "unipc", "unet"},
     {"layouts", "slicing", "sampling"},
+    # what is predicted, and what it is worth
+    {"predictions"},
+    {"case_scores"},
+    {"summary"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results", "film"},
-    {"predict", "class_scores", "validation"},
+    {"predict", "validation", "report", "compare"},
     {"runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -68,6 +68,40 @@ def test_empty_flags_and_the_value_of_both_empty():
     assert metrics.dice(truth_only, empty=0.5) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("rule", "both", "truth_only", "prediction_only"),
+    [
+        ("match", (1, 1), (0, 0), (0, 0)),
+        ("zero", (0, 0), (0, 0), (0, 0)),
+        ("skip", (NAN, NAN), (NAN, NAN), (0, 0)),
+        ("parents", (1, 1), (1e-4 / 2.0001, 1e-6 / 2.000001), (1e-4 / 2.0001, 1e-6 / 2.000001)),
+    ],
+)
+def test_rules_for_empty_masks(rule, both, truth_only, prediction_only):
+    """Of an empty truth with and without two pixels predicted, and of two pixels missed."""
+    for pair, wanted in (
+        ((EMPTY, EMPTY), both),
+        ((PARTIAL, EMPTY), truth_only),
+        ((EMPTY, PARTIAL), prediction_only),
+    ):
+        found = metrics.ratios(confusion(*pair), rule=rule)
+        assert (found.dice, found.iou) == pytest.approx(wanted, nan_ok=True, abs=1e-12)
+    assert set(metrics.EMPTY_RULES) == {"match", "skip", "zero", "parents"}
+
+
+@pytest.mark.parametrize("rule", metrics.EMPTY_RULES)
+def test_rules_hardly_touch_what_is_not_empty(rule):
+    counts = Confusion(tp=300, fp=100, fn=200, tn=400)
+    found = metrics.ratios(counts, rule=rule)
+    assert found == pytest.approx((0.6667, 0.5, 0.75, 0.6, 0.8, -0.2), abs=1e-4)
+
+
+def test_volume_difference_by_hand():
+    assert metrics.volume_difference(Confusion(tp=3, fp=3, fn=1, tn=0)) == 0.5
+    assert metrics.volume_difference(Confusion(tp=0, fp=0, fn=4, tn=0)) == -1
+    assert math.isnan(metrics.volume_difference(Confusion(tp=0, fp=5, fn=0, tn=0)))
+
+
 COUNTS = st.builds(Confusion, *[st.integers(0, 10**6)] * 4)
 
 

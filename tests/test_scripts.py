@@ -79,7 +79,11 @@ def test_what_sampling_writes(sampled: Path) -> None:
     volumes = ("output_ens", "mask", "uncertainty")
     names = {f"{case}_{kind}.png" for case in TEST_CASES for kind in pictures}
     names |= {f"{case}_{kind}.nii.gz" for case in TEST_CASES for kind in volumes}
-    assert contents(sampled).keys() == names | {"predictions.csv"}
+    assert contents(sampled).keys() == names | {"predictions.csv", "sampling.json"}
+    note = json.loads((sampled / "sampling.json").read_text("utf-8"))
+    assert (note["seed"], note["options"]["image_size"]) == (10, 16)
+    assert note["command"].startswith("python scripts/segmentation_sample.py --model_path ")
+    assert note["versions"]["torch"] == torch.__version__
     masks = soft(sampled)
     assert all(mask.shape == (40, 40) and len(np.unique(mask)) > 20 for mask in masks.values())
     assert not np.array_equal(masks["000005"], masks["000006"])
@@ -133,7 +137,7 @@ def test_isic_from_pictures_to_scores(isic: Path, tmp_path: Path) -> None:
     assert "2 ISIC cases, 3 channels" in said
     kinds = ("output_ens", "mask", "uncertainty", "overlay", "output0", "output1")
     assert contents(masks).keys() == {
-        "predictions.csv",
+        *("predictions.csv", "sampling.json"),
         *(f"{case}_{kind}.png" for case in ("0000004", "0000005") for kind in kinds),
     }
     said = succeeded(script("segmentation_env", "--inp_pth", masks, "--out_pth", isic))
@@ -209,7 +213,8 @@ def test_a_second_run_keeps_and_other_settings_redraw(
         assert "1 cases of other settings" in said, change
     after = contents(tmp_path)
     assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in after if name != "predictions.csv")
+    told_anew = {"predictions.csv", "sampling.json"}  # seconds, and the date
+    assert all(after[name] == before[name] for name in after.keys() - told_anew)
 
 
 def test_seeds_and_steps_change_masks(trained: Path, brats: Path, tmp_path: Path) -> None:

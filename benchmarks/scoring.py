@@ -1,0 +1,106 @@
+"""How long scoring takes: a folder of pictures with ensembles, and one patient's volume.
+
+    python benchmarks/scoring.py
+    python benchmarks/scoring.py --truth $REAL_DATA/isbi2016_256/Test
+
+Predictions are the truths, moved, blurred and speckled: five members a case, written as sampling
+writes them. Without --truth, so are phantom truths. Every measure and the report are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.evaluate import evaluate_all
+from guided_diffusion.layouts import open_masks
+from guided_diffusion.pictures import soft_png
+from guided_diffusion.provenance import described
+from guided_diffusion.report import write_report
+
+VOLUME = (240, 240, 155)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--truth", default="", help="data set with masks; empty: made up")
+    parser.add_argument("--cases", type=int, default=300, help="pictures to score")
+    parser.add_argument("--members", type=int, default=5, help="masks of each case")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread\n")
+    print("| what | scored, s | report, s | report, MB | peak memory so far, MB |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder, exit_on_user_error():
+        place = Path(folder)
+        truth = Path(arguments.truth) if arguments.truth else made_up(place / "gt", arguments.cases)
+        predict(truth, place / "pred", arguments.cases, arguments.members)
+        line(f"{arguments.cases} pictures, {arguments.members} members", place / "pred", truth)
+        volume(place / "volume")
+        size = " x ".join(map(str, VOLUME))
+        line(f"a patient of {size}", place / "volume/pred", place / "volume/gt")
+
+
+def line(what: str, predicted: Path, truth: Path) -> None:
+    start = time.perf_counter()
+    evaluation = evaluate_all(predicted, truth, partial=True)
+    scored = time.perf_counter()
+    report = write_report(evaluation, described(predicted))
+    done = time.perf_counter()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    size = report.stat().st_size / 1e6
+    print(f"| {what} | {scored - start:.1f} | {done - scored:.1f} | {size:.1f} | {memory:.0f} |")
+
+
+def made_up(folder: Path, cases: int) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for case in range(cases):
+        noise = gaussian_filter(generator.normal(size=(256, 256)), 24)
+        mask = noise > np.quantile(noise, generator.uniform(0.6, 0.95))
+        Image.fromarray(soft_png(mask)).save(folder / f"{case:04d}.png")
+    return folder
+
+
+def predict(truth: Path, folder: Path, cases: int, members: int) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    for name, mask in list(open_masks(truth).items())[:cases]:
+        drawn = [unsure(mask(), generator) for _ in range(members)]
+        for index, member in enumerate(drawn):
+            Image.fromarray(soft_png(member)).save(folder / f"{name}_output{index}.png")
+        Image.fromarray(soft_png(np.mean(drawn, axis=0))).save(folder / f"{name}_output_ens.png")
+
+
+def unsure(mask: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    moved = np.roll(mask, generator.integers(-9, 10, mask.ndim), axis=tuple(range(mask.ndim)))
+    rough = gaussian_filter(generator.normal(size=mask.shape), 2) * 2
+    return np.clip(gaussian_filter(moved.astype(np.float32), 3) + rough * (moved > 0), 0, 1)
+
+
+def volume(folder: Path) -> None:
+    axes = np.meshgrid(*(np.linspace(-1, 1, length) for length in VOLUME), indexing="ij")
+    truth = (axes[0] ** 2 + (axes[1] - 0.2) ** 2 + axes[2] ** 2 < 0.12).astype(np.uint8)
+    soft = gaussian_filter(np.roll(truth, 3, axis=0).astype(np.float32), 1.5)
+    for name, values in (("gt/p_seg", truth), ("pred/p_output_ens", soft)):
+        path = folder / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What was run, noted where it was: ``sampling.json`` beside the masks, read back by the report.
+
+The note is rewritten only when the settings change, so that a repeated run leaves the folder as it
+was. Called by ``runs``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion.files import whole
+
+RECORD = "sampling.json"
+PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pillow")
+
+
+def command() -> str:
+    """The command line of this process, as a shell would take it."""
+    program, *flags = sys.argv
+    script = Path(program)
+    return shlex.join(["python", str(Path(script.parent.name, script.name)), *flags])
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that scores and masks depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that brings its own
+            continue
+    return found
+
+
+def note_sampling(
+    folder: Path, fingerprint: str, *, model: str, seed: int, options: Mapping[str, Any]
+) -> None:
+    """Note in a result folder how its masks were drawn.
+
+    ``model`` says where the weights are from and how masks are drawn, ``options`` what the
+    checkpoint records.
+
+    Raises:
+        UserError: the note cannot be written.
+    """
+    if read_note(folder).get("fingerprint") == fingerprint:
+        return
+    note = {
+        "fingerprint": fingerprint,
+        "date": now(),
+        "command": command(),
+        "model": model,
+        "seed": seed,
+        "options": dict(options),
+        "versions": versions(),
+    }
+    with whole(folder / RECORD) as part:
+        part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What sampling noted; nothing where there is no note, or none that can be read."""
+    try:
+        note = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def described(folder: Path) -> dict[str, str]:
+    """What was run, as labels and texts for people: the sampling, if noted, and this scoring."""
+    note = read_note(folder)
+    return {
+        "Sampled": str(note.get("date", "")),
+        "Sampling command": str(note.get("command", "")),
+        "Model": str(note.get("model", "")),
+        "Seed": str(note.get("seed", "")),
+        "Checkpoint options": _pairs(note.get("options")),
+        "Versions, sampling": _pairs(note.get("versions")),
+        "Scored": now(),
+        "Scoring command": command(),
+        "Versions, scoring": _pairs(versions()),
+    }
+
+
+def _pairs(values: object) -> str:
+    if not isinstance(values, dict):
+        return ""
+    return "  ".join(f"{key}={value}" for key, value in values.items())
