@@ -43,8 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread\n")
-    print("| what | scored, s | report, s | report, MB | peak memory so far, MB |")
-    print("|---|---|---|---|---|")
+    print("| what | scored, s | of processor | report, s | of processor | MB | memory, MB |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, exit_on_user_error():
         place = Path(folder)
         truth = Path(arguments.truth) if arguments.truth else made_up(place / "gt", arguments.cases)
@@ -56,14 +56,18 @@ def main() -> None:
 
 
 def line(what: str, predicted: Path, truth: Path) -> None:
-    start = time.perf_counter()
+    start = now()
     evaluation = evaluate_all(predicted, truth, partial=True)
-    scored = time.perf_counter()
+    scored = now()
     report = write_report(evaluation, described(predicted))
-    done = time.perf_counter()
+    done = now()
+    spent = [f"{b - a:.1f}" for pair in ((start, scored), (scored, done)) for a, b in zip(*pair)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    size = report.stat().st_size / 1e6
-    print(f"| {what} | {scored - start:.1f} | {done - scored:.1f} | {size:.1f} | {memory:.0f} |")
+    print(f"| {what} | {' | '.join(spent)} | {report.stat().st_size / 1e6:.1f} | {memory:.0f} |")
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def made_up(folder: Path, cases: int) -> Path:

@@ -35,7 +35,7 @@ FLOORS = [
     # factories, verbs, and the root that knows all names
     {"script_util"},
     {"stream", "step_log", "stop_signal", "sinks"},
-    {"train_util", "segmenter", "evaluate", "check"},
+    {"train_util", "segmenter", "evaluate", "check", "report_figures"},
     {"class_results", "film"},
     {"predict", "validation", "report", "compare"},
     {"runs"},
