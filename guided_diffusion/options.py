@@ -53,7 +53,9 @@ class NetworkOptions:
     """The network's shape; recorded in the checkpoint."""
 
     version: str = _flag(
-        "plain", "network: plain concatenates image and noisy mask", choices=("plain",)
+        "plain",
+        "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's",
+        choices=("plain", "1", "new"),
     )
     image_size: int = _flag(64, "height and width the network works at, in pixels")
     in_ch: int = _flag(5, "image channels plus noisy mask channels; follows the data by itself")

@@ -17,6 +17,8 @@ from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.highway import STEP
+from guided_diffusion.medsegdiff import AnchoredUNet, HighwayUNet
 from guided_diffusion.options import (
     DataOptions,
     DiffusionOptions,
@@ -30,6 +32,13 @@ from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.unet import UNetModel
 
 NUM_CLASSES = 2
+
+NETWORKS: dict[str, type[UNetModel]] = {
+    "plain": UNetModel,
+    "1": HighwayUNet,
+    "new": AnchoredUNet,
+}
+"""The network of each ``--version``."""
 
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
@@ -65,7 +74,7 @@ def create_model(
     for level, factor in enumerate(channel_mult):
         if 2**level in attention_ds or level == len(channel_mult) - 1:
             _refuse_uneven_heads(network, int(factor * network.num_channels))
-    return UNetModel(
+    return NETWORKS[network.version](
         image_size=network.image_size,
         in_channels=network.in_ch,
         model_channels=network.num_channels,
@@ -152,14 +161,17 @@ def _channel_mult(network: NetworkOptions) -> list[float]:
     table = next((m for size, m in _CHANNEL_MULT.items() if network.image_size <= size), None)
     mult = given or list(table or _CHANNEL_MULT[256])
     halvings = len(mult) - 1
+    if network.version in ("1", "new") and 2**halvings < STEP:
+        halvings = STEP.bit_length() - 1
     if network.image_size < 1 or network.image_size % 2**halvings:
         step = 2**halvings
         nearest = max(step, round(network.image_size / step) * step)
+        fewer = "" if halvings == STEP.bit_length() - 1 else ", or fewer levels with --channel_mult"
         raise UserError(
             "--image_size",
             found=network.image_size,
             expected=f"a multiple of {step}, for the network halves it {halvings} times",
-            mend=f"Use --image_size {nearest}, or fewer levels with --channel_mult.",
+            mend=f"Use --image_size {nearest}{fewer}.",
         )
     for width in (network.num_channels * factor for factor in mult):
         if width % 32 or width < 32:

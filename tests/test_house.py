@@ -20,12 +20,12 @@ FLOORS = [
     {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "highway"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
     {"dpm_solver", "unipc", "unet"},
-    {"layouts", "slicing", "sampling"},
+    {"layouts", "slicing", "sampling", "medsegdiff"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
     {"stream", "step_log", "stop_signal", "sinks"},
