@@ -192,6 +192,14 @@ def _why(error: Exception) -> str:
     return "a damaged file, or one of another kind"
 
 
+def version_of(weights: Iterable[str]) -> str:
+    """Which ``--version`` bare weights are of, told by the names of their tensors."""
+    names = list(weights)
+    if not any(name.startswith("hwm.") for name in names):
+        return "plain"
+    return "1" if any(name.startswith("hwm.ffparser.") for name in names) else "new"
+
+
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
     """Put weights into a network that they fit exactly.
 

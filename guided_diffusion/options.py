@@ -97,6 +97,12 @@ class DiffusionOptions:
     min_snr_gamma: float = _flag(
         0.0, "cap of the signal-to-noise ratio in the loss's weight, as in 5; 0: no weight", least=0
     )
+    coarse_loss: str = _flag(
+        "auto",
+        "loss of the condition network's own mask: mse (times 10), dice_ce (Dice + 10 x "
+        "cross-entropy where t is a multiple of 5), none; auto: as the version's paper",
+        choices=("auto", "mse", "dice_ce", "none"),
+    )
 
 
 @dataclass(frozen=True)
@@ -253,6 +259,12 @@ class SamplingOptions:
         "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
         choices=("mean", "vote", "staple", "squared_mean"),
     )
+    coarse: str = _flag(
+        "none",
+        "how the condition network's own mask joins each drawn one before they are fused: blend is "
+        "MedSegDiff's rule, mean and logit average, only takes it alone",
+        choices=("none", "blend", "mean", "logit", "only"),
+    )
     weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
     debug: bool = _flag(
@@ -285,7 +297,12 @@ class CheckOptions:
     )
 
 
-LATER: dict[str, Any] = {"mask_labels": "", "predict_v": False, "min_snr_gamma": 0.0}
+LATER: dict[str, Any] = {
+    "mask_labels": "",
+    "predict_v": False,
+    "min_snr_gamma": 0.0,
+    "coarse_loss": "none",
+}
 """Recorded flags that older checkpoints do not know, with what those were trained with."""
 
 TRAIN = (

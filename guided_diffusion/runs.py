@@ -27,6 +27,7 @@ from guided_diffusion.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    version_of,
     with_companions,
 )
 from guided_diffusion.class_scores import evaluate_all
@@ -66,10 +67,12 @@ from guided_diffusion.options import (
 from guided_diffusion.predict import segment
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
+    adopted,
     count_masks,
     create_gaussian_diffusion,
     create_model,
     create_reading,
+    lacking_note,
     million,
     place,
 )
@@ -94,7 +97,7 @@ def train(typed: dict[str, Any]) -> None:
     launch(run.multi_gpu)
     setup_dist()
     path, start = _checkpoint_to_resume(options, run)
-    trained = {**LATER, **start.options} if start and start.options else {}
+    trained = _trained_as(start) if start else {}
     refuse_contradictions(_plainly(typed), trained, path)
     flags = {**typed, **trained}
     dataset, held_out = _training_data(flags, watch)
@@ -105,9 +108,11 @@ def train(typed: dict[str, Any]) -> None:
     device = dev(run.gpu_dev)
     torch.manual_seed(run.seed)
     net = create_model(network, diffusion, dataset.classes)
+    lacking: list[str] = []
     if start:
+        start, lacking = adopted(start, net)
         load_weights(net, start.model, path)
-    process = create_gaussian_diffusion(diffusion)
+    process = create_gaussian_diffusion(diffusion, network.version)
     sinks = _sinks(watch, run) if rank() == 0 else []
     validation = None
     if held_out or sinks:
@@ -124,7 +129,7 @@ def train(typed: dict[str, Any]) -> None:
         options=options,
         run=run,
         recorded={
-            **recorded(network, diffusion),
+            **recorded(network, replace(diffusion, coarse_loss=process.coarse_loss)),
             "crop": crop,
             "mask_labels": str(dataset.classes or ""),
             **_read_as(dataset),
@@ -136,8 +141,10 @@ def train(typed: dict[str, Any]) -> None:
 
     logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
     if start:
-        loop.restore(start)
+        loop.restore(start, lacking=lacking)
         logger.log(f"resuming {path} at step {start.step}")
+    if lacking:
+        logger.log(lacking_note(lacking))
     for note in [*dead_flags(TRAIN, typed), *dataset.notes, *_notes(validation)]:
         logger.log(note)
     logger.log(
@@ -368,6 +375,13 @@ def _checkpoint_to_resume(
     if not start.options:
         start = with_companions(start, path, options.ema_rate.split(","))
     return path, start
+
+
+def _trained_as(start: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint says of its training; of bare weights the version is all that shows."""
+    if start.options:
+        return {**LATER, **start.options}
+    return {"version": version_of(start.model)}
 
 
 def _network_for(

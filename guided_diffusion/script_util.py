@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import Reading
 from guided_diffusion.errors import UserError
@@ -27,6 +30,7 @@ from guided_diffusion.options import (
     numbers,
     slice_range,
 )
+from guided_diffusion.readers import listing
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.unet import UNetModel
@@ -39,6 +43,8 @@ NETWORKS: dict[str, type[UNetModel]] = {
     "new": AnchoredUNet,
 }
 """The network of each ``--version``."""
+
+_COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse"}
 
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
@@ -62,7 +68,8 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
     unknown = flags.keys() - vars(network).keys() - vars(diffusion).keys()
     if unknown:
         raise TypeError(f"no such network or diffusion flag: {', '.join(sorted(unknown))}")
-    return create_model(network, diffusion, classes), create_gaussian_diffusion(diffusion)
+    process = create_gaussian_diffusion(diffusion, network.version)
+    return create_model(network, diffusion, classes), process
 
 
 def create_model(
@@ -100,8 +107,13 @@ def count_masks(classes: Classes | None) -> int:
     return 1 if classes is None else len(classes)
 
 
-def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
-    """Build the diffusion; respacing chooses the times that are trained."""
+def create_gaussian_diffusion(
+    options: DiffusionOptions, version: str = "plain"
+) -> GaussianDiffusion:
+    """Build the diffusion; respacing chooses the times that are trained.
+
+    What ``auto`` means for the loss of the coarse mask depends on the version of the network.
+    """
     _refuse_opposites(options)
     schedule = NoiseSchedule.named(options.noise_schedule, options.diffusion_steps)
     kept = space_timesteps(options.diffusion_steps, options.timestep_respacing)
@@ -123,7 +135,20 @@ def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
         mask_range=_mask_range(options.mask_range),
         predict_v=options.predict_v,
         min_snr_gamma=options.min_snr_gamma,
+        coarse_loss=_coarse_loss(options.coarse_loss, version),
     )
+
+
+def _coarse_loss(wanted: str, version: str) -> str:
+    """What ``--coarse_loss`` means for a version of the network."""
+    if wanted not in ("auto", "none") and version == "plain":
+        raise UserError(
+            "--coarse_loss",
+            found=wanted,
+            expected="auto or none, for the plain network has no coarse mask",
+            mend="Leave --coarse_loss away, or choose another --version.",
+        )
+    return _COARSE_LOSS[version] if wanted == "auto" else wanted
 
 
 def _refuse_opposites(options: DiffusionOptions) -> None:
@@ -219,6 +244,24 @@ def _mask_range(text: str) -> tuple[float, float]:
             "--mask_range", found=text, expected="two rising numbers", mend="Use 0,1 or -1,1."
         )
     return values[0], values[1]
+
+
+def adopted(checkpoint: Checkpoint, net: UNetModel) -> tuple[Checkpoint, list[str]]:
+    """Complete bare published weights for a network, and name the tensors that they lack."""
+    if checkpoint.options:
+        return checkpoint, []
+    model = net.adopt(checkpoint.model)
+    ema = {rate: net.adopt(weights) for rate, weights in checkpoint.ema.items()}
+    lacking = [name for name in model if name not in checkpoint.model]
+    return replace(checkpoint, model=model, ema=ema), lacking
+
+
+def lacking_note(lacking: Sequence[str]) -> str:
+    """Say what published weights lacked."""
+    return (
+        f"the weights lack {listing(lacking, most=2)}, which their network drew at random in every "
+        "call: set to the expectation of that"
+    )
 
 
 def place(net: UNetModel, device: torch.device) -> UNetModel:

@@ -22,14 +22,15 @@ from guided_diffusion.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    version_of,
 )
 from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
 from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.dpm_solver import solver_levels
-from guided_diffusion.ensemble import FUSIONS, uncertainty
+from guided_diffusion.ensemble import FUSIONS, blend_coarse, uncertainty
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.options import (
     LATER,
     DiffusionOptions,
@@ -44,8 +45,10 @@ from guided_diffusion.respace import space_timesteps
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import (
+    adopted,
     create_gaussian_diffusion,
     create_model,
+    lacking_note,
     million,
     place,
 )
@@ -66,6 +69,8 @@ class Plan:
         seed: of all randomness.
         batch_size: network inputs at a time.
         precision: fp32, bf16 or fp16.
+        coarse: how the network's coarse mask joins the members: a name of
+            :data:`guided_diffusion.ensemble.BLENDS`.
     """
 
     sampler: str
@@ -77,6 +82,7 @@ class Plan:
     seed: int = 10
     batch_size: int = 8
     precision: str = "fp32"
+    coarse: str = "none"
 
     @property
     def evaluations(self) -> int:
@@ -91,16 +97,20 @@ class Segmentation(NamedTuple):
     but ``labels``: [E, K, H, W] and [K, H, W].
 
     Attributes:
-        members: every drawn mask, soft, float32 [E, H, W] in [0, 1].
-        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1].
+        members: every mask as it was drawn, soft, float32 [E, H, W] in [0, 1].
+        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1]; the members are joined with the
+            coarse mask first, as the plan says. Their spread is measured before that.
         uncertainty: standard deviation of the members, float32 [H, W] in [0, 0.5].
         classes: what the channels are; None where everything is one class.
+        coarse: the condition network's own mask, soft, float32 [H, W] in [0, 1]; None where the
+            network has none.
     """
 
     members: Tensor
     fused: Tensor
     uncertainty: Tensor
     classes: Classes | None = None
+    coarse: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -118,6 +128,19 @@ class Segmentation(NamedTuple):
         if self.classes is None:
             return self.mask.to(torch.uint8)
         return torch.from_numpy(self.classes.label_map(self.fused.numpy()))
+
+
+class Draws(NamedTuple):
+    """What was drawn for some cases, at the network's size and on the CPU.
+
+    Attributes:
+        members: soft masks, float32 [B, E, K, h, w] in [0, 1].
+        coarse: the network's coarse mask at the last evaluation, averaged over the members where
+            they make it differ, float32 [B, K, h, w]; None where it has none.
+    """
+
+    members: Tensor
+    coarse: Tensor | None
 
 
 class Segmenter:
@@ -184,8 +207,10 @@ class Segmenter:
         options, run = fill(SamplingOptions, flags), settle_precision(fill(RunOptions, flags))
         trained = trained_flags(checkpoint, flags, path)
         diffusion, classes = fill(DiffusionOptions, trained), find_classes(trained["mask_labels"])
-        process = create_gaussian_diffusion(diffusion)
+        process = create_gaussian_diffusion(diffusion, network.version)
         net = create_model(network, diffusion, classes)
+        _refuse_coarse(options, network)
+        checkpoint, lacking = adopted(checkpoint, net)
         weights, which = checkpoint.choose(options.weights)
         load_weights(net, weights, path)
 
@@ -195,6 +220,8 @@ class Segmenter:
         source = f"{path}: {which}"
         if not own:
             source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
+        if lacking:
+            source += f"; {lacking_note(lacking)}"
         net = place(net, device)
         return cls(net, process, frame=frame, plan=plan, source=source, classes=classes)
 
@@ -203,7 +230,8 @@ class Segmenter:
         return (
             f"{self.source}; {million(self.net)} on {describe(self.device)}, {plan.precision}; "
             f"{plan.num_ensemble} masks a case by {plan.sampler}, {plan.evaluations} evaluations "
-            f"each, fused by {plan.fusion}, seed {plan.seed}"
+            f"each, {'' if plan.coarse == 'none' else f'coarse mask: {plan.coarse}, '}"
+            f"fused by {plan.fusion}, seed {plan.seed}"
         )
 
     @property
@@ -246,44 +274,71 @@ class Segmenter:
     def segment(self, cases: Sequence[Case]) -> list[Segmentation]:
         """Segment cases of any size: bring them to the network's, draw, bring back, fuse."""
         batch = collate([self.frame.fit(case) for case in cases])
-        drawn = self.draw(batch.image, batch.names)
-        results = []
-        for members, case in zip(drawn, cases, strict=True):
-            height, width = case.image.shape[-2:]
-            members = members if self.classes else members[:, 0]
-            own = self.frame.restore(members, (height, width))
-            fused = FUSIONS[self.plan.fusion](own)
-            results.append(Segmentation(own, fused, uncertainty(own), self.classes))
-        return results
+        drawn = self.draw_with_coarse(batch.image, batch.names)
+        return [
+            self._finish(case, members, None if drawn.coarse is None else drawn.coarse[index])
+            for index, (case, members) in enumerate(zip(cases, drawn.members, strict=True))
+        ]
+
+    def _finish(self, case: Case, members: Tensor, coarse: Tensor | None) -> Segmentation:
+        """Bring a case's members [E, K, h, w] and coarse mask [K, h, w] to its size, and fuse."""
+        size = case.image.shape[-2], case.image.shape[-1]
+        own = self.frame.restore(members if self.classes else members[:, 0], size)
+        blended = own
+        if coarse is not None:
+            coarse = self.frame.restore(coarse, size)
+            coarse = coarse if self.classes else coarse[0]
+            blended = blend_coarse(own, coarse, self.plan.coarse)
+        fused = FUSIONS[self.plan.fusion](blended)
+        return Segmentation(own, fused, uncertainty(own), self.classes, coarse)
+
+    def draw(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Draw the members of some cases: :meth:`draw_with_coarse` without the coarse masks."""
+        return self.draw_with_coarse(images, names).members
 
     @torch.inference_mode()
-    def draw(self, images: Tensor, names: Sequence[str]) -> Tensor:
+    def draw_with_coarse(self, images: Tensor, names: Sequence[str]) -> Draws:
         """Draw the members of some cases, all as one batch as far as ``batch_size`` allows.
 
         Args:
             images: at the network's size, float32 [B, C, h, w].
             names: of the B cases; they seed the noise.
-
-        Returns:
-            Soft masks, float32 [B, E, K, h, w] in [0, 1], on the CPU.
         """
         plan = self.plan
         with autocast(self.device, plan.precision):
             condition = self.net.encode(images.to(self.device))
         shape = (self.net.mask_channels, *images.shape[-2:])
         rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
-        drawn = []
+        drawn, seen = [], []
         for start in range(0, len(rows), plan.batch_size):
             chunk = rows[start : start + plan.batch_size]
             noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
             of_case = torch.tensor([case for case, _ in chunk], device=self.device)
-            denoise = self.diffusion.denoiser(self.net, condition.rows(of_case), clip=plan.clip)
+            rows_of = condition.rows(of_case)
+            denoise = _LastCoarse(self.diffusion.denoiser(self.net, rows_of, clip=plan.clip))
             x = noise(torch.empty(len(chunk), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
                 x0 = SAMPLERS[plan.sampler](denoise, x, plan.levels, **options)
             drawn.append(self.diffusion.from_range(x0).float().cpu())
-        return torch.cat(drawn).unflatten(0, (len(images), plan.num_ensemble))
+            if denoise.coarse is not None:
+                seen.append(denoise.coarse.float().cpu())
+        by_case = (len(images), plan.num_ensemble)
+        coarse = torch.cat(seen).unflatten(0, by_case).mean(dim=1) if seen else None
+        return Draws(torch.cat(drawn).unflatten(0, by_case), coarse)
+
+
+class _LastCoarse:
+    """A denoiser that keeps the coarse mask of its last call."""
+
+    def __init__(self, denoise: Denoiser) -> None:
+        self.denoise = denoise
+        self.coarse: Tensor | None = None
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = self.denoise(x, level)
+        self.coarse = prediction.coarse
+        return prediction
 
 
 class MemberNoise:
@@ -323,7 +378,9 @@ def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> 
         options = {**LATER, **checkpoint.options}
         refuse_contradictions(describing, {**options, "trained_steps": trained}, path)
         return {**typed, **options}
-    return {"mask_labels": "", **describing, "diffusion_steps": steps or 1000}
+    told = {"version": version_of(checkpoint.model)}
+    refuse_contradictions(describing, told, path)
+    return {"mask_labels": "", **describing, **told, "diffusion_steps": steps or 1000}
 
 
 def spelled(typed: dict[str, Any]) -> dict[str, Any]:
@@ -360,7 +417,19 @@ def make_plan(
         seed=run.seed,
         batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
         precision=run.precision,
+        coarse=options.coarse,
     )
+
+
+def _refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:
+    """Raise a UserError where a coarse mask is asked for and there is none."""
+    if options.coarse != "none" and network.version == "plain":
+        raise UserError(
+            "--coarse",
+            found=options.coarse,
+            expected="none, for the plain network has no coarse mask",
+            mend="Leave --coarse away.",
+        )
 
 
 def sampling_levels(
