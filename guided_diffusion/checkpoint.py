@@ -194,10 +194,12 @@ def _why(error: Exception) -> str:
 
 def version_of(weights: Iterable[str]) -> str:
     """Which ``--version`` bare weights are of, told by the names of their tensors."""
+    marks = {"2": "ss_former.", "1": "hwm.ffparser.", "new": "hwm."}
     names = list(weights)
-    if not any(name.startswith("hwm.") for name in names):
-        return "plain"
-    return "1" if any(name.startswith("hwm.ffparser.") for name in names) else "new"
+    for version, mark in marks.items():
+        if any(name.startswith(mark) for name in names):
+            return version
+    return "plain"
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:

@@ -171,7 +171,7 @@ class BatchNorm32(nn.BatchNorm2d):
 
 
 class FFParser(nn.Module):
-    """Weigh each frequency of each channel by a learned complex number (Wu et al. (2023), eq. 5-6).
+    """Weigh each frequency of each channel by a learned complex number: Wu et al. (2023).
 
     Args:
         channels: C.

@@ -54,8 +54,9 @@ class NetworkOptions:
 
     version: str = _flag(
         "plain",
-        "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's",
-        choices=("plain", "1", "new"),
+        "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's, 2 is "
+        "MedSegDiff-V2's",
+        choices=("plain", "1", "new", "2"),
     )
     image_size: int = _flag(64, "height and width the network works at, in pixels")
     in_ch: int = _flag(5, "image channels plus noisy mask channels; follows the data by itself")
@@ -72,6 +73,7 @@ class NetworkOptions:
     resblock_updown: bool = _flag(False, "resample inside residual blocks")
     use_new_attention_order: bool = _flag(False, "split query, key, value before the heads")
     class_cond: bool = _flag(False, "condition on a class label (not in segmentation)")
+    ss_blocks: int = _flag(2, "SS-Former blocks of version 2", least=1)
     dropout: float = _flag(
         0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
     )
@@ -302,6 +304,7 @@ LATER: dict[str, Any] = {
     "predict_v": False,
     "min_snr_gamma": 0.0,
     "coarse_loss": "none",
+    "ss_blocks": 2,
 }
 """Recorded flags that older checkpoints do not know, with what those were trained with."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.highway import STEP
 from guided_diffusion.medsegdiff import AnchoredUNet, HighwayUNet
+from guided_diffusion.medsegdiff_v2 import SpectrumUNet
 from guided_diffusion.options import (
     DataOptions,
     DiffusionOptions,
@@ -37,14 +38,15 @@ from guided_diffusion.unet import UNetModel
 
 NUM_CLASSES = 2
 
-NETWORKS: dict[str, type[UNetModel]] = {
+NETWORKS: dict[str, Callable[..., UNetModel]] = {
     "plain": UNetModel,
     "1": HighwayUNet,
     "new": AnchoredUNet,
+    "2": SpectrumUNet,
 }
 """The network of each ``--version``."""
 
-_COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse"}
+_COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
 
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
@@ -99,6 +101,7 @@ def create_model(
         use_scale_shift_norm=network.use_scale_shift_norm,
         resblock_updown=network.resblock_updown,
         use_new_attention_order=network.use_new_attention_order,
+        **({"ss_blocks": network.ss_blocks} if network.version == "2" else {}),
     )
 
 

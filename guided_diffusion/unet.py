@@ -101,6 +101,7 @@ class UNetModel(nn.Module):
         self.mask_channels = mask_channels
         self.num_classes = num_classes
         self.num_res_blocks = num_res_blocks
+        self.use_checkpoint = use_checkpoint
         self.widths = widths = [int(mult * model_channels) for mult in channel_mult]
         style = BlockStyle(
             emb_channels=4 * model_channels,

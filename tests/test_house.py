@@ -20,12 +20,12 @@ FLOORS = [
     {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "highway"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "highway", "ss_former"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
     {"dpm_solver", "unipc", "unet"},
-    {"layouts", "slicing", "sampling", "medsegdiff"},
+    {"layouts", "slicing", "sampling", "medsegdiff", "medsegdiff_v2"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
     {"stream", "step_log", "stop_signal", "sinks"},

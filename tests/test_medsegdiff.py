@@ -19,7 +19,7 @@ from guided_diffusion.script_util import create_model_and_diffusion, place
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = json.loads((GOLDEN / "state_dicts_medsegdiff.json").read_text())
-VERSIONS = ["new", "1"]
+VERSIONS = ["new", "1", "2"]
 SMALL = {
     "image_size": 32,
     "in_ch": 4,
@@ -426,7 +426,7 @@ def test_compiling_finds_no_break(version):
     torch.testing.assert_close(raw, expected.raw, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ["new", "1"])
 def test_impossible_sizes_are_refused(version):
     with torch.device("meta"), pytest.raises(UserError) as error:
         create_model_and_diffusion(**{**SMALL, "version": version, "image_size": 48})
