@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from guided_diffusion.nn import single_precision
+
 WIDTHS = (32, 64, 128, 256, 480, 480)
 """Channels of each level, finest first; the last is the bottleneck."""
 
@@ -187,9 +189,9 @@ class FFParser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter [B, C, h, w], periodic at its borders; float32 whatever the type of ``x``."""
-        # Complex numbers lie side by side: channels_last would part them.
-        weight = interpolate_spectrum(self.complex_weight.contiguous(), x.shape[-2:])
-        with torch.autocast(x.device.type, enabled=False):
+        with single_precision(x):
+            # Complex numbers lie side by side: channels_last would part them.
+            weight = interpolate_spectrum(self.complex_weight.contiguous(), x.shape[-2:])
             spectrum = torch.fft.rfft2(x.to(weight.dtype), norm="ortho")
             spectrum = spectrum * torch.view_as_complex(weight.contiguous())
             return torch.fft.irfft2(spectrum, s=x.shape[-2:], norm="ortho")

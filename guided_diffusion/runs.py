@@ -31,6 +31,7 @@ from guided_diffusion.checkpoint import (
     with_companions,
 )
 from guided_diffusion.class_scores import evaluate_all
+from guided_diffusion.classes import Classes
 from guided_diffusion.curves import draw_curves
 from guided_diffusion.datasets import (
     Frame,
@@ -39,7 +40,7 @@ from guided_diffusion.datasets import (
     SegmentationDataset,
     auto_frame,
 )
-from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
+from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist, total_gib
 from guided_diffusion.errors import UserError
 from guided_diffusion.evaluate import report
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -68,6 +69,7 @@ from guided_diffusion.predict import segment
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     adopted,
+    attention_notes,
     count_masks,
     create_gaussian_diffusion,
     create_model,
@@ -75,6 +77,7 @@ from guided_diffusion.script_util import (
     lacking_note,
     million,
     place,
+    training_gib,
 )
 from guided_diffusion.segmenter import (
     Plan,
@@ -106,6 +109,7 @@ def train(typed: dict[str, Any]) -> None:
     frame, crop = _frame(dataset, network, flags)
 
     device = dev(run.gpu_dev)
+    _say_if_large(network, diffusion, options, classes=dataset.classes, device=device)
     torch.manual_seed(run.seed)
     net = create_model(network, diffusion, dataset.classes)
     lacking: list[str] = []
@@ -145,7 +149,8 @@ def train(typed: dict[str, Any]) -> None:
         logger.log(f"resuming {path} at step {start.step}")
     if lacking:
         logger.log(lacking_note(lacking))
-    for note in [*dead_flags(TRAIN, typed), *dataset.notes, *_notes(validation)]:
+    attention = attention_notes(network) if "attention_resolutions" in typed else []
+    for note in [*dead_flags(TRAIN, typed), *attention, *dataset.notes, *_notes(validation)]:
         logger.log(note)
     logger.log(
         f"{dataset}; {million(net)} on {describe(device)}, {run.precision}; "
@@ -156,6 +161,38 @@ def train(typed: dict[str, Any]) -> None:
     finally:
         for sink in sinks:
             sink.close()
+
+
+LARGE_GIB = 8.0
+"""Training that holds more than this before any activation is told so before it is built."""
+
+
+def _say_if_large(
+    network: NetworkOptions,
+    diffusion: DiffusionOptions,
+    options: TrainingOptions,
+    *,
+    classes: Classes | None,
+    device: torch.device,
+) -> None:
+    """Say what a large network takes before it is built; refuse one that cannot fit."""
+    with torch.device("meta"):
+        net = create_model(network, diffusion, classes)
+    averages = len(options.ema_rate.split(","))
+    needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
+    says = (
+        f"{million(net)}: weights, gradients, AdamW's moments and averages take {needed:.1f} GiB "
+        "before any activation"
+    )
+    if needed > total_gib(device):
+        raise UserError(
+            "the network",
+            found=says,
+            expected=f"at most the {total_gib(device):.1f} GiB of {describe(device)}",
+            mend="Use a larger device, or lower --num_channels or --num_res_blocks.",
+        )
+    if needed > LARGE_GIB and rank() == 0:
+        logger.log(says)
 
 
 def _training_data(

@@ -105,6 +105,32 @@ def create_model(
     )
 
 
+def attention_notes(network: NetworkOptions) -> list[str]:
+    """Say which of ``--attention_resolutions`` are no level's, what they do, and what would."""
+    size = network.image_size
+    factors = [2**level for level in range(len(_channel_mult(network)))]
+    unmatched = [
+        resolution
+        for resolution in numbers("attention_resolutions", network.attention_resolutions)
+        if size // resolution not in factors
+    ]
+    levels = ", ".join(str(size // factor) for factor in factors)
+    return [
+        f"--attention_resolutions {resolution} adds no attention: at {size} px the levels are of "
+        f"{levels}, and {size} // {resolution} = {size // resolution} leads to none of them; the "
+        "middle block attends all the same"
+        for resolution in unmatched
+    ]
+
+
+def training_gib(parameters: int, averages: int) -> float:
+    """What training holds for so many parameters, in GiB, before any activation.
+
+    Weights, gradients, the two moments of AdamW and each averaged copy, in float32.
+    """
+    return 4 * parameters * (4 + averages) / 2**30
+
+
 def count_masks(classes: Classes | None) -> int:
     """How many mask channels a network has: one where everything is one class."""
     return 1 if classes is None else len(classes)

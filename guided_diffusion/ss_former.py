@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.nn import GroupNorm32
+from guided_diffusion.nn import GroupNorm32, single_precision
 
 
 def spectrum(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class SpectrumAttention(nn.Module):
             )
         )
         band = self.band(emb, query.shape[-2:])
-        with torch.autocast(query.device.type, enabled=False):  # phases need all their digits
+        with single_precision(query):  # phases need all their digits
             m = pass_band(affinity(spectrum(q), spectrum(k), self.period), band)
             found = attended(m, v)
         refined = value + found.to(value.dtype)

@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused, script, succeeded
 from golden.fill import fill
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from guided_diffusion import runs
 from guided_diffusion.checkpoint import load_weights
 from guided_diffusion.errors import UserError
 from guided_diffusion.highway import BatchNorm32, FFParser, Highway, interpolate_spectrum
 from guided_diffusion.medsegdiff import HighwayUNet
-from guided_diffusion.script_util import create_model_and_diffusion, place
+from guided_diffusion.options import NetworkOptions
+from guided_diffusion.options import fill as fill_options
+from guided_diffusion.script_util import (
+    attention_notes,
+    create_model_and_diffusion,
+    place,
+    training_gib,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = json.loads((GOLDEN / "state_dicts_medsegdiff.json").read_text())
@@ -389,6 +399,13 @@ def test_half_precision_is_near_to_single(version, dtype):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_filters_are_interpolated_in_single_precision():
+    parser, x = fill(FFParser(4, 8)), normals(2, 4, 12, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = parser(x)
+    torch.testing.assert_close(half, parser(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_checkpointing_changes_memory_only(version):
     results = []
@@ -452,3 +469,93 @@ def test_shallow_networks_have_the_gates_their_levels_allow():
         for net in nets.values()
     ]
     assert widths == [[], [32], [32, 64, 64, 64]]
+
+
+# sizes
+
+
+README = {
+    "image_size": 256,
+    "in_ch": 4,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 1,
+    "learn_sigma": True,
+    "use_scale_shift_norm": False,
+    "attention_resolutions": "16",
+}
+PLUSPLUS = {
+    **README,
+    "num_channels": 512,
+    "num_res_blocks": 12,
+    "num_heads": 8,
+    "attention_resolutions": "24",
+}
+
+
+def on_meta(**flags):
+    """Parameters, and floating-point operations of encoding and of one evaluation, at batch 1."""
+    with torch.device("meta"):
+        net = create_model_and_diffusion(**flags)[0].eval()
+        image, x, t = torch.empty(1, 3, 256, 256), torch.empty(1, 1, 256, 256), torch.empty(1)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as once:
+            condition = net.encode(image)
+        with FlopCounterMode(display=False) as each:
+            output = net(x, t, condition)
+    assert output.raw.shape == (1, 2, 256, 256)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return parameters / 1e6, each.get_total_flops() / 1e12, once.get_total_flops() / 1e12
+
+
+@pytest.mark.parametrize(
+    ("version", "parameters", "each", "once"),
+    [
+        ("plain", 113.7, 0.497, 0.000),
+        ("new", 129.4, 0.497, 0.025),
+        ("1", 130.8, 0.520, 0.002),
+        ("2", 154.3, 0.498, 0.200),
+    ],
+)
+def test_the_readme_s_table_of_sizes(version, parameters, each, once):
+    measured = on_meta(**README, version=version)
+    assert [round(measured[0], 1), round(measured[1], 3), round(measured[2], 3)] == [
+        parameters,
+        each,
+        once,
+    ]
+
+
+@pytest.mark.parametrize(("scale_shift", "parameters"), [(True, 7594.3), (False, 7218.8)])
+def test_the_size_of_medsegdiff_plus_plus(scale_shift, parameters):
+    flags = {**PLUSPLUS, "use_scale_shift_norm": scale_shift}
+    measured, each, _ = on_meta(**flags, version="new")
+    assert round(measured, 1) == parameters
+    assert 34 < each < 35
+    assert training_gib(round(measured * 1e6), 1) == pytest.approx(measured * 4e6 * 5 / 2**30)
+
+
+def test_a_resolution_without_a_level_is_explained():
+    note = "--attention_resolutions 24 adds no attention: at 256 px the levels are of 256, 128, 64,"
+    notes = attention_notes(fill_options(NetworkOptions, PLUSPLUS))
+    assert len(notes) == 1 and notes[0].startswith(note) and "256 // 24 = 10" in notes[0]
+    assert not attention_notes(fill_options(NetworkOptions, README))
+    assert (
+        len(attention_notes(NetworkOptions(image_size=256, attention_resolutions="16,24,7"))) == 2
+    )
+
+
+def test_a_network_that_cannot_fit_is_refused_before_it_is_built(brats, tmp_path, monkeypatch):
+    flags = ["--num_channels", 64, "--channel_mult", "1,1", "--image_size", 32, "--version", "new"]
+    command = ["--data_dir", brats / "training", "--out_dir", tmp_path, *flags, "--max_steps", 1]
+    monkeypatch.setattr(runs, "total_gib", lambda device: 0.2)
+    error = refused(script("segmentation_train", *command))
+    assert "weights, gradients, AdamW's moments and averages take 0.3 GiB" in error
+    assert "expected at most the 0.2 GiB of cpu" in error
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "LARGE_GIB", 0.2)
+    said = succeeded(script("segmentation_train", *command, "--attention_resolutions", 24))
+    assert "take 0.3 GiB before any activation" in said
+    assert "--attention_resolutions 24 adds no attention: at 32 px" not in said, "32 // 24 is 1"
