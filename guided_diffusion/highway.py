@@ -52,6 +52,9 @@ class Highway(nn.Module):
         gate_channels: of the main network's maps that gate the outermost levels: the d-th of
             them is of the size to which level d halves the image. Empty for no gates.
         image_size: height and width the gates' filters are laid out for; others are interpolated.
+
+    Its activations are never recomputed to save memory: a second pass would count each batch twice
+    in the running statistics.
     """
 
     def __init__(

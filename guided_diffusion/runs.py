@@ -77,6 +77,7 @@ from guided_diffusion.script_util import (
     lacking_note,
     million,
     place,
+    refuse_uneven_crop,
     training_gib,
 )
 from guided_diffusion.segmenter import (
@@ -457,4 +458,6 @@ def _frame(
         image_size=network.image_size,
         crop=flags.get("crop", "auto"),
     )
+    if frame.crop:
+        refuse_uneven_crop(network, (height - 2 * frame.crop, width - 2 * frame.crop))
     return frame, "wolleb" if frame.crop else "none"

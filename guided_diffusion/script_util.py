@@ -214,13 +214,11 @@ def _channel_mult(network: NetworkOptions) -> list[float]:
     given = numbers("channel_mult", network.channel_mult, float)
     table = next((m for size, m in _CHANNEL_MULT.items() if network.image_size <= size), None)
     mult = given or list(table or _CHANNEL_MULT[256])
-    halvings = len(mult) - 1
-    if network.version in ("1", "new") and 2**halvings < STEP:
-        halvings = STEP.bit_length() - 1
+    halvings = _halvings(network, len(mult))
     if network.image_size < 1 or network.image_size % 2**halvings:
         step = 2**halvings
         nearest = max(step, round(network.image_size / step) * step)
-        fewer = "" if halvings == STEP.bit_length() - 1 else ", or fewer levels with --channel_mult"
+        fewer = ", or fewer levels with --channel_mult" if halvings < len(mult) else ""
         raise UserError(
             "--image_size",
             found=network.image_size,
@@ -236,6 +234,24 @@ def _channel_mult(network: NetworkOptions) -> list[float]:
                 mend="Use --num_channels 32, 64, 96 or 128.",
             )
     return mult
+
+
+def _halvings(network: NetworkOptions, levels: int) -> int:
+    """How often a network halves its input: its own levels, or those of its highway."""
+    highway = STEP.bit_length() - 1 if network.version in ("1", "new") else 0
+    return max(levels - 1, highway)
+
+
+def refuse_uneven_crop(network: NetworkOptions, size: tuple[int, int]) -> None:
+    """Raise a UserError where a cropped size (H, W) is none that the network can halve."""
+    step = 2 ** _halvings(network, len(_channel_mult(network)))
+    if any(side < step or side % step for side in size):
+        raise UserError(
+            "--crop",
+            found=f"images of {size[0]} x {size[1]} once they are cropped",
+            expected=f"multiples of {step}, for the network halves them",
+            mend="Use --crop none, which resizes them to --image_size.",
+        )
 
 
 def _attention_ds(network: NetworkOptions) -> set[int]:

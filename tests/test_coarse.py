@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
-from guided_diffusion import highway, medsegdiff
 from guided_diffusion.checkpoint import (
     LATEST,
     load_checkpoint,
@@ -57,10 +56,8 @@ def _silent(quiet: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A highway of fewer channels: the tests of the networks themselves have the real one."""
-    for module in (highway, medsegdiff):
-        monkeypatch.setattr(module, "WIDTHS", (32, 64, 32, 32, 32, 32))
+def _narrow(narrow_highway: None) -> None:
+    """The tests of the networks themselves have the real one."""
 
 
 class Squares(Dataset[Case]):
