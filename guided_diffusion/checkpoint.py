@@ -192,6 +192,16 @@ def _why(error: Exception) -> str:
     return "a damaged file, or one of another kind"
 
 
+def version_of(weights: Iterable[str]) -> str:
+    """Which ``--version`` bare weights are of, told by the names of their tensors."""
+    marks = {"2": "ss_former.", "1": "hwm.ffparser.", "new": "hwm."}
+    names = list(weights)
+    for version, mark in marks.items():
+        if any(name.startswith(mark) for name in names):
+            return version
+    return "plain"
+
+
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
     """Put weights into a network that they fit exactly.
 

@@ -74,10 +74,15 @@ def doubt(result: Segmentation) -> Tensor:
 
 
 def soft_maps(result: Segmentation) -> Iterator[tuple[str, Tensor]]:
-    """Fused mask and members [H, W] of every class, by the end of their file's name."""
+    """Fused mask, coarse mask and members [H, W] of every class, by the end of their file's name.
+
+    Networks without a coarse mask have no such map.
+    """
     size = result.fused.shape[-2:]
     for k, end in each(result.classes):
         yield f"output_ens{end}", result.fused.reshape(-1, *size)[k]
+        if result.coarse is not None:
+            yield f"coarse{end}", result.coarse.reshape(-1, *size)[k]
         for index, member in enumerate(result.members):
             yield f"output{index}{end}", member.reshape(-1, *size)[k]
 

@@ -8,6 +8,7 @@ device from its tensors.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import subprocess
 import sys
@@ -154,6 +155,15 @@ def memory_gib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
+
+
+def total_gib(device: torch.device) -> float:
+    """The memory there is, in GiB: of the CUDA device, else of the machine; infinite if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def describe(device: torch.device) -> str:

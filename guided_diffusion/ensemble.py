@@ -2,8 +2,9 @@
 
 Here live the fusion rules (mean, majority vote, and STAPLE of Warfield, Zou and Wells, 2004) and
 the measures of doubt: pixel by pixel (standard deviation, variance, entropy), and the disagreement
-of the members as one number. Prediction calls them with the draws of one case or of a batch of
-cases; every function is pure.
+of the members as one number. Before they are fused, the members may be joined with a coarse mask
+that a condition network made of the image (:func:`blend_coarse`). Prediction calls them with the
+draws of one case or of a batch of cases; every function is pure.
 """
 
 from __future__ import annotations
@@ -135,6 +136,49 @@ FUSIONS: dict[str, Fusion] = {
     "staple": staple,
     "squared_mean": squared_mean,
 }
+
+
+def blend_coarse(members: Tensor, coarse: Tensor, rule: str) -> Tensor:
+    """Join each member with the coarse mask of its image.
+
+    Args:
+        members: float [E, ..., H, W] in [0, 1].
+        coarse: [..., H, W] in [0, 1].
+        rule: a name of :data:`BLENDS`; ``none`` leaves the members as they were drawn.
+
+    Returns:
+        [E, ..., H, W] in [0, 1].
+    """
+    return BLENDS[rule](_checked(members), coarse.expand_as(members))
+
+
+def _parents_blend(members: Tensor, coarse: Tensor) -> Tensor:
+    """MedSegDiff's rule, by the Dice of the member's support with the coarse mask.
+
+    Below 0.65 the coarse mask and a quarter of the member, else half of each. The parents take one
+    Dice over a whole batch; here each mask has its own.
+    """
+    support = (members > 0).to(members)
+    common = (support * coarse).sum(dim=(-2, -1), keepdim=True)
+    both = (support + coarse).sum(dim=(-2, -1), keepdim=True)
+    apart = 2 * common < 0.65 * both
+    return torch.where(apart, coarse + 0.25 * members, 0.5 * (coarse + members)).clamp(0, 1)
+
+
+def _logit_mean(members: Tensor, coarse: Tensor) -> Tensor:
+    """The mean of the log-odds (Genest & Zidek, 1986): the surer of the two counts more."""
+    odds = [soft.clamp(0.01, 0.99).logit() for soft in (members, coarse)]
+    return torch.sigmoid(0.5 * (odds[0] + odds[1]))
+
+
+BLENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda members, _: members,
+    "blend": _parents_blend,
+    "mean": lambda members, coarse: 0.5 * (members + coarse),
+    "logit": _logit_mean,
+    "only": lambda _, coarse: coarse.clone(),
+}
+"""How a coarse mask joins a member, by the names of ``--coarse``."""
 
 
 def uncertainty(members: Tensor) -> Tensor:

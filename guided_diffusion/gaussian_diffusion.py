@@ -18,7 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.losses import (
+    COARSE_LOSSES,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+)
 from guided_diffusion.schedule import NoiseLevel, NoiseSchedule, per_sample
 
 Network = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
@@ -60,6 +64,8 @@ class GaussianDiffusion:
         predict_v: the network predicts ``alpha * eps - sigma * x0`` instead of the noise.
         min_snr_gamma: the squared error counts as that of x0 does, times the signal-to-noise ratio
             or this cap of it, whichever is less; 0 for no weight.
+        coarse_loss: how a coarse mask is trained, if the network has one: a name of
+            :data:`guided_diffusion.losses.COARSE_LOSSES`.
     """
 
     schedule: NoiseSchedule
@@ -72,6 +78,7 @@ class GaussianDiffusion:
     mask_range: tuple[float, float] = (0.0, 1.0)
     predict_v: bool = False
     min_snr_gamma: float = 0.0
+    coarse_loss: str = "none"
 
     def to_range(self, mask: Tensor) -> Tensor:
         """Bring a mask in [0, 1] to the range that is diffused."""
@@ -151,11 +158,23 @@ class GaussianDiffusion:
         Returns:
             One value per sample, each [B] and of the dtype of ``x0``: ``loss``; ``mse``, the mean
             squared error of what is predicted, unweighted (absent with ``use_kl``); ``vb``, the
-            variational bound in bits per element (with ``learn_sigma`` or ``use_kl``).
+            variational bound in bits per element (with ``learn_sigma`` or ``use_kl``). Of a network
+            with a coarse mask also that mask's terms: ``coarse``, to be added to the objective
+            with no weight of the times, and what it is made of.
         """
         x_t = self.schedule.add_noise(x0, t, eps)
         told = (t * self._told(1.0)).to(x0.device) if self.rescale_timesteps else t.to(x0.device)
-        raw = net(x_t, told, condition, y).raw.to(x0.dtype)
+        output = net(x_t, told, condition, y)
+        terms = self._diffusion_terms(output.raw.to(x0.dtype), x0, x_t, t, eps)
+        if output.coarse is None:
+            return terms
+        coarse, mask = output.coarse.to(x0.dtype), self.from_range(x0)
+        return terms | COARSE_LOSSES[self.coarse_loss](coarse, mask, t.to(x0.device))
+
+    def _diffusion_terms(
+        self, raw: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
+    ) -> dict[str, Tensor]:
+        """Score a raw output: ``loss``, and of ``mse`` and ``vb`` what it is made of."""
         value, var_frac = self._split(raw, x0)
 
         if self.use_kl:

@@ -1,11 +1,14 @@
-"""Likelihood terms of the variational bound, per element and in nats.
+"""Likelihood terms of the variational bound, and the losses of a coarse mask.
 
-Ho et al. (2020), sections 3.2 and 3.3. Called by ``gaussian_diffusion`` only.
+The bound's terms are per element and in nats: Ho et al. (2020), sections 3.2 and 3.3. The coarse
+mask is a condition network's own; :data:`COARSE_LOSSES` names the ways to train it. Called by
+``gaussian_diffusion`` only.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,3 +38,70 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor
 def _normal_cdf(x: Tensor) -> Tensor:
     """Standard normal CDF in the tanh approximation that published weights were trained with."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+CoarseLoss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""``loss(coarse, mask, t)`` gives terms [B]: ``coarse``, its share of the objective, and others."""
+
+
+def coarse_mse(
+    coarse: Tensor, mask: Tensor, t: Tensor, *, weight: float = 10.0
+) -> dict[str, Tensor]:
+    """MedSegDiff's loss of the coarse mask: the squared error, ``loss_cal``, times 10.
+
+    Args:
+        coarse: [B, K, H, W] in (0, 1).
+        mask: [B, K, H, W] in [0, 1].
+        t: int64 [B], of no account here.
+        weight: of the squared error in the objective.
+    """
+    error = ((coarse - mask) ** 2).flatten(1).mean(1)
+    return {"coarse": weight * error, "loss_cal": error}
+
+
+def coarse_none(coarse: Tensor, mask: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """Report the squared error and train nothing on it.
+
+    Times 0 rather than left out: every process of a run has to have every gradient.
+    """
+    return coarse_mse(coarse, mask, t, weight=0.0)
+
+
+def coarse_dice_ce(
+    coarse: Tensor, mask: Tensor, t: Tensor, *, alpha: int = 5, beta: float = 10.0
+) -> dict[str, Tensor]:
+    """MedSegDiff-V2's anchor loss, Dice + beta * cross-entropy at times t = 0 mod alpha.
+
+    At all other times its share is 0, and the two terms are only reported. Arguments as in
+    :func:`coarse_mse`; Wu et al. (2024), the equation of the total loss.
+    """
+    dice, entropy = soft_dice_loss(coarse, mask), binary_cross_entropy(coarse, mask)
+    counts = (t % alpha == 0).to(coarse)
+    return {"coarse": counts * (dice + beta * entropy), "loss_dice": dice, "loss_ce": entropy}
+
+
+def soft_dice_loss(soft: Tensor, mask: Tensor) -> Tensor:
+    """1 - Dice of a soft mask, [B, K, H, W] each -> [B]: the mean over the K channels.
+
+    One pixel is added to both sides, so that two empty masks agree and the gradient stays finite.
+    """
+    common = (soft * mask).flatten(2).sum(2)
+    both = (soft + mask).flatten(2).sum(2)
+    return (1 - (2 * common + 1) / (both + 1)).mean(1)
+
+
+def binary_cross_entropy(soft: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy in nats of probabilities, [B, K, H, W] each -> [B]; they are kept off 0 and 1.
+
+    Written out, for torch's own refuses to run under autocast on CUDA.
+    """
+    soft = soft.clamp(1e-6, 1 - 1e-6)
+    return -(mask * soft.log() + (1 - mask) * (1 - soft).log()).flatten(1).mean(1)
+
+
+COARSE_LOSSES: dict[str, CoarseLoss] = {
+    "mse": coarse_mse,
+    "dice_ce": coarse_dice_ce,
+    "none": coarse_none,
+}
+"""How the coarse mask is trained, by the names of ``--coarse_loss``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
@@ -63,6 +64,11 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, ...]; the type of ``x`` is kept."""
         return super().forward(x.float()).to(x.dtype)
+
+
+def single_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context on the device of ``x`` in which autocast lowers nothing; meta tensors know none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def zeroed(layer: Layer) -> Layer:

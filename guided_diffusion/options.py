@@ -55,7 +55,10 @@ class NetworkOptions:
     """The network's shape; recorded in the checkpoint."""
 
     version: str = _flag(
-        "plain", "network: plain concatenates image and noisy mask", choices=("plain",)
+        "plain",
+        "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's, 2 is "
+        "MedSegDiff-V2's",
+        choices=("plain", "1", "new", "2"),
     )
     image_size: int = _flag(64, "height and width the network works at, in pixels")
     in_ch: int = _flag(5, "image channels plus noisy mask channels; follows the data by itself")
@@ -72,6 +75,7 @@ class NetworkOptions:
     resblock_updown: bool = _flag(False, "resample inside residual blocks")
     use_new_attention_order: bool = _flag(False, "split query, key, value before the heads")
     class_cond: bool = _flag(False, "condition on a class label (not in segmentation)")
+    ss_blocks: int = _flag(2, "SS-Former blocks of version 2", least=1)
     dropout: float = _flag(
         0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
     )
@@ -96,6 +100,12 @@ class DiffusionOptions:
     predict_v: bool = _flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
     min_snr_gamma: float = _flag(
         0.0, "cap of the signal-to-noise ratio in the loss's weight, as in 5; 0: no weight", least=0
+    )
+    coarse_loss: str = _flag(
+        "auto",
+        "loss of the condition network's own mask: mse (times 10), dice_ce (Dice + 10 x "
+        "cross-entropy where t is a multiple of 5), none; auto: as the version's paper",
+        choices=("auto", "mse", "dice_ce", "none"),
     )
 
 
@@ -266,6 +276,12 @@ class SamplingOptions:
         "the map of doubt: std or variance of the members, or entropy (bits) of their mean",
         choices=("std", "variance", "entropy"),
     )
+    coarse: str = _flag(
+        "none",
+        "how the condition network's own mask joins each drawn one before they are fused: blend is "
+        "MedSegDiff's rule, mean and logit average, only takes it alone",
+        choices=("none", "blend", "mean", "logit", "only"),
+    )
     weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
     debug: bool = _flag(
@@ -323,7 +339,13 @@ class CheckOptions:
     )
 
 
-LATER: dict[str, Any] = {"mask_labels": "", "predict_v": False, "min_snr_gamma": 0.0}
+LATER: dict[str, Any] = {
+    "mask_labels": "",
+    "predict_v": False,
+    "min_snr_gamma": 0.0,
+    "coarse_loss": "none",
+    "ss_blocks": 2,
+}
 """Recorded flags that older checkpoints do not know, with what those were trained with."""
 
 TRAIN = (

@@ -287,9 +287,10 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
 
     ``<name>_output_ens.png`` (soft, 8 bit), ``<name>_mask.png`` (0 and 255),
     ``<name>_uncertainty.png`` (255 is the largest value that the measure can have),
-    ``<name>_output<i>.png`` (the members, soft) and ``<name>_overlay.png``. Of declared classes the
-    mask is the label map, the soft ones are ``<name>_output_ens_<class>.png`` and
-    ``<name>_output<i>_<class>.png``, and the uncertainty is the largest of the classes.
+    ``<name>_output<i>.png`` (the members, soft), ``<name>_overlay.png`` and, where the network has
+    one, ``<name>_coarse.png`` (its coarse mask, soft). Of declared classes the mask is the label
+    map, the soft ones are ``<name>_output_ens_<class>.png`` and ``<name>_output<i>_<class>.png``,
+    and the uncertainty is the largest of the classes.
     """
     stem = f"{out_dir / case.name}"
     one = result.classes is None

@@ -28,8 +28,10 @@ from guided_diffusion.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    version_of,
     with_companions,
 )
+from guided_diffusion.classes import Classes
 from guided_diffusion.compare import compare_folders
 from guided_diffusion.compare import report as report_comparison
 from guided_diffusion.curves import draw_curves
@@ -40,7 +42,7 @@ from guided_diffusion.datasets import (
     SegmentationDataset,
     auto_frame,
 )
-from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist
+from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist, total_gib
 from guided_diffusion.errors import UserError
 from guided_diffusion.evaluate import Evaluation, evaluate_all
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -70,12 +72,17 @@ from guided_diffusion.provenance import described, note_sampling
 from guided_diffusion.report import write_report
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
+    adopted,
+    attention_notes,
     count_masks,
     create_gaussian_diffusion,
     create_model,
     create_reading,
+    lacking_note,
     million,
     place,
+    refuse_uneven_crop,
+    training_gib,
 )
 from guided_diffusion.segmenter import (
     Plan,
@@ -99,7 +106,7 @@ def train(typed: dict[str, Any]) -> None:
     launch(run.multi_gpu)
     setup_dist()
     path, start = _checkpoint_to_resume(options, run)
-    trained = {**LATER, **start.options} if start and start.options else {}
+    trained = _trained_as(start) if start else {}
     refuse_contradictions(_plainly(typed), trained, path)
     flags = {**typed, **trained}
     dataset, held_out = _training_data(flags, watch)
@@ -108,11 +115,14 @@ def train(typed: dict[str, Any]) -> None:
     frame, crop = _frame(dataset, network, flags)
 
     device = dev(run.gpu_dev)
+    _say_if_large(network, diffusion, options, classes=dataset.classes, device=device)
     torch.manual_seed(run.seed)
     net = create_model(network, diffusion, dataset.classes)
+    lacking: list[str] = []
     if start:
+        start, lacking = adopted(start, net)
         load_weights(net, start.model, path)
-    process = create_gaussian_diffusion(diffusion)
+    process = create_gaussian_diffusion(diffusion, network.version)
     sinks = _sinks(watch, run) if rank() == 0 else []
     validation = None
     if held_out or sinks:
@@ -129,7 +139,7 @@ def train(typed: dict[str, Any]) -> None:
         options=options,
         run=run,
         recorded={
-            **recorded(network, diffusion),
+            **recorded(network, replace(diffusion, coarse_loss=process.coarse_loss)),
             "crop": crop,
             "mask_labels": str(dataset.classes or ""),
             **_read_as(dataset),
@@ -141,9 +151,12 @@ def train(typed: dict[str, Any]) -> None:
 
     logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
     if start:
-        loop.restore(start)
+        loop.restore(start, lacking=lacking)
         logger.log(f"resuming {path} at step {start.step}")
-    for note in [*dead_flags(TRAIN, typed), *dataset.notes, *_notes(validation)]:
+    if lacking:
+        logger.log(lacking_note(lacking))
+    attention = attention_notes(network) if "attention_resolutions" in typed else []
+    for note in [*dead_flags(TRAIN, typed), *attention, *dataset.notes, *_notes(validation)]:
         logger.log(note)
     logger.log(
         f"{dataset}; {million(net)} on {describe(device)}, {run.precision}; "
@@ -154,6 +167,38 @@ def train(typed: dict[str, Any]) -> None:
     finally:
         for sink in sinks:
             sink.close()
+
+
+LARGE_GIB = 8.0
+"""Training that holds more than this before any activation is told so before it is built."""
+
+
+def _say_if_large(
+    network: NetworkOptions,
+    diffusion: DiffusionOptions,
+    options: TrainingOptions,
+    *,
+    classes: Classes | None,
+    device: torch.device,
+) -> None:
+    """Say what a large network takes before it is built; refuse one that cannot fit."""
+    with torch.device("meta"):
+        net = create_model(network, diffusion, classes)
+    averages = len(options.ema_rate.split(","))
+    needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
+    says = (
+        f"{million(net)}: weights, gradients, AdamW's moments and averages take {needed:.1f} GiB "
+        "before any activation"
+    )
+    if needed > total_gib(device):
+        raise UserError(
+            "the network",
+            found=says,
+            expected=f"at most the {total_gib(device):.1f} GiB of {describe(device)}",
+            mend="Use a larger device, or lower --num_channels or --num_res_blocks.",
+        )
+    if needed > LARGE_GIB and rank() == 0:
+        logger.log(says)
 
 
 def _training_data(
@@ -413,6 +458,13 @@ def _checkpoint_to_resume(
     return path, start
 
 
+def _trained_as(start: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint says of its training; of bare weights the version is all that shows."""
+    if start.options:
+        return {**LATER, **start.options}
+    return {"version": version_of(start.model)}
+
+
 def _network_for(
     dataset: SegmentationDataset, flags: dict[str, Any], path: Path | None
 ) -> NetworkOptions:
@@ -449,4 +501,6 @@ def _frame(
         image_size=network.image_size,
         crop=flags.get("crop", "auto"),
     )
+    if frame.crop:
+        refuse_uneven_crop(network, (height - 2 * frame.crop, width - 2 * frame.crop))
     return frame, "wolleb" if frame.crop else "none"

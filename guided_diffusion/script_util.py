@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.highway import STEP
+from guided_diffusion.medsegdiff import AnchoredUNet, HighwayUNet
+from guided_diffusion.medsegdiff_v2 import SpectrumUNet
 from guided_diffusion.options import (
     DataOptions,
     DiffusionOptions,
@@ -25,11 +31,22 @@ from guided_diffusion.options import (
     numbers,
     slice_range,
 )
+from guided_diffusion.readers import listing
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.unet import UNetModel
 
 NUM_CLASSES = 2
+
+NETWORKS: dict[str, Callable[..., UNetModel]] = {
+    "plain": UNetModel,
+    "1": HighwayUNet,
+    "new": AnchoredUNet,
+    "2": SpectrumUNet,
+}
+"""The network of each ``--version``."""
+
+_COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
 
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
@@ -53,7 +70,8 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
     unknown = flags.keys() - vars(network).keys() - vars(diffusion).keys()
     if unknown:
         raise TypeError(f"no such network or diffusion flag: {', '.join(sorted(unknown))}")
-    return create_model(network, diffusion, classes), create_gaussian_diffusion(diffusion)
+    process = create_gaussian_diffusion(diffusion, network.version)
+    return create_model(network, diffusion, classes), process
 
 
 def create_model(
@@ -65,7 +83,7 @@ def create_model(
     for level, factor in enumerate(channel_mult):
         if 2**level in attention_ds or level == len(channel_mult) - 1:
             _refuse_uneven_heads(network, int(factor * network.num_channels))
-    return UNetModel(
+    return NETWORKS[network.version](
         image_size=network.image_size,
         in_channels=network.in_ch,
         model_channels=network.num_channels,
@@ -83,7 +101,34 @@ def create_model(
         use_scale_shift_norm=network.use_scale_shift_norm,
         resblock_updown=network.resblock_updown,
         use_new_attention_order=network.use_new_attention_order,
+        **({"ss_blocks": network.ss_blocks} if network.version == "2" else {}),
     )
+
+
+def attention_notes(network: NetworkOptions) -> list[str]:
+    """Say which of ``--attention_resolutions`` are no level's, what they do, and what would."""
+    size = network.image_size
+    factors = [2**level for level in range(len(_channel_mult(network)))]
+    unmatched = [
+        resolution
+        for resolution in numbers("attention_resolutions", network.attention_resolutions)
+        if size // resolution not in factors
+    ]
+    levels = ", ".join(str(size // factor) for factor in factors)
+    return [
+        f"--attention_resolutions {resolution} adds no attention: at {size} px the levels are of "
+        f"{levels}, and {size} // {resolution} = {size // resolution} leads to none of them; the "
+        "middle block attends all the same"
+        for resolution in unmatched
+    ]
+
+
+def training_gib(parameters: int, averages: int) -> float:
+    """What training holds for so many parameters, in GiB, before any activation.
+
+    Weights, gradients, the two moments of AdamW and each averaged copy, in float32.
+    """
+    return 4 * parameters * (4 + averages) / 2**30
 
 
 def count_masks(classes: Classes | None) -> int:
@@ -91,8 +136,13 @@ def count_masks(classes: Classes | None) -> int:
     return 1 if classes is None else len(classes)
 
 
-def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
-    """Build the diffusion; respacing chooses the times that are trained."""
+def create_gaussian_diffusion(
+    options: DiffusionOptions, version: str = "plain"
+) -> GaussianDiffusion:
+    """Build the diffusion; respacing chooses the times that are trained.
+
+    What ``auto`` means for the loss of the coarse mask depends on the version of the network.
+    """
     _refuse_opposites(options)
     schedule = NoiseSchedule.named(options.noise_schedule, options.diffusion_steps)
     kept = space_timesteps(options.diffusion_steps, options.timestep_respacing)
@@ -114,7 +164,20 @@ def create_gaussian_diffusion(options: DiffusionOptions) -> GaussianDiffusion:
         mask_range=_mask_range(options.mask_range),
         predict_v=options.predict_v,
         min_snr_gamma=options.min_snr_gamma,
+        coarse_loss=_coarse_loss(options.coarse_loss, version),
     )
+
+
+def _coarse_loss(wanted: str, version: str) -> str:
+    """What ``--coarse_loss`` means for a version of the network."""
+    if wanted not in ("auto", "none") and version == "plain":
+        raise UserError(
+            "--coarse_loss",
+            found=wanted,
+            expected="auto or none, for the plain network has no coarse mask",
+            mend="Leave --coarse_loss away, or choose another --version.",
+        )
+    return _COARSE_LOSS[version] if wanted == "auto" else wanted
 
 
 def _refuse_opposites(options: DiffusionOptions) -> None:
@@ -151,15 +214,16 @@ def _channel_mult(network: NetworkOptions) -> list[float]:
     given = numbers("channel_mult", network.channel_mult, float)
     table = next((m for size, m in _CHANNEL_MULT.items() if network.image_size <= size), None)
     mult = given or list(table or _CHANNEL_MULT[256])
-    halvings = len(mult) - 1
+    halvings = _halvings(network, len(mult))
     if network.image_size < 1 or network.image_size % 2**halvings:
         step = 2**halvings
         nearest = max(step, round(network.image_size / step) * step)
+        fewer = ", or fewer levels with --channel_mult" if halvings < len(mult) else ""
         raise UserError(
             "--image_size",
             found=network.image_size,
             expected=f"a multiple of {step}, for the network halves it {halvings} times",
-            mend=f"Use --image_size {nearest}, or fewer levels with --channel_mult.",
+            mend=f"Use --image_size {nearest}{fewer}.",
         )
     for width in (network.num_channels * factor for factor in mult):
         if width % 32 or width < 32:
@@ -170,6 +234,24 @@ def _channel_mult(network: NetworkOptions) -> list[float]:
                 mend="Use --num_channels 32, 64, 96 or 128.",
             )
     return mult
+
+
+def _halvings(network: NetworkOptions, levels: int) -> int:
+    """How often a network halves its input: its own levels, or those of its highway."""
+    highway = STEP.bit_length() - 1 if network.version in ("1", "new") else 0
+    return max(levels - 1, highway)
+
+
+def refuse_uneven_crop(network: NetworkOptions, size: tuple[int, int]) -> None:
+    """Raise a UserError where a cropped size (H, W) is none that the network can halve."""
+    step = 2 ** _halvings(network, len(_channel_mult(network)))
+    if any(side < step or side % step for side in size):
+        raise UserError(
+            "--crop",
+            found=f"images of {size[0]} x {size[1]} once they are cropped",
+            expected=f"multiples of {step}, for the network halves them",
+            mend="Use --crop none, which resizes them to --image_size.",
+        )
 
 
 def _attention_ds(network: NetworkOptions) -> set[int]:
@@ -207,6 +289,24 @@ def _mask_range(text: str) -> tuple[float, float]:
             "--mask_range", found=text, expected="two rising numbers", mend="Use 0,1 or -1,1."
         )
     return values[0], values[1]
+
+
+def adopted(checkpoint: Checkpoint, net: UNetModel) -> tuple[Checkpoint, list[str]]:
+    """Complete bare published weights for a network, and name the tensors that they lack."""
+    if checkpoint.options:
+        return checkpoint, []
+    model = net.adopt(checkpoint.model)
+    ema = {rate: net.adopt(weights) for rate, weights in checkpoint.ema.items()}
+    lacking = [name for name in model if name not in checkpoint.model]
+    return replace(checkpoint, model=model, ema=ema), lacking
+
+
+def lacking_note(lacking: Sequence[str]) -> str:
+    """Say what published weights lacked."""
+    return (
+        f"the weights lack {listing(lacking, most=2)}, which their network drew at random in every "
+        "call: set to the expectation of that"
+    )
 
 
 def place(net: UNetModel, device: torch.device, *, compile: str = "") -> UNetModel:

@@ -23,12 +23,13 @@ from guided_diffusion.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    version_of,
 )
 from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
 from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.dpm_solver import solver_levels
-from guided_diffusion.ensemble import FUSIONS, MEASURES
+from guided_diffusion.ensemble import FUSIONS, MEASURES, blend_coarse
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.options import (
@@ -45,8 +46,10 @@ from guided_diffusion.respace import space_timesteps
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import (
+    adopted,
     create_gaussian_diffusion,
     create_model,
+    lacking_note,
     million,
     place,
 )
@@ -72,6 +75,8 @@ class Plan:
         precision: fp32, bf16 or fp16.
         compile: a mode of ``torch.compile``, or empty.
         temperature: standard deviation of the noise that a mask starts from.
+        coarse: how the network's coarse mask joins the members: a name of
+            :data:`guided_diffusion.ensemble.BLENDS`.
     """
 
     sampler: str
@@ -86,6 +91,7 @@ class Plan:
     precision: str = "fp32"
     compile: str = ""
     temperature: float = 1.0
+    coarse: str = "none"
 
     @property
     def evaluations(self) -> int:
@@ -110,11 +116,14 @@ class Segmentation(NamedTuple):
     but ``labels``: [E, K, H, W] and [K, H, W].
 
     Attributes:
-        members: every drawn mask, soft, float32 [E, H, W] in [0, 1].
-        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1].
+        members: every mask as it was drawn, soft, float32 [E, H, W] in [0, 1].
+        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1]; the members are joined with the
+            coarse mask first, as the plan says. Their spread is measured before that.
         uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
         classes: what the channels are; None where everything is one class.
         measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
+        coarse: the condition network's own mask, soft, float32 [H, W] in [0, 1]; None where the
+            network has none.
     """
 
     members: Tensor
@@ -122,6 +131,7 @@ class Segmentation(NamedTuple):
     uncertainty: Tensor
     classes: Classes | None = None
     measure: str = "std"
+    coarse: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -143,6 +153,19 @@ class Segmentation(NamedTuple):
 
 Note = Callable[[Tensor, NoiseLevel, Prediction], object]
 """Told of every network evaluation: the noisy masks, their level, and what was predicted."""
+
+
+class Draws(NamedTuple):
+    """What was drawn for some cases, at the network's size and on the CPU.
+
+    Attributes:
+        members: soft masks, float32 [B, E, K, h, w] in [0, 1].
+        coarse: the network's coarse mask at the last evaluation, averaged over the members where
+            they make it differ, float32 [B, K, h, w]; None where it has none.
+    """
+
+    members: Tensor
+    coarse: Tensor | None
 
 
 class Segmenter:
@@ -209,8 +232,10 @@ class Segmenter:
         options, run = fill(SamplingOptions, flags), settle_precision(fill(RunOptions, flags))
         trained = trained_flags(checkpoint, flags, path)
         diffusion, classes = fill(DiffusionOptions, trained), find_classes(trained["mask_labels"])
-        process = create_gaussian_diffusion(diffusion)
+        process = create_gaussian_diffusion(diffusion, network.version)
         net = create_model(network, diffusion, classes)
+        _refuse_coarse(options, network)
+        checkpoint, lacking = adopted(checkpoint, net)
         weights, which = checkpoint.choose(options.weights)
         load_weights(net, weights, path)
 
@@ -220,6 +245,8 @@ class Segmenter:
         source = f"{path}: {which}"
         if not own:
             source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
+        if lacking:
+            source += f"; {lacking_note(lacking)}"
         net = place(net, device, compile=plan.compile)
         return cls(net, process, frame=frame, plan=plan, source=source, classes=classes)
 
@@ -228,7 +255,8 @@ class Segmenter:
         return (
             f"{self.source}; {million(self.net)} on {describe(self.device)}, {plan.precision}; "
             f"{plan.num_ensemble} masks a case by {plan.sampler}, {plan.evaluations} evaluations "
-            f"each, fused by {plan.fusion}, seed {plan.seed}"
+            f"each, {'' if plan.coarse == 'none' else f'coarse mask: {plan.coarse}, '}"
+            f"fused by {plan.fusion}, seed {plan.seed}"
         )
 
     @property
@@ -274,16 +302,33 @@ class Segmenter:
         ``note`` is told of every network evaluation.
         """
         batch = collate([self.frame.fit(case) for case in cases])
-        drawn = self.draw(batch.image, batch.names, note)
-        results = []
-        for members, case in zip(drawn, cases, strict=True):
-            height, width = case.image.shape[-2:]
-            members = members if self.classes else members[:, 0]
-            own = self.frame.restore(members, (height, width))
-            fused = FUSIONS[self.plan.fusion](own)
-            doubt = MEASURES[self.plan.measure].rule(own)
-            results.append(Segmentation(own, fused, doubt, self.classes, self.plan.measure))
-        return results
+        drawn = self.draw_with_coarse(batch.image, batch.names, note)
+        return [
+            self._finish(case, members, None if drawn.coarse is None else drawn.coarse[index])
+            for index, (case, members) in enumerate(zip(cases, drawn.members, strict=True))
+        ]
+
+    def _finish(self, case: Case, members: Tensor, coarse: Tensor | None) -> Segmentation:
+        """Bring a case's members [E, K, h, w] and coarse mask [K, h, w] to its size, and fuse."""
+        size, plan = (case.image.shape[-2], case.image.shape[-1]), self.plan
+        own = self.frame.restore(members if self.classes else members[:, 0], size)
+        blended = own
+        if coarse is not None:
+            coarse = self.frame.restore(coarse, size)
+            coarse = coarse if self.classes else coarse[0]
+            blended = blend_coarse(own, coarse, plan.coarse)
+        return Segmentation(
+            members=own,
+            fused=FUSIONS[plan.fusion](blended),
+            uncertainty=MEASURES[plan.measure].rule(own),
+            classes=self.classes,
+            measure=plan.measure,
+            coarse=coarse,
+        )
+
+    def draw(self, images: Tensor, names: Sequence[str], note: Note | None = None) -> Tensor:
+        """Draw the members of some cases: :meth:`draw_with_coarse` without the coarse masks."""
+        return self.draw_with_coarse(images, names, note).members
 
     def warm_up(self, case: Case) -> float:
         """Compile, or tune, for cases of the size of this one; the seconds that it took.
@@ -309,47 +354,54 @@ class Segmenter:
         return time.perf_counter() - started
 
     @torch.inference_mode()
-    def draw(self, images: Tensor, names: Sequence[str], note: Note | None = None) -> Tensor:
+    def draw_with_coarse(
+        self, images: Tensor, names: Sequence[str], note: Note | None = None
+    ) -> Draws:
         """Draw the members of some cases, all as one batch as far as ``batch_size`` allows.
 
         Args:
             images: at the network's size, float32 [B, C, h, w].
             names: of the B cases; they seed the noise.
             note: told of every network evaluation.
-
-        Returns:
-            Soft masks, float32 [B, E, K, h, w] in [0, 1], on the CPU.
         """
         plan = self.plan
         with autocast(self.device, plan.precision):
             condition = self.net.encode(images.to(self.device))
         shape = (self.net.mask_channels, *images.shape[-2:])
         rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
-        drawn = []
+        drawn, seen = [], []
         for whole in batched(rows, plan.inputs if plan.compile else plan.batch_size):
             chunk = padded(whole, plan.inputs) if plan.compile else whole
             noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
             of_case = torch.tensor([case for case, _ in chunk], device=self.device)
-            denoise = self.diffusion.denoiser(self.net, condition.rows(of_case), clip=plan.clip)
-            if note:
-                denoise = _noting(denoise, note)
+            rows_of = condition.rows(of_case)
+            denoise = self.diffusion.denoiser(self.net, rows_of, clip=plan.clip)
+            watched = _Watched(denoise, note)
             x = plan.temperature * noise(torch.empty(len(chunk), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
-                x0 = SAMPLERS[plan.sampler](denoise, x, plan.levels, **options)
+                x0 = SAMPLERS[plan.sampler](watched, x, plan.levels, **options)
             drawn.append(self.diffusion.from_range(x0[: len(whole)]).float().cpu())
-        return torch.cat(drawn).unflatten(0, (len(images), plan.num_ensemble))
+            if watched.coarse is not None:
+                seen.append(watched.coarse[: len(whole)].float().cpu())
+        by_case = (len(images), plan.num_ensemble)
+        coarse = torch.cat(seen).unflatten(0, by_case).mean(dim=1) if seen else None
+        return Draws(torch.cat(drawn).unflatten(0, by_case), coarse)
 
 
-def _noting(denoise: Denoiser, note: Note) -> Denoiser:
-    """Let ``note`` see what goes into a model and what comes out."""
+class _Watched:
+    """A denoiser that keeps the coarse mask of its last call and tells ``note`` of every one."""
 
-    def noted(x: Tensor, level: NoiseLevel) -> Prediction:
-        prediction = denoise(x, level)
-        note(x, level, prediction)
+    def __init__(self, denoise: Denoiser, note: Note | None) -> None:
+        self.denoise, self.note = denoise, note
+        self.coarse: Tensor | None = None
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = self.denoise(x, level)
+        self.coarse = prediction.coarse
+        if self.note:
+            self.note(x, level, prediction)
         return prediction
-
-    return noted
 
 
 def batched(values: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -400,7 +452,9 @@ def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> 
         options = {**LATER, **checkpoint.options}
         refuse_contradictions(describing, {**options, "trained_steps": trained}, path)
         return {**typed, **options}
-    return {"mask_labels": "", **describing, "diffusion_steps": steps or 1000}
+    told = {"version": version_of(checkpoint.model)}
+    refuse_contradictions(describing, told, path)
+    return {"mask_labels": "", **describing, **told, "diffusion_steps": steps or 1000}
 
 
 def spelled(typed: dict[str, Any]) -> dict[str, Any]:
@@ -440,7 +494,19 @@ def make_plan(
         precision=run.precision,
         compile=run.compile,
         temperature=options.temperature,
+        coarse=options.coarse,
     )
+
+
+def _refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:
+    """Raise a UserError where a coarse mask is asked for and there is none."""
+    if options.coarse != "none" and network.version == "plain":
+        raise UserError(
+            "--coarse",
+            found=options.coarse,
+            expected="none, for the plain network has no coarse mask",
+            mend="Leave --coarse away.",
+        )
 
 
 def sampling_levels(

@@ -8,7 +8,7 @@ bit on a CPU, whatever the number of reading processes. Wired by ``runs``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -129,8 +129,11 @@ class TrainLoop:
         limits = [self.options.max_steps, self.options.lr_anneal_steps]
         return min((limit for limit in limits if limit > 0), default=0)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint whose weights the network already has."""
+    def restore(self, checkpoint: Checkpoint, *, lacking: Collection[str] = ()) -> None:
+        """Continue from a checkpoint whose weights the network already has.
+
+        ``lacking`` are parameters that whoever wrote its optimiser did not have: they start anew.
+        """
         self.step = checkpoint.step
         for rate, average in self.averages.items():
             average.load(checkpoint.ema.get(rate, checkpoint.model))
@@ -140,7 +143,9 @@ class TrainLoop:
             self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
         if state:
-            moments = _fitted(state["optimizer"]["state"], self.parameters)
+            names = [name for name, _ in self.net.named_parameters()]
+            known = [index for index, name in enumerate(names) if name not in lacking]
+            moments = _fitted(state["optimizer"]["state"], self.parameters, known)
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self._set_rate()
 
@@ -190,9 +195,12 @@ class TrainLoop:
         Raises:
             UserError: too many such steps in a row.
         """
+        before = [buffer.clone() for buffer in self.net.buffers()]
         loss = self.forward_backward(batch)
         self.scaler.unscale_(self.optimizer)
         norm = self.log.gradient(self.parameters)
+        for buffer, old in zip(self.net.buffers(), before, strict=True):
+            buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         if self._usable(norm, batch):
             self._clip(norm)
             self.scaler.step(self.optimizer)
@@ -230,6 +238,8 @@ class TrainLoop:
                     self.whole, x0[chosen], t[rows], eps=eps[chosen], condition=image[chosen]
                 )
                 loss = (terms["loss"] * weights[rows].to(self.device)).sum() / len(x0)
+                if "coarse" in terms:
+                    loss = loss + terms["coarse"].sum() / len(x0)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             terms = {name: values.detach() for name, values in terms.items()}
@@ -393,17 +403,19 @@ class _Whole(torch.nn.Module):
 
 
 def _fitted(
-    moments: dict[int, dict[str, Any]], parameters: Sequence[Tensor]
+    moments: dict[int, dict[str, Any]], parameters: Sequence[Tensor], known: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
     """Bring an optimiser's moments into the memory order of the parameters they belong to.
 
-    They are cut as the parents' two-channel head was cut, if it was.
+    The optimiser's i-th parameter is our ``known[i]``-th. Moments are cut as the parents'
+    two-channel head was cut, if it was.
     """
 
     def fitted(value: Tensor, parameter: Tensor) -> Tensor:
         return torch.empty_like(parameter).copy_(value[: len(parameter)]) if value.ndim else value
 
     return {
-        index: {name: fitted(value, parameters[index]) for name, value in state.items()}
-        for index, state in moments.items()
+        own: {name: fitted(value, parameters[own]) for name, value in moments[index].items()}
+        for index, own in enumerate(known)
+        if index in moments
     }

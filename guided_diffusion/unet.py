@@ -9,9 +9,9 @@ and the image is never noised.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,14 @@ from guided_diffusion.nn import (
     zeroed,
 )
 
+Own = TypeVar("Own", bound="Condition")
 
-class Condition(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class Condition:
     """Everything of a forward pass that depends on the image alone.
+
+    Networks that know more of the image extend it by fields of their own: tensors [B, ...].
 
     Attributes:
         stem: the image's share of the first feature map, [B, C, H, W].
@@ -42,9 +47,12 @@ class Condition(NamedTuple):
 
     stem: Tensor
 
-    def rows(self, index: Tensor) -> Condition:
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, entry.name) for entry in fields(self))
+
+    def rows(self: Own, index: Tensor) -> Own:
         """Pick the condition of the image ``index[i]`` for the i-th network input."""
-        return Condition(*(value[index] for value in self))
+        return type(self)(*(value[index] for value in self))
 
 
 class UNetModel(nn.Module):
@@ -92,7 +100,9 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.mask_channels = mask_channels
         self.num_classes = num_classes
-        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.num_res_blocks = num_res_blocks
+        self.use_checkpoint = use_checkpoint
+        self.widths = widths = [int(mult * model_channels) for mult in channel_mult]
         style = BlockStyle(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -143,22 +153,40 @@ class UNetModel(nn.Module):
             condition: of the B images, from :meth:`encode`.
             y: class labels int64 [B]; exactly when the network is class-conditional.
         """
+        emb = self.embed(t, y)
+        skips = self.contract(self.enter(x, condition), emb)
+        return Output(self.expand(skips[-1], skips, emb))
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring published weights to this network: what they lack gets a value that is neutral."""
+        return dict(weights)
+
+    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Embed times [B], and class labels, as [B, E]."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y belong to class-conditional networks, and only there")
         weight, _ = self._stem
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(weight.dtype))
-        if y is not None:
-            emb = emb + self.label_emb(y)
+        return emb if y is None else emb + self.label_emb(y)
 
-        h = condition.stem + F.conv2d(x, weight[:, -x.shape[1] :], padding=1)
+    def enter(self, x: Tensor, condition: Condition) -> Tensor:
+        """Compute the first feature map [B, C, H, W] of a noisy mask [B, K, H, W]."""
+        weight, _ = self._stem
+        return condition.stem + F.conv2d(x, weight[:, -x.shape[1] :], padding=1)
+
+    def contract(self, h: Tensor, emb: Tensor) -> list[Tensor]:
+        """Compute the outputs of all input blocks from that of the first, finest first."""
         skips = [h]
-        for block in list(self.input_blocks)[1:]:
-            h = block(h, emb)
-            skips.append(h)
+        for block in self.input_blocks[1:]:
+            skips.append(block(skips[-1], emb))
+        return skips
+
+    def expand(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor) -> Tensor:
+        """Compute the raw prediction from the deepest feature map and the input blocks' outputs."""
         h = self.middle_block(h, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return Output(self.out(h))
+        for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
+            h = block(torch.cat([h, skip], dim=1), emb)
+        return cast(Tensor, self.out(h))
 
     @property
     def _stem(self) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from guided_diffusion import logger, phantom_folders
+from guided_diffusion import highway, logger, medsegdiff, phantom_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,3 +157,10 @@ def quiet() -> Iterator[None]:
     logger.configure(quiet=True)
     yield
     logger.configure()
+
+
+@pytest.fixture
+def narrow_highway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MedSegDiff's condition network has few channels: built and filled in no time."""
+    for module in (highway, medsegdiff):
+        monkeypatch.setattr(module, "WIDTHS", (32, 64, 32, 32, 32, 32))

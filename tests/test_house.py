@@ -22,12 +22,13 @@ FLOORS = [
     {"schedule", "nn", "losses", "phantom_folders", "background", "curves", "provenance"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "thumbnails"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
+    {"thumbnails", "highway", "ss_former"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
     {"dpm_solver", "unipc", "unet"},
-    {"layouts", "slicing", "sampling"},
+    {"layouts", "slicing", "sampling", "medsegdiff", "medsegdiff_v2"},
     # what is predicted, and what it is worth
     {"predictions"},
     {"case_scores"},

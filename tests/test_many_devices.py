@@ -144,3 +144,38 @@ def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
     assert done.stdout.count("4 BRATS cases") == 1
     assert "stopped at step 6: the last 2 validations" in done.stdout
     assert load_checkpoint(tmp_path / LATEST).step == 6
+
+
+VERSIONS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import highway, logger, medsegdiff
+from guided_diffusion.dist_util import rank, setup_dist
+from guided_diffusion.datasets import collate
+from test_coarse import Squares, loop_of
+for module in (highway, medsegdiff):
+    module.WIDTHS = (32, 64, 32, 32, 32, 32)
+setup_dist()
+logger.configure(quiet=True)
+after = {}
+for version in ("new", "1", "2"):
+    loop = loop_of(version, Path(sys.argv[1]), microbatch=1)
+    for _ in range(2):
+        loop.run_step(collate([Squares()[2 * rank()], Squares()[2 * rank() + 1]]))
+    after[version] = {k: v.detach().clone() for k, v in loop.net.named_parameters()}
+torch.save(after, Path(sys.argv[1]) / f"rank{rank()}")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_all_versions_share_their_gradients(tmp_path: Path) -> None:
+    """No parameter is without a gradient, whatever the times: nothing waits or drifts apart."""
+    (tmp_path / "program.py").write_text(VERSIONS, encoding="utf-8")
+    two_processes(tmp_path / "program.py", tmp_path)
+    one, other = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert one.keys() == {"new", "1", "2"}
+    assert_close(one, other, rtol=0, atol=0)

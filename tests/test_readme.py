@@ -23,6 +23,7 @@ SHRINK = {
     "scripts/make_phantoms.py": "--patients 3 --size 32",
     "scripts/brats_slices.py": "--slices 80:83 --workers 1",
     "scripts/check_data.py": "",
+    "benchmarks/versions.py": "--budget 0.1 --seeds 1 --methods plain 2 --cases 1 --steps 1",
     "benchmarks/steps.py": "--cases 2 --settings ddim:2 dpm_solver++:2",
 }
 RUN_BY_MAKE = ("-m venv", "-m pip", "-m ruff", "-m mypy", "-m pytest")

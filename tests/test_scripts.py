@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoint import LATEST, Checkpoint, load_checkpoint, save_checkpoint
-from guided_diffusion.segmenter import Plan, Segmenter
+from guided_diffusion.segmenter import Draws, Plan, Segmenter
 
 FEW = ("--steps", 2, "--num_ensemble", 2)
 TEST_CASES = ("000005", "000006")
@@ -233,11 +233,12 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Plan:
     """Run the sampling script with a network that is never asked, and return its plan."""
     plans = []
 
-    def draw(self: Segmenter, images: Tensor, names: Sequence[str], note: object) -> Tensor:
+    def draw(self: Segmenter, images: Tensor, names: Sequence[str], note: object) -> Draws:
         plans.append(self.plan)
-        return torch.zeros(len(images), self.plan.num_ensemble, 1, *images.shape[-2:])
+        members = torch.zeros(len(images), self.plan.num_ensemble, 1, *images.shape[-2:])
+        return Draws(members, None)
 
-    monkeypatch.setattr(Segmenter, "draw", draw)
+    monkeypatch.setattr(Segmenter, "draw_with_coarse", draw)
     succeeded(script("segmentation_sample", *arguments, "--num_samples", 1))
     monkeypatch.undo()
     assert all(plan == plans[0] for plan in plans)

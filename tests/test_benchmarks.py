@@ -1,0 +1,93 @@
+"""The benchmark of the versions: one line a run, nothing twice, and a U-Net without diffusion."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.testing import assert_close
+
+from guided_diffusion.ensemble import BLENDS
+from guided_diffusion.nn import Output
+from guided_diffusion.schedule import NoiseLevel, NoiseSchedule
+
+
+@pytest.fixture(scope="module")
+def versions() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "benchmarks/versions.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_finished_runs_are_kept(
+    versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, told = tmp_path / "versions.jsonl", []
+
+    def pretended(key: dict[str, Any], *rest: object) -> dict[str, Any]:
+        told.append((key["method"], key["seed"], key["evaluations"]))
+        score = 0.5 + 0.1 * key["seed"]
+        rules = BLENDS if key["method"] == "2" else ["none"]
+        return {
+            "dice": dict.fromkeys(rules, score),
+            **{"steps": 7, "parameters": 2_000_000, "device": "cpu", "torch": "2"},
+            **{"ms_per_evaluation": 3.0, "ms_per_image": 1.0},
+        }
+
+    def run(*methods: str, seeds: Sequence[int]) -> list[tuple[str, int, int]]:
+        told.clear()
+        arguments = [
+            "--data",
+            ROOT / "data",
+            "--out",
+            out,
+            "--methods",
+            *methods,
+            "--seeds",
+            *seeds,
+        ]
+        monkeypatch.setattr(sys, "argv", ["versions.py", *map(str, arguments)])
+        versions.main()
+        return list(told)
+
+    monkeypatch.setattr(versions, "run", pretended)
+    assert run("unet", "2", seeds=[1]) == [("unet", 1, 1), ("2", 1, 5)]
+    whole = out.read_text()
+    out.write_text(whole + '{"set": "demo", "meth')  # a run that was killed while it wrote
+    assert run("unet", "2", seeds=[1, 2]) == [("unet", 2, 1), ("2", 2, 5)]
+    assert run("unet", "2", seeds=[1, 2]) == []
+
+    rows = out.with_suffix(".md").read_text().splitlines()
+    figures = "| 0.6500 ± 0.0707 | 2 | 2.00 | 7 | 3.00 | 1.00 |"
+    assert f"| the same U-Net, no diffusion {figures}" in rows
+    assert f"| version 2 {figures}" in rows
+    assert f"| version 2 {'| 0.6500 ± 0.0707 ' * 5}|" in rows
+
+
+def test_the_network_without_diffusion_answers_at_once(versions: ModuleType) -> None:
+    """Its loss is Dice + cross-entropy of what it says of no mask at t = 0."""
+    diffusion = versions.Direct(NoiseSchedule.named("linear", 50), mask_range=(-1.0, 1.0))
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def net(x: torch.Tensor, t: torch.Tensor, condition: None, y: None) -> Output:
+        asked.append((x, t))
+        return Output(torch.zeros_like(x))
+
+    truth = torch.tensor([[[[1.0, -1.0], [-1.0, -1.0]]]])
+    terms = diffusion.training_losses(
+        net, truth, torch.tensor([30]), eps=torch.randn_like(truth), condition=None
+    )
+    assert_close(terms["loss"], torch.tensor([0.5 + 0.6931472]))
+    level = NoiseLevel(30.0, 0.6, 0.8)
+    prediction = diffusion.denoiser(net, None)(torch.randn_like(truth), level)
+    assert_close(prediction.x0, torch.zeros_like(truth))
+    assert not any(x.any() or t.any() for x, t in asked)
