@@ -20,7 +20,7 @@ from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succee
 from guided_diffusion import phantom_folders
 from guided_diffusion.ensemble import squared_mean
 from guided_diffusion.files import make_folder
-from guided_diffusion.segmenter import Segmenter
+from guided_diffusion.segmenter import Draws, Segmenter
 
 
 def sampling(data: Path, model: Path, out: Path) -> list[object]:
@@ -131,14 +131,14 @@ def test_a_case_that_fails_does_not_take_others_along(
 def test_partly_empty_ensembles_are_pointed_out(
     brats: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = Segmenter.draw
+    draw = Segmenter.draw_with_coarse
 
-    def first_member_empty(self: Segmenter, images: torch.Tensor, names: list[str]) -> torch.Tensor:
-        members = torch.ones_like(draw(self, images, names))
+    def first_member_empty(self: Segmenter, images: torch.Tensor, names: list[str]) -> Draws:
+        members = torch.ones_like(draw(self, images, names).members)
         members[:, 0] = 0
-        return members
+        return Draws(members, None)
 
-    monkeypatch.setattr(Segmenter, "draw", first_member_empty)
+    monkeypatch.setattr(Segmenter, "draw_with_coarse", first_member_empty)
     text = succeeded(script("segmentation_sample", *sampling(brats / "testing", trained, tmp_path)))
     assert "look at 000005, 000006: their members are partly empty" in text
     assert {row["empty_members"] for row in rows(tmp_path)} == {"1"}
