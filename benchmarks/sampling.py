@@ -4,16 +4,18 @@
 
 The parents draw one member of one image at a time: batch 1, fp32, contiguous tensors, the image put
 through the network again at every step. Ours draws members and images in one tensor. Both run here,
-on the same network, in one process; the figures are medians of the repeats.
+on the same network, in one process. They take turns, so that whatever else the machine does hits
+all alike; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,6 +45,7 @@ def main() -> None:
         learn_sigma=True,
     )
     net = net.to(device).eval()
+    placed = place(copy.deepcopy(net), device)
     images = torch.randn(arguments.images, 4, arguments.image_size, arguments.image_size)
     levels = tuple(solver_levels(diffusion.schedule, arguments.steps))
 
@@ -53,27 +56,30 @@ def main() -> None:
 
     def ours(precision: str) -> Callable[[], None]:
         plan = Plan("dpm_solver++", levels, batch_size=arguments.batch_size, precision=precision)
-        segmenter = Segmenter(net, diffusion, frame=Frame(arguments.image_size), plan=plan)
+        segmenter = Segmenter(placed, diffusion, frame=Frame(arguments.image_size), plan=plan)
         names = [str(index) for index in range(len(images))]
         return lambda: void(segmenter.draw(images, names))
 
-    masks = ENSEMBLE * len(images)
+    ways: dict[str, Callable[[], None]] = {"parents": parents}
+    for precision in arguments.precisions:
+        ways[precision] = ours(precision)
+        ways[f"bare {precision}"] = bare(placed, images.to(device), levels, arguments, precision)
+    seconds = measure(ways, arguments.repeats)
+
     print(f"torch {torch.__version__}, {describe(device)}, {million(net)}")
     print(
         f"{arguments.image_size} px, {arguments.steps} evaluations, batch {arguments.batch_size}\n"
     )
     print("| procedure | masks per second | times the parents' | total / bare network |")
     print("|---|---|---|---|")
-    contiguous = measure(parents, arguments.repeats)
-    print(f"| parents' (batch 1, fp32) | {masks / contiguous:.3f} | 1.00 | |", flush=True)
-    place(net, device)
+    masks = ENSEMBLE * len(images)
+    rate = masks / statistics.median(seconds["parents"])
+    print(f"| parents' (batch 1, fp32) | {rate:.3f} | 1.00 | |")
     for precision in arguments.precisions:
-        seconds = measure(ours(precision), arguments.repeats)
-        bare = bare_seconds(net, images.to(device), levels, arguments, precision)
+        own, least = seconds[precision], seconds[f"bare {precision}"]
         print(
-            f"| ours, {precision} | {masks / seconds:.3f} | {contiguous / seconds:.2f} "
-            f"| {seconds / bare:.3f} |",
-            flush=True,
+            f"| ours, {precision} | {masks / statistics.median(own):.3f} "
+            f"| {ratio(seconds['parents'], own):.2f} | {ratio(own, least):.3f} |"
         )
 
 
@@ -84,9 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="network evaluations per mask")
     parser.add_argument("--images", type=int, default=2, help="images, 5 members each")
     parser.add_argument("--batch_size", type=int, default=5, help="network inputs at a time")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="repeats, of which the median counts"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median counts")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], help="fp32 bf16 fp16")
     return parser.parse_args()
 
@@ -102,33 +106,40 @@ def draw_one(net: torch.nn.Module, diffusion, image: Tensor, levels) -> Tensor:
     return multistep(diffusion.denoiser(whole_network, None), x, levels)
 
 
-@torch.inference_mode()
-def bare_seconds(net, images: Tensor, levels, arguments, precision: str) -> float:
-    """Evaluations times the time of the bare network call at the same batch size."""
+def bare(net, images: Tensor, levels, arguments, precision: str) -> Callable[[], None]:
+    """The bare network calls that the masks need, at the same batch size."""
     size, rows = arguments.batch_size, ENSEMBLE * len(images)
-    batches = -(-rows // size)
-    condition = net.encode(images).rows(torch.arange(size, device=images.device) % len(images))
     x = torch.randn(size, 1, *images.shape[-2:], device=images.device)
     t = torch.full((size,), 500.0, device=images.device)
 
-    def call() -> None:
-        with autocast(images.device, precision):
-            for _ in range(len(levels) - 1):
-                net(x, t, condition)
+    @torch.inference_mode()
+    def calls() -> None:
+        condition = net.encode(images).rows(torch.arange(size, device=images.device) % len(images))
+        for _ in range(-(-rows // size)):
+            with autocast(images.device, precision):
+                for _ in range(len(levels) - 1):
+                    net(x, t, condition)
 
-    return measure(call, arguments.repeats) * batches
+    return calls
 
 
-def measure(run: Callable[[], None], repeats: int) -> float:
-    """Median seconds of some runs, after one that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronise()
-        started = time.perf_counter()
-        run()
-        synchronise()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+def measure(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every way in every round; they take turns, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, run in ways.items():
+            synchronise()
+            started = time.perf_counter()
+            run()
+            synchronise()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    """Median over the rounds of the one's seconds divided by the other's."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def synchronise() -> None:

@@ -63,7 +63,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, ...]; the type of ``x`` is kept."""
-        return super().forward(x.float()).to(x.dtype)
+        # The kernel reads short types in float32 itself, but its backward in them is slow.
+        return super().forward(x.float() if torch.is_grad_enabled() else x).to(x.dtype)
 
 
 def single_precision(x: Tensor) -> AbstractContextManager[object]:
