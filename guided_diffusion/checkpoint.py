@@ -196,13 +196,13 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
     """Put weights into a network that they fit exactly.
 
     A head that has a variance channel where the network learns none is cut to its first channels:
-    the parents always store both.
+    the parents always store both. So are embeddings of more classes than the network has.
 
     Raises:
         UserError: naming the first tensor that differs, and both shapes.
     """
     own = net.state_dict()
-    given = {name: _cut_head(name, value, own) for name, value in weights.items()}
+    given = {name: _cut(name, value, own) for name, value in weights.items()}
     for name in [*own, *given]:
         shapes = [tuple(side[name].shape) if name in side else None for side in (given, own)]
         if shapes[0] != shapes[1]:
@@ -216,7 +216,9 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
     net.load_state_dict(given)
 
 
-def _cut_head(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+def _cut(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     if name in ("out.2.weight", "out.2.bias") and name in own and len(value) == 2 * len(own[name]):
+        return value[: len(own[name])]
+    if name == "label_emb.weight" and name in own:
         return value[: len(own[name])]
     return value

@@ -114,7 +114,7 @@ class GaussianDiffusion:
         """
 
         def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
-            t = torch.full((len(x),), self._told(level.t), device=x.device)
+            t = torch.full((len(x),), self.told(level.t), device=x.device)
             output = net(x, t, condition, y)
             value, var_frac = self._split(output.raw.to(x.dtype), x)
             if self.predict_xstart:
@@ -153,7 +153,7 @@ class GaussianDiffusion:
             variational bound in bits per element (with ``learn_sigma`` or ``use_kl``).
         """
         x_t = self.schedule.add_noise(x0, t, eps)
-        told = (t * self._told(1.0)).to(x0.device) if self.rescale_timesteps else t.to(x0.device)
+        told = (t * self.told(1.0)).to(x0.device) if self.rescale_timesteps else t.to(x0.device)
         raw = net(x_t, told, condition, y).raw.to(x0.dtype)
         value, var_frac = self._split(raw, x0)
 
@@ -188,8 +188,8 @@ class GaussianDiffusion:
         larger = 1.0 if self.predict_xstart else snr + 1 if self.predict_v else snr
         return snr.clamp(max=self.min_snr_gamma) / larger
 
-    def _told(self, t: float) -> float:
-        """The time as the network hears it."""
+    def told(self, t: float) -> float:
+        """The time as the networks hear it."""
         return t * 1000 / len(self.schedule) if self.rescale_timesteps else t
 
     def _split(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

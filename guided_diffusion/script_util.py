@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.classes import Classes, find_classes
+from guided_diffusion.classifier import EncoderUNetModel
 from guided_diffusion.datasets import Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -25,9 +26,13 @@ from guided_diffusion.options import (
     numbers,
     slice_range,
 )
+from guided_diffusion.resnet import ResNet50
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.unet import UNetModel
+from guided_diffusion.weak_options import ClassifierOptions
+
+Net = TypeVar("Net", bound=torch.nn.Module)
 
 NUM_CLASSES = 2
 
@@ -57,10 +62,17 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
 
 
 def create_model(
-    network: NetworkOptions, diffusion: DiffusionOptions, classes: Classes | None = None
+    network: NetworkOptions,
+    diffusion: DiffusionOptions,
+    classes: Classes | None = None,
+    *,
+    of_images: bool = False,
 ) -> UNetModel:
-    """Build the network, with a mask channel for each class."""
-    mask_channels = count_masks(classes)
+    """Build the network, with a mask channel for each class.
+
+    One ``of_images`` has no condition: all its input channels are what is diffused.
+    """
+    mask_channels = network.in_ch if of_images else count_masks(classes)
     channel_mult, attention_ds = _channel_mult(network), _attention_ds(network)
     for level, factor in enumerate(channel_mult):
         if 2**level in attention_ds or level == len(channel_mult) - 1:
@@ -83,6 +95,46 @@ def create_model(
         use_scale_shift_norm=network.use_scale_shift_norm,
         resblock_updown=network.resblock_updown,
         use_new_attention_order=network.use_new_attention_order,
+    )
+
+
+def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
+    """Build the classifier of noisy images from its scripts' flags.
+
+    Raises:
+        UserError: flags that no classifier can have.
+        TypeError: a name that is no flag of the classifier.
+    """
+    options = ClassifierOptions(**flags)
+    if options.model_type == "resnet50":
+        return ResNet50(
+            options.in_channel, options.num_classes, told_time=options.classifier_told_time
+        )
+    if options.classifier_width % 32 or options.classifier_width < 32:
+        raise UserError(
+            "--classifier_width",
+            found=options.classifier_width,
+            expected="a multiple of 32 (32 groups are normalised)",
+            mend="Use 32, 64, 96 or 128.",
+        )
+    network = NetworkOptions(
+        image_size=options.image_size,
+        num_channels=options.classifier_width,
+        attention_resolutions=options.classifier_attention_resolutions,
+    )
+    channel_mult = _channel_mult(network)
+    return EncoderUNetModel(
+        image_size=options.image_size,
+        in_channels=options.in_channel,
+        model_channels=options.classifier_width,
+        out_channels=options.num_classes,
+        num_res_blocks=options.classifier_depth,
+        attention_resolutions=_attention_ds(network),
+        channel_mult=channel_mult,
+        pool=options.classifier_pool,
+        num_head_channels=math.gcd(64, *(int(m * options.classifier_width) for m in channel_mult)),
+        use_scale_shift_norm=options.classifier_use_scale_shift_norm,
+        resblock_updown=options.classifier_resblock_updown,
     )
 
 
@@ -209,7 +261,7 @@ def _mask_range(text: str) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def place(net: UNetModel, device: torch.device) -> UNetModel:
+def place(net: Net, device: torch.device) -> Net:
     """Move a network to its device, in the memory order that convolutions are fastest in."""
     return net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

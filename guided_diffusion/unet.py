@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ class UNetModel(nn.Module):
 
     Args:
         image_size: height and width that attention and depth were chosen for; others work too.
-        in_channels: image channels plus mask channels.
+        in_channels: image channels plus mask channels; as many as the latter where what is diffused
+            has no condition.
         model_channels: width of the first level, a multiple of 32.
         out_channels: K, or 2K with a learned variance.
         num_res_blocks: residual blocks a level.
@@ -127,9 +128,11 @@ class UNetModel(nn.Module):
         """Compute what depends on the image alone.
 
         Args:
-            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings.
+            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings. C may be 0.
         """
         weight, bias = self._stem
+        if not image.shape[1]:  # torch leaves the result of such a convolution uninitialised
+            return Condition(bias[:, None, None].expand(len(image), -1, *image.shape[2:]))
         return Condition(F.conv2d(image, weight[:, : image.shape[1]], bias, padding=1))
 
     def forward(
@@ -141,14 +144,15 @@ class UNetModel(nn.Module):
             x: noisy mask [B, K, H, W].
             t: times [B], fractional ones allowed.
             condition: of the B images, from :meth:`encode`.
-            y: class labels int64 [B]; exactly when the network is class-conditional.
+            y: class labels int64 [B], or float [B, classes] weights that mix the first classes'
+                embeddings; exactly when the network is class-conditional.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y belong to class-conditional networks, and only there")
         weight, _ = self._stem
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(weight.dtype))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self._embedded(y)
 
         h = condition.stem + F.conv2d(x, weight[:, -x.shape[1] :], padding=1)
         skips = [h]
@@ -159,6 +163,12 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return Output(self.out(h))
+
+    def _embedded(self, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            weight = self.label_emb.weight
+            return y.to(weight.dtype) @ weight[: y.shape[1]]
+        return cast(Tensor, self.label_emb(y))
 
     @property
     def _stem(self) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,14 @@ FLOORS = [
     {"classes"},
     # files, numbers and flags
     {"files", "readers", "intensity", "metrics", "options", "phantoms"},
-    {"schedule", "nn", "losses", "phantom_folders", "background", "curves"},
+    {"schedule", "nn", "losses", "phantom_folders", "background", "curves", "weak_options"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
     {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
-    {"dpm_solver", "unipc", "unet"},
+    {"dpm_solver", "unipc", "unet", "classifier", "resnet"},
     {"layouts", "slicing", "sampling"},
     # factories, verbs, and the root that knows all names
     {"script_util"},
