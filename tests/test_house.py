@@ -24,10 +24,10 @@ FLOORS = [
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
-    {"dpm_solver", "unipc", "unet", "classifier", "resnet"},
+    {"dpm_solver", "unipc", "unet", "classifier", "resnet", "guidance"},
     {"layouts", "slicing", "sampling"},
     # factories, verbs, and the root that knows all names
-    {"script_util"},
+    {"script_util", "weak"},
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results"},
