@@ -1,8 +1,8 @@
 """Classifier guidance as a wrapper of the denoiser: any sampler can be guided, and knows nothing.
 
-Dhariwal & Nichol (2021), section 4: the score of ``p(x_t) p(y | x_t)^scale`` is the diffusion's
-plus ``scale`` times the classifier's gradient. Called by ``weak`` and by the scripts that draw
-images.
+Here also is what such a classifier is trained on. Dhariwal & Nichol (2021), section 4: the score
+of ``p(x_t) p(y | x_t)^scale`` is the diffusion's plus ``scale`` times the classifier's gradient.
+Called by ``weak_runs``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.schedule import NoiseLevel
@@ -67,3 +68,33 @@ def guide(denoise: Denoiser, classify: Classify, y: Tensor, *, scale: float = 1.
         return prediction._replace(x0=x0)
 
     return guided
+
+
+def classification_losses(
+    diffusion: GaussianDiffusion, *, noised: bool = True
+) -> Callable[..., dict[str, Tensor]]:
+    """Score classifiers as :meth:`GaussianDiffusion.training_losses` scores denoisers.
+
+    The function returned gives the cross-entropy as ``loss`` and whether the likeliest class is the
+    right one as ``acc@1``, both [B], of images noised to their times, or, unless ``noised``, of
+    clean ones at time 0.
+    """
+
+    def losses(
+        net: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        t: Tensor,
+        *,
+        eps: Tensor,
+        condition: object = None,
+        y: Tensor,
+    ) -> dict[str, Tensor]:
+        x_t = diffusion.schedule.add_noise(x0, t, eps) if noised else x0
+        told = (t if noised else 0 * t).to(x0.device) * diffusion.told(1.0)
+        logits = net(x_t, told).float()
+        return {
+            "loss": functional.cross_entropy(logits, y, reduction="none"),
+            "acc@1": (logits.argmax(dim=1) == y).float(),
+        }
+
+    return losses

@@ -25,6 +25,7 @@ FLOORS = [
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
     {"dpm_solver", "unipc", "unet", "classifier", "resnet", "guidance"},
+    {"tumour_images"},
     {"layouts", "slicing", "sampling"},
     # factories, verbs, and the root that knows all names
     {"script_util", "weak"},
