@@ -84,12 +84,17 @@ def save_checkpoint(
     with whole(path, mend=_MEND) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
-        with whole(folder / name, mend=_MEND) as part:
-            _link_or_copy(path, part)
+        call_also(path, folder / name)
     if keep:
         for old in sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)[:-keep]:
             old.unlink()
     return path
+
+
+def call_also(path: Path, other: Path) -> None:
+    """Give a finished checkpoint a second name, on the same bytes where the disk can."""
+    with whole(other, mend=_MEND) as part:
+        _link_or_copy(path, part)
 
 
 def step_of(path: Path) -> int:
@@ -154,11 +159,16 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
     """Add to bare weights what the parents saved beside them: averages and the optimiser.
 
     ``emasavedmodel_{rate}_{N}.pt`` (or ``ema_...``) and ``optsavedmodel{N}.pt`` (or ``opt...``),
-    where N is in the weights' own name; what is not there starts anew.
+    where N is in the weights' own name, or the weak-supervision seed's ``ema_{rate}.pt``; what is
+    not there starts anew.
     """
     ema, number = {}, f"{checkpoint.step:06d}"
     for rate in rates:
-        for name in (f"emasavedmodel_{rate}_{number}.pt", f"ema_{rate}_{number}.pt"):
+        for name in (
+            f"emasavedmodel_{rate}_{number}.pt",
+            f"ema_{rate}_{number}.pt",
+            f"ema_{rate}.pt",
+        ):
             if (path.parent / name).exists():
                 ema[rate] = load_checkpoint(path.parent / name).model
     training = {}

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from numpy.typing import ArrayLike
@@ -50,6 +50,8 @@ from guided_diffusion.script_util import (
     place,
 )
 from guided_diffusion.unet import UNetModel
+
+Run = TypeVar("Run", bound=RunOptions)
 
 
 @dataclass(frozen=True)
@@ -400,6 +402,6 @@ def sampling_levels(
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
 
 
-def settle_precision(run: RunOptions) -> RunOptions:
+def settle_precision(run: Run) -> Run:
     """Let ``--use_fp16`` mean ``--precision fp16``."""
     return replace(run, precision="fp16") if run.use_fp16 else run

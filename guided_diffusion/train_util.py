@@ -37,6 +37,7 @@ from guided_diffusion.dist_util import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.lessons import Lesson, masks_of_images
 from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
@@ -62,34 +63,6 @@ class Accuracy(NamedTuple):
 
 Validate = Callable[[Weights, int], Score | Accuracy | None]
 """Scores the weights of a step, the first value decides; None where there is nothing to score."""
-
-
-class Lesson(NamedTuple):
-    """What a batch teaches: ``x0`` [B, K, H, W] in [0, 1] under a ``condition`` [B, C, H, W].
-
-    ``y``: class labels int64 [B] of what is class-conditional.
-    """
-
-    x0: Tensor
-    condition: Tensor
-    y: Tensor | None = None
-
-
-def masks_of_images(batch: Batch) -> Lesson:
-    """Segmentation: masks are diffused, and images are their condition."""
-    if batch.mask is None:
-        raise ValueError("a training batch needs masks")
-    return Lesson(batch.mask, batch.image)
-
-
-def images_alone(batch: Batch) -> Lesson:
-    """Generation: images are diffused, and nothing is their condition."""
-    return Lesson(batch.image, batch.image[:, :0])
-
-
-def labelled_images(batch: Batch) -> Lesson:
-    """Generation by class, and classification."""
-    return Lesson(batch.image, batch.image[:, :0], batch.label)
 
 
 Losses = Callable[..., dict[str, Tensor]]

@@ -20,7 +20,7 @@ FLOORS = [
     {"schedule", "nn", "losses", "phantom_folders", "background", "curves", "weak_options"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "lessons"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
@@ -32,8 +32,10 @@ FLOORS = [
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check"},
     {"class_results"},
-    {"predict", "class_scores", "validation"},
-    {"runs"},
+    {"predict", "class_scores", "validation", "weak_models"},
+    {"runs", "weak_predict"},
+    {"weak_train"},
+    {"weak_runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 GROUND, FACTORIES, VERBS = FLOOR["files"], FLOOR["script_util"], FLOOR["train_util"]
