@@ -111,6 +111,9 @@ class ImageTrainingOptions(TrainingOptions):
     distributed: bool = flag(
         False, "share the work", dead="torchrun or --multi_gpu share it", switch=True
     )
+    cache_gib: float = flag(
+        0.0, "room for decoded images", dead="they are small, and read each time"
+    )
 
 
 @dataclass(frozen=True)

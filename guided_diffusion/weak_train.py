@@ -266,7 +266,8 @@ def _loop(
     folder = Path(run.out_dir).expanduser()
 
     def after_save() -> None:
-        call_also(folder / LATEST, alias)
+        if (folder / LATEST).exists():  # not yet, where only the best has been written
+            call_also(folder / LATEST, alias)
         draw_curves(folder / "progress.csv", folder / "curves.png")
 
     return TrainLoop(
