@@ -1,7 +1,7 @@
 """Weak supervision against its rivals: masks from image-level labels, scored against true ones.
 
     python benchmarks/weak.py
-    python benchmarks/weak.py --src_dir $REAL_DATA/brats15_weak_128 --image_size 64
+    python benchmarks/weak.py --src_dir $REAL_DATA/brats15_weak_128 --augment --out results/brats
 
 trains a diffusion of images and a classifier on labels alone, and, as the upper bound, a segmenter
 on masks; then prints one Markdown table of all methods. Without ``--src_dir`` it makes phantoms,
@@ -21,6 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+MAPS = ("level", "steps", "stride", "tau", "noises", "smooth", "classifier_scale")
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = ["--num_channels", "32", "--num_res_blocks", "1", "--num_heads", "1"]
 METHODS = {
@@ -28,6 +29,7 @@ METHODS = {
     "CG-CDM": ["--method", "cg-cdm"],
     "one branch": ["--method", "one-branch"],
     "counterfactual": ["--method", "counterfactual"],
+    "counterfactual, guided": ["--method", "counterfactual", "--guided"],
     "Grad-CAM": ["--method", "gradcam"],
     "Otsu on the image": ["--method", "otsu"],
 }
@@ -40,18 +42,19 @@ def main() -> None:
     if options.src_dir is None and not (src / "validate").exists():
         run(
             *("make_phantoms", "--layout", "weak", "--out", src, "--seed", options.seed),
-            *("--patients", options.patients),
+            *("--patients", options.patients, "--split", 0.9),
         )
     stages = Stages(out / "minutes.json")
     data = ["--src_dir", src, "--save_dir", out]
     size = ["--image_size", options.image_size]
+    size += ["--augment", options.augment]
     common = [*size, "--log_interval", 50, "--save_interval", 500, "--keep", 1, "--resume", "auto"]
     noise = ["--timestep_respacing", options.times]
     stages.run(
         "diffusion",
         *("train_tumor_ddfm", *data, *common, *noise, *NETWORK, "--channel_mult", "1,2,4"),
         *("--attention_resolutions", "8", "--class_cond", True, "--predict_v", True),
-        *("--batch_size", 32, "--lr", 1e-3, "--ema_rate", "0.995"),
+        *("--batch_size", 32, "--lr", 1e-3, "--ema_rate", "0.99"),
         *("--max_steps", options.diffusion_iterations),
     )
     stages.run(
@@ -68,14 +71,13 @@ def main() -> None:
         *("--predict_xstart", True, "--mask_range=-1,1", "--batch_size", 32, "--lr", 1e-3),
         *("--ema_rate", "0.99", "--max_steps", options.supervised_iterations),
     )
-    maps = ["--level", options.level, "--stride", options.stride, "--tau", options.tau]
-    maps += ["--noises", options.noises, "--smooth", options.smooth, "--batch_size", 32]
-    maps += ["--classifier_scale", options.classifier_scale, *options.cut.split()]
+    maps = [word for name in MAPS for word in (f"--{name}", getattr(options, name))]
+    maps += ["--batch_size", 30, *options.cut.split()]
     for name, words in METHODS.items():
-        for label in ("truth", "classifier"):
-            run("image_p_seg", *data, *maps, *words, "--label", label, "--results_dir",
-                out / folder_of(name, label))  # fmt: skip
-    supervised = out / folder_of("supervised", "")
+        run("image_p_seg", *data, *maps, *words, "--results_dir", out / folder_of(name))
+    judged = ["--method", "otsu", "--label", "classifier"]
+    run("image_p_seg", *data, *judged, "--results_dir", out / folder_of("classifier"))
+    supervised = out / folder_of("supervised")
     run("segmentation_sample", "--data_dir", src / "validate", "--model_path", out / "supervised",
         "--out_dir", supervised, "--dpm_solver", True, "--steps", 5)  # fmt: skip
     run("segmentation_env", "--inp_pth", supervised, "--out_pth", src / "validate")
@@ -90,6 +92,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
+    add("--augment", action="store_true", help="augment the images of all three trainings")
     add("--src_dir", type=Path, help="labelled images; without it phantoms are made")
     add("--out", type=Path, default=Path("results/weak_benchmark"), help="folder to work in")
     add("--write", type=Path, help="file for the table, such as results/weak.md")
@@ -97,11 +100,12 @@ def parse() -> argparse.Namespace:
     add("--patients", type=int, default=600, help="phantom patients, half of them healthy")
     add("--image_size", type=int, default=32, help="of the networks; masks have the images' own")
     add("--times", default="500,1", help="trained times, as --timestep_respacing")
-    add("--diffusion_iterations", type=int, default=3000)
-    add("--classifier_iterations", type=int, default=600)
-    add("--supervised_iterations", type=int, default=1000)
+    add("--diffusion_iterations", type=int, default=600)
+    add("--classifier_iterations", type=int, default=400)
+    add("--supervised_iterations", type=int, default=400)
     add("--level", type=int, default=250)
-    add("--stride", type=int, default=20)
+    add("--steps", type=int, default=5)
+    add("--stride", type=int, default=40)
     add("--tau", type=float, default=0.0)
     add("--noises", type=int, default=4)
     add("--smooth", type=float, default=1.0)
@@ -110,8 +114,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def folder_of(name: str, label: str) -> str:
-    return "_".join(["masks", *name.lower().split(), *([label] if label else [])])
+def folder_of(name: str) -> str:
+    return "_".join(["masks", *name.lower().replace(",", "").split()])
 
 
 class Stages:
@@ -149,32 +153,47 @@ def table(out: Path, src: Path, minutes: dict, options: argparse.Namespace) -> s
     """All methods, best last: what was scored where."""
     tumours = {path.stem for path in (src / "validate" / "tumor").iterdir()}
     lines = [
-        "| method | Dice, images with a lesion | Dice per patient | normal images left empty, "
-        "labels from the classifier | seconds per image |",
-        "|---|---|---|---|---|",
+        "| method | Dice, images with a lesion | Dice per patient | seconds per image |",
+        "|---|---|---|---|",
     ]
     for name in [*METHODS, "supervised"]:
-        folder = out / folder_of(name, "" if name == "supervised" else "truth")
+        folder = out / folder_of(name)
         scores = [row for row in rows(folder / "scores.csv") if row["name"] in tumours]
         patients = [row for row in rows(folder / "patients.csv") if int(row["tp"]) + int(row["fn"])]
         seconds = [float(row["seconds"]) for row in rows(folder / "predictions.csv")]
         lines.append(
             f"| {name} | {mean(row['dice'] for row in scores):.3f} | "
-            f"{patient_text(patients)} | {left_empty(out, name, tumours)} | "
-            f"{mean(seconds):.2f} |"
+            f"{patient_text(patients)} | {mean(seconds):.2f} |"
         )
     spent = ", ".join(f"{name} {stage['minutes']:.1f}" for name, stage in minutes.items())
-    return "\n".join([*lines, "", f"Minutes of processor time in training: {spent}."])
+    settings = " ".join(
+        f"--{name} {value}" for name, value in vars(options).items() if name in MAPS
+    )
+    return "\n".join(
+        [
+            f"{len(tumours)} images with a lesion, networks at {options.image_size} px, {settings} "
+            f"{options.cut}",
+            "",
+            *lines,
+            "",
+            f"Minutes of processor time in training: {spent}.",
+            normal_text(out, tumours),
+        ]
+    )
 
 
-def left_empty(out: Path, name: str, tumours: set[str]) -> str:
-    if name == "supervised":
-        found = rows(out / folder_of(name, "") / "scores.csv")
-        normal = [row for row in found if row["name"] not in tumours]
-        empty = sum(row["empty_prediction"] == "True" for row in normal)
-        return f"{empty} of {len(normal)} (by its own masks)"
-    record = json.loads((out / folder_of(name, "classifier") / "normal.json").read_text())
-    return f"{record['left_empty']} of {record['normal']}"
+def normal_text(out: Path, tumours: set[str]) -> str:
+    """Who leaves normal images empty: the classifier, and the supervised masks."""
+    judged = json.loads((out / folder_of("classifier") / "normal.json").read_text())
+    labels = rows(out / folder_of("classifier") / "predictions.csv")
+    found = sum(row["label"] == "1" for row in labels if row["name"] in tumours)
+    scores = rows(out / folder_of("supervised") / "scores.csv")
+    empty = [row["empty_prediction"] for row in scores if row["name"] not in tumours]
+    return (
+        f"The classifier calls {judged['left_empty']} of {judged['normal']} normal images normal, "
+        f"and {found} of {len(tumours)} with a lesion ill; the supervised masks leave "
+        f"{empty.count('True')} of {len(empty)} normal images empty."
+    )
 
 
 def patient_text(patients: list[dict[str, str]]) -> str:

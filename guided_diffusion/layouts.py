@@ -27,7 +27,7 @@ from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDat
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
 from guided_diffusion.readers import Array, many_objects, open_folder, read_mask_file, safe_name
-from guided_diffusion.tumour_images import TumourImages, class_folders
+from guided_diffusion.tumour_images import TumourImages, is_classified
 
 Loader = Callable[[Path, bool, Reading], SegmentationDataset]
 
@@ -126,7 +126,7 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
 
 def _recognised(folder: Path, *, test: bool) -> list[str]:
     """Every layout whose marks are there; images/ with ISIC's mask names count as ISIC alone."""
-    if class_folders(folder):
+    if is_classified(folder):
         return ["TUMOR"]
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     paired = images is not None and (masks is not None or test)

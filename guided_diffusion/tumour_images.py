@@ -110,13 +110,18 @@ class TumourImages(LabelledImages):
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """The folders ``normal`` and ``tumor`` (or ``tumour``) below, where both are there."""
+    """Which of the folders ``normal`` and ``tumor`` (or ``tumour``) are below."""
     found = {
         name: next(filter(None, (subfolder(folder, s) for s in spellings)), None)
         for name, spellings in SPELLINGS.items()
     }
-    both = {name: path for name, path in found.items() if path is not None}
-    return both if len(both) == len(found) else {}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def is_classified(folder: Path) -> bool:
+    """Whether a folder is unmistakably sorted: both classes, or tumours and their masks."""
+    found = class_folders(folder)
+    return len(found) == len(CLASSES) or ("tumor" in found and subfolder(folder, "seg") is not None)
 
 
 def patient_of(stem: str) -> str:
@@ -143,26 +148,29 @@ def part_folder(src_dir: str | Path, part: str) -> Path:
     )
 
 
+def require_both(dataset: LabelledImages) -> None:
+    """Raise a UserError where a class has no image: nothing can be learned from the other alone."""
+    for label, name in enumerate(CLASSES):
+        if label not in dataset.labels.values():
+            raise UserError(
+                dataset.directory / name,
+                found="no image",
+                expected="pictures or NIfTI slices of this class",
+                mend="Both classes need images to train on: one alone tells nothing.",
+            )
+
+
 def _classified(folder: Path) -> dict[str, dict[str, Path]]:
-    """The pictures of each class by stem; both must have some, and no stem may be in both."""
-    folders = class_folders(folder)
-    if not folders:
+    """The pictures of each class by stem; one of them may have none."""
+    pictures = {name: image_files(path) for name, path in class_folders(folder).items()}
+    if not any(pictures.values()):
         raise UserError(
             folder,
-            found="no folders normal and tumor",
+            found="no image in normal/ or tumor/",
             expected="normal/ and tumor/ with the images of either class",
             mend="Sort the images into the two folders.",
         )
-    pictures = {name: image_files(path) for name, path in folders.items()}
-    for name, found in pictures.items():
-        if not found:
-            raise UserError(
-                folders[name],
-                found="no image",
-                expected="pictures or NIfTI slices of this class",
-                mend="Both classes need images: one alone tells nothing.",
-            )
-    return pictures
+    return {name: pictures.get(name, {}) for name in CLASSES}
 
 
 def _require_images(folder: Path, masks: dict[str, Path], tumours: dict[str, Path]) -> None:
@@ -343,13 +351,21 @@ def held_out(dataset: LabelledImages, share: float, *, seed: int) -> tuple[list[
     """Divide cases into those to train on and those to validate on, patients on one side each.
 
     A case without a patient is one of its own. At least one patient is kept where ``share`` is
-    above 0 and there are two.
+    above 0, unless a class would be left without an image to train on.
     """
     owners = [entry.patient or entry.name for entry in dataset.entries]
     patients = sorted(set(owners))
     order = np.random.default_rng(abs(seed)).permutation(len(patients))
-    count = max(1, round(share * len(patients))) if share and len(patients) > 1 else 0
-    kept = {patients[i] for i in order[:count]}
+    count = max(1, round(share * len(patients))) if share else 0
+    kept: set[str] = set()
+    for patient in (patients[i] for i in order):
+        left = {
+            dataset.labels[name]
+            for name, owner in zip(dataset.names, owners, strict=True)
+            if owner not in kept | {patient}
+        }
+        if len(kept) < count and len(left) == len(CLASSES):
+            kept.add(patient)
     sides: tuple[list[int], list[int]] = ([], [])
     for index, owner in enumerate(owners):
         sides[owner in kept].append(index)

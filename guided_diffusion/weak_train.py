@@ -51,6 +51,7 @@ from guided_diffusion.tumour_images import (
     TumourImages,
     held_out,
     part_folder,
+    require_both,
 )
 from guided_diffusion.weak_models import (
     CLASSIFIER,
@@ -75,12 +76,15 @@ def open_labelled(flags: dict[str, Any], part: str) -> LabelledImages:
     """Open a part, ``training`` or ``validation``, of what ``--src_dir`` names.
 
     Raises:
-        UserError: nothing that can be read there, or a class without images.
+        UserError: nothing that can be read there, or a class without images to train on.
     """
     source = fill(SourceOptions, flags)
     folder = Path(source.src_dir).expanduser()
     if not (folder / "splits.pkl").exists():
-        return TumourImages(part_folder(folder, part), test_flag=True)
+        images = TumourImages(part_folder(folder, part), test_flag=True)
+        if part == "training":
+            require_both(images)
+        return images
     dataset = SlicedArrays(
         folder,
         parts=ARRAY_PARTS[part],
@@ -249,13 +253,6 @@ def _loop(
     validate: Validate | None = None,
 ) -> TrainLoop:
     """Wire a training loop; ``alias`` is the published name of its latest checkpoint."""
-    if len(set(pictures.labels)) < 2:
-        raise UserError(
-            "--held_out",
-            found="images of one class only among those to train on",
-            expected="both classes on that side",
-            mend="Keep fewer patients for validation, or none with --held_out 0.",
-        )
     if len(pictures) < options.batch_size:
         raise UserError(
             "--batch_size",

@@ -51,7 +51,7 @@ from guided_diffusion.weak_options import (
     WeakOptions,
 )
 from guided_diffusion.weak_predict import WeakSegmenter
-from guided_diffusion.weak_train import accuracy_on
+from guided_diffusion.weak_train import accuracy_on, open_labelled
 
 SMALL = ["--img_size", 16, "--num_channels", 32, "--channel_mult", "1,2", "--num_res_blocks", 1]
 JUDGE = ["--img_size", 16, "--classifier_width", 32, "--classifier_depth", 1]
@@ -211,6 +211,13 @@ def test_any_size_and_kind_of_picture_in_either_spelling(tmp_path: Path) -> None
     assert batch.mask is None and dataset[2].mask is not None and not dataset[2].mask.any()
 
 
+def test_tumours_alone_can_be_segmented_and_scored(own_data: Path) -> None:
+    shutil.rmtree(own_data / "validate" / "normal")
+    dataset = open_labelled({"src_dir": str(own_data)}, "validation")
+    assert set(dataset.labels.values()) == {1}
+    assert open_masks(own_data / "validate").keys() == dataset.labels.keys()
+
+
 def test_masks_are_never_read_for_training_on_labels(own_data: Path) -> None:
     for mask in (own_data / "training" / "seg").iterdir():
         mask.write_bytes(b"no picture")
@@ -234,6 +241,15 @@ def test_whole_patients_are_held_out(weak_data: Path, share: float, patients: in
     sides = [{dataset.patients[i] for i in side} for side in (learned, kept)]
     assert sorted(learned + kept) == list(range(len(dataset)))
     assert len(sides[1]) == patients and not sides[0] & sides[1]
+
+
+def test_no_class_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    phantom_folders.write_weak(tmp_path, 3, patients=3, slices=2, size=32, training=1.0)
+    dataset = TumourImages(tmp_path / "training")  # patients 1 and 3 are ill, 2 alone is not
+    for seed in range(5):
+        learned, kept = held_out(dataset, 0.9, seed=seed)
+        assert {dataset.labels[dataset.names[i]] for i in learned} == {0, 1}
+        assert {dataset.patients[i] for i in kept} < {"phantom_001", "phantom_003"} and kept
 
 
 # ---------------------------------------------------------------------------- NumPy volumes
@@ -570,12 +586,19 @@ def spoil_nothing(folder: Path) -> None:
 
 
 def empty_class(folder: Path) -> None:
-    for path in (folder / "training" / "tumor").iterdir():
-        path.unlink()
+    for name in ("tumor", "seg"):
+        for path in (folder / "training" / name).iterdir():
+            path.unlink()
 
 
 def no_class(folder: Path) -> None:
     shutil.rmtree(folder / "training" / "normal")
+
+
+def no_image(folder: Path) -> None:
+    for name in ("normal", "tumor"):
+        shutil.rmtree(folder / "training" / name)
+    shutil.rmtree(folder / "training" / "seg")
 
 
 def no_part(folder: Path) -> None:
@@ -593,7 +616,8 @@ def lonely_mask(folder: Path) -> None:
     ("spoil", "flags", "found"),
     [
         (empty_class, [], "training/tumor: found no image"),
-        (no_class, [], "training: found no folders normal and tumor"),
+        (no_class, [], "training/normal: found no image"),
+        (no_image, [], "training: found no image in normal/ or tumor/"),
         (no_part, [], "--src_dir: found no folder training in "),
         (lonely_mask, [], "seg: found 1 masks without an image in tumor/: x_1"),
         (spoil_nothing, ["--batch_size", 50], "--batch_size: found 50, expected at most"),
