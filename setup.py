@@ -14,6 +14,7 @@ setup(
         "numpy>=1.26,<3",
         "nibabel>=5.3,<6",
         "scikit-image>=0.24,<1",
+        "scipy>=1.11,<2",
         "pillow>=10.1",
         "tqdm>=4.65,<5",
     ],

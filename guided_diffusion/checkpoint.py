@@ -126,7 +126,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
             flag,
             found=f"no file {file}" if str(path) else "nothing",
             expected=f"a checkpoint, or a folder that holds {LATEST}",
-            mend="Train one with scripts/segmentation_train.py, or correct the path.",
+            mend="Train one first, or correct the path.",
         )
     return file
 

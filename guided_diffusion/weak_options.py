@@ -154,7 +154,7 @@ class ImageSamplingOptions:
     )
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
-    class_index: int = flag(-1, "class of every image; -1: drawn for each", least=-1)
+    class_index: int = flag(-1, "class of every image; -1: drawn for each", least=-1, most=1)
     num_samples: int = flag(8, "images to draw", least=1)
     batch_size: int = flag(8, "images at a time", least=1)
     use_ddim: bool = flag(False, "sample with DDIM")

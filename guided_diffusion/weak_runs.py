@@ -17,19 +17,22 @@ from PIL import Image
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, whole
+from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.options import (
     SamplingOptions,
     dead_flags,
     fill,
 )
 from guided_diffusion.pictures import Tile, contact_sheet
-from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
+from guided_diffusion.sampling import SAMPLERS
 from guided_diffusion.segmenter import (
     MemberNoise,
     member_seed,
     sampling_levels,
 )
 from guided_diffusion.weak_models import (
+    ClassifierModel,
+    ImageModel,
     load_classifier,
     load_image_model,
 )
@@ -75,24 +78,33 @@ def draw_images(typed: dict[str, Any]) -> None:
     drawn_classes = [member_seed(run.seed, name, 1) % 2 for name in names]
     fixed = options.class_index >= 0
     classes = torch.tensor([options.class_index] * len(names) if fixed else drawn_classes)
-    size = model.net.image_size
+    size = (model.net.in_channels, model.net.image_size, model.net.image_size)
+    keywords = {"eta": eta} if sampler == "ddim" else {}
     drawn = []
     for rows in torch.arange(len(names)).split(options.batch_size):
         noise = MemberNoise([member_seed(run.seed, names[int(i)], 0) for i in rows])
-        x = noise(torch.empty(len(rows), model.net.in_channels, size, size, device=model.device))
-        y = classes[rows].to(model.device)
-        keywords: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
+        x = noise(torch.empty(len(rows), *size, device=model.device))
+        denoise = _denoiser(model, classifier, x, classes[rows], scale=options.classifier_scale)
         with torch.no_grad():
-            denoise = model.denoiser(x.shape, y if model.net.num_classes else None)
-            if classifier:
-                denoise = classifier.guiding(denoise, y, scale=options.classifier_scale)
-            if sampler in STOCHASTIC:
-                keywords["randn_like"] = noise
-            x0 = SAMPLERS[sampler](denoise, x, levels, **keywords)
+            x0 = SAMPLERS[sampler](denoise, x, levels, randn_like=noise, **keywords)
         drawn.append(model.diffusion.from_range(x0).cpu())
 
     labelled = bool(model.net.num_classes or classifier)
     _write_images(torch.cat(drawn), classes if labelled else None, Path(run.out_dir).expanduser())
+
+
+def _denoiser(
+    model: ImageModel,
+    classifier: ClassifierModel | None,
+    x: torch.Tensor,
+    classes: torch.Tensor,
+    *,
+    scale: float,
+) -> Denoiser:
+    """The denoiser of images like ``x``, of their classes as far as the networks know any."""
+    y = classes.to(x.device)
+    denoise = model.denoiser(x.shape, y if model.net.num_classes else None)
+    return classifier.guiding(denoise, y, scale=scale) if classifier else denoise
 
 
 def _write_images(images: torch.Tensor, classes: torch.Tensor | None, folder: Path) -> None:
@@ -138,6 +150,13 @@ def segment_weakly(typed: dict[str, Any]) -> None:
                 expected=f"{trained.net.in_channels}, which {trained.source} was trained on",
                 mend="Use images like those of training.",
             )
+    if model and classifier and classifier.image_size != model.net.image_size:
+        raise UserError(
+            classifier.source,
+            found=f"a classifier of {classifier.image_size} pixels",
+            expected=f"{model.net.image_size}, the size of {model.source}",
+            mend="Train both networks with one --img_size.",
+        )
     folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
     segment_images(segmenter, dataset, folder)
     for line in score_masks(dataset, folder):

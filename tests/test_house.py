@@ -129,7 +129,10 @@ def run(code):
     )
 
 
-@pytest.mark.parametrize("module", ["guided_diffusion", "guided_diffusion.options"])
+@pytest.mark.parametrize(
+    "module",
+    ["guided_diffusion", "guided_diffusion.options", "guided_diffusion.weak_options"],
+)
 def test_the_package_and_its_flags_import_quietly_and_without_torch(module):
     heavy = "{'torch', 'numpy', 'nibabel', 'skimage', 'scipy', 'PIL', 'socket'}"
     result = run(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))")

@@ -667,6 +667,16 @@ def test_one_network_in_the_other_s_place_is_refused(
         load_image_model({}, folder=str(tmp_path))
 
 
+def test_two_networks_of_two_sizes_are_refused(
+    weakly_trained: Path, weak_data: Path, tmp_path: Path
+) -> None:
+    common = ["--src_dir", weak_data, "--save_dir", tmp_path, *JUDGE, *SHORT]
+    succeeded(script("classifier_tumor_train", *common, "--img_size", 32, "--iterations", 1))
+    use = ["--src_dir", weak_data, "--save_dir", tmp_path, "--model_path", weakly_trained]
+    said = refused(script("image_p_seg", *use, "--guided", "--level", 40))
+    assert "found a classifier of 32 pixels, expected 16" in said
+
+
 def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: Path) -> None:
     common = ["--src_dir", weak_data, "--save_dir", tmp_path]
     succeeded(script("train_tumor_ddfm", *common, *SMALL, *SCHEDULE, *SHORT, "--max_steps", 1))
