@@ -84,12 +84,17 @@ def save_checkpoint(
     with whole(path, mend=_MEND) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
-        with whole(folder / name, mend=_MEND) as part:
-            _link_or_copy(path, part)
+        call_also(path, folder / name)
     if keep:
         for old in sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)[:-keep]:
             old.unlink()
     return path
+
+
+def call_also(path: Path, other: Path) -> None:
+    """Give a finished checkpoint a second name, on the same bytes where the disk can."""
+    with whole(other, mend=_MEND) as part:
+        _link_or_copy(path, part)
 
 
 def step_of(path: Path) -> int:
@@ -121,7 +126,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
             flag,
             found=f"no file {file}" if str(path) else "nothing",
             expected=f"a checkpoint, or a folder that holds {LATEST}",
-            mend="Train one with scripts/segmentation_train.py, or correct the path.",
+            mend="Train one first, or correct the path.",
         )
     return file
 
@@ -154,11 +159,16 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
     """Add to bare weights what the parents saved beside them: averages and the optimiser.
 
     ``emasavedmodel_{rate}_{N}.pt`` (or ``ema_...``) and ``optsavedmodel{N}.pt`` (or ``opt...``),
-    where N is in the weights' own name; what is not there starts anew.
+    where N is in the weights' own name, or the weak-supervision seed's ``ema_{rate}.pt``; what is
+    not there starts anew.
     """
     ema, number = {}, f"{checkpoint.step:06d}"
     for rate in rates:
-        for name in (f"emasavedmodel_{rate}_{number}.pt", f"ema_{rate}_{number}.pt"):
+        for name in (
+            f"emasavedmodel_{rate}_{number}.pt",
+            f"ema_{rate}_{number}.pt",
+            f"ema_{rate}.pt",
+        ):
             if (path.parent / name).exists():
                 ema[rate] = load_checkpoint(path.parent / name).model
     training = {}
@@ -206,13 +216,13 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
     """Put weights into a network that they fit exactly.
 
     A head that has a variance channel where the network learns none is cut to its first channels:
-    the parents always store both.
+    the parents always store both. So are embeddings of more classes than the network has.
 
     Raises:
         UserError: naming the first tensor that differs, and both shapes.
     """
     own = net.state_dict()
-    given = {name: _cut_head(name, value, own) for name, value in weights.items()}
+    given = {name: _cut(name, value, own) for name, value in weights.items()}
     for name in [*own, *given]:
         shapes = [tuple(side[name].shape) if name in side else None for side in (given, own)]
         if shapes[0] != shapes[1]:
@@ -226,7 +236,9 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
     net.load_state_dict(given)
 
 
-def _cut_head(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+def _cut(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     if name in ("out.2.weight", "out.2.bias") and name in own and len(value) == 2 * len(own[name]):
+        return value[: len(own[name])]
+    if name == "label_emb.weight" and name in own:
         return value[: len(own[name])]
     return value

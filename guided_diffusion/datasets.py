@@ -35,12 +35,14 @@ class Case(NamedTuple):
     ``image`` is float32 [C, H, W]: pictures in [0, 1], NIfTI slices as stored. ``mask`` is float32
     [K, H, W] in [0, 1] (soft borders stay soft until :meth:`Frame.fit_mask`), or None. ``name`` is
     unique within its set and safe as a file name. ``affine`` is float64 [4, 4] for NIfTI input.
+    ``label`` is the class of the whole image where its folder says one.
     """
 
     image: Tensor
     mask: Tensor | None
     name: str
     affine: Affine | None = None
+    label: int | None = None
 
 
 class Entry(NamedTuple):
@@ -136,6 +138,10 @@ class SegmentationDataset(Dataset[Case]):
         """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none."""
         raise NotImplementedError
 
+    def has_mask(self, entry: Entry) -> bool:
+        """Whether the entry's mask is known, without decoding it."""
+        return entry.mask is not None
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -192,11 +198,15 @@ def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: i
 
 
 class Batch(NamedTuple):
-    """Stacked cases: ``image`` [B, C, h, w], ``mask`` [B, K, h, w] or None, ``names`` [B]."""
+    """Stacked cases: ``image`` [B, C, h, w], ``mask`` [B, K, h, w] or None, ``names`` [B].
+
+    ``label`` is int64 [B], or None unless every case has one.
+    """
 
     image: Tensor
     mask: Tensor | None
     names: list[str]
+    label: Tensor | None = None
 
 
 def collate(cases: Sequence[Case]) -> Batch:
@@ -211,10 +221,12 @@ def collate(cases: Sequence[Case]) -> Batch:
                 mend="A crop needs pictures of one size: pass --crop none to resize them instead.",
             )
     masks = [case.mask for case in cases if case.mask is not None]
+    labels = [case.label for case in cases if case.label is not None]
     return Batch(
         image=torch.stack([case.image for case in cases]),
         mask=torch.stack(masks) if len(masks) == len(cases) else None,
         names=[case.name for case in cases],
+        label=torch.tensor(labels) if len(labels) == len(cases) else None,
     )
 
 

@@ -36,6 +36,7 @@ from guided_diffusion.readers import (
     read_mask_file,
     safe_name,
 )
+from guided_diffusion.tumour_images import TumourImages, is_classified
 from guided_diffusion.volumes import VolumeStore
 
 Loader = Callable[[Path, bool, Reading], SegmentationDataset]
@@ -45,6 +46,7 @@ LAYOUTS: dict[str, Loader] = {
     "ISIC": ISICDataset,
     "KVASIR": KvasirDataset,
     "CUSTOM": open_custom,
+    "TUMOR": TumourImages,
 }
 _SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
 
@@ -104,7 +106,7 @@ def recognise(folder: Path, *, test: bool = False) -> str:
         folder,
         found=f"the layouts {' and '.join(found)}" if found else _contents(folder),
         expected="one of: NIfTI files named by modality (BRATS); an ISBI2016 CSV or pictures named "
-        "ISIC_<number> (ISIC); images/ and masks/ (CUSTOM)",
+        "ISIC_<number> (ISIC); images/ and masks/ (CUSTOM); normal/ and tumor/ (TUMOR)",
         mend="Pass the folder that holds the data, or name its layout with --data_name.",
     )
 
@@ -139,7 +141,7 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
     folder = open_folder(folder)
     for name in _recognised(folder, test=True):
         dataset = LAYOUTS[name](folder, True, Reading(classes=classes))
-        labelled = [entry for entry in dataset.entries if entry.mask is not None]
+        labelled = [entry for entry in dataset.entries if dataset.has_mask(entry)]
         if labelled:
             return {
                 entry.name: Truth(
@@ -157,6 +159,8 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
 
 def _recognised(folder: Path, *, test: bool) -> list[str]:
     """Every layout whose marks are there; images/ with ISIC's mask names count as ISIC alone."""
+    if is_classified(folder):
+        return ["TUMOR"]
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     paired = images is not None and (masks is not None or test)
     if paired and not (masks and any(masks.glob("*_Segmentation.*"))):

@@ -29,13 +29,15 @@ def _flag(
     alias: str = "",
     dead: str = "",
     run: bool = False,
+    switch: bool = False,
     least: float = -math.inf,
     most: float = math.inf,
     words: str = "",
 ) -> Any:
     """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it.
 
-    Numbers are refused outside ``least`` to ``most``; ``words`` names the several values it takes.
+    Numbers are refused outside ``least`` to ``most``; a ``switch`` alone means True; ``words``
+    names the several values it takes.
     """
     metadata = {
         "help": help,
@@ -43,6 +45,7 @@ def _flag(
         "alias": alias,
         "dead": dead,
         "run": run,
+        "switch": switch,
         "least": least,
         "most": most,
         "words": tuple(words.split()),
@@ -470,30 +473,37 @@ def slice_range(text: str) -> tuple[int | None, int | None]:
 class _Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one message."""
 
+    @property
+    def known(self) -> Iterable[str]:
+        """Every spelling of every flag."""
+        return self._option_string_actions
+
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        close = difflib.get_close_matches(
-            unknown[1] if unknown else "", self._option_string_actions, n=1
-        )
+        close = difflib.get_close_matches(unknown[1] if unknown else "", self.known, n=1)
         hint = f"Did you mean {close[0]}?" if close else "--help lists all flags."
         print(f"error: {message}. {hint}", file=sys.stderr)
         sys.exit(2)
 
 
-def _add_group(parser: argparse.ArgumentParser, group: type) -> None:
+def _add_group(parser: _Parser, group: type) -> None:
+    """Add a group's flags; one that an earlier group has is not added again."""
     hints = get_type_hints(group)
     section = parser.add_argument_group((group.__doc__ or "").split("\n")[0])
     for entry in fields(group):
         info, kind = entry.metadata, hints[entry.name]
+        if f"--{entry.name}" in parser.known:
+            continue
         names = [f"--{entry.name}", *([info["alias"]] if info["alias"] else [])]
         words = info["words"]
         shown = "" if entry.default in ("", None, ()) else f" (default: {entry.default})"
         dead = f"; no effect: {info['dead']}" if info["dead"] else ""
         section.add_argument(
             *names,
+            nargs="?" if info["switch"] else len(words) or None,
+            const=True if info["switch"] else None,
             dest=entry.name,
             type=str2bool if kind is bool else str if words else kind,
-            nargs=len(words) or None,
             choices=info["choices"] or None,
             metavar=None if info["choices"] else words or kind.__name__.upper(),
             help=(info["help"] + shown + dead).replace("%", "%%"),

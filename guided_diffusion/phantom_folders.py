@@ -1,4 +1,5 @@
-"""Phantoms on disk, in the layouts the data sets read: BraTS slices and volumes, ISIC pictures.
+"""Phantoms on disk, in the layouts the data sets read: BraTS slices and volumes, ISIC pictures,
+images labelled as a whole.
 
 Called by `scripts/make_phantoms.py`, by the tests and by the benchmarks.
 """
@@ -188,6 +189,44 @@ def write_isic(
         path.write_text("\n".join(rows) + "\n", encoding="ascii")
 
 
+def write_weak(
+    out: Path,
+    seed: int,
+    *,
+    patients: int,
+    slices: int = 3,
+    size: int = 64,
+    training: float = 0.8,
+    progress: Progress = iter,
+) -> None:
+    """Write T2 slices sorted by image-level labels, every other patient being healthy.
+
+    `out/{training,validate}/{normal,tumor}/phantom_PPP_SSS.png`, grey, and the tumours' masks in
+    `seg/`. In T2 fluid and cysts, which all patients have, are brighter than lesions. Healthy
+    slices lie where a lesion would be, so that only the lesion tells the classes apart.
+    """
+    train, _ = split_patients(patients, training)
+    shape = (size, size, round(size * FIELD_OF_VIEW[2] / FIELD_OF_VIEW[0]))
+    for patient in progress(range(patients)):
+        healthy = patient % 2 == 1
+        phantom = make_patient(seed, patient, shape=shape, healthy=healthy)
+        folder = Path(out) / ("training" if patient in train else "validate")
+        area = (phantom.level > 0).sum((0, 1))
+        for z in spread(np.flatnonzero(area >= 0.5 * area.max()), slices, kind="at a lesion"):
+            name = f"phantom_{patient + 1:03d}_{z:03d}.png"
+            grey = np.rint(255 * phantom.modalities["t2"][..., z]).astype(np.uint8)
+            save_picture(folder / ("normal" if healthy else "tumor") / name, grey)
+            if not healthy:
+                mask = ((phantom.labels[..., z] > 0) * 255).astype(np.uint8)
+                save_picture(folder / "seg" / name, mask)
+
+
+def save_picture(path: Path, pixels: Array) -> None:
+    """Write a picture; creates the folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, pixels, check_contrast=False)
+
+
 class IsicPlace(NamedTuple):
     """Where one ISIC picture goes: paths relative to the data set, and its line of the CSV."""
 
@@ -232,6 +271,4 @@ def save_skin(out: Path, place: IsicPlace, *, skin: Skin) -> None:
     panel = [f"raters/rater{r}/{Path(place.mask).name}" for r in range(1, len(skin.raters) + 1)]
     files = [(place.picture, skin.picture), (place.mask, skin.mask)]
     for name, pixels in files + list(zip(panel, skin.raters, strict=True)):
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imsave(path, pixels, check_contrast=False)
+        save_picture(out / name, pixels)

@@ -401,27 +401,30 @@ def make_patient(
     *,
     shape: tuple[int, int, int] = (80, 80, 52),
     raters: int = 0,
+    healthy: bool = False,
 ) -> Patient:
     """Return phantom patient number `patient` of the world `seed`, sampled on a grid [H, W, D].
 
     The grid always spans 240 x 240 x 155 mm, so (240, 240, 155) has 1 mm voxels and any other
     shape shows the same head coarser or finer. `raters` masks of raters 1, 2, ... come along.
-    A pure function of its arguments.
+    One who is `healthy` has all but the lesion; `level` says where it would be. A pure function of
+    its arguments.
     """
     full = sample_grid(shape)
     grid, corner = brain_box(full)
-    depth, healthy = anatomy(seed, patient, grid)
+    depth, tissue = anatomy(seed, patient, grid)
     centre, radius = lesion_place(stream(seed, patient, "place"))
     lesion = make_lesion(stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
 
     inside = depth > 0
     put = partial(place, shape=shape, corner=corner)
-    images = render(seed, patient, grid, amounts=healthy | lesion_amounts(lesion), inside=inside)
+    amounts = tissue if healthy else tissue | lesion_amounts(lesion)
+    images = render(seed, patient, grid, amounts=amounts, inside=inside)
     labels, panel = rater_panel(seed, patient, grid, lesion=lesion, raters=raters)
     return Patient(
         modalities={name: put(image) for name, image in images.items()},
-        labels=put(labels * inside),
-        raters=tuple(put(mask * inside) for mask in panel),
+        labels=put(labels * (inside & (not healthy))),
+        raters=tuple(put(mask * (inside & (not healthy))) for mask in panel),
         level=put(np.where(inside, lesion.level, -99).astype(np.float32)),
         fade=put(lesion.fade.astype(np.float32)),
         voxel_mm=(full.steps[0], full.steps[1], full.steps[2]),

@@ -116,6 +116,35 @@ def overlay(
     return np.asarray(canvas.picture)
 
 
+def map_overlay(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    mask: ArrayLike,
+    heat_map: ArrayLike,
+    *,
+    name: str,
+    panel: int = 320,
+) -> Pixels:
+    """As :func:`overlay`, for a mask that was cut from a map: image | truth | mask | map.
+
+    ``mask`` is [H, W] in {0, 1}, ``heat_map`` is [H, W] in [0, 1].
+    """
+    case = _Case.of(image, truth, mask, heat_map, panel)
+    panels = [
+        (case.picture, _Caption("image")),
+        (case.with_truth(), _Caption("ground truth")),
+        (case.with_fused(), _Caption("mask", marks=() if truth is None else ((TRUTH, "truth"),))),
+        (case.with_doubt(), _Caption("map")),
+    ]
+    if truth is None:
+        del panels[1]
+    canvas = _Canvas(len(panels), case.size)
+    canvas.header(name, "" if truth is None else _verdict(truth, mask, 1).partition("  ·")[0])
+    for index, (pixels, caption) in enumerate(panels):
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
 def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
     """The image itself, cut out of an :func:`overlay` of a case of ``size`` (height, width).
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -98,14 +98,16 @@ from guided_diffusion.summary import report
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.validation import Validation, chosen_cases
 
+Training = TypeVar("Training", bound=TrainingOptions)
+
 
 def train(typed: dict[str, Any]) -> None:
     """Train on a data set: what ``segmentation_train.py`` does with the flags typed."""
-    options = _settled(fill(TrainingOptions, typed), typed)
+    options = settled(fill(TrainingOptions, typed), typed)
     run, watch = settle_precision(fill(RunOptions, typed)), fill(WatchOptions, typed)
     launch(run.multi_gpu)
     setup_dist()
-    path, start = _checkpoint_to_resume(options, run)
+    path, start = checkpoint_to_resume(options, run)
     trained = _trained_as(start) if start else {}
     refuse_contradictions(_plainly(typed), trained, path)
     flags = {**typed, **trained}
@@ -424,7 +426,7 @@ def _plainly(typed: dict[str, Any]) -> dict[str, Any]:
     return {**typed, "modalities": ",".join(find_modalities(typed["modalities"]))}
 
 
-def _settled(options: TrainingOptions, typed: dict[str, Any]) -> TrainingOptions:
+def settled(options: Training, typed: dict[str, Any]) -> Training:
     """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse impossible rates."""
     rates = numbers("ema_rate", options.ema_rate, float)
     if not rates or not all(0 <= rate <= 1 for rate in rates):
@@ -439,7 +441,7 @@ def _settled(options: TrainingOptions, typed: dict[str, Any]) -> TrainingOptions
     return options
 
 
-def _checkpoint_to_resume(
+def checkpoint_to_resume(
     options: TrainingOptions, run: RunOptions
 ) -> tuple[Path | None, Checkpoint | None]:
     """Find what to continue from: a named checkpoint, or, with resume auto, the folder's own."""

@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.classes import Classes, find_classes
+from guided_diffusion.classifier import EncoderUNetModel
 from guided_diffusion.datasets import Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -32,9 +33,13 @@ from guided_diffusion.options import (
     slice_range,
 )
 from guided_diffusion.readers import listing
+from guided_diffusion.resnet import ResNet50
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.unet import UNetModel
+from guided_diffusion.weak_options import ClassifierOptions
+
+Net = TypeVar("Net", bound=torch.nn.Module)
 
 NUM_CLASSES = 2
 
@@ -75,10 +80,17 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
 
 
 def create_model(
-    network: NetworkOptions, diffusion: DiffusionOptions, classes: Classes | None = None
+    network: NetworkOptions,
+    diffusion: DiffusionOptions,
+    classes: Classes | None = None,
+    *,
+    of_images: bool = False,
 ) -> UNetModel:
-    """Build the network, with a mask channel for each class."""
-    mask_channels = count_masks(classes)
+    """Build the network, with a mask channel for each class.
+
+    One ``of_images`` has no condition: all its input channels are what is diffused.
+    """
+    mask_channels = network.in_ch if of_images else count_masks(classes)
     channel_mult, attention_ds = _channel_mult(network), _attention_ds(network)
     for level, factor in enumerate(channel_mult):
         if 2**level in attention_ds or level == len(channel_mult) - 1:
@@ -129,6 +141,46 @@ def training_gib(parameters: int, averages: int) -> float:
     Weights, gradients, the two moments of AdamW and each averaged copy, in float32.
     """
     return 4 * parameters * (4 + averages) / 2**30
+
+
+def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
+    """Build the classifier of noisy images from its scripts' flags.
+
+    Raises:
+        UserError: flags that no classifier can have.
+        TypeError: a name that is no flag of the classifier.
+    """
+    options = ClassifierOptions(**flags)
+    if options.model_type == "resnet50":
+        return ResNet50(
+            options.in_channel, options.num_classes, told_time=options.classifier_told_time
+        )
+    if options.classifier_width % 32 or options.classifier_width < 32:
+        raise UserError(
+            "--classifier_width",
+            found=options.classifier_width,
+            expected="a multiple of 32 (32 groups are normalised)",
+            mend="Use 32, 64, 96 or 128.",
+        )
+    network = NetworkOptions(
+        image_size=options.image_size,
+        num_channels=options.classifier_width,
+        attention_resolutions=options.classifier_attention_resolutions,
+    )
+    channel_mult = _channel_mult(network)
+    return EncoderUNetModel(
+        image_size=options.image_size,
+        in_channels=options.in_channel,
+        model_channels=options.classifier_width,
+        out_channels=options.num_classes,
+        num_res_blocks=options.classifier_depth,
+        attention_resolutions=_attention_ds(network),
+        channel_mult=channel_mult,
+        pool=options.classifier_pool,
+        num_head_channels=math.gcd(64, *(int(m * options.classifier_width) for m in channel_mult)),
+        use_scale_shift_norm=options.classifier_use_scale_shift_norm,
+        resblock_updown=options.classifier_resblock_updown,
+    )
 
 
 def count_masks(classes: Classes | None) -> int:
@@ -309,7 +361,7 @@ def lacking_note(lacking: Sequence[str]) -> str:
     )
 
 
-def place(net: UNetModel, device: torch.device, *, compile: str = "") -> UNetModel:
+def place(net: Net, device: torch.device, *, compile: str = "") -> Net:
     """Move a network to its device, in the memory order that convolutions are fastest in.
 
     ``compile`` is a mode of ``torch.compile``; the network is compiled when it is first called.

@@ -56,6 +56,7 @@ from guided_diffusion.script_util import (
 from guided_diffusion.unet import UNetModel
 
 Item = TypeVar("Item")
+Run = TypeVar("Run", bound=RunOptions)
 
 
 @dataclass(frozen=True)
@@ -546,6 +547,6 @@ def sampling_levels(
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
 
 
-def settle_precision(run: RunOptions) -> RunOptions:
+def settle_precision(run: Run) -> Run:
     """Let ``--use_fp16`` mean ``--precision fp16``."""
     return replace(run, precision="fp16") if run.use_fp16 else run

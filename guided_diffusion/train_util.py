@@ -37,6 +37,7 @@ from guided_diffusion.dist_util import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.lessons import Lesson, masks_of_images
 from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
@@ -53,8 +54,19 @@ class Score(NamedTuple):
     iou: float
 
 
-Validate = Callable[[Weights, int], Score | None]
-"""Scores the weights of a step; None where there is nothing to score."""
+class Accuracy(NamedTuple):
+    """How good a classifier is: share of right answers, and mean loss."""
+
+    accuracy: float
+    loss: float
+
+
+Validate = Callable[[Weights, int], Score | Accuracy | None]
+"""Scores the weights of a step, the first value decides; None where there is nothing to score."""
+
+
+Losses = Callable[..., dict[str, Tensor]]
+"""As :meth:`GaussianDiffusion.training_losses`, whose arguments it takes."""
 
 
 class TrainLoop:
@@ -66,7 +78,7 @@ class TrainLoop:
     Args:
         net: on the device it is trained on.
         diffusion: what is predicted, and how it is scored.
-        dataset: cases at the network's size, every one with a mask.
+        dataset: cases at the network's size.
         schedule_sampler: draws the times.
         options: of the loop.
         run: folder, seed and precision.
@@ -74,11 +86,14 @@ class TrainLoop:
         watch: when it is validated, and when that ends it.
         validate: scores averaged weights; called in the first process alone.
         after_save: called in the background once a checkpoint is written.
+        lesson: what a batch teaches.
+        losses: scores ``net`` itself; None for the diffusion's, of a U-Net that encodes the
+            condition.
     """
 
     def __init__(
         self,
-        net: UNetModel,
+        net: torch.nn.Module,
         diffusion: GaussianDiffusion,
         *,
         dataset: Dataset[Case],
@@ -89,9 +104,13 @@ class TrainLoop:
         watch: WatchOptions | None = None,
         validate: Validate | None = None,
         after_save: Callable[[], object] = bool,
+        lesson: Callable[[Batch], Lesson] = masks_of_images,
+        losses: Losses | None = None,
     ) -> None:
         self.net = net
-        self.whole = shared(_Whole(net))
+        self.whole = shared(net if losses else _Whole(net))
+        self.lesson = lesson
+        self.losses = losses
         self.diffusion = diffusion
         self.dataset = dataset
         self.schedule_sampler = schedule_sampler
@@ -104,7 +123,7 @@ class TrainLoop:
         self.folder = Path(run.out_dir).expanduser()
         self.step = 0
         self.bad_steps = 0
-        self.best: dict[str, Any] = {"dice": -1.0, "step": 0, "since": 0}
+        self.best: dict[str, Any] = {"step": 0, "since": 0}
         self.writer = Background()
 
         self.device = next(net.parameters()).device
@@ -218,10 +237,10 @@ class TrainLoop:
         Returns:
             The mean weighted loss, a scalar tensor.
         """
-        if batch.mask is None:
-            raise ValueError("a training batch needs masks")
-        image = batch.image.to(self.device, non_blocking=True)
-        x0 = self.diffusion.to_range(batch.mask.to(self.device, non_blocking=True))
+        lesson = self.lesson(batch)
+        condition = lesson.condition.to(self.device, non_blocking=True)
+        x0 = self.diffusion.to_range(lesson.x0.to(self.device, non_blocking=True))
+        y = None if lesson.y is None else lesson.y.to(self.device, non_blocking=True)
         positions, weights, eps = self._draw(x0.shape)
         t = torch.tensor(self.diffusion.kept)[positions]
         eps = eps.to(self.device, non_blocking=True)
@@ -229,13 +248,19 @@ class TrainLoop:
         total = torch.zeros((), device=self.device)
         size = self.options.microbatch if self.options.microbatch > 0 else len(x0)
         parts = torch.arange(len(x0)).split(size)
+        scored_by = self.losses or self.diffusion.training_losses
         losses = []
         for rows in parts:
             chosen = rows.to(self.device)
             last = rows is parts[-1]
             with autocast(self.device, self.run.precision), unsynchronised(self.whole, not last):
-                terms = self.diffusion.training_losses(
-                    self.whole, x0[chosen], t[rows], eps=eps[chosen], condition=image[chosen]
+                terms = scored_by(
+                    self.whole,
+                    x0[chosen],
+                    t[rows],
+                    eps=eps[chosen],
+                    condition=condition[chosen],
+                    y=None if y is None else y[chosen],
                 )
                 loss = (terms["loss"] * weights[rows].to(self.device)).sum() / len(x0)
                 if "coarse" in terms:
@@ -342,17 +367,15 @@ class TrainLoop:
         score = self.validate(slowest.state_dict(), self.step) if self.validate else None
         if score is None:
             return agreed(False)
-        better = score.dice > self.best["dice"]
+        first = score._fields[0]
+        better = score[0] > self.best.get(first, -1.0)
         if better:
-            self.best = {"dice": score.dice, "step": self.step, "since": 0}
+            self.best = {first: score[0], "step": self.step, "since": 0}
         else:
             self.best = self.best | {"since": self.best["since"] + 1}
-        for name, value in {
-            "step": self.step,
-            "val_dice": score.dice,
-            "val_iou": score.iou,
-        }.items():
-            logger.logkv(name, value)
+        logger.logkv("step", self.step)
+        for name, value in score._asdict().items():
+            logger.logkv(f"val_{name}", value)
         with progress.external_write_mode(sys.stdout):
             logger.dumpkvs()
         return agreed(better)
@@ -362,9 +385,10 @@ class TrainLoop:
         patience, since = self.watch.patience, self.best["since"]
         over = rank() == 0 and 0 < patience <= since
         if over:
+            what, value = next(iter(self.best.items()))
             logger.log(
                 f"stopped at step {self.step}: the last {since} validations were not better "
-                f"than Dice {self.best['dice']:.4f} of step {self.best['step']}, kept as {BEST}"
+                f"than {what} {value:.4f} of step {self.best['step']}, kept as {BEST}"
             )
         return over
 
@@ -394,9 +418,9 @@ class TrainLoop:
 class _Whole(torch.nn.Module):
     """Image and noisy mask to prediction in one call, so that gradients can be shared."""
 
-    def __init__(self, net: UNetModel) -> None:
+    def __init__(self, net: torch.nn.Module) -> None:
         super().__init__()
-        self.net = net
+        self.net = cast(UNetModel, net)
 
     def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
         return cast(Output, self.net(x, t, self.net.encode(image), y))

@@ -60,7 +60,8 @@ class UNetModel(nn.Module):
 
     Args:
         image_size: height and width that attention and depth were chosen for; others work too.
-        in_channels: image channels plus mask channels.
+        in_channels: image channels plus mask channels; as many as the latter where what is diffused
+            has no condition.
         model_channels: width of the first level, a multiple of 32.
         out_channels: K, or 2K with a learned variance.
         num_res_blocks: residual blocks a level.
@@ -137,9 +138,11 @@ class UNetModel(nn.Module):
         """Compute what depends on the image alone.
 
         Args:
-            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings.
+            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings. C may be 0.
         """
         weight, bias = self._stem
+        if not image.shape[1]:  # torch leaves the result of such a convolution uninitialised
+            return Condition(bias[:, None, None].expand(len(image), -1, *image.shape[2:]))
         return Condition(F.conv2d(image, weight[:, : image.shape[1]], bias, padding=1))
 
     def forward(
@@ -151,7 +154,8 @@ class UNetModel(nn.Module):
             x: noisy mask [B, K, H, W].
             t: times [B], fractional ones allowed.
             condition: of the B images, from :meth:`encode`.
-            y: class labels int64 [B]; exactly when the network is class-conditional.
+            y: class labels int64 [B], or float [B, classes] weights that mix the first classes'
+                embeddings; exactly when the network is class-conditional.
         """
         emb = self.embed(t, y)
         skips = self.contract(self.enter(x, condition), emb)
@@ -167,7 +171,7 @@ class UNetModel(nn.Module):
             raise ValueError("class labels y belong to class-conditional networks, and only there")
         weight, _ = self._stem
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(weight.dtype))
-        return emb if y is None else emb + self.label_emb(y)
+        return emb if y is None else emb + self._embedded(y)
 
     def enter(self, x: Tensor, condition: Condition) -> Tensor:
         """Compute the first feature map [B, C, H, W] of a noisy mask [B, K, H, W]."""
@@ -187,6 +191,12 @@ class UNetModel(nn.Module):
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), emb)
         return cast(Tensor, self.out(h))
+
+    def _embedded(self, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            weight = self.label_emb.weight
+            return y.to(weight.dtype) @ weight[: y.shape[1]]
+        return cast(Tensor, self.label_emb(y))
 
     @property
     def _stem(self) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ LAYOUTS = {  # layout: size and slices where the flags are not given
     "brats2d": {"size": 80, "slices": 4},
     "brats3d": {"size": 240, "slices": 155},
     "isic": {"size": 128},
+    "weak": {"size": 64, "slices": 3},
 }
 
 
@@ -36,14 +37,20 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--layout", choices=LAYOUTS, default="brats2d", help="file layout (default brats2d)")
     add("--seed", type=natural, default=0, help="number of the phantom world (default 0)")
     add("--patients", type=positive, default=31, help="patients, or ISIC pictures (default 31)")
-    add("--slices", type=positive, help="brats2d: slices per patient (4); brats3d: depth (155)")
-    add("--size", type=positive, help="pixels per side (brats2d 80, brats3d 240, isic 128)")
+    add(
+        "--slices",
+        type=positive,
+        help="slices per patient (4; weak 3); brats3d: depth (155)",
+    )
+    add("--size", type=positive, help="pixels per side (80; brats3d 240, isic 128, weak 64)")
     add("--raters", type=natural, default=0, help="also write the masks of this many raters")
     add("--generation", choices=("2023", "2025"), default="2025", help="isic: which CSV layout")
     add("--split", type=share, default=0.8, help="share of patients for training (default 0.8)")
     args = parser.parse_args(argv)
     if args.layout == "isic" and args.slices is not None:
         parser.error("--slices says nothing for --layout isic; leave it out")
+    if args.layout == "weak" and args.raters:
+        parser.error("--raters says nothing for --layout weak; leave it out")
     for name, value in LAYOUTS[args.layout].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -95,10 +102,13 @@ def write(args: argparse.Namespace) -> None:
     common = {
         "patients": args.patients,
         "size": args.size,
-        "raters": args.raters,
         "training": args.split,
         "progress": lambda numbers: tqdm(numbers, desc=args.layout, unit="patient"),
     }
+    if args.layout == "weak":
+        phantom_folders.write_weak(args.out, args.seed, slices=args.slices, **common)
+        return
+    common["raters"] = args.raters
     if args.layout == "brats2d":
         phantom_folders.write_brats_slices(args.out, args.seed, slices=args.slices, **common)
     elif args.layout == "brats3d":

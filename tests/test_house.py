@@ -20,26 +20,30 @@ FLOORS = [
     # arithmetic on arrays
     {"metrics", "surface", "calibration", "intervals", "charts"},
     {"schedule", "nn", "losses", "phantom_folders", "background", "curves", "provenance"},
+    {"weak_options"},
     # what a data set is, what a diffusion is
     {"datasets", "patients", "pictures", "checkpoint"},
-    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages"},
+    {"respace", "gaussian_diffusion", "resample", "ensemble", "averages", "lessons"},
     {"thumbnails", "highway", "ss_former"},
     # one layout each, one solver each
     {"volumes", "restack", "cache", "augment", "splits"},
     {"bratsloader", "isicloader", "custom_dataset_loader"},
-    {"dpm_solver", "unipc", "unet"},
+    {"dpm_solver", "unipc", "unet", "classifier", "resnet", "guidance"},
+    {"tumour_images"},
     {"layouts", "slicing", "sampling", "medsegdiff", "medsegdiff_v2"},
     # what is predicted, and what it is worth
     {"predictions"},
     {"case_scores"},
     {"summary"},
     # factories, verbs, and the root that knows all names
-    {"script_util"},
+    {"script_util", "weak"},
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check", "report_figures"},
     {"class_results", "film"},
-    {"predict", "validation", "report", "compare"},
-    {"runs"},
+    {"predict", "validation", "report", "compare", "weak_models"},
+    {"runs", "weak_predict"},
+    {"weak_train"},
+    {"weak_runs"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 GROUND, FACTORIES, VERBS = FLOOR["files"], FLOOR["script_util"], FLOOR["train_util"]
@@ -133,7 +137,10 @@ def run(code):
     )
 
 
-@pytest.mark.parametrize("module", ["guided_diffusion", "guided_diffusion.options"])
+@pytest.mark.parametrize(
+    "module",
+    ["guided_diffusion", "guided_diffusion.options", "guided_diffusion.weak_options"],
+)
 def test_the_package_and_its_flags_import_quietly_and_without_torch(module):
     heavy = "{'torch', 'numpy', 'nibabel', 'skimage', 'scipy', 'PIL', 'socket'}"
     result = run(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))")

@@ -1,12 +1,14 @@
 """Every command the README prints runs, shrunk by further flags only."""
 
 import os
+import pickle
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import script
@@ -16,6 +18,7 @@ from guided_diffusion import phantom_folders
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
+JUDGE = "--image_size 32 --classifier_width 32 --classifier_depth 1"
 SHRINK = {
     "scripts/segmentation_train.py": f"{SMALL} --batch_size 2 --max_steps 2",
     "scripts/segmentation_sample.py": "--steps 2 --num_samples 2 --num_ensemble 2",
@@ -24,6 +27,13 @@ SHRINK = {
     "scripts/brats_slices.py": "--slices 80:83 --workers 1",
     "scripts/check_data.py": "",
     "benchmarks/versions.py": "--budget 0.1 --seeds 1 --methods plain 2 --cases 1 --steps 1",
+    "scripts/train_tumor_ddfm.py": f"{SMALL} --batch_size 2 --max_steps 2",
+    "scripts/train_2d_ddfm.py": f"{SMALL} --batch_size 2 --max_steps 2",
+    "scripts/classifier_tumor_train.py": f"{JUDGE} --batch_size 2 --iterations 2",
+    "scripts/classifier_train.py": f"{JUDGE} --batch_size 2 --iterations 2",
+    "scripts/image_tumor_sample.py": "--num_samples 2 --steps 2",
+    "scripts/classifier_tumor_sample.py": "--num_samples 2 --steps 2",
+    "scripts/image_p_seg.py": "--num_samples 2 --steps 2 --noises 1",
     "benchmarks/steps.py": "--cases 2 --settings ddim:2 dpm_solver++:2",
 }
 RUN_BY_MAKE = ("-m venv", "-m pip", "-m ruff", "-m mypy", "-m pytest")
@@ -48,7 +58,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / "data").mkdir(exist_ok=True)
         (place / "data" / side).symlink_to(ROOT / "data" / side)
     phantom_folders.write_isic(place / "data" / "ISIC", 0, patients=6, size=48)
+    write_arrays(place / "data" / "synapse")
     return place
+
+
+def write_arrays(folder: Path) -> None:
+    """Write volumes of 2 slices, one of which has the label 1, and their split."""
+    (folder / "preprocessed").mkdir(parents=True)
+    names = [f"{number}.npy" for number in range(3)]
+    for name in names:
+        volume = np.zeros((2, 2, 32, 32), np.float32)
+        volume[1, :, 8:16, 8:16] = 1
+        np.save(folder / "preprocessed" / name, volume)
+    split = {"train": names[:1], "val": names[1:2], "test": names[2:]}
+    (folder / "splits.pkl").write_bytes(pickle.dumps([split]))
 
 
 def run(command: str, variables: dict[str, str]) -> None:

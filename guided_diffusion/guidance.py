@@ -1,0 +1,100 @@
+"""Classifier guidance as a wrapper of the denoiser: any sampler can be guided, and knows nothing.
+
+Here also is what such a classifier is trained on. Dhariwal & Nichol (2021), section 4: the score
+of ``p(x_t) p(y | x_t)^scale`` is the diffusion's plus ``scale`` times the classifier's gradient.
+Called by ``weak_runs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
+from guided_diffusion.schedule import NoiseLevel
+
+Classify = Callable[[Tensor, NoiseLevel], Tensor]
+"""``classify(x, level)`` gives the logits [B, K] of noisy images [B, C, H, W]."""
+
+
+def noise_aware(net: Callable[[Tensor, Tensor], Tensor], diffusion: GaussianDiffusion) -> Classify:
+    """Make a classifier that is told the time into one that is told the level."""
+
+    def classify(x: Tensor, level: NoiseLevel) -> Tensor:
+        return net(x, torch.full((len(x),), diffusion.told(level.t), device=x.device))
+
+    return classify
+
+
+def class_gradient(classify: Classify, x: Tensor, level: NoiseLevel, y: Tensor) -> Tensor:
+    """Gradient of log p(y | x_t) with respect to x_t.
+
+    Args:
+        classify: the classifier of noisy images.
+        x: noisy images [B, C, H, W].
+        level: their noise.
+        y: class labels int64 [B].
+
+    Returns:
+        [B, C, H, W], dtype of ``x``.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        chosen = classify(leaf, level).log_softmax(dim=1).gather(1, y[:, None])
+        (gradient,) = torch.autograd.grad(chosen.sum(), leaf)
+    return gradient.to(x.dtype)
+
+
+def guide(denoise: Denoiser, classify: Classify, y: Tensor, *, scale: float = 1.0) -> Denoiser:
+    """Lead a denoiser towards classes: Dhariwal & Nichol (2021), algorithm 2.
+
+    eps - sigma * scale * gradient, read as a clean image, is x0 + scale * sigma**2 / alpha *
+    gradient. As in theirs, what the guidance adds is not clipped. The learned variance is kept.
+
+    Args:
+        denoise: the diffusion's, conditional or not.
+        classify: the classifier of noisy images.
+        y: class labels int64 [B].
+        scale: exponent of the classifier's probability.
+    """
+
+    def guided(x: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = denoise(x, level)
+        strength = scale * level.sigma**2 / level.alpha
+        x0 = prediction.x0 + strength * class_gradient(classify, x, level, y)
+        return prediction._replace(x0=x0)
+
+    return guided
+
+
+def classification_losses(
+    diffusion: GaussianDiffusion, *, noised: bool = True
+) -> Callable[..., dict[str, Tensor]]:
+    """Score classifiers as :meth:`GaussianDiffusion.training_losses` scores denoisers.
+
+    The function returned gives the cross-entropy as ``loss`` and whether the likeliest class is the
+    right one as ``acc@1``, both [B], of images noised to their times, or, unless ``noised``, of
+    clean ones at time 0.
+    """
+
+    def losses(
+        net: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        t: Tensor,
+        *,
+        eps: Tensor,
+        condition: object = None,
+        y: Tensor,
+    ) -> dict[str, Tensor]:
+        x_t = diffusion.schedule.add_noise(x0, t, eps) if noised else x0
+        told = (t if noised else 0 * t).to(x0.device) * diffusion.told(1.0)
+        logits = net(x_t, told).float()
+        return {
+            "loss": functional.cross_entropy(logits, y, reduction="none"),
+            "acc@1": (logits.argmax(dim=1) == y).float(),
+        }
+
+    return losses

@@ -1,0 +1,24 @@
+"""Segment images from their labels alone, and score the masks."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.options import parse
+from guided_diffusion.weak_options import SEGMENT_WEAKLY
+
+
+def main() -> None:
+    with exit_on_user_error():
+        typed = parse(__doc__ or "", SEGMENT_WEAKLY)
+        from guided_diffusion.weak_runs import (
+            segment_weakly,
+        )  # torch is imported only once flags are read
+
+        segment_weakly(typed)
+
+
+if __name__ == "__main__":
+    main()

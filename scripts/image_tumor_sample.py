@@ -1,0 +1,24 @@
+"""Draw images from noise."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.options import parse
+from guided_diffusion.weak_options import SAMPLE_IMAGES
+
+
+def main() -> None:
+    with exit_on_user_error():
+        typed = parse(__doc__ or "", SAMPLE_IMAGES)
+        from guided_diffusion.weak_runs import (
+            draw_images,
+        )  # torch is imported only once flags are read
+
+        draw_images(typed)
+
+
+if __name__ == "__main__":
+    main()

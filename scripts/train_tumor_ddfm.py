@@ -1,0 +1,24 @@
+"""Train a diffusion model of images that are labelled as a whole."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.options import parse
+from guided_diffusion.weak_options import TRAIN_IMAGES
+
+
+def main() -> None:
+    with exit_on_user_error():
+        typed = parse(__doc__ or "", TRAIN_IMAGES)
+        from guided_diffusion.weak_train import (
+            train_images,
+        )  # torch is imported only once flags are read
+
+        train_images(typed)
+
+
+if __name__ == "__main__":
+    main()
