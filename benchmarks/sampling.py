@@ -26,8 +26,9 @@ from torch import Tensor
 from guided_diffusion.datasets import Frame
 from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.dpm_solver import multistep, solver_levels
+from guided_diffusion.plan import Plan
 from guided_diffusion.script_util import create_model_and_diffusion, million, place
-from guided_diffusion.segmenter import Plan, Segmenter
+from guided_diffusion.segmenter import Segmenter
 
 ENSEMBLE = 5
 

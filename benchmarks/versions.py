@@ -37,10 +37,11 @@ from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Pre
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.losses import binary_cross_entropy, soft_dice_loss
 from guided_diffusion.options import RunOptions, SamplingOptions, TrainingOptions
+from guided_diffusion.plan import Plan, make_plan
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_model_and_diffusion, place
-from guided_diffusion.segmenter import Plan, Segmenter, make_plan
+from guided_diffusion.segmenter import Segmenter
 from guided_diffusion.stream import stream
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import UNetModel

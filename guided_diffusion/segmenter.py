@@ -1,8 +1,7 @@
 """From images to ensembles of masks: a trained network, ready to draw.
 
-A :class:`Plan` says how masks are drawn, a :class:`Segmenter` draws them: mask i of case c depends
-on the seed, c and i alone, for any batch size, order or device. ``predict`` walks a data set
-through it.
+A plan says how masks are drawn, a :class:`Segmenter` draws them: mask i of case c depends on the
+seed, c and i alone, for any batch size, order or device. ``predict`` walks a data set through it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,26 +22,22 @@ from guided_diffusion.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
-    version_of,
 )
 from guided_diffusion.classes import Classes, find_classes
 from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
 from guided_diffusion.dist_util import autocast, describe, dev
-from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import FUSIONS, MEASURES, blend_coarse
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.options import (
-    LATER,
     DiffusionOptions,
     NetworkOptions,
     RunOptions,
     SamplingOptions,
     fill,
-    refuse_contradictions,
 )
+from guided_diffusion.plan import Plan, make_plan, refuse_coarse, settle_precision, trained_flags
 from guided_diffusion.readers import read_image_file, split_name
-from guided_diffusion.respace import space_timesteps
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import (
@@ -56,58 +51,6 @@ from guided_diffusion.script_util import (
 from guided_diffusion.unet import UNetModel
 
 Item = TypeVar("Item")
-Run = TypeVar("Run", bound=RunOptions)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How masks are drawn.
-
-    Attributes:
-        sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`.
-        levels: what it walks through; one network evaluation for each but the last.
-        options: its keywords.
-        clip: the range x0 is clamped to at every evaluation, or None.
-        num_ensemble: masks a case.
-        fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.
-        measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
-        seed: of all randomness.
-        batch_size: network inputs at a time.
-        precision: fp32, bf16 or fp16.
-        compile: a mode of ``torch.compile``, or empty.
-        temperature: standard deviation of the noise that a mask starts from.
-        coarse: how the network's coarse mask joins the members: a name of
-            :data:`guided_diffusion.ensemble.BLENDS`.
-    """
-
-    sampler: str
-    levels: tuple[NoiseLevel, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    clip: tuple[float, float] | None = (-1.0, 1.0)
-    num_ensemble: int = 5
-    fusion: str = "mean"
-    measure: str = "std"
-    seed: int = 10
-    batch_size: int = 8
-    precision: str = "fp32"
-    compile: str = ""
-    temperature: float = 1.0
-    coarse: str = "none"
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per mask."""
-        return len(self.levels) - 1
-
-    @property
-    def cases(self) -> int:
-        """Cases whose members fit into ``batch_size`` together; 1 if not even those of one do."""
-        return max(1, self.batch_size // self.num_ensemble)
-
-    @property
-    def inputs(self) -> int:
-        """Network inputs in a full call."""
-        return min(self.batch_size, self.cases * self.num_ensemble)
 
 
 class Segmentation(NamedTuple):
@@ -235,7 +178,7 @@ class Segmenter:
         diffusion, classes = fill(DiffusionOptions, trained), find_classes(trained["mask_labels"])
         process = create_gaussian_diffusion(diffusion, network.version)
         net = create_model(network, diffusion, classes)
-        _refuse_coarse(options, network)
+        refuse_coarse(options, network)
         checkpoint, lacking = adopted(checkpoint, net)
         weights, which = checkpoint.choose(options.weights)
         load_weights(net, weights, path)
@@ -435,118 +378,3 @@ def member_seed(seed: int, name: str, member: int) -> int:
     """Make the seed of one mask: 63 bits of a hash of the run's seed, the case and the member."""
     digest = hashlib.sha256(f"{seed}/{name}/{member}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def trained_flags(checkpoint: Checkpoint, typed: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What network, diffusion and data were trained with: the checkpoint's word, else the flags'.
-
-    In sampling, ``--diffusion_steps`` and ``--timestep_respacing`` count evaluations and do not
-    describe the training.
-    """
-    typed = spelled(typed)
-    describing = {
-        k: v for k, v in typed.items() if k not in ("diffusion_steps", "timestep_respacing")
-    }
-    steps = typed.get("trained_steps", 0)
-    if checkpoint.options:
-        trained = checkpoint.options["diffusion_steps"] if steps else 0
-        options = {**LATER, **checkpoint.options}
-        refuse_contradictions(describing, {**options, "trained_steps": trained}, path)
-        return {**typed, **options}
-    told = {"version": version_of(checkpoint.model)}
-    refuse_contradictions(describing, told, path)
-    return {"mask_labels": "", **describing, **told, "diffusion_steps": steps or 1000}
-
-
-def spelled(typed: dict[str, Any]) -> dict[str, Any]:
-    """The typed flags, with the classes spelled as a checkpoint does."""
-    classes = find_classes(typed.get("mask_labels", ""))
-    return typed if classes is None else {**typed, "mask_labels": str(classes)}
-
-
-def make_plan(
-    options: SamplingOptions,
-    run: RunOptions,
-    diffusion: GaussianDiffusion,
-    typed: dict[str, Any],
-    *,
-    device: torch.device,
-    own: bool,
-) -> Plan:
-    """Settle how masks are drawn."""
-    sampler = options.sampler or (
-        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
-    )
-    clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
-    levels = sampling_levels(diffusion, sampler, options, typed)
-    if options.method == "singlestep" and sampler.startswith("dpm_solver"):
-        sampler += "_singlestep"
-    keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
-    return Plan(
-        sampler=sampler,
-        levels=tuple(levels),
-        options=keywords.get(sampler, {"order": options.order}),
-        clip=clip,
-        num_ensemble=options.num_ensemble,
-        fusion=options.fusion,
-        measure=options.uncertainty,
-        seed=run.seed,
-        batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
-        precision=run.precision,
-        compile=run.compile,
-        temperature=options.temperature,
-        coarse=options.coarse,
-    )
-
-
-def _refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:
-    """Raise a UserError where a coarse mask is asked for and there is none."""
-    if options.coarse != "none" and network.version == "plain":
-        raise UserError(
-            "--coarse",
-            found=options.coarse,
-            expected="none, for the plain network has no coarse mask",
-            mend="Leave --coarse away.",
-        )
-
-
-def sampling_levels(
-    diffusion: GaussianDiffusion, sampler: str, options: SamplingOptions, typed: dict[str, Any]
-) -> list[NoiseLevel]:
-    """Choose the levels of a run among the trained times.
-
-    ``--steps`` counts evaluations and wins; then ``--timestep_respacing``, then a typed
-    ``--diffusion_steps``; else DDPM and DDIM visit every trained time and the solvers 50.
-
-    Raises:
-        UserError: more evaluations than trained times, or fewer than 1.
-    """
-    schedule, trained = diffusion.schedule, diffusion.kept
-    total = len(trained)
-    spec = typed.get("timestep_respacing", "")
-    count = options.steps or (0 if spec else typed.get("diffusion_steps", 0))
-    if not 0 <= count <= total:
-        raise UserError(
-            "--steps" if options.steps else "--diffusion_steps",
-            found=count,
-            expected=f"between 1 and {total}, the number of trained times",
-            mend="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
-        )
-    if sampler not in ("ddpm", "ddim"):
-        evaluations = count or len(space_timesteps(total, spec or [min(50, total)]))
-        return solver_levels(
-            schedule,
-            evaluations,
-            order=options.order,
-            method=options.method if sampler.startswith("dpm_solver") else "multistep",
-            skip_type=options.skip_type,
-        )
-    if count == 1:
-        return schedule.levels([trained[-1]])
-    visited = space_timesteps(total, [count] if count else spec)
-    return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
-
-
-def settle_precision(run: Run) -> Run:
-    """Let ``--use_fp16`` mean ``--precision fp16``."""
-    return replace(run, precision="fp16") if run.use_fp16 else run

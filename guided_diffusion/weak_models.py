@@ -27,6 +27,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
 from guided_diffusion.guidance import Classify, guide, noise_aware
 from guided_diffusion.options import fill
+from guided_diffusion.plan import trained_flags
 from guided_diffusion.resnet import ResNet50
 from guided_diffusion.script_util import (
     create_classifier,
@@ -34,7 +35,6 @@ from guided_diffusion.script_util import (
     create_model,
     place,
 )
-from guided_diffusion.segmenter import trained_flags
 from guided_diffusion.unet import UNetModel
 from guided_diffusion.weak_options import (
     ClassifierOptions,

@@ -24,12 +24,9 @@ from guided_diffusion.options import (
     fill,
 )
 from guided_diffusion.pictures import Tile, contact_sheet
+from guided_diffusion.plan import sampling_levels
 from guided_diffusion.sampling import SAMPLERS
-from guided_diffusion.segmenter import (
-    MemberNoise,
-    member_seed,
-    sampling_levels,
-)
+from guided_diffusion.segmenter import MemberNoise, member_seed
 from guided_diffusion.weak_models import (
     ClassifierModel,
     ImageModel,

@@ -22,6 +22,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.guidance import classification_losses
 from guided_diffusion.lessons import Lesson, images_alone, labelled_images
+from guided_diffusion.matching import checkpoint_to_resume, settled
 from guided_diffusion.options import (
     WatchOptions,
     dead_flags,
@@ -29,8 +30,8 @@ from guided_diffusion.options import (
     recorded,
     refuse_contradictions,
 )
+from guided_diffusion.plan import settle_precision
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.runs import checkpoint_to_resume, settled
 from guided_diffusion.script_util import (
     create_classifier,
     create_gaussian_diffusion,
@@ -38,11 +39,7 @@ from guided_diffusion.script_util import (
     million,
     place,
 )
-from guided_diffusion.segmenter import (
-    MemberNoise,
-    member_seed,
-    settle_precision,
-)
+from guided_diffusion.segmenter import MemberNoise, member_seed
 from guided_diffusion.train_util import Accuracy, Losses, TrainLoop, Validate
 from guided_diffusion.tumour_images import (
     LabelledImages,

@@ -29,9 +29,10 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.losses import COARSE_LOSSES, binary_cross_entropy, soft_dice_loss
 from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions
+from guided_diffusion.plan import Plan
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion, place
-from guided_diffusion.segmenter import Plan, Segmenter
+from guided_diffusion.segmenter import Segmenter
 from guided_diffusion.train_util import TrainLoop
 
 VERSIONS = ["new", "1", "2"]

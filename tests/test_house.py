@@ -36,12 +36,13 @@ FLOORS = [
     {"case_scores"},
     {"summary"},
     # factories, verbs, and the root that knows all names
-    {"script_util", "weak"},
+    {"script_util", "weak", "plan"},
     {"stream", "step_log", "stop_signal", "sinks"},
     {"train_util", "segmenter", "evaluate", "check", "report_figures"},
     {"class_results", "film"},
     {"predict", "validation", "report", "compare", "weak_models"},
-    {"runs", "weak_predict"},
+    {"watching", "matching", "weak_predict"},
+    {"runs"},
     {"weak_train"},
     {"weak_runs"},
 ]

@@ -22,9 +22,10 @@ from guided_diffusion.datasets import Case, Entry, Frame, SegmentationDataset
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError
+from guided_diffusion.plan import Plan
 from guided_diffusion.predict import Record, segment
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.segmenter import Plan, Segmenter, member_seed
+from guided_diffusion.segmenter import Segmenter, member_seed
 from guided_diffusion.unet import Condition, UNetModel
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 239], [0, 0, 3, 7], [0, 0, 0, 1]])

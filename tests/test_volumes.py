@@ -34,10 +34,11 @@ from guided_diffusion.evaluate import evaluate
 from guided_diffusion.intensity import measure, normalised
 from guided_diffusion.layouts import open_masks
 from guided_diffusion.patients import score_patients, summarise_patients
+from guided_diffusion.plan import Plan
 from guided_diffusion.predict import segment
 from guided_diffusion.restack import Stacks
 from guided_diffusion.schedule import CLEAN
-from guided_diffusion.segmenter import Plan, Segmentation
+from guided_diffusion.segmenter import Segmentation
 from guided_diffusion.summary import report
 
 # --------------------------------------------------------------------------- decoded once, bounded

@@ -69,7 +69,7 @@ def test_without_matplotlib_a_run_says_so_once(
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("guided_diffusion.runs.find_spec", lambda name: None)
+    monkeypatch.setattr("guided_diffusion.watching.find_spec", lambda name: None)
     said = succeeded(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
     assert said.count("pip install matplotlib") == 1
     assert not (tmp_path / "curves.png").exists()
