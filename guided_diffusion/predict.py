@@ -168,8 +168,8 @@ def _say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
     doubtful = [name for name in names if name in record.rows and _is_doubtful(record.rows[name])]
     if doubtful:
         logger.log(
-            f"look at {listing(doubtful)}: their members are partly empty, or disagree by more "
-            f"than {DOUBTFUL}"
+            f"look at {listing(doubtful)}: of their members some are empty, some cover the whole "
+            f"picture, or they disagree by more than {DOUBTFUL}"
         )
     strangers = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
     if strangers:
@@ -190,21 +190,24 @@ def _failure(failures: Failures) -> UserError:
 
 def _is_doubtful(row: dict[str, Any]) -> bool:
     some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
-    return some_empty or float(row["disagreement"]) > DOUBTFUL
+    full = int(row.get("full_members") or 0) > 0
+    return some_empty or full or float(row["disagreement"]) > DOUBTFUL
 
 
 def _row(case: Case, result: Segmentation, seconds: float) -> dict[str, Any]:
+    found = (result.members >= 0.5).flatten(1)
     return {
         "name": case.name,
         "members": len(result.members),
         **measured(result),
-        "empty_members": int((~(result.members >= 0.5).flatten(1).any(1)).sum()),
+        "empty_members": int((~found.any(1)).sum()),
+        "full_members": int(found.all(1).sum()),
         "seconds": round(seconds, 3),
     }
 
 
 COLUMNS = (
-    *("name", "members", "area", "empty_members"),
+    *("name", "members", "area", "empty_members", "full_members"),
     *("disagreement", "uncertainty", "seconds", "fingerprint"),
 )
 

@@ -379,7 +379,7 @@ def test_the_record_of_predictions(tmp_path: Path) -> None:
     rows = table(tmp_path / "predictions.csv")
     assert [row["name"] for row in rows] == ["case0", "case1", "case2"]
     assert list(rows[0]) == [
-        *("name", "members", "area", "empty_members"),
+        *("name", "members", "area", "empty_members", "full_members"),
         *("disagreement", "uncertainty", "seconds", "fingerprint"),
     ]
     for row in rows:

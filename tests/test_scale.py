@@ -140,22 +140,34 @@ def test_a_case_that_fails_does_not_take_others_along(
     assert "3 of 4 cases are finished and kept" in text and len(rows(out)) == 4
 
 
-def test_partly_empty_ensembles_are_pointed_out(
-    brats: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("levels", "empty", "full", "named"),
+    [
+        ((0.0, 0.6, 0.6), "1", "2", True),
+        ((0.6, 0.6, 0.6), "0", "3", True),
+        ((0.0, 0.0, 0.0), "3", "0", False),
+    ],
+)
+def test_empty_and_full_members_are_pointed_out(
+    levels: tuple[float, ...],
+    empty: str,
+    full: str,
+    named: bool,
+    brats: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    draw = Segmenter.draw_with_coarse
+    def flat(self: Segmenter, images: torch.Tensor, names: list[str], note: object) -> Draws:
+        members = torch.tensor(levels)[None, :, None, None, None]
+        return Draws(members.expand(len(images), 3, 1, *images.shape[-2:]), None)
 
-    def first_member_empty(
-        self: Segmenter, images: torch.Tensor, names: list[str], note: object
-    ) -> Draws:
-        members = torch.ones_like(draw(self, images, names).members)
-        members[:, 0] = 0
-        return Draws(members, None)
-
-    monkeypatch.setattr(Segmenter, "draw_with_coarse", first_member_empty)
+    monkeypatch.setattr(Segmenter, "draw_with_coarse", flat)
     text = succeeded(script("segmentation_sample", *sampling(brats / "testing", trained, tmp_path)))
-    assert "look at 000005, 000006: their members are partly empty" in text
-    assert {row["empty_members"] for row in rows(tmp_path)} == {"1"}
+    assert ("look at 000005, 000006: of their members" in text) == named
+    assert {(row["empty_members"], row["full_members"]) for row in rows(tmp_path)} == {
+        (empty, full)
+    }
 
 
 def test_memory_does_not_grow_with_steps(trained: Path) -> None:
