@@ -31,6 +31,9 @@ METHODS = {
     "counterfactual": ["--method", "counterfactual"],
     "counterfactual, guided": ["--method", "counterfactual", "--guided"],
     "Grad-CAM": ["--method", "gradcam"],
+    "Grad-CAM, absolute, half size": [
+        *("--method", "gradcam", "--difference", "absolute", "--cam_shrink", "2"),
+    ],
     "Otsu on the image": ["--method", "otsu"],
 }
 
@@ -187,12 +190,12 @@ def normal_text(out: Path, tumours: set[str]) -> str:
     judged = json.loads((out / folder_of("classifier") / "normal.json").read_text())
     labels = rows(out / folder_of("classifier") / "predictions.csv")
     found = sum(row["label"] == "1" for row in labels if row["name"] in tumours)
-    scores = rows(out / folder_of("supervised") / "scores.csv")
-    empty = [row["empty_prediction"] for row in scores if row["name"] not in tumours]
+    drawn = rows(out / folder_of("supervised") / "predictions.csv")
+    empty = [row["area"] == "0" for row in drawn if row["name"] not in tumours]
     return (
         f"The classifier calls {judged['left_empty']} of {judged['normal']} normal images normal, "
         f"and {found} of {len(tumours)} with a lesion ill; the supervised masks leave "
-        f"{empty.count('True')} of {len(empty)} normal images empty."
+        f"{sum(empty)} of {len(empty)} normal images empty."
     )
 
 

@@ -87,7 +87,10 @@ class EncoderUNetModel(nn.Module):
         )
 
     def features(self, x: Tensor, t: Tensor | None = None) -> list[Tensor]:
-        """Compute the maps of every block, finest first, the middle's last.
+        """Compute the maps of every block, finest first, the middle's last, as the pool reads it.
+
+        For a pool of the last map alone that is after its normalisation: a gradient before it
+        says nothing of a map's mean (Grad-CAM would look everywhere but at the lesion).
 
         Args:
             x: noisy images [B, C, H, W].
@@ -101,13 +104,18 @@ class EncoderUNetModel(nn.Module):
         for block in [*self.input_blocks, self.middle_block]:
             h = block(h, emb)
             maps.append(h)
-        return maps
+        return maps if self.reads_all else [*maps[:-1], self.out[:2](h)]
 
     def head(self, maps: Sequence[Tensor]) -> Tensor:
         """Turn :meth:`features` into logits [B, K]."""
-        if self.pool.startswith("spatial"):
+        if self.reads_all:
             return self.out(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))
-        return self.out(maps[-1])
+        return self.out[2:](maps[-1])
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the pool reads the maps of all blocks."""
+        return self.pool.startswith("spatial")
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Classify noisy images [B, C, H, W] at times [B]: logits [B, K]."""

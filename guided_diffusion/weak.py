@@ -28,9 +28,6 @@ from guided_diffusion.schedule import NoiseLevel
 Map = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-CAM_SHRINK = 8
-"""Grad-CAM reads the deepest map that is at most so many times smaller than the image."""
-
 
 def noisy(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """Noise images [B, C, H, W] to a level."""
@@ -81,13 +78,26 @@ def counterfactual_difference(
     return x0 - ddim(normal, noisy(x0, eps, levels[0]), levels)
 
 
-def grad_cam(net: EncoderUNetModel | ResNet50, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def grad_cam(
+    net: EncoderUNetModel | ResNet50,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    *,
+    shrink: int = 8,
+    absolute: bool = False,
+) -> Tensor:
     """Where a classifier looks for a class: Selvaraju et al. (2017), eq. 1 and 2.
+
+    Group normalisation lets a lesion lower the maps everywhere else, and the gradient's mean over
+    all places then has the sign of those: the lesion is where the sum is most negative.
 
     Args:
         net: its :meth:`features` and :meth:`head` are called.
         x: images [B, C, H, W] at times ``t`` [B].
         y: class labels int64 [B].
+        shrink: the deepest map is read that is at most so many times smaller than the image.
+        absolute: take the weighted sum's absolute value instead of its positive part.
 
     Returns:
         [B, 1, H, W], 0 or more, enlarged bilinearly.
@@ -95,10 +105,11 @@ def grad_cam(net: EncoderUNetModel | ResNet50, x: Tensor, t: Tensor, y: Tensor) 
     with torch.enable_grad():
         maps = net.features(x.detach().requires_grad_(), t)
         logits = net.head(maps).gather(1, y[:, None])
-        read = next(h for h in reversed(maps) if CAM_SHRINK * h.shape[-1] >= x.shape[-1])
+        read = next(h for h in reversed(maps) if shrink * h.shape[-1] >= x.shape[-1])
         (gradient,) = torch.autograd.grad(logits.sum(), read)
     weight = gradient.mean(dim=(2, 3), keepdim=True)
-    cam = (weight * read.detach()).sum(dim=1, keepdim=True).relu()
+    cam = (weight * read.detach()).sum(dim=1, keepdim=True)
+    cam = cam.abs() if absolute else cam.relu()
     return functional.interpolate(cam, x.shape[-2:], mode="bilinear", align_corners=False)
 
 

@@ -193,8 +193,12 @@ class WeakOptions:
     noises: int = flag(1, "draws of the noise whose maps are averaged", least=1)
     difference: str = flag(
         "signed",
-        "signed finds what is brighter than without a lesion, absolute what is different",
+        "signed finds what is brighter than without a lesion, absolute what is different; of "
+        "Grad-CAM, the positive part or the absolute value",
         choices=("signed", "absolute"),
+    )
+    cam_shrink: int = flag(
+        8, "Grad-CAM reads the deepest map at most so many times smaller than the image", least=1
     )
     smooth: float = flag(0.0, "standard deviation in pixels by which maps are smoothed", least=0)
     largest: str = flag(

@@ -152,7 +152,9 @@ class WeakSegmenter:
         device = next(self.classifier.net.parameters()).device
         t = torch.zeros(len(images), device=device)
         y = torch.full((len(images),), TUMOUR, device=device)
-        return grad_cam(self.classifier.net, x0.to(device), t, y).cpu()
+        absolute, shrink = self.options.difference == "absolute", self.options.cam_shrink
+        net, x = self.classifier.net, x0.to(device)
+        return grad_cam(net, x, t, y, shrink=shrink, absolute=absolute).cpu()
 
     def _needed_model(self) -> ImageModel:
         assert self.model is not None

@@ -83,16 +83,13 @@ def test_of_a_thousand_classes_the_first_rows_are_used():
 
 def by_hand(net, maps):
     """The logits that each pool makes of the maps, spelled out."""
-    deepest = maps[-1]
+    deepest = maps[-1]  # after normalisation and activation, but for the spatial pools
     if net.pool == "adaptive":
-        norm, _, _, conv, _ = net.out
-        return (
-            torch.nn.functional.silu(norm(deepest)).mean((2, 3)) @ conv.weight[..., 0, 0].T
-            + conv.bias
-        )
+        *_, conv, _ = net.out
+        return deepest.mean((2, 3)) @ conv.weight[..., 0, 0].T + conv.bias
     if net.pool == "attention":
-        norm, _, pool = net.out
-        x = torch.nn.functional.silu(norm(deepest)).flatten(2)
+        pool = net.out[2]
+        x = deepest.flatten(2)
         x = torch.cat([x.mean(2, keepdim=True), x], 2) + pool.positional_embedding
         q, k, v = pool.qkv_proj(x).unflatten(1, (3, pool.num_heads, -1)).unbind(1)
         weight = (torch.einsum("bhcn,bhcm->bhnm", q, k) / q.shape[2] ** 0.5).softmax(-1)

@@ -110,6 +110,30 @@ def test_one_branch_and_counterfactual_are_what_the_normal_class_lacks():
     assert_close(found, x0 - NORMAL)
 
 
+class Halving(torch.nn.Module):
+    """The input, its halves and quarters in size; the logits read the means of all."""
+
+    def features(self, x, t):
+        half = torch.nn.functional.avg_pool2d(x, 2)
+        return [x, half, torch.nn.functional.avg_pool2d(half, 2)]
+
+    def head(self, maps):
+        return torch.stack([h.flatten(1).sum(1) * h.shape[-1] for h in maps]).sum(0)[:, None]
+
+
+@pytest.mark.parametrize(("shrink", "side"), [(1, 8), (2, 4), (3, 4), (4, 2), (8, 2)])
+def test_grad_cam_reads_the_deepest_map_that_is_not_too_small(shrink, side):
+    x = torch.rand(1, 1, 8, 8)
+    read = torch.nn.functional.adaptive_avg_pool2d(x, side)
+    # the gradient of the first map's mean passes through the deeper ones, too
+    below = {8: 8 + 4 / 4 + 2 / 16, 4: 4 + 2 / 4, 2: 2}[side]
+    expected = torch.nn.functional.interpolate(
+        below * read, (8, 8), mode="bilinear", align_corners=False
+    )
+    y, t = torch.tensor([0]), torch.zeros(1)
+    assert_close(weak.grad_cam(Halving(), x, t, y, shrink=shrink), expected)
+
+
 class Toy(torch.nn.Module):
     """Two maps, the input's halves, whose means are weighed; the class decides the weights."""
 
@@ -128,6 +152,9 @@ def test_grad_cam_weighs_maps_by_their_mean_gradient():
     assert_close(of_first, 2 * x.flip(-1) / pixels)
     of_second = weak.grad_cam(Toy(), x, torch.zeros(1), torch.tensor([1]))
     assert_close(of_second, ((3 * x - 2 * x.flip(-1)) / pixels).relu())
+    either = weak.grad_cam(Toy(), x, torch.zeros(1), torch.tensor([1]), absolute=True)
+    assert_close(either, ((3 * x - 2 * x.flip(-1)) / pixels).abs())
+    assert (of_second == 0).any() and (either != of_second).any()
 
 
 # ------------------------------------------------------------------------------- the masks
