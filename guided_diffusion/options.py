@@ -21,7 +21,7 @@ from guided_diffusion.errors import UserError
 Group = TypeVar("Group")
 
 
-def _flag(
+def flag(
     default: Any,
     help: str,
     *,
@@ -57,54 +57,54 @@ def _flag(
 class NetworkOptions:
     """The network's shape; recorded in the checkpoint."""
 
-    version: str = _flag(
+    version: str = flag(
         "plain",
         "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's, 2 is "
         "MedSegDiff-V2's",
         choices=("plain", "1", "new", "2"),
     )
-    image_size: int = _flag(64, "height and width the network works at, in pixels")
-    in_ch: int = _flag(5, "image channels plus noisy mask channels; follows the data by itself")
-    num_channels: int = _flag(128, "width of the first level, a multiple of 32")
-    num_res_blocks: int = _flag(2, "residual blocks on each level", least=1)
-    channel_mult: str = _flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
-    attention_resolutions: str = _flag("16,8", "feature map sizes, in pixels, that get attention")
-    num_heads: int = _flag(4, "attention heads", least=1)
-    num_heads_upsample: int = _flag(-1, "attention heads on the way up; -1: as num_heads", least=-1)
-    num_head_channels: int = _flag(
+    image_size: int = flag(64, "height and width the network works at, in pixels")
+    in_ch: int = flag(5, "image channels plus noisy mask channels; follows the data by itself")
+    num_channels: int = flag(128, "width of the first level, a multiple of 32")
+    num_res_blocks: int = flag(2, "residual blocks on each level", least=1)
+    channel_mult: str = flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
+    attention_resolutions: str = flag("16,8", "feature map sizes, in pixels, that get attention")
+    num_heads: int = flag(4, "attention heads", least=1)
+    num_heads_upsample: int = flag(-1, "attention heads on the way up; -1: as num_heads", least=-1)
+    num_head_channels: int = flag(
         -1, "channels of one head, instead of num_heads; -1: unused", least=-1
     )
-    use_scale_shift_norm: bool = _flag(True, "the time scales and shifts after normalisation")
-    resblock_updown: bool = _flag(False, "resample inside residual blocks")
-    use_new_attention_order: bool = _flag(False, "split query, key, value before the heads")
-    class_cond: bool = _flag(False, "condition on a class label (not in segmentation)")
-    ss_blocks: int = _flag(2, "SS-Former blocks of version 2", least=1)
-    dropout: float = _flag(
+    use_scale_shift_norm: bool = flag(True, "the time scales and shifts after normalisation")
+    resblock_updown: bool = flag(False, "resample inside residual blocks")
+    use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
+    class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
+    ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1)
+    dropout: float = flag(
         0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
     )
-    use_checkpoint: bool = _flag(False, "recompute activations to save memory", run=True)
+    use_checkpoint: bool = flag(False, "recompute activations to save memory", run=True)
 
 
 @dataclass(frozen=True)
 class DiffusionOptions:
     """The diffusion a network is trained for; recorded in the checkpoint."""
 
-    diffusion_steps: int = _flag(
+    diffusion_steps: int = flag(
         1000, "training: length of the schedule; sampling: network evaluations per mask"
     )
-    noise_schedule: str = _flag("linear", "noise schedule", choices=("linear", "cosine"))
-    timestep_respacing: str = _flag("", "times to use, as in 50 or 10,20,30 or ddim50; empty: all")
-    learn_sigma: bool = _flag(False, "learn the variance of the reverse process")
-    predict_xstart: bool = _flag(False, "predict the clean mask instead of the noise")
-    use_kl: bool = _flag(False, "train on the variational bound")
-    rescale_timesteps: bool = _flag(False, "tell the network t * 1000 / T")
-    rescale_learned_sigmas: bool = _flag(False, "weigh the bound by T / 1000 in the hybrid loss")
-    mask_range: str = _flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
-    predict_v: bool = _flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
-    min_snr_gamma: float = _flag(
+    noise_schedule: str = flag("linear", "noise schedule", choices=("linear", "cosine"))
+    timestep_respacing: str = flag("", "times to use, as in 50 or 10,20,30 or ddim50; empty: all")
+    learn_sigma: bool = flag(False, "learn the variance of the reverse process")
+    predict_xstart: bool = flag(False, "predict the clean mask instead of the noise")
+    use_kl: bool = flag(False, "train on the variational bound")
+    rescale_timesteps: bool = flag(False, "tell the network t * 1000 / T")
+    rescale_learned_sigmas: bool = flag(False, "weigh the bound by T / 1000 in the hybrid loss")
+    mask_range: str = flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
+    predict_v: bool = flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
+    min_snr_gamma: float = flag(
         0.0, "cap of the signal-to-noise ratio in the loss's weight, as in 5; 0: no weight", least=0
     )
-    coarse_loss: str = _flag(
+    coarse_loss: str = flag(
         "auto",
         "loss of the condition network's own mask: mse (times 10), dice_ce (Dice + 10 x "
         "cross-entropy where t is a multiple of 5), none; auto: as the version's paper",
@@ -116,38 +116,38 @@ class DiffusionOptions:
 class DataOptions:
     """Where the images are and how they reach the network's size."""
 
-    data_dir: str = _flag("./data/training", "folder with the data set", run=True)
-    data_name: str = _flag("", "layout: BRATS, ISIC, KVASIR, CUSTOM; empty: recognised", run=True)
-    split: str = _flag(
+    data_dir: str = flag("./data/training", "folder with the data set", run=True)
+    data_name: str = flag("", "layout: BRATS, ISIC, KVASIR, CUSTOM; empty: recognised", run=True)
+    split: str = flag(
         "",
         "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir",
         run=True,
     )
-    crop: str = _flag(
+    crop: str = flag(
         "auto",
         "wolleb cuts 240x240 to 224x224, none resizes; auto: wolleb for BraTS slices, the plain "
         "network and image_size 256",
         choices=("auto", "none", "wolleb"),
     )
-    modalities: str = _flag(
+    modalities: str = flag(
         "", "BraTS: channels and their order, as in flair,t1ce; empty: all of t1,t1ce,t2,flair"
     )
-    normalise: str = _flag(
+    normalise: str = flag(
         "auto",
         "intensities: minmax and percentile (1 to 99, clipped) to [0, 1], zscore of what is not 0; "
         "a volume is scaled as a whole; auto: minmax for volumes, else none",
         choices=("auto", "none", "minmax", "percentile", "zscore"),
     )
-    mask_labels: str = _flag(
+    mask_labels: str = flag(
         "",
         "classes of the mask by label, as in 1,2,4 or WT,TC,ET (BraTS) or core=1+4,oedema=2; "
         "empty: all above 0 is one class",
     )
-    slices: str = _flag(
+    slices: str = flag(
         "", "axial slices of each volume, from 0, end left out; BraTS: 80:129; empty: all", run=True
     )
-    blank_slices: bool = _flag(True, "keep slices of a volume whose image is constant", run=True)
-    cache_dir: str = _flag(
+    blank_slices: bool = flag(True, "keep slices of a volume whose image is constant", run=True)
+    cache_dir: str = flag(
         "auto",
         "folder where volumes are unpacked once; auto: guided_diffusion in the user's cache; none: "
         "the last ones stay in up to 1 GiB of memory",
@@ -159,22 +159,22 @@ class DataOptions:
 class SampleDataOptions(DataOptions):
     """Where the images to segment are and how they reach the network's size."""
 
-    data_dir: str = _flag("./data/testing", "folder with the data set", run=True)
+    data_dir: str = flag("./data/testing", "folder with the data set", run=True)
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Where and how a run happens."""
 
-    out_dir: str = _flag("./results/", "folder for everything that is written")
-    seed: int = _flag(10, "seed of everything random", least=-(2**63), most=2**63 - 1)
-    gpu_dev: str = _flag("0", "index of the CUDA device")
-    multi_gpu: str = _flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
-    use_fp16: bool = _flag(False, "the same as --precision fp16")
-    precision: str = _flag(
+    out_dir: str = flag("./results/", "folder for everything that is written")
+    seed: int = flag(10, "seed of everything random", least=-(2**63), most=2**63 - 1)
+    gpu_dev: str = flag("0", "index of the CUDA device")
+    multi_gpu: str = flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
+    use_fp16: bool = flag(False, "the same as --precision fp16")
+    precision: str = flag(
         "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
     )
-    compile: str = _flag(
+    compile: str = flag(
         "",
         "compile the network with this mode of torch.compile; reduce-overhead uses CUDA graphs",
         choices=("", "default", "reduce-overhead", "max-autotune"),
@@ -185,39 +185,39 @@ class RunOptions:
 class TrainingOptions:
     """The training loop."""
 
-    max_steps: int = _flag(100_000, "stop after this many steps; 0: never", least=0)
-    batch_size: int = _flag(1, "images in one step", least=1)
-    microbatch: int = _flag(-1, "images in one forward pass; -1: the whole batch", least=-1)
-    lr: float = _flag(1e-4, "learning rate", least=0)
-    weight_decay: float = _flag(0.0, "weight decay of AdamW", least=0)
-    lr_anneal_steps: int = _flag(
+    max_steps: int = flag(100_000, "stop after this many steps; 0: never", least=0)
+    batch_size: int = flag(1, "images in one step", least=1)
+    microbatch: int = flag(-1, "images in one forward pass; -1: the whole batch", least=-1)
+    lr: float = flag(1e-4, "learning rate", least=0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
+    lr_anneal_steps: int = flag(
         0, "let the rate fall linearly to 0 over so many steps, then stop", least=0
     )
-    ema_rate: str = _flag("0.9999", "decay of the averaged weights; several by commas")
-    warmup_steps: int = _flag(0, "steps over which the learning rate rises", least=0)
-    grad_clip: float = _flag(0.0, "largest norm of the gradient; 0: no clipping", least=0)
-    max_bad_steps: int = _flag(10, "end after so many non-finite steps in a row", least=1)
-    keep: int = _flag(0, "numbered checkpoints to keep, the newest; 0: all", least=0)
-    schedule_sampler: str = _flag(
+    ema_rate: str = flag("0.9999", "decay of the averaged weights; several by commas")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises", least=0)
+    grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    max_bad_steps: int = flag(10, "end after so many non-finite steps in a row", least=1)
+    keep: int = flag(0, "numbered checkpoints to keep, the newest; 0: all", least=0)
+    schedule_sampler: str = flag(
         "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
     )
-    log_interval: int = _flag(100, "steps between two lines of the log", least=1)
-    save_interval: int = _flag(5000, "steps between two checkpoints", least=1)
-    resume_checkpoint: str = _flag("", "checkpoint, or folder of one, to continue from")
-    resume: str = _flag(
+    log_interval: int = flag(100, "steps between two lines of the log", least=1)
+    save_interval: int = flag(5000, "steps between two checkpoints", least=1)
+    resume_checkpoint: str = flag("", "checkpoint, or folder of one, to continue from")
+    resume: str = flag(
         "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
     )
-    num_workers: int = _flag(0, "processes that read data; 0: the training process itself", least=0)
-    augment: bool = _flag(
+    num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
+    augment: bool = flag(
         False, "flip, turn, scale and re-light the training images at random; masks follow"
     )
-    cache_gib: float = _flag(
+    cache_gib: float = flag(
         2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
     )
-    fp16_scale_growth: float = _flag(
+    fp16_scale_growth: float = flag(
         1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
     )
-    dpm_solver: bool = _flag(
+    dpm_solver: bool = flag(
         False, "sample with DPM-Solver++", dead="it is a matter of sampling, not of training"
     )
 
@@ -226,17 +226,17 @@ class TrainingOptions:
 class WatchOptions:
     """How a training run is validated and watched."""
 
-    val_dir: str = _flag(
+    val_dir: str = flag(
         "", "labelled data set to validate on; empty: the validation part of --split, if any"
     )
-    val_interval: int = _flag(0, "steps between two validations; 0: at every checkpoint", least=0)
-    val_cases: int = _flag(16, "cases of validation, evenly spread; 0: all", least=0)
-    val_steps: int = _flag(5, "network evaluations per mask in validation", least=1)
-    patience: int = _flag(
+    val_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
+    val_cases: int = flag(16, "cases of validation, evenly spread; 0: all", least=0)
+    val_steps: int = flag(5, "network evaluations per mask in validation", least=1)
+    patience: int = flag(
         0, "stop after so many validations in a row without a better Dice; 0: never", least=0
     )
-    tensorboard: bool = _flag(False, "write TensorBoard's event files into out_dir as well")
-    visdom: int = _flag(
+    tensorboard: bool = flag(False, "write TensorBoard's event files into out_dir as well")
+    visdom: int = flag(
         0, "port of a visdom server on this machine to draw on; 0: none", least=0, most=65535
     )
 
@@ -245,52 +245,50 @@ class WatchOptions:
 class SamplingOptions:
     """How masks are drawn."""
 
-    model_path: str = _flag("", "checkpoint, or the folder that holds savedmodel.pt")
-    num_ensemble: int = _flag(5, "masks drawn for each case", least=1)
-    num_samples: int = _flag(0, "cases to segment, from the first; 0: all", least=0)
-    batch_size: int = _flag(0, "network inputs (cases x masks) at a time; 0: automatic", least=0)
-    sampler: str = _flag(
+    model_path: str = flag("", "checkpoint, or the folder that holds savedmodel.pt")
+    num_ensemble: int = flag(5, "masks drawn for each case", least=1)
+    num_samples: int = flag(0, "cases to segment, from the first; 0: all", least=0)
+    batch_size: int = flag(0, "network inputs (cases x masks) at a time; 0: automatic", least=0)
+    sampler: str = flag(
         "",
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
         choices=(*("", "ddpm", "ddim", "dpm_solver", "dpm_solver++", "sde_dpm_solver++", "unipc"),),
     )
-    steps: int = _flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
-    dpm_solver: bool = _flag(False, "sample with DPM-Solver++")
-    use_ddim: bool = _flag(False, "sample with DDIM")
-    eta: float = _flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
-    order: int = _flag(2, "order of DPM-Solver and UniPC: 1, 2 or 3", least=1, most=3)
-    method: str = _flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
-    skip_type: str = _flag(
+    steps: int = flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
+    dpm_solver: bool = flag(False, "sample with DPM-Solver++")
+    use_ddim: bool = flag(False, "sample with DDIM")
+    eta: float = flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
+    order: int = flag(2, "order of DPM-Solver and UniPC: 1, 2 or 3", least=1, most=3)
+    method: str = flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
+    skip_type: str = flag(
         "time_uniform",
         "how DPM-Solver spaces its levels",
         choices=("time_uniform", "logSNR", "time_quadratic"),
     )
-    temperature: float = _flag(
+    temperature: float = flag(
         1.0, "scale of the noise a mask starts from; above 1 members differ more", least=0
     )
-    clip_denoised: bool = _flag(True, "clip the predicted clean mask at every evaluation")
-    fusion: str = _flag(
+    clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
+    fusion: str = flag(
         "mean",
         "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
         choices=("mean", "vote", "staple", "squared_mean"),
     )
-    uncertainty: str = _flag(
+    uncertainty: str = flag(
         "std",
         "the map of doubt: std or variance of the members, or entropy (bits) of their mean",
         choices=("std", "variance", "entropy"),
     )
-    coarse: str = _flag(
+    coarse: str = flag(
         "none",
         "how the condition network's own mask joins each drawn one before they are fused: blend is "
         "MedSegDiff's rule, mean and logit average, only takes it alone",
         choices=("none", "blend", "mean", "logit", "only"),
     )
-    weights: str = _flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = _flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
-    debug: bool = _flag(
-        False, "write <case>_debug.png too: channels, truth, fused mask and members"
-    )
-    visdom: int = _flag(
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+    debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
+    visdom: int = flag(
         0,
         "port of a visdom server on this machine to show the drawing on; 0: none",
         least=0,
@@ -302,42 +300,42 @@ class SamplingOptions:
 class ScoringOptions:
     """What is scored against what."""
 
-    inp_pth: str = _flag("", "folder with the predicted masks, as sampling writes them")
-    out_pth: str = _flag("", "folder with the ground truth: a data set, or a folder of masks")
-    partial: bool = _flag(False, "score the cases that both folders hold")
-    mask_labels: str = _flag(
+    inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
+    out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
+    partial: bool = flag(False, "score the cases that both folders hold")
+    mask_labels: str = flag(
         "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
     )
-    empty: str = _flag(
+    empty: str = flag(
         "match",
         "what empty masks count for: match, both empty is 1; zero, it is 0; skip, cases without a "
         "lesion are left out; parents, MedSegDiff's smoothing",
         choices=("match", "skip", "zero", "parents"),
     )
-    tolerance: float = _flag(
+    tolerance: float = flag(
         2.0,
         "distance that surface Dice forgives, in mm where headers give a spacing, else px",
         least=0,
     )
-    low_dice: float = _flag(
+    low_dice: float = flag(
         0.8, "cases below this Dice are those that the uncertainty should find", least=0, most=1
     )
-    raters: str = _flag("", "folders with the masks of several raters, separated by commas")
-    compare: tuple[str, ...] = _flag(
+    raters: str = flag("", "folders with the masks of several raters, separated by commas")
+    compare: tuple[str, ...] = flag(
         (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
-    report: bool = _flag(True, "write report.html beside the scores")
+    report: bool = flag(True, "write report.html beside the scores")
 
 
 @dataclass(frozen=True)
 class CheckOptions:
     """How a folder is looked at."""
 
-    out: str = _flag("", "contact sheet to write, such as sheet.png; empty: none")
-    cases: int = _flag(24, "cases on the contact sheet", least=1, most=240)
-    image_size: int = _flag(256, "size of training, at which masks must not vanish", least=1)
-    labelled: bool = _flag(True, "False: look as sampling does, where masks may be absent")
-    num_workers: int = _flag(
+    out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
+    cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
+    image_size: int = flag(256, "size of training, at which masks must not vanish", least=1)
+    labelled: bool = flag(True, "False: look as sampling does, where masks may be absent")
+    num_workers: int = flag(
         -1, "processes that read; 0: this one; -1: by cores and cases", least=-1
     )
 

@@ -15,8 +15,8 @@ from guided_diffusion.options import (
     NetworkOptions,
     RunOptions,
     TrainingOptions,
+    flag,
 )
-from guided_diffusion.options import _flag as flag
 
 METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "gradcam", "otsu")
 

@@ -13,9 +13,8 @@ from guided_diffusion.weak_options import TRAIN_CLASSIFIER
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", TRAIN_CLASSIFIER)
-        from guided_diffusion.weak_train import (
-            train_classifier,
-        )  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.weak_train import train_classifier
 
         train_classifier(typed)
 

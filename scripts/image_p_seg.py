@@ -13,9 +13,8 @@ from guided_diffusion.weak_options import SEGMENT_WEAKLY
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", SEGMENT_WEAKLY)
-        from guided_diffusion.weak_runs import (
-            segment_weakly,
-        )  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.weak_runs import segment_weakly
 
         segment_weakly(typed)
 

@@ -13,9 +13,8 @@ from guided_diffusion.weak_options import SAMPLE_IMAGES
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", SAMPLE_IMAGES)
-        from guided_diffusion.weak_runs import (
-            draw_images,
-        )  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.weak_runs import draw_images
 
         draw_images(typed)
 

@@ -12,7 +12,8 @@ from guided_diffusion.options import SCORE, parse
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", SCORE)
-        from guided_diffusion.runs import score  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.runs import score
 
         score(typed)
 

@@ -12,9 +12,8 @@ from guided_diffusion.options import SAMPLE, parse
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", SAMPLE)
-        from guided_diffusion.runs import (
-            sample,
-        )  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.runs import sample
 
         sample(typed)
 

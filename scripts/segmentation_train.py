@@ -12,7 +12,8 @@ from guided_diffusion.options import TRAIN, parse
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", TRAIN)
-        from guided_diffusion.runs import train  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.runs import train
 
         train(typed)
 

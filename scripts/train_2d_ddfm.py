@@ -13,9 +13,8 @@ from guided_diffusion.weak_options import TRAIN_IMAGES
 def main() -> None:
     with exit_on_user_error():
         typed = parse(__doc__ or "", TRAIN_IMAGES)
-        from guided_diffusion.weak_train import (
-            train_images,
-        )  # torch is imported only once flags are read
+        # torch is imported only once flags are read
+        from guided_diffusion.weak_train import train_images
 
         train_images(typed)
 
