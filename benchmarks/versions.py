@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +32,7 @@ from guided_diffusion import logger
 from guided_diffusion.cache import Remembered
 from guided_diffusion.datasets import WOLLEB_CROP, Frame, Framed, SegmentationDataset
 from guided_diffusion.dist_util import describe, dev
-from guided_diffusion.ensemble import BLENDS, blend_coarse, mean
+from guided_diffusion.ensemble import BLENDS
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.layouts import open_dataset
@@ -234,11 +235,11 @@ def score(segmenter: Segmenter, testing: SegmentationDataset, cases: int) -> dic
     """Mean Dice at the cases' own size, with each way to join the coarse mask, if there is one."""
     scores: dict[str, list[float]] = {}
     for case in tqdm(chosen_cases(testing, cases), unit="case", disable=None):
-        (result,) = segmenter.segment([case])
-        for rule in BLENDS if result.coarse is not None else ["none"]:
-            if result.coarse is not None:
-                fused = mean(blend_coarse(result.members, result.coarse, rule))
-                result = result._replace(fused=fused)
+        fitted = segmenter.frame.fit(case)
+        members, coarse = segmenter.draw_with_coarse(fitted.image[None], [case.name])
+        for rule in BLENDS if coarse is not None else ["none"]:
+            segmenter.plan = replace(segmenter.plan, coarse=rule)
+            result = segmenter.finish(case, members[0], None if coarse is None else coarse[0])
             scores.setdefault(rule, []).append(score_of(case, result).dice)
     return {rule: float(np.mean(values)) for rule, values in scores.items()}
 

@@ -138,45 +138,46 @@ FUSIONS: dict[str, Fusion] = {
 }
 
 
-def blend_coarse(members: Tensor, coarse: Tensor, rule: str) -> Tensor:
-    """Join each member with the coarse mask of its image.
+def blend_coarse(members: Tensor, coarse: Tensor, rule: str, *, zero: float = 0.0) -> Tensor:
+    """Join each member with the coarse mask of its image, at the network's size.
 
     Args:
-        members: float [E, ..., H, W] in [0, 1].
-        coarse: [..., H, W] in [0, 1].
+        members: float [E, ..., h, w] in [0, 1].
+        coarse: [..., h, w] in [0, 1].
         rule: a name of :data:`BLENDS`; ``none`` leaves the members as they were drawn.
+        zero: where in [0, 1] the value 0 of the diffused range lies.
 
     Returns:
-        [E, ..., H, W] in [0, 1].
+        [E, ..., h, w] in [0, 1].
     """
-    return BLENDS[rule](_checked(members), coarse.expand_as(members))
+    return BLENDS[rule](_checked(members), coarse.expand_as(members), zero)
 
 
-def _parents_blend(members: Tensor, coarse: Tensor) -> Tensor:
-    """MedSegDiff's rule, by the Dice of the member's support with the coarse mask.
+def _parents_blend(members: Tensor, coarse: Tensor, zero: float) -> Tensor:
+    """MedSegDiff's rule, by the Dice of the coarse mask with where the member is above ``zero``.
 
     Below 0.65 the coarse mask and a quarter of the member, else half of each. The parents take one
     Dice over a whole batch; here each mask has its own.
     """
-    support = (members > 0).to(members)
+    support = (members > zero).to(members)
     common = (support * coarse).sum(dim=(-2, -1), keepdim=True)
     both = (support + coarse).sum(dim=(-2, -1), keepdim=True)
     apart = 2 * common < 0.65 * both
     return torch.where(apart, coarse + 0.25 * members, 0.5 * (coarse + members)).clamp(0, 1)
 
 
-def _logit_mean(members: Tensor, coarse: Tensor) -> Tensor:
+def _logit_mean(members: Tensor, coarse: Tensor, _: float) -> Tensor:
     """The mean of the log-odds (Genest & Zidek, 1986): the surer of the two counts more."""
     odds = [soft.clamp(0.01, 0.99).logit() for soft in (members, coarse)]
     return torch.sigmoid(0.5 * (odds[0] + odds[1]))
 
 
-BLENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda members, _: members,
+BLENDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "none": lambda members, *_: members,
     "blend": _parents_blend,
-    "mean": lambda members, coarse: 0.5 * (members + coarse),
+    "mean": lambda members, coarse, _: 0.5 * (members + coarse),
     "logit": _logit_mean,
-    "only": lambda _, coarse: coarse.clone(),
+    "only": lambda _, coarse, __: coarse.clone(),
 }
 """How a coarse mask joins a member, by the names of ``--coarse``."""
 

@@ -91,12 +91,13 @@ def soft_dice_loss(soft: Tensor, mask: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(soft: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy in nats of probabilities, [B, K, H, W] each -> [B]; they are kept off 0 and 1.
+    """Cross-entropy in nats of probabilities, [B, K, H, W] each -> [B].
 
-    Written out, for torch's own refuses to run under autocast on CUDA.
+    Logarithms are cut so late that a pixel which is surely wrong keeps its gradient. Written out,
+    for torch's own refuses to run under autocast on CUDA.
     """
-    soft = soft.clamp(1e-6, 1 - 1e-6)
-    return -(mask * soft.log() + (1 - mask) * (1 - soft).log()).flatten(1).mean(1)
+    hit, miss = (p.clamp(min=1e-30).log() for p in (soft, 1 - soft))
+    return -(mask * hit + (1 - mask) * miss).flatten(1).mean(1)
 
 
 COARSE_LOSSES: dict[str, CoarseLoss] = {

@@ -9,16 +9,19 @@ open, and what is chosen here:
 * the condition U-Net has the levels and widths of the diffusion U-Net, so that the two deepest
   embeddings have one shape; two convolutions a level with group normalisation, no attention;
 * the diffusion loss reaches the condition U-Net through both joints: the two are one model;
+* the diffusion U-Net is shown the noisy mask alone; f_d^0 is what its first convolution gives;
 * the learnable Gaussian has one width per channel, 1 pixel at the start, reaches 3 pixels, and
   repeats the border;
 * of a product of two spectra the sine takes the real part, with the second one conjugated: a sine
   of complex numbers grows exponentially. It is divided by the root of the channels;
 * F^-1(M) is the operator on maps whose spectrum is M, divided by the root of the frequencies;
-* one head; queries, keys and values are normalised by groups before their projections;
+* one head; queries, keys and values are normalised by groups before their projections, which have
+  no bias;
 * the MLP refines the sum of what was attended and what was asked about: c0 in the first attention
   of a block, e in the second; it has one hidden layer of twice the width;
 * each attention has a band-pass filter of its own. Its coordinates are the frequency down, across,
-  and its distance from the mean; an element of M passes by the product of its two frequencies;
+  and its distance from the mean; two convolutions of 32 channels and a sigmoid make of them the
+  pass of each; an element of M passes by the product of its two frequencies;
 * w starts at 1, the filters nearly open, and the result of the last block is added to the deepest
   embedding through a convolution that starts at 0: a new network begins without it;
 * t = 0 mod alpha is asked of each image of a batch, alpha = 5, beta = 10; Dice has one pixel added
@@ -174,12 +177,17 @@ class SpectrumUNet(UNetModel):
     """The network of ``--version 2``.
 
     Args:
+        in_channels: image channels plus mask channels.
+        mask_channels: K.
         ss_blocks: SS-Former blocks.
-        unet: the arguments of :class:`guided_diffusion.unet.UNetModel`, by keyword.
+        unet: the other arguments of :class:`guided_diffusion.unet.UNetModel`, by keyword.
     """
 
-    def __init__(self, *, ss_blocks: int = 2, **unet: Any) -> None:
-        super().__init__(**unet)
+    def __init__(
+        self, *, in_channels: int, mask_channels: int = 1, ss_blocks: int = 2, **unet: Any
+    ) -> None:
+        super().__init__(in_channels=mask_channels, mask_channels=mask_channels, **unet)
+        self.in_channels = in_channels
         deepest = self.widths[-1]
         self.condition_net = ConditionUNet(
             self.in_channels - self.mask_channels,
@@ -201,7 +209,8 @@ class SpectrumUNet(UNetModel):
         """
         seen = self.condition_net(image)
         gate = self.spatial_attention(seen.last)
-        return SpectrumCondition(super().encode(image).stem, gate, seen.deepest, seen.coarse)
+        unseen = super().encode(image[:, :0]).stem
+        return SpectrumCondition(unseen, gate, seen.deepest, seen.coarse)
 
     def forward(
         self,

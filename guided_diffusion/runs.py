@@ -116,7 +116,7 @@ def train(typed: dict[str, Any]) -> None:
     net = create_model(network, diffusion, dataset.classes)
     lacking: list[str] = []
     if start:
-        start, lacking = adopted(start, net)
+        start, lacking = adopted(start, net, training=True)
         load_weights(net, start.model, path)
     process = create_gaussian_diffusion(diffusion, network.version)
     sinks = open_sinks(watch, run) if rank() == 0 else []
@@ -150,7 +150,7 @@ def train(typed: dict[str, Any]) -> None:
         loop.restore(start, lacking=lacking)
         logger.log(f"resuming {path} at step {start.step}")
     if lacking:
-        logger.log(lacking_note(lacking))
+        logger.log(lacking_note(lacking, training=True))
     attention = attention_notes(network) if "attention_resolutions" in typed else []
     for note in [
         *dead_flags(TRAIN, typed),

@@ -343,21 +343,29 @@ def _mask_range(text: str) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def adopted(checkpoint: Checkpoint, net: UNetModel) -> tuple[Checkpoint, list[str]]:
-    """Complete bare published weights for a network, and name the tensors that they lack."""
+def adopted(
+    checkpoint: Checkpoint, net: UNetModel, *, training: bool = False
+) -> tuple[Checkpoint, list[str]]:
+    """Complete bare published weights for a network, and name the tensors that they lack.
+
+    For training these start as in a new network: a gate that is closed exactly leaves maps without
+    variance behind it, and the gradient of a normalisation explodes there.
+    """
     if checkpoint.options:
         return checkpoint, []
-    model = net.adopt(checkpoint.model)
-    ema = {rate: net.adopt(weights) for rate, weights in checkpoint.ema.items()}
-    lacking = [name for name in model if name not in checkpoint.model]
+    lacking = [name for name in net.adopt(checkpoint.model) if name not in checkpoint.model]
+    fresh = {name: net.state_dict()[name].clone() for name in lacking} if training else {}
+    model = net.adopt(checkpoint.model) | fresh
+    ema = {rate: net.adopt(weights) | fresh for rate, weights in checkpoint.ema.items()}
     return replace(checkpoint, model=model, ema=ema), lacking
 
 
-def lacking_note(lacking: Sequence[str]) -> str:
+def lacking_note(lacking: Sequence[str], *, training: bool = False) -> str:
     """Say what published weights lacked."""
+    start = "they start as in a new network" if training else "set to the expectation of that"
     return (
         f"the weights lack {listing(lacking, most=2)}, which their network drew at random in every "
-        "call: set to the expectation of that"
+        f"call: {start}"
     )
 
 

@@ -248,26 +248,29 @@ class Segmenter:
         batch = collate([self.frame.fit(case) for case in cases])
         drawn = self.draw_with_coarse(batch.image, batch.names, note)
         return [
-            self._finish(case, members, None if drawn.coarse is None else drawn.coarse[index])
+            self.finish(case, members, None if drawn.coarse is None else drawn.coarse[index])
             for index, (case, members) in enumerate(zip(cases, drawn.members, strict=True))
         ]
 
-    def _finish(self, case: Case, members: Tensor, coarse: Tensor | None) -> Segmentation:
+    def finish(self, case: Case, members: Tensor, coarse: Tensor | None) -> Segmentation:
         """Bring a case's members [E, K, h, w] and coarse mask [K, h, w] to its size, and fuse."""
-        size, plan = (case.image.shape[-2], case.image.shape[-1]), self.plan
-        own = self.frame.restore(members if self.classes else members[:, 0], size)
-        blended = own
-        if coarse is not None:
-            coarse = self.frame.restore(coarse, size)
-            coarse = coarse if self.classes else coarse[0]
-            blended = blend_coarse(own, coarse, plan.coarse)
+        plan = self.plan
+
+        def restored(mask: Tensor) -> Tensor:
+            own = mask if self.classes else mask[..., 0, :, :]
+            return self.frame.restore(own, (case.image.shape[-2], case.image.shape[-1]))
+
+        own = blended = restored(members)
+        if coarse is not None and plan.coarse != "none":
+            zero = float(self.diffusion.from_range(torch.zeros(())))
+            blended = restored(blend_coarse(members, coarse, plan.coarse, zero=zero))
         return Segmentation(
             members=own,
             fused=FUSIONS[plan.fusion](blended),
             uncertainty=MEASURES[plan.measure].rule(own),
             classes=self.classes,
             measure=plan.measure,
-            coarse=coarse,
+            coarse=None if coarse is None else restored(coarse),
         )
 
     def draw(self, images: Tensor, names: Sequence[str], note: Note | None = None) -> Tensor:

@@ -129,6 +129,15 @@ def test_perfect_and_empty_masks() -> None:
     assert loss.isfinite() and wrong.grad is not None and wrong.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("logit", [-40.0, -20.0, -14.0, 0.0, 14.0])
+def test_the_surer_a_pixel_is_of_the_wrong_the_more_it_is_pulled(logit: float) -> None:
+    """The derivative by the logit is probability - mask, however far the two are apart."""
+    logits = torch.full((1, 1, 2, 2), logit).requires_grad_()
+    wrong = torch.full((1, 1, 2, 2), float(logit <= 0))
+    binary_cross_entropy(logits.sigmoid(), wrong).sum().backward()
+    assert_close(logits.grad, (logits.detach().sigmoid() - wrong) / 4, rtol=0.05, atol=1e-3)
+
+
 def test_classes_are_averaged() -> None:
     coarse, mask = torch.cat([HALF, TRUTH], dim=1), torch.cat([TRUTH, TRUTH], dim=1)
     assert_close(soft_dice_loss(coarse, mask), torch.tensor([0.25]))
@@ -227,13 +236,36 @@ def test_the_coarse_mask_reaches_the_user_at_the_case_s_size(version: str) -> No
     result = segmenter(image, "a")
     assert result.coarse is not None and result.coarse.shape == (40, 50)
     assert torch.equal(result.fused, mean(result.members)), "by default nothing is joined"
+    fitted = segmenter.frame.fit(Case(image, None, "a")).image
+    draws = segmenter.draw_with_coarse(fitted[None], ["a"])
+    assert draws.coarse is not None
     for rule in ("blend", "mean", "logit", "only"):
         joined = segmenter_of(version, coarse=rule)(image, "a")
         assert torch.equal(joined.members, result.members)
         assert torch.equal(joined.uncertainty, result.uncertainty)
-        expected = mean(blend_coarse(result.members, result.coarse, rule))
-        assert torch.equal(joined.fused, expected)
+        at_32 = mean(blend_coarse(draws.members[0], draws.coarse[0], rule, zero=0.5))
+        assert_close(joined.fused, segmenter.frame.restore(at_32, (40, 50))[0])
         assert not torch.equal(joined.fused, result.fused)
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_the_parents_rule_is_asked_at_the_network_s_size_and_in_its_range(low: float) -> None:
+    """A lesion of 3 x 4 pixels and the like coarse mask agree, however large the picture is.
+
+    Enlarged, the edge of a mask is wider than the mask; and a background that was diffused as -1 is
+    above 0 nowhere, though its noise is above -1 everywhere.
+    """
+    diffusion = create_model_and_diffusion(**SMALL | {"mask_range": f"{low:g},1"})[1]
+    segmenter = segmenter_of("new", coarse="blend")
+    segmenter.diffusion = diffusion
+    truth = torch.zeros(1, 32, 32)
+    truth[0, 10:13, 10:14] = 1
+    noise = 0.1 * torch.rand(2, 1, 32, 32) if low else torch.zeros(())
+    members = (truth + noise).clamp(0, 1).expand(2, -1, -1, -1)
+    case = Case(torch.zeros(1, 512, 512), None, "a")
+    result = segmenter.finish(case, members, truth)
+    expected = segmenter.frame.restore(mean(0.5 * (truth + members)), (512, 512))[0]
+    assert_close(result.fused, expected)
 
 
 def test_the_highway_of_new_runs_once_a_batch_of_cases() -> None:

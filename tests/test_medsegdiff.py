@@ -7,11 +7,12 @@ from conftest import refused, script
 from golden.fill import fill
 from torch import nn
 
-from guided_diffusion.checkpoint import load_weights
+from guided_diffusion.checkpoint import Checkpoint, load_weights
 from guided_diffusion.errors import UserError
 from guided_diffusion.highway import BatchNorm32, FFParser, Highway, interpolate_spectrum
 from guided_diffusion.medsegdiff import HighwayUNet
 from guided_diffusion.script_util import (
+    adopted,
     create_model_and_diffusion,
     place,
 )
@@ -100,6 +101,26 @@ def test_closed_gates_can_be_opened_by_training():
     load_weights(net, net.adopt(published_weights(net, gates=False)), "published.pt")
     predict(net, *inputs()).coarse.square().mean().backward()
     assert all(a.weight.grad.abs().max() > 0 for a in net.hwm.conv_trans_blocks_a)
+
+
+def test_training_goes_on_from_weights_without_gates():
+    """Exactly closed gates leave maps without variance: each normalisation behind them explodes."""
+    torch.manual_seed(0)
+    net = create_model_and_diffusion(**SMALL, version="1")[0]  # with biases of 0: the worst case
+    bare = Checkpoint(options={}, step=0, model=published_weights(net, gates=False), ema={})
+
+    def gradient(*, training):
+        completed, lacking = adopted(bare, net, training=training)
+        assert len(lacking) == len(completed.model) - len(bare.model) > 2
+        load_weights(net, completed.model, "published.pt")
+        net.train().zero_grad()
+        image, mask = normals(8, 3, 32, 32), normals(8, 1, 32, 32, seed=1)
+        output = predict(net, image, mask, torch.arange(8))
+        (output.raw.square().mean() + 10 * output.coarse.square().mean()).backward()
+        return torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+
+    assert gradient(training=True) < 100
+    assert gradient(training=False) > 1e6
 
 
 def test_filters_of_another_image_size_are_interpolated_on_loading():
