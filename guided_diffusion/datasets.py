@@ -152,16 +152,18 @@ class SegmentationDataset(Dataset[Case]):
         """Read case ``index``; a file that cannot be used is a :class:`UserError` naming it."""
         entry = self.entries[index]
         image, affine = self.read_image(entry)
-        if entry.plane is None and self.normalise != "none":
-            image = _scaled(image, self.normalise)
+        if entry.plane is None:
+            image = scaled(image, self.normalise)
         mask = self.read_mask(entry)
 
         _check_case(entry, image, mask, channels=self.channels)
         return Case(image, mask, entry.name, affine)
 
 
-def _scaled(image: Tensor, how: str) -> Tensor:
+def scaled(image: Tensor, how: str) -> Tensor:
     """[C, H, W], every channel scaled by its own intensities."""
+    if how == "none":
+        return image
     channels = (channel.numpy() for channel in image)
     return torch.stack([torch.from_numpy(normalised(c, measure(c), how)) for c in channels])
 

@@ -13,11 +13,14 @@ import os
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from guided_diffusion.errors import UserError
+
+_PATIENCE = timedelta(days=2)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,13 +36,18 @@ def world_size() -> int:
 
 
 def setup_dist() -> None:
-    """Join the other processes that ``torchrun`` started, if any: nccl with CUDA, else gloo.
+    """Join the other processes that ``torchrun`` started, if any: by gloo, CUDA tensors by nccl.
 
-    The process leaves them as it ends: an interpreter that ends with the group's threads still
-    running is now and then aborted, its work done and its exit code lost.
+    One may wait long for another, which validates or has the larger volumes; of one that died
+    ``torchrun`` tells the others by ending them. The process leaves them as it ends: an interpreter
+    that ends with the group's threads still running is now and then aborted, its work done and its
+    exit code lost.
     """
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(dev())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
         atexit.register(_leave)
 
 
@@ -50,8 +58,7 @@ def _leave() -> None:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
+    agreed(True)
 
 
 def shared(module: torch.nn.Module) -> torch.nn.Module:
@@ -75,11 +82,8 @@ def gathered(values: torch.Tensor) -> torch.Tensor:
     if not dist.is_initialized():
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    there = values.contiguous().to(on or values.device)
-    parts = [part.to(there.device) for part in parts]
-    dist.all_gather(parts, there)
-    return torch.cat(parts).to(values.device)
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
 
 
 def agreed(wish: bool) -> bool:
@@ -108,7 +112,9 @@ def launch(multi_gpu: str) -> None:
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc_per_node={len(devices)}", *sys.argv]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": multi_gpu}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    chosen = [visible[int(device)] if any(visible) else device.strip() for device in devices]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
     sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from guided_diffusion.checkpoint import Checkpoint, version_of
@@ -177,14 +178,16 @@ def sampling_levels(
             mend="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
         )
     if sampler not in ("ddpm", "ddim"):
-        evaluations = count or len(space_timesteps(total, spec or [min(50, total)]))
-        return solver_levels(
-            schedule,
-            evaluations,
+        levels = solver_levels(
+            schedule.thinned(trained),
+            count or len(space_timesteps(total, spec or [min(50, total)])),
             order=options.order,
             method=options.method if sampler.startswith("dpm_solver") else "multistep",
             skip_type=options.skip_type,
         )
+        places = range(-1, total)
+        told = np.interp([level.t for level in levels], places, [-1, *trained])
+        return [level._replace(t=float(t)) for level, t in zip(levels, told, strict=True)]
     if count == 1:
         return schedule.levels([trained[-1]])
     visited = space_timesteps(total, [count] if count else spec)

@@ -150,13 +150,15 @@ def _results(
         film = Film(segmenter, cases[0].name, show=_show) if logger.watched() else None
         results = segmenter.segment(cases, film)
     except (UserError, OSError, RuntimeError) as error:
-        if len(indices) == 1:
-            failures[dataset.names[indices[0]]] = (str(error).splitlines() or [repr(error)])[0]
-            return
+        results, why = [], (str(error).splitlines() or [repr(error)])[0]
+    # The error is gone by now, and with it the memory of what it interrupted.
+    if results:
+        yield from zip(indices, cases, results, strict=True)
+    elif len(indices) == 1:
+        failures[dataset.names[indices[0]]] = why
+    else:
         for index in indices:
             yield from _results(segmenter, dataset, [index], failures)
-        return
-    yield from zip(indices, cases, results, strict=True)
 
 
 def _show(film: Film) -> None:
@@ -171,6 +173,9 @@ def _say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
             f"look at {listing(doubtful)}: of their members some are empty, some cover the whole "
             f"picture, or they disagree by more than {DOUBTFUL}"
         )
+    empty = [name for name in names if name in record.rows and _is_empty(record.rows[name])]
+    if empty:
+        logger.log(f"nothing is found in any member of {listing(empty)}")
     strangers = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
     if strangers:
         logger.log(
@@ -192,6 +197,12 @@ def _is_doubtful(row: dict[str, Any]) -> bool:
     some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
     full = int(row.get("full_members") or 0) > 0
     return some_empty or full or float(row["disagreement"]) > DOUBTFUL
+
+
+def _is_empty(row: dict[str, Any]) -> bool:
+    return row.get("empty_members") not in (None, "") and int(row["empty_members"]) == int(
+        row["members"]
+    )
 
 
 def _row(case: Case, result: Segmentation, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ interpolation between the trained times: Lu et al. (2022), appendix D.4.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -109,6 +109,10 @@ class NoiseSchedule:
             raise ValueError(f"time {t} lies outside the schedule's [0, {len(self) - 1}]")
         log_alpha = float(np.interp(t, np.arange(len(self)), self._log_alpha))
         return _level(t, log_alpha)
+
+    def thinned(self, timesteps: Sequence[int]) -> NoiseSchedule:
+        """The schedule of some of the times, increasing: what training on them alone knows."""
+        return NoiseSchedule(self.alpha_bar[list(timesteps)])
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
         """Return the level of a given log(alpha / sigma); the inverse of :meth:`at`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,11 +24,12 @@ from guided_diffusion.checkpoint import (
     load_weights,
 )
 from guided_diffusion.classes import Classes, find_classes
-from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate
+from guided_diffusion.datasets import WOLLEB_CROP, Case, Frame, collate, scaled
 from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.ensemble import FUSIONS, MEASURES, blend_coarse
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
+from guided_diffusion.nn import AttentionBlock
 from guided_diffusion.options import (
     DiffusionOptions,
     NetworkOptions,
@@ -122,6 +123,8 @@ class Segmenter:
         plan: how masks are drawn.
         source: where the weights are from, for the log.
         classes: what the mask's channels are; None for one of everything.
+        normalise: how the pixels of files were scaled in training: a name of
+            :data:`guided_diffusion.intensity.NORMALISATIONS`.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Segmenter:
         plan: Plan,
         source: str = "",
         classes: Classes | None = None,
+        normalise: str = "none",
     ) -> None:
         self.net = net.eval()
         self.diffusion = diffusion
@@ -140,6 +144,7 @@ class Segmenter:
         self.plan = plan
         self.source = source
         self.classes = classes
+        self.normalise = normalise
         self.device = next(net.parameters()).device
 
     @classmethod
@@ -192,7 +197,16 @@ class Segmenter:
         if lacking:
             source += f"; {lacking_note(lacking)}"
         net = place(net, device, compile=plan.compile)
-        return cls(net, process, frame=frame, plan=plan, source=source, classes=classes)
+        normalise = trained.get("normalise", "auto")
+        return cls(
+            net,
+            process,
+            frame=frame,
+            plan=plan,
+            source=source,
+            classes=classes,
+            normalise="none" if normalise == "auto" else normalise,
+        )
 
     def __str__(self) -> str:
         plan = self.plan
@@ -206,9 +220,17 @@ class Segmenter:
     @property
     def fingerprint(self) -> str:
         """Everything that the masks depend on, in 16 hexadecimal digits."""
-        settings = replace(self.plan, batch_size=0)
-        classes = (self.classes,) if self.classes else ()
-        digest = hashlib.sha256(repr((settings, self.frame, *classes)).encode())
+        process = {
+            entry.name: getattr(self.diffusion, entry.name) for entry in fields(self.diffusion)
+        }
+        del process["schedule"]  # the plan's levels are what is drawn at
+        heads = [
+            (layer.num_heads, layer.use_new_attention_order)
+            for layer in self.net.modules()
+            if isinstance(layer, AttentionBlock)
+        ]
+        settings = (replace(self.plan, batch_size=0), self.frame, self.classes, process, heads)
+        digest = hashlib.sha256(repr(settings).encode())
         for name, value in self.net.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -229,6 +251,7 @@ class Segmenter:
         if isinstance(image, (str, Path)):
             name = name or split_name(Path(image).name)[0]
             pixels, _ = read_image_file(Path(image), channels=channels)
+            pixels = scaled(pixels, self.normalise)
         else:
             pixels = torch.as_tensor(image, dtype=torch.float32)
         if pixels.ndim != 3 or len(pixels) != channels:
@@ -253,8 +276,19 @@ class Segmenter:
         ]
 
     def finish(self, case: Case, members: Tensor, coarse: Tensor | None) -> Segmentation:
-        """Bring a case's members [E, K, h, w] and coarse mask [K, h, w] to its size, and fuse."""
+        """Bring a case's members [E, K, h, w] and coarse mask [K, h, w] to its size, and fuse.
+
+        Raises:
+            UserError: a member that is not finite.
+        """
         plan = self.plan
+        if not members.isfinite().all():
+            raise UserError(
+                case.name,
+                found=f"masks that are not finite, in {plan.precision}",
+                expected="numbers",
+                mend="Use --precision fp32; scripts/check_data.py looks at the images.",
+            )
 
         def restored(mask: Tensor) -> Tensor:
             own = mask if self.classes else mask[..., 0, :, :]

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, training
 from test_training import make_loop, rows
 from torch.testing import assert_close
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.dist_util import launch, setup_dist
 
 PROGRAM = """
 import sys
@@ -179,3 +181,42 @@ def test_all_versions_share_their_gradients(tmp_path: Path) -> None:
     one, other = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
     assert one.keys() == {"new", "1", "2"}
     assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_process_takes_its_device_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl works on the current device: left at the first one, all processes would share it."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((device,)))
+    joined = lambda backend, **_: calls.append((backend,))  # noqa: E731
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    monkeypatch.setattr("atexit.register", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    setup_dist()
+    assert calls == [(torch.device("cuda", 1),), ("cpu:gloo,cuda:nccl",)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen"), [(None, "1,0"), ("4,6", "6,4"), ("GPU-a,b", "b,GPU-a")]
+)
+def test_devices_are_counted_among_those_one_was_given(
+    visible: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shared node a job sees its own devices, and --multi_gpu counts those."""
+    seen = []
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
+        seen.append((env["CUDA_VISIBLE_DEVICES"], "--nproc_per_node=2" in command))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(SystemExit) as left:
+        launch("1, 0")
+    assert left.value.code == 3 and seen == [(chosen, True)]

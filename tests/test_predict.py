@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from guided_diffusion import logger
+from guided_diffusion import logger, predict
 from guided_diffusion.datasets import Case, Entry, Frame, SegmentationDataset
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError
-from guided_diffusion.plan import Plan
+from guided_diffusion.options import SamplingOptions
+from guided_diffusion.plan import Plan, sampling_levels
 from guided_diffusion.predict import Record, segment
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.segmenter import Segmenter, member_seed
@@ -122,6 +124,72 @@ def drawn(segmenter: Segmenter, dataset: Shelf, order: Sequence[int]) -> dict[st
     cases = [dataset[index] for index in order]
     members = segmenter.draw(torch.stack([case.image for case in cases]), [c.name for c in cases])
     return {case.name: part for case, part in zip(cases, members, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_heads": 1},
+        {"use_new_attention_order": True},
+        {"predict_xstart": False},
+        {"mask_range": "0,1"},
+        {"rescale_timesteps": True},
+    ],
+    ids=str,
+)
+def test_the_same_weights_read_in_another_way_are_other_settings(other: dict[str, Any]) -> None:
+    """Else masks of mistaken flags would be kept as finished by the command that mends them."""
+    plan, prints = make_segmenter().plan, []
+    for flags in ({}, {}, other):
+        net, diffusion = random_network(**flags)
+        prints.append(Segmenter(net, diffusion, frame=Frame(16), plan=plan).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
+    """An error's traceback holds the tensors of the call: on a full device the retry would fail."""
+    segmenter, held = make_segmenter(), []
+
+    def full(cases: Sequence[Case], note: object = None) -> list[Any]:
+        assert not any(tensor() is not None for tensor in held), "the first try is still in memory"
+        tensor = torch.zeros(8)
+        held.append(weakref.ref(tensor))
+        if len(cases) > 1:
+            raise RuntimeError("out of memory")
+        return [None]
+
+    segmenter.segment = full  # type: ignore[method-assign]
+    found = list(predict._results(segmenter, shelf(2), [0, 1], {}))
+    assert [index for index, *_ in found] == [0, 1]
+
+
+@pytest.mark.parametrize("skip_type", ["time_uniform", "logSNR", "time_quadratic"])
+@pytest.mark.parametrize("respacing", ["ddim50", "500,1", "10,5,5"])
+def test_solvers_stay_among_the_trained_times(respacing: str, skip_type: str) -> None:
+    """A network that was trained on some times alone knows nothing of noise beyond the largest."""
+    diffusion = create_model_and_diffusion(
+        image_size=16, num_channels=32, channel_mult="1", timestep_respacing=respacing
+    )[1]
+    kept, schedule = diffusion.kept, diffusion.schedule
+    for steps in (1, 2, 10, 20):
+        options = SamplingOptions(steps=steps, skip_type=skip_type)
+        levels = sampling_levels(diffusion, "dpm_solver++", options, {})
+        assert len(levels) == steps + 1 and levels[-1].sigma == 0
+        assert levels[0].t == pytest.approx(kept[-1]) and min(level.t for level in levels[:-1]) >= kept[0]
+        for level in levels[:-1]:
+            after = min(time for time in kept if time >= level.t - 1e-9)
+            before = max(time for time in kept if time <= level.t + 1e-9)
+            assert schedule.at(after).log_snr - 1e-9 <= level.log_snr
+            assert level.log_snr <= schedule.at(before).log_snr + 1e-9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_mask_that_is_not_finite_is_no_mask(value: float, tmp_path: Path) -> None:
+    segmenter = make_segmenter()
+    next(iter(segmenter.net.parameters())).data[0] = value
+    with pytest.raises(UserError, match=r"case0.*finite") as error:
+        segment(segmenter, shelf(1), tmp_path, fingerprint="f")
+    assert "fp32" in str(error.value) and not list(tmp_path.glob("*.png"))
 
 
 def test_temperature_scales_the_noise_a_mask_starts_from() -> None:

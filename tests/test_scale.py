@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gc
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -19,8 +21,11 @@ from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succee
 from PIL import Image
 
 from guided_diffusion import phantom_folders
+from guided_diffusion.checkpoint import latest_checkpoint, load_checkpoint
+from guided_diffusion.datasets import Frame
 from guided_diffusion.ensemble import MEASURES, squared_mean
 from guided_diffusion.files import make_folder
+from guided_diffusion.options import NetworkOptions, fill
 from guided_diffusion.segmenter import Draws, Segmenter
 
 
@@ -165,6 +170,7 @@ def test_empty_and_full_members_are_pointed_out(
     monkeypatch.setattr(Segmenter, "draw_with_coarse", flat)
     text = succeeded(script("segmentation_sample", *sampling(brats / "testing", trained, tmp_path)))
     assert ("look at 000005, 000006: of their members" in text) == named
+    assert ("nothing is found in any member of 000005, 000006" in text) == (max(levels) < 0.5)
     assert {(row["empty_members"], row["full_members"]) for row in rows(tmp_path)} == {
         (empty, full)
     }
@@ -214,6 +220,38 @@ def test_from_python(trained: Path, tmp_path: Path) -> None:
     assert not torch.equal(result.members, segmenter(image, name="b").members)
     with pytest.raises(Exception, match=r"\[4, H, W\]"):
         segmenter(image[:2])
+
+
+def test_files_are_scaled_as_in_training(trained: Path, tmp_path: Path) -> None:
+    """A path is read as the data set was; an array is taken as it is."""
+    pixels = torch.rand(1, 24, 24) * 40 + 3
+    nib.save(nib.Nifti1Image(pixels[0].numpy(), np.eye(4)), tmp_path / "a.nii.gz")
+    loaded = Segmenter.load(trained, steps=2, num_ensemble=1)
+    net = copy.deepcopy(loaded.net)
+    net.in_channels = 2
+    net.input_blocks[0][0].weight = torch.nn.Parameter(net.input_blocks[0][0].weight[:, 3:])
+    segmenter = Segmenter(
+        net, loaded.diffusion, frame=loaded.frame, plan=loaded.plan, normalise="minmax"
+    )
+    scaled = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+    expected = segmenter(scaled, name="a").members
+    torch.testing.assert_close(segmenter(tmp_path / "a.nii.gz").members, expected)
+    assert not torch.equal(expected, segmenter(pixels, name="a").members)
+
+
+def test_what_is_normalised_is_remembered(brats: Path, trained: Path) -> None:
+    checkpoint = load_checkpoint(latest_checkpoint(trained))
+    for recorded, expected in (("zscore", "zscore"), ("none", "none")):
+        options = {**checkpoint.options, "normalise": recorded}
+        network = fill(NetworkOptions, options)
+        segmenter = Segmenter.build(
+            replace(checkpoint, options=options),
+            trained,
+            network=network,
+            frame=Frame(32),
+            flags={},
+        )
+        assert segmenter.normalise == expected
 
 
 def test_what_medsegdiff_calls_staple() -> None:
