@@ -175,7 +175,8 @@ def test_solvers_stay_among_the_trained_times(respacing: str, skip_type: str) ->
         options = SamplingOptions(steps=steps, skip_type=skip_type)
         levels = sampling_levels(diffusion, "dpm_solver++", options, {})
         assert len(levels) == steps + 1 and levels[-1].sigma == 0
-        assert levels[0].t == pytest.approx(kept[-1]) and min(level.t for level in levels[:-1]) >= kept[0]
+        assert levels[0].t == pytest.approx(kept[-1])
+        assert min(level.t for level in levels[:-1]) >= kept[0]
         for level in levels[:-1]:
             after = min(time for time in kept if time >= level.t - 1e-9)
             before = max(time for time in kept if time <= level.t + 1e-9)
