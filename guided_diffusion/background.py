@@ -1,6 +1,7 @@
 """One job at a time beside the main thread, for what must not hold a run up.
 
-A checkpoint takes seconds to reach a disk; training goes on meanwhile. Called by ``train_util``.
+A checkpoint takes seconds to reach a disk, the pictures of an ensemble a tenth of one; training and
+drawing go on meanwhile. Called by ``train_util`` and ``predict``.
 """
 
 from __future__ import annotations

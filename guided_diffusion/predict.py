@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion import logger
+from guided_diffusion.background import Background
 from guided_diffusion.class_results import (
     area_columns,
     doubt,
@@ -85,17 +87,26 @@ def segment(
     stacks.expect((entries[index] for index in mine), elsewhere=others - own)
     stacks.write()
     failures: Failures = {}
-    for index, case, result, seconds in _drawn(segmenter, dataset, mine, failures):
-        write_case(out_dir, case, result)
-        if debug:
-            pixels = draw_strip(case, result, channels=dataset.modalities)
-            write_picture(out_dir / f"{case.name}_debug.png", pixels)
-        if entries[index].volume:
-            stacks.keep(entries[index], maps_of(result))
-        elif case.affine is not None:
-            write_nifti(out_dir, case, result)
-        record.add(_row(case, result, seconds))
-        stacks.write()
+
+    def keep(some: Sequence[tuple[int, Case, Segmentation]], seconds: float) -> None:
+        for index, case, result in some:
+            write_case(out_dir, case, result)
+            if debug:
+                pixels = draw_strip(case, result, channels=dataset.modalities)
+                write_picture(out_dir / f"{case.name}_debug.png", pixels)
+            if entries[index].volume:
+                stacks.keep(entries[index], maps_of(result))
+            elif case.affine is not None:
+                write_nifti(out_dir, case, result)
+            record.add(_row(case, result, seconds))
+            stacks.write()
+
+    writer = Background()
+    try:
+        for some, seconds in _drawn(segmenter, dataset, mine, failures):
+            writer.start(partial(keep, some, seconds))
+    finally:
+        writer.wait()
     record.end()
     failed = agreed(bool(failures))
     if rank() == 0 and not failed:
@@ -122,7 +133,7 @@ def _share(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
 
 def _drawn(
     segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int], failures: Failures
-) -> Iterator[tuple[int, Case, Segmentation, float]]:
+) -> Iterator[tuple[list[tuple[int, Case, Segmentation]], float]]:
     """Segment cases batch by batch under a progress bar; the number is the seconds of each."""
     plan = segmenter.plan
     if plan.compile and indices:
@@ -131,9 +142,7 @@ def _drawn(
         for some in batched(indices, plan.cases):
             started = time.perf_counter()
             results = list(_results(segmenter, dataset, some, failures))
-            seconds = (time.perf_counter() - started) / len(some)
-            for index, case, result in results:
-                yield index, case, result, seconds
+            yield results, (time.perf_counter() - started) / len(some)
 
             progress.update(len(some))
             drawn = progress.n * plan.num_ensemble * plan.evaluations
