@@ -115,11 +115,11 @@ def bare(net, images: Tensor, levels, arguments, precision: str) -> Callable[[],
 
     @torch.inference_mode()
     def calls() -> None:
-        condition = net.encode(images).rows(torch.arange(size, device=images.device) % len(images))
-        for _ in range(-(-rows // size)):
-            with autocast(images.device, precision):
-                for _ in range(len(levels) - 1):
-                    net(x, t, condition)
+        rows_of = torch.arange(size, device=images.device) % len(images)
+        with autocast(images.device, precision):
+            condition = net.encode(images).rows(rows_of)
+            for _ in range(-(-rows // size) * (len(levels) - 1)):
+                net(x, t, condition)
 
     return calls
 

@@ -32,9 +32,15 @@ from guided_diffusion.runs import load_segmenter
 from guided_diffusion.segmenter import Segmenter
 
 SETTINGS = (
-    *("ddpm:1000", "ddim:50", "ddim:10", "ddim:10:eta=1"),
-    *("dpm_solver++:10", "dpm_solver++:5", "dpm_solver++:2", "dpm_solver++:1"),
-    *("sde_dpm_solver++:10", "sde_dpm_solver++:5", "unipc:10", "unipc:5"),
+    *("ddpm:1000", "ddpm:50", "ddpm:10"),
+    *("ddim:50", "ddim:10", "ddim:5", "ddim:2", "ddim:10:eta=1", "ddim:5:eta=1"),
+    *("dpm_solver:20", "dpm_solver:10", "dpm_solver:5"),
+    *("dpm_solver++:20", "dpm_solver++:10", "dpm_solver++:5", "dpm_solver++:2", "dpm_solver++:1"),
+    *("dpm_solver++:20:order=3", "dpm_solver++:10:order=3", "dpm_solver++:5:order=3"),
+    *("dpm_solver++:10:method=singlestep", "dpm_solver++:5:method=singlestep"),
+    *("dpm_solver++:10:skip_type=logSNR", "dpm_solver++:5:skip_type=logSNR"),
+    *("sde_dpm_solver++:20", "sde_dpm_solver++:10", "sde_dpm_solver++:5"),
+    *("unipc:20", "unipc:10", "unipc:5"),
 )
 
 
@@ -172,16 +178,22 @@ def plot(rows: Sequence[Figures], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for sampler in dict.fromkeys(row.setting.partition(":")[0] for row in rows):
-        own = sorted(row for row in rows if row.setting.partition(":")[0] == sampler)
+    for kind in dict.fromkeys(kind_of(row) for row in rows):
+        own = [row for row in rows if kind_of(row) == kind]
         for axis, name in zip(axes, ("evaluations", "seconds")):
             points = sorted((getattr(row, name), row.fused) for row in own)
-            axis.plot(*zip(*points), marker="o", label=sampler)
+            axis.plot(*zip(*points), marker="o", label=kind)
             axis.set(xscale="log", xlabel=f"{name} per mask")
             axis.grid(alpha=0.3)
     axes[0].set_ylabel("Dice of the fused mask")
-    axes[1].legend()
+    axes[1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def kind_of(row: Figures) -> str:
+    """The sampler and its flags, however many evaluations it makes."""
+    sampler, _, *flags = row.setting.split(":")
+    return " ".join([sampler, *flags])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from guided_diffusion import logger
 from guided_diffusion.datasets import Case, collate
-from guided_diffusion.dist_util import describe, dev
+from guided_diffusion.dist_util import autocast, describe, dev
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options import RunOptions, TrainingOptions
 from guided_diffusion.resample import UniformSampler
@@ -69,21 +69,20 @@ def main() -> None:
         )
         for precision, loop in ours.items():
             ways[f"this suite, {precision}"] = our_step(loop)
-        around: dict[str, list[float]] = {precision: [] for precision in ours}
         for precision, loop in ours.items():
-            time_the_middle(loop, around[precision], device)
+            ways[f"its forward and backward alone, {precision}"] = bare_step(loop, precision)
         seconds = measure(ways, arguments, device)
 
         print(f"{million(net)}, {arguments.image_size} px, batch {arguments.batch_size}, ", end="")
         print(f"torch {torch.__version__}, {describe(device)}\n")
         print("| way | s per step | against the parents' | around forward and backward |")
         print("|---|---|---|---|")
-        first = statistics.median(next(iter(seconds.values())))
+        first = next(iter(seconds.values()))
         for name, values in seconds.items():
-            median, precision = statistics.median(values), name.rpartition(" ")[2]
-            inside = around[precision][-len(values) :] if name.startswith("this") else []
-            rest = f"{1 - statistics.median(inside) / median:.1%}" if inside else ""
-            print(f"| {name} | {median:.4f} | {median / first:.2f} | {rest} |")
+            inside = seconds.get(name.replace("this suite", "its forward and backward alone"))
+            rest = "" if inside in (None, values) else f"{1 - ratio(inside, values):.1%}"
+            median = statistics.median(values)
+            print(f"| {name} | {median:.4f} | {ratio(values, first):.2f} | {rest} |")
 
         loop, stalls = ours["fp32"], []
         for _ in range(3):
@@ -154,19 +153,21 @@ def our_step(loop: TrainLoop) -> Callable[[], None]:
     return step
 
 
-def time_the_middle(loop: TrainLoop, seconds: list[float], device: torch.device) -> None:
-    """Note how long forward and backward alone take, in each step from now on."""
-    whole = loop.forward_backward
+def bare_step(loop: TrainLoop, precision: str) -> Callable[[], None]:
+    """Nothing but the network, its loss and the gradient, of a batch that lies on the device."""
+    batch = next(stream(loop.dataset, loop.options.batch_size, seed=0))
+    assert batch.mask is not None
+    image, x0 = batch.image.to(loop.device), batch.mask.to(loop.device)
+    eps, t = torch.randn_like(x0), torch.arange(len(x0)) * 100 % len(loop.diffusion.schedule)
 
-    def timed(batch: object) -> torch.Tensor:
-        synchronise(device)
-        started = time.perf_counter()
-        loss = whole(batch)  # type: ignore[arg-type]
-        synchronise(device)
-        seconds.append(time.perf_counter() - started)
-        return loss
+    def step() -> None:
+        with autocast(loop.device, precision):
+            terms = loop.diffusion.training_losses(loop.whole, x0, t, eps=eps, condition=image)
+            terms["loss"].mean().backward()
+        for parameter in loop.parameters:
+            parameter.grad = None
 
-    loop.forward_backward = timed  # type: ignore[method-assign]
+    return step
 
 
 def parents_step(
@@ -224,6 +225,11 @@ def measure(
                 if turn:
                     seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    """Median over the steps of the one's seconds divided by the other's, which ran beside it."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def synchronise(device: torch.device) -> None:
