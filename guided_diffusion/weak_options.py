@@ -46,6 +46,7 @@ class SourceOptions:
 class ImageNetworkOptions(NetworkOptions):
     """The network that denoises images; recorded in the checkpoint."""
 
+    version: str = flag("plain", "network; plain alone diffuses images")
     image_size: int = flag(
         128, "height and width the network works at, in pixels", alias="--img_size"
     )

@@ -683,6 +683,16 @@ def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: P
     assert "found a diffusion without classes" in refused(script("image_p_seg", *common))
 
 
+@pytest.mark.parametrize("version", ["1", "new", "2"])
+def test_images_are_diffused_by_the_plain_network_alone(
+    weak_data: Path, tmp_path: Path, version: str
+) -> None:
+    common = ["--src_dir", weak_data, "--save_dir", tmp_path / "run", *SMALL, "--max_steps", 1]
+    said = refused(script("train_tumor_ddfm", *common, "--version", version))
+    assert f"--version: found {version}, expected plain" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_split_files_that_do_not_fit(arrays: Path) -> None:
     with pytest.raises(UserError, match="--fold: found 2, expected 0 to 1"):
         SlicedArrays(arrays, parts=("train",), fold=2)
