@@ -109,6 +109,13 @@ def spelled(typed: dict[str, Any]) -> dict[str, Any]:
     return typed if classes is None else {**typed, "mask_labels": str(classes)}
 
 
+def sampler_of(options: SamplingOptions) -> str:
+    """The sampler that the flags choose, by its name there."""
+    return options.sampler or (
+        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
+    )
+
+
 def make_plan(
     options: SamplingOptions,
     run: RunOptions,
@@ -119,9 +126,7 @@ def make_plan(
     own: bool,
 ) -> Plan:
     """Settle how masks are drawn."""
-    sampler = options.sampler or (
-        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
-    )
+    sampler = sampler_of(options)
     clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
     levels = sampling_levels(diffusion, sampler, options, typed)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):

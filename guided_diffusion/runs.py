@@ -64,7 +64,7 @@ from guided_diffusion.options import (
     recorded,
     refuse_contradictions,
 )
-from guided_diffusion.plan import settle_precision, trained_flags
+from guided_diffusion.plan import sampler_of, settle_precision, trained_flags
 from guided_diffusion.predict import segment
 from guided_diffusion.provenance import described, note_sampling
 from guided_diffusion.report import write_report
@@ -153,7 +153,7 @@ def train(typed: dict[str, Any]) -> None:
         logger.log(lacking_note(lacking, training=True))
     attention = attention_notes(network) if "attention_resolutions" in typed else []
     for note in [
-        *dead_flags(TRAIN, typed),
+        *dead_flags(TRAIN, typed, vars(network)),
         *attention,
         *dataset.notes,
         *validation_notes(validation),
@@ -222,10 +222,11 @@ def sample(typed: dict[str, Any]) -> None:
     setup_dist()
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
     logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
-    for note in dead_flags(SAMPLE, typed):
-        logger.log(note)
     dataset, segmenter, checkpoint = _loaded(typed)
-    for note in [*dataset.notes, str(dataset), str(segmenter)]:
+    version = trained_as(checkpoint)["version"]
+    settled = {**vars(options), "sampler": sampler_of(options), "version": version}
+    dead = dead_flags(SAMPLE, typed, settled)
+    for note in [*dead, *dataset.notes, str(dataset), str(segmenter)]:
         logger.log(note)
     end = "_<class>" if segmenter.classes else ""
     out_dir, fingerprint = Path(run.out_dir).expanduser(), _fingerprint(segmenter, dataset)

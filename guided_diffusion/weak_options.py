@@ -52,6 +52,7 @@ class ImageNetworkOptions(NetworkOptions):
     )
     in_ch: int = flag(1, "image channels; follows the data by itself")
     class_cond: bool = flag(False, "condition on the image-level label; segmentation needs it")
+    ss_blocks: int = flag(2, "SS-Former blocks", dead="the plain network has none", least=1)
     model_name: str = flag("unet", "network", choices=("unet",), run=True)
 
 

@@ -259,6 +259,34 @@ def test_dead_flags_say_so() -> None:
     assert dead_flags(SAMPLE, {"dpm_solver": True}) == []
 
 
+@pytest.mark.parametrize(
+    ("typed", "settled", "idle"),
+    [
+        ({"ss_blocks": 2}, {"version": "new"}, "--ss_blocks has no effect with --version new"),
+        ({"ss_blocks": 2}, {"version": "2"}, ""),
+        ({"eta": 0.0}, {"sampler": "ddpm"}, "--eta has no effect with --sampler ddpm"),
+        ({"eta": 1.0}, {"sampler": "ddim"}, ""),
+        ({"order": 2}, {"sampler": "ddim"}, "--order has no effect with --sampler ddim"),
+        ({"order": 2, "skip_type": "logSNR"}, {"sampler": "unipc"}, ""),
+        ({"skip_type": "logSNR"}, {"sampler": "ddpm"}, "--skip_type has no effect with"),
+        ({"method": "singlestep"}, {"sampler": "unipc"}, "--method has no effect with"),
+        ({"method": "singlestep"}, {"sampler": "sde_dpm_solver++"}, "--method has no effect with"),
+        ({"method": "singlestep"}, {"sampler": "dpm_solver"}, ""),
+        ({"use_ddim": True}, {"sampler": "dpm_solver++"}, "--use_ddim has no effect with"),
+        ({"use_ddim": False}, {"sampler": "dpm_solver++"}, ""),
+        ({"dpm_solver": True}, {"sampler": "ddim"}, "--dpm_solver has no effect with"),
+        ({"dpm_solver": True}, {"sampler": "sde_dpm_solver++"}, ""),
+        ({"timestep_respacing": "5"}, {"steps": 7}, "--timestep_respacing has no effect with"),
+        ({"timestep_respacing": "5"}, {"steps": 0}, ""),
+    ],
+)
+def test_flags_that_another_one_makes_idle_say_so(
+    typed: dict[str, Any], settled: dict[str, Any], idle: str
+) -> None:
+    notes = dead_flags(SAMPLE, typed, settled)
+    assert len(notes) == bool(idle) and "".join(notes).startswith(idle)
+
+
 def test_help_comes_before_torch() -> None:
     for file in (*FILES.values(), "make_phantoms"):
         program = (

@@ -295,6 +295,22 @@ def test_samplers_and_their_steps(
         assert plan.options["order"] == 3
 
 
+def test_flags_without_effect_are_told(trained: Path, brats: Path, tmp_path: Path) -> None:
+    more = ["--steps", 2, "--timestep_respacing", 5, "--eta", 1, "--method", "singlestep"]
+    more += ["--dpm_solver", True, "--use_ddim", True, "--sampler", "unipc", "--ss_blocks", 2]
+    said = succeeded(sample(trained, brats / "testing", tmp_path / "out", *more))
+    assert [line.split()[0] for line in said.splitlines() if " no effect with --" in line] == [
+        *("--ss_blocks", "--use_ddim", "--dpm_solver", "--eta", "--method"),
+        "--timestep_respacing",
+    ]
+    assert "--eta has no effect with --sampler unipc" in said
+    said = succeeded(sample(trained, brats / "testing", tmp_path / "out", *FEW, "--order", 3))
+    assert "--order has no effect with --sampler ddpm" in said
+    command = [*training(brats, tmp_path / "run"), "--max_steps", 1, "--ss_blocks", 3]
+    said = succeeded(script("segmentation_train", *command))
+    assert "--ss_blocks has no effect with --version plain" in said
+
+
 def test_the_range_of_clipping(
     trained: Path, brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -409,8 +409,10 @@ def test_drawn_images_depend_on_seed_and_number_alone(weakly_trained: Path, tmp_
     assert images.dtype == np.uint8 and images.std() > 0
     assert classes.dtype == np.int64 and set(classes) <= {0, 1}
     assert np.abs(images.astype(int) - again.astype(int)).max() <= 1
-    plain = ["--save_dir", folder, "--num_samples", 3, "--steps", 4]
-    succeeded(script("image_tumor_sample", *plain, "--class_index", 1, "--sigma_small", True))
+    plain = ["--save_dir", folder, "--num_samples", 3, "--steps", 4, "--sigma_small", True]
+    said = succeeded(script("image_tumor_sample", *plain, "--use_ddim", True))
+    assert "--sigma_small has no effect with --use_ddim True" in said
+    succeeded(script("image_tumor_sample", *plain, "--class_index", 1))
     with np.load(folder / "samples_3x16x16x1.npz") as arrays:
         assert (arrays["arr_0"] != images).any() and arrays["arr_1"].tolist() == [1, 1, 1]
 
