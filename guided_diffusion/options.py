@@ -36,8 +36,8 @@ def flag(
 ) -> Any:
     """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it.
 
-    Numbers are refused outside ``least`` to ``most``; a ``switch`` alone means True; ``words``
-    names the several values it takes.
+    Numbers are refused outside ``least`` to ``most``, and none but finite ones is taken; a
+    ``switch`` alone means True; ``words`` names the several values it takes.
     """
     metadata = {
         "help": help,
@@ -405,11 +405,13 @@ def fill(group: type[Group], values: dict[str, Any]) -> Group:
     chosen = {name: value for name, value in values.items() if name in known}
     for name, value in chosen.items():
         least, most = known[name]["least"], known[name]["most"]
-        if isinstance(value, int | float) and not least <= value <= most:
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if endless or (isinstance(value, int | float) and not least <= value <= most):
+            bounds = f"{least} to {most}" if most < math.inf else f"{least} or more"
             raise UserError(
                 f"--{name}",
                 found=value,
-                expected=f"{least} to {most}" if most < math.inf else f"{least} or more",
+                expected="a finite number" if endless else bounds,
                 mend=f"Leave --{name} away for its default.",
             )
     return group(**chosen)

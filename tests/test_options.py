@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -323,6 +324,15 @@ def test_help_answers_in_half_a_second(name: str) -> None:
 def test_fill_takes_its_own_flags_only() -> None:
     options = fill(TrainingOptions, {"lr": 0.5, "image_size": 32})
     assert options == TrainingOptions(lr=0.5)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_flag_takes_what_is_no_finite_number(value: float) -> None:
+    for group in dict.fromkeys([*TRAIN, *SAMPLE, *SCORE]):
+        for name in (e.name for e in fields(group) if get_type_hints(group)[e.name] is float):
+            with pytest.raises(UserError, match=f"--{name}: found {value}, expected a finite"):
+                fill(group, {name: value})
+    assert fill(TrainingOptions, {"max_steps": 10**400}).max_steps == 10**400
 
 
 def test_a_checkpoint_forgets_what_belongs_to_a_run() -> None:

@@ -484,7 +484,8 @@ BAD_TRAINING: dict[str, Slip] = {
     "negative limit": (lambda b, r, t: ["--max_steps", -5], ("--max_steps", "-5")),
     "no interval": (lambda b, r, t: ["--save_interval", 0], ("--save_interval", "0")),
     "negative rate": (lambda b, r, t: ["--lr", -1], ("--lr", "-1")),
-    "no rate": (lambda b, r, t: ["--lr", "nan"], ("--lr", "nan")),
+    "no rate": (lambda b, r, t: ["--lr", "nan"], ("--lr", "nan", "finite")),
+    "endless rate": (lambda b, r, t: ["--lr", "inf"], ("--lr", "inf", "finite")),
     "negative decay": (lambda b, r, t: ["--weight_decay", -1], ("--weight_decay", "-1")),
     "dropout": (lambda b, r, t: ["--dropout", 2], ("--dropout", "2")),
     "workers": (lambda b, r, t: ["--num_workers", -1], ("--num_workers", "-1")),
@@ -562,6 +563,7 @@ BAD_SAMPLING: dict[str, Slip] = {
         lambda b, r, t: ["--order", 4, "--dpm_solver", True],
         ("--order", "4", "1 to 3"),
     ),
+    "endless noise": (lambda b, r, t: ["--temperature", "inf"], ("--temperature", "inf", "finite")),
     "much noise": (lambda b, r, t: ["--eta", 5, "--use_ddim", True], ("--eta", "5")),
     "no folder to write": (lambda b, r, t: ["--out_dir", under_a_file(t)], ("--out_dir", "file")),
     "bare weights of another width": (
