@@ -199,6 +199,13 @@ def sampling_levels(
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
 
 
-def settle_precision(run: Run) -> Run:
-    """Let ``--use_fp16`` mean ``--precision fp16``."""
+def settle_precision(run: Run, typed: dict[str, Any]) -> Run:
+    """Let ``--use_fp16`` mean ``--precision fp16``; refuse another one beside it."""
+    if run.use_fp16 and typed.get("precision", "fp16") != "fp16":
+        raise UserError(
+            "--precision",
+            found=f"{run.precision} with --use_fp16 True",
+            expected="only one of the two",
+            mend="Leave --use_fp16 away.",
+        )
     return replace(run, precision="fp16") if run.use_fp16 else run

@@ -98,7 +98,7 @@ from guided_diffusion.watching import (
 def train(typed: dict[str, Any]) -> None:
     """Train on a data set: what ``segmentation_train.py`` does with the flags typed."""
     options = settled(fill(TrainingOptions, typed), typed)
-    run, watch = settle_precision(fill(RunOptions, typed)), fill(WatchOptions, typed)
+    run, watch = settle_precision(fill(RunOptions, typed), typed), fill(WatchOptions, typed)
     launch(run.multi_gpu)
     setup_dist()
     path, start = checkpoint_to_resume(options, run)

@@ -103,7 +103,7 @@ def open_labelled(flags: dict[str, Any], part: str) -> LabelledImages:
 def train_images(typed: dict[str, Any]) -> None:
     """Train a diffusion of images: what ``train_tumor_ddfm.py`` does with the flags typed."""
     options = settled(fill(ImageTrainingOptions, typed), typed)
-    run = settle_precision(fill(WeakRunOptions, typed))
+    run = settle_precision(fill(WeakRunOptions, typed), typed)
     launch(run.multi_gpu)
     setup_dist()
     path, start = checkpoint_to_resume(options, run)
@@ -140,7 +140,7 @@ def train_classifier(typed: dict[str, Any]) -> None:
     options = settled(fill(ClassifierTrainingOptions, typed), typed)
     if options.anneal_lr and options.max_steps:
         options = replace(options, lr_anneal_steps=options.max_steps)
-    run = settle_precision(fill(WeakRunOptions, typed))
+    run = settle_precision(fill(WeakRunOptions, typed), typed)
     launch(run.multi_gpu)
     setup_dist()
     top = Path(run.out_dir).expanduser()

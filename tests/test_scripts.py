@@ -489,6 +489,10 @@ BAD_TRAINING: dict[str, Slip] = {
     "negative decay": (lambda b, r, t: ["--weight_decay", -1], ("--weight_decay", "-1")),
     "dropout": (lambda b, r, t: ["--dropout", 2], ("--dropout", "2")),
     "workers": (lambda b, r, t: ["--num_workers", -1], ("--num_workers", "-1")),
+    "two precisions": (
+        lambda b, r, t: ["--precision", "bf16", "--use_fp16", True],
+        ("--precision", "bf16", "--use_fp16 True"),
+    ),
     "seed": (lambda b, r, t: ["--seed", 2**70], ("--seed", str(2**70))),
     "averages": (lambda b, r, t: ["--ema_rate", "fast"], ("--ema_rate", "fast")),
     "no averages": (lambda b, r, t: ["--ema_rate", ""], ("--ema_rate",)),
@@ -565,6 +569,10 @@ BAD_SAMPLING: dict[str, Slip] = {
     ),
     "endless noise": (lambda b, r, t: ["--temperature", "inf"], ("--temperature", "inf", "finite")),
     "much noise": (lambda b, r, t: ["--eta", 5, "--use_ddim", True], ("--eta", "5")),
+    "two precisions": (
+        lambda b, r, t: ["--precision", "fp32", "--use_fp16", True],
+        ("--precision", "fp32", "--use_fp16 True"),
+    ),
     "no folder to write": (lambda b, r, t: ["--out_dir", under_a_file(t)], ("--out_dir", "file")),
     "bare weights of another width": (
         lambda b, r, t: ["--model_path", legacy(r, t / "w.pt"), *NETWORK, "--num_channels", 64],
