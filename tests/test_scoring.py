@@ -330,6 +330,9 @@ def test_two_folders_compared(tmp_path):
     (tmp_path / "two/7_output_ens.png").unlink()
     told = refused(script("segmentation_env", *command, "--partial", True))
     assert "--compare: found 1 cases in" in told and "alone (7)" in told
+    assert "--partial" not in told, "it is given"
+    (tmp_path / "gt/7.png").unlink()
+    succeeded(script("segmentation_env", *command, "--partial", True))
 
 
 # ------------------------------------------------------------------------------------ bad input
