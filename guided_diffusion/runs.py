@@ -41,6 +41,7 @@ from guided_diffusion.matching import (
     checkpoint_to_resume,
     frame_for,
     network_for,
+    overwriting_notes,
     plainly,
     read_as,
     settled,
@@ -153,6 +154,7 @@ def train(typed: dict[str, Any]) -> None:
         logger.log(lacking_note(lacking, training=True))
     attention = attention_notes(network) if "attention_resolutions" in typed else []
     for note in [
+        *overwriting_notes(run, start),
         *dead_flags(TRAIN, typed, vars(network)),
         *attention,
         *dataset.notes,

@@ -22,7 +22,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.guidance import classification_losses
 from guided_diffusion.lessons import Lesson, images_alone, labelled_images
-from guided_diffusion.matching import checkpoint_to_resume, settled
+from guided_diffusion.matching import checkpoint_to_resume, overwriting_notes, settled
 from guided_diffusion.options import (
     WatchOptions,
     dead_flags,
@@ -296,7 +296,7 @@ def _run(
         loop.restore(start)
         logger.log(f"resuming {path} at step {start.step}")
     positive = sum(dataset.labels.values())
-    for note in [*notes, *dataset.notes]:
+    for note in [*overwriting_notes(run, start), *notes, *dataset.notes]:
         logger.log(note)
     logger.log(
         f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal; "

@@ -681,7 +681,10 @@ def test_two_networks_of_two_sizes_are_refused(
 
 def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: Path) -> None:
     common = ["--src_dir", weak_data, "--save_dir", tmp_path]
-    succeeded(script("train_tumor_ddfm", *common, *SMALL, *SCHEDULE, *SHORT, "--max_steps", 1))
+    train = [*common, *SMALL, *SCHEDULE, *SHORT, "--max_steps", 1]
+    assert "--resume auto" not in succeeded(script("train_tumor_ddfm", *train))
+    assert script("train_tumor_ddfm", *train, "--in_ch", 3).out == ""
+    assert "exists and will be overwritten" in succeeded(script("train_tumor_ddfm", *train))
     assert "found a diffusion without classes" in refused(script("image_p_seg", *common))
 
 
