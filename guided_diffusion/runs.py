@@ -230,7 +230,6 @@ def sample(typed: dict[str, Any]) -> None:
     dead = dead_flags(SAMPLE, typed, settled)
     for note in [*dead, *dataset.notes, str(dataset), str(segmenter)]:
         logger.log(note)
-    end = "_<class>" if segmenter.classes else ""
     out_dir, fingerprint = Path(run.out_dir).expanduser(), _fingerprint(segmenter, dataset)
     names = segment(
         segmenter,
@@ -250,10 +249,11 @@ def sample(typed: dict[str, Any]) -> None:
             seed=segmenter.plan.seed,
             options=checkpoint.options,
         )
-    logger.log(
-        f"{len(names)} cases in {run.out_dir}: <case>_mask.png, <case>_output_ens{end}.png, "
-        f"<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>{end}.png, predictions.csv"
-    )
+    end = "_<class>" if segmenter.classes else ""
+    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
+    kinds += ([] if version == "plain" else [f"coarse{end}"]) + ["debug"] * options.debug
+    files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
+    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
 
 
 def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter]:
