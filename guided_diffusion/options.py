@@ -191,7 +191,7 @@ class TrainingOptions:
 
     max_steps: int = flag(100_000, "stop after this many steps; 0: never", least=0)
     batch_size: int = flag(1, "images in one step", least=1)
-    microbatch: int = flag(-1, "images in one forward pass; -1: the whole batch", least=-1)
+    microbatch: int = flag(-1, "images in one forward pass; -1 or 0: the whole batch", least=-1)
     lr: float = flag(1e-4, "learning rate", least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
     lr_anneal_steps: int = flag(

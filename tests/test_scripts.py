@@ -489,6 +489,7 @@ BAD_TRAINING: dict[str, Slip] = {
     "negative decay": (lambda b, r, t: ["--weight_decay", -1], ("--weight_decay", "-1")),
     "dropout": (lambda b, r, t: ["--dropout", 2], ("--dropout", "2")),
     "workers": (lambda b, r, t: ["--num_workers", -1], ("--num_workers", "-1")),
+    "no device": (lambda b, r, t: ["--gpu_dev", "abc"], ("--gpu_dev", "'abc'", "an index from 0")),
     "two precisions": (
         lambda b, r, t: ["--precision", "bf16", "--use_fp16", True],
         ("--precision", "bf16", "--use_fp16 True"),
