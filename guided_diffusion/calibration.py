@@ -144,10 +144,11 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
     """Spearman's rank correlation of two lists [N], ties sharing their mean rank.
 
-    NaN where one of the lists does not vary.
+    NaN where one of the lists does not vary, or they are empty.
     """
     one, two = (rankdata(np.asarray(x, dtype=np.float64)) for x in (first, second))
-    one, two = one - one.mean(), two - two.mean()
+    middle = (len(one) + 1) / 2  # the mean of any ranks
+    one, two = one - middle, two - middle
     spread = np.sqrt((one @ one) * (two @ two))
     return float((one @ two) / spread) if spread else float("nan")
 

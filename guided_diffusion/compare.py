@@ -109,7 +109,7 @@ def _unpaired(
         "--compare",
         found=f"{len(names)} cases in {place} alone ({shown})",
         expected=f"the same cases and classes in {first.folder} and {second.folder}",
-        mend="Sample the missing cases, or score both with --partial True on common truths.",
+        mend="Sample the missing cases, or name an --out_pth without their truths.",
     )
 
 

@@ -122,17 +122,18 @@ def dev(gpu_dev: str = "0") -> torch.device:
     """Choose the device: this process's or the named CUDA device, else Apple's, else the CPU.
 
     Raises:
-        UserError: there are CUDA devices, but not that one.
+        UserError: no number, or there are CUDA devices, but not that one.
     """
-    if torch.cuda.is_available():
-        index, count = os.environ.get("LOCAL_RANK", gpu_dev), torch.cuda.device_count()
-        if not index.isdecimal() or int(index) >= count:
-            raise UserError(
-                "--gpu_dev",
-                found=index,
-                expected=f"an index from 0 to {count - 1}",
-                mend="Name one of the CUDA devices that nvidia-smi lists.",
-            )
+    index = os.environ.get("LOCAL_RANK", gpu_dev)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not index.isdecimal() or (count and int(index) >= count):
+        raise UserError(
+            "--gpu_dev",
+            found=repr(index),
+            expected=f"an index from 0{f' to {count - 1}' if count else ''}",
+            mend="Name one of the CUDA devices that nvidia-smi lists; without any, leave it away.",
+        )
+    if count:
         return torch.device("cuda", int(index))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from guided_diffusion import logger
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.checkpoint import (
     LATEST,
@@ -74,13 +73,19 @@ def checkpoint_to_resume(
     elif own.exists() and options.resume == "auto":
         path = own
     else:
-        if own.exists():
-            logger.log(f"{own} exists and will be overwritten; --resume auto would continue it")
         return None, None
     start = load_checkpoint(path)
     if not start.options:
         start = with_companions(start, path, options.ema_rate.split(","))
     return path, start
+
+
+def overwriting_notes(run: RunOptions, start: Checkpoint | None) -> list[str]:
+    """Say what a run will overwrite, unless it continues something."""
+    own = Path(run.out_dir).expanduser() / LATEST
+    if start or not own.exists():
+        return []
+    return [f"{own} exists and will be overwritten; --resume auto would continue it"]
 
 
 def trained_as(start: Checkpoint) -> dict[str, Any]:

@@ -63,8 +63,11 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, ...]; the type of ``x`` is kept."""
-        # The kernel reads short types in float32 itself, but its backward in them is slow.
-        return super().forward(x.float() if torch.is_grad_enabled() else x).to(x.dtype)
+        # The kernel reads short types in float32 itself, but its backward in them is slow. Called
+        # directly: F.group_norm refuses a group of one value, which is normalised to the bias.
+        wide = x.float() if torch.is_grad_enabled() else x
+        normalised = torch.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
+        return normalised.to(x.dtype)
 
 
 def single_precision(x: Tensor) -> AbstractContextManager[object]:

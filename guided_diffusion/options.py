@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -36,8 +36,8 @@ def flag(
 ) -> Any:
     """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it.
 
-    Numbers are refused outside ``least`` to ``most``; a ``switch`` alone means True; ``words``
-    names the several values it takes.
+    Numbers are refused outside ``least`` to ``most``, and none but finite ones is taken; a
+    ``switch`` alone means True; ``words`` names the several values it takes.
     """
     metadata = {
         "help": help,
@@ -51,6 +51,10 @@ def flag(
         "words": tuple(words.split()),
     }
     return field(default=default, metadata=metadata)
+
+
+DPM_SOLVERS = ("dpm_solver", "dpm_solver++")
+SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class TrainingOptions:
 
     max_steps: int = flag(100_000, "stop after this many steps; 0: never", least=0)
     batch_size: int = flag(1, "images in one step", least=1)
-    microbatch: int = flag(-1, "images in one forward pass; -1: the whole batch", least=-1)
+    microbatch: int = flag(-1, "images in one forward pass; -1 or 0: the whole batch", least=-1)
     lr: float = flag(1e-4, "learning rate", least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
     lr_anneal_steps: int = flag(
@@ -252,13 +256,15 @@ class SamplingOptions:
     sampler: str = flag(
         "",
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
-        choices=(*("", "ddpm", "ddim", "dpm_solver", "dpm_solver++", "sde_dpm_solver++", "unipc"),),
+        choices=("", "ddpm", "ddim", *SOLVERS),
     )
     steps: int = flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
     dpm_solver: bool = flag(False, "sample with DPM-Solver++")
     use_ddim: bool = flag(False, "sample with DDIM")
     eta: float = flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
-    order: int = flag(2, "order of DPM-Solver and UniPC: 1, 2 or 3", least=1, most=3)
+    order: int = flag(
+        2, "order of DPM-Solver and UniPC: 1, 2 or 3; sde_dpm_solver++ has 1 and 2", least=1, most=3
+    )
     method: str = flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
     skip_type: str = flag(
         "time_uniform",
@@ -349,6 +355,19 @@ LATER: dict[str, Any] = {
 }
 """Recorded flags that older checkpoints do not know, with what those were trained with."""
 
+ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
+    "ss_blocks": ("version", ("2",)),
+    "use_ddim": ("sampler", ("ddim",)),
+    "dpm_solver": ("sampler", (*DPM_SOLVERS, "sde_dpm_solver++")),
+    "eta": ("sampler", ("ddim",)),
+    "order": ("sampler", SOLVERS),
+    "skip_type": ("sampler", SOLVERS),
+    "method": ("sampler", DPM_SOLVERS),
+    "timestep_respacing": ("steps", (0,)),
+    "sigma_small": ("use_ddim", (False,)),
+}
+"""Flags that act only where another one has some values, which are these."""
+
 TRAIN = (
     DataOptions,
     NetworkOptions,
@@ -386,24 +405,37 @@ def fill(group: type[Group], values: dict[str, Any]) -> Group:
     chosen = {name: value for name, value in values.items() if name in known}
     for name, value in chosen.items():
         least, most = known[name]["least"], known[name]["most"]
-        if isinstance(value, int | float) and not least <= value <= most:
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if endless or (isinstance(value, int | float) and not least <= value <= most):
+            bounds = f"{least} to {most}" if most < math.inf else f"{least} or more"
             raise UserError(
                 f"--{name}",
                 found=value,
-                expected=f"{least} to {most}" if most < math.inf else f"{least} or more",
+                expected="a finite number" if endless else bounds,
                 mend=f"Leave --{name} away for its default.",
             )
     return group(**chosen)
 
 
-def dead_flags(groups: Iterable[type], typed: dict[str, Any]) -> list[str]:
-    """Say, for every typed flag that does nothing, why."""
-    return [
+def dead_flags(
+    groups: Iterable[type], typed: dict[str, Any], settled: Mapping[str, Any] = {}
+) -> list[str]:
+    """Say, for every typed flag that does nothing, why.
+
+    ``settled`` is what came of the flags that :data:`ONLY` asks about, as far as they are there.
+    """
+    dead = [
         f"--{entry.name} has no effect: {entry.metadata['dead']}"
         for group in groups
         for entry in fields(group)
         if entry.name in typed and entry.metadata["dead"]
     ]
+    idle = [
+        f"--{name} has no effect with --{other} {settled[other]}"
+        for name, (other, values) in ONLY.items()
+        if typed.get(name, False) is not False and settled.get(other, values[0]) not in values
+    ]
+    return dead + idle
 
 
 def recorded(*options: Any) -> dict[str, Any]:

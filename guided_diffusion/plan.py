@@ -109,6 +109,13 @@ def spelled(typed: dict[str, Any]) -> dict[str, Any]:
     return typed if classes is None else {**typed, "mask_labels": str(classes)}
 
 
+def sampler_of(options: SamplingOptions) -> str:
+    """The sampler that the flags choose, by its name there."""
+    return options.sampler or (
+        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
+    )
+
+
 def make_plan(
     options: SamplingOptions,
     run: RunOptions,
@@ -119,9 +126,7 @@ def make_plan(
     own: bool,
 ) -> Plan:
     """Settle how masks are drawn."""
-    sampler = options.sampler or (
-        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
-    )
+    sampler = sampler_of(options)
     clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
     levels = sampling_levels(diffusion, sampler, options, typed)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
@@ -194,6 +199,13 @@ def sampling_levels(
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
 
 
-def settle_precision(run: Run) -> Run:
-    """Let ``--use_fp16`` mean ``--precision fp16``."""
+def settle_precision(run: Run, typed: dict[str, Any]) -> Run:
+    """Let ``--use_fp16`` mean ``--precision fp16``; refuse another one beside it."""
+    if run.use_fp16 and typed.get("precision", "fp16") != "fp16":
+        raise UserError(
+            "--precision",
+            found=f"{run.precision} with --use_fp16 True",
+            expected="only one of the two",
+            mend="Leave --use_fp16 away.",
+        )
     return replace(run, precision="fp16") if run.use_fp16 else run

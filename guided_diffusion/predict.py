@@ -158,7 +158,7 @@ def _results(
         cases = [dataset[index] for index in indices]
         film = Film(segmenter, cases[0].name, show=_show) if logger.watched() else None
         results = segmenter.segment(cases, film)
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError, ValueError) as error:
         results, why = [], (str(error).splitlines() or [repr(error)])[0]
     # The error is gone by now, and with it the memory of what it interrupted.
     if results:

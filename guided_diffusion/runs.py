@@ -41,6 +41,7 @@ from guided_diffusion.matching import (
     checkpoint_to_resume,
     frame_for,
     network_for,
+    overwriting_notes,
     plainly,
     read_as,
     settled,
@@ -64,7 +65,7 @@ from guided_diffusion.options import (
     recorded,
     refuse_contradictions,
 )
-from guided_diffusion.plan import settle_precision, trained_flags
+from guided_diffusion.plan import sampler_of, settle_precision, trained_flags
 from guided_diffusion.predict import segment
 from guided_diffusion.provenance import described, note_sampling
 from guided_diffusion.report import write_report
@@ -98,7 +99,7 @@ from guided_diffusion.watching import (
 def train(typed: dict[str, Any]) -> None:
     """Train on a data set: what ``segmentation_train.py`` does with the flags typed."""
     options = settled(fill(TrainingOptions, typed), typed)
-    run, watch = settle_precision(fill(RunOptions, typed)), fill(WatchOptions, typed)
+    run, watch = settle_precision(fill(RunOptions, typed), typed), fill(WatchOptions, typed)
     launch(run.multi_gpu)
     setup_dist()
     path, start = checkpoint_to_resume(options, run)
@@ -153,7 +154,8 @@ def train(typed: dict[str, Any]) -> None:
         logger.log(lacking_note(lacking, training=True))
     attention = attention_notes(network) if "attention_resolutions" in typed else []
     for note in [
-        *dead_flags(TRAIN, typed),
+        *overwriting_notes(run, start),
+        *dead_flags(TRAIN, typed, vars(network)),
         *attention,
         *dataset.notes,
         *validation_notes(validation),
@@ -222,12 +224,12 @@ def sample(typed: dict[str, Any]) -> None:
     setup_dist()
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
     logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
-    for note in dead_flags(SAMPLE, typed):
-        logger.log(note)
     dataset, segmenter, checkpoint = _loaded(typed)
-    for note in [*dataset.notes, str(dataset), str(segmenter)]:
+    version = trained_as(checkpoint)["version"]
+    settled = {**vars(options), "sampler": sampler_of(options), "version": version}
+    dead = dead_flags(SAMPLE, typed, settled)
+    for note in [*dead, *dataset.notes, str(dataset), str(segmenter)]:
         logger.log(note)
-    end = "_<class>" if segmenter.classes else ""
     out_dir, fingerprint = Path(run.out_dir).expanduser(), _fingerprint(segmenter, dataset)
     names = segment(
         segmenter,
@@ -247,10 +249,11 @@ def sample(typed: dict[str, Any]) -> None:
             seed=segmenter.plan.seed,
             options=checkpoint.options,
         )
-    logger.log(
-        f"{len(names)} cases in {run.out_dir}: <case>_mask.png, <case>_output_ens{end}.png, "
-        f"<case>_uncertainty.png, <case>_overlay.png, <case>_output<i>{end}.png, predictions.csv"
-    )
+    end = "_<class>" if segmenter.classes else ""
+    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
+    kinds += ([] if version == "plain" else [f"coarse{end}"]) + ["debug"] * options.debug
+    files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
+    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
 
 
 def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter]:

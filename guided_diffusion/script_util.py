@@ -90,6 +90,13 @@ def create_model(
 
     One ``of_images`` has no condition: all its input channels are what is diffused.
     """
+    if of_images and network.version != "plain":
+        raise UserError(
+            "--version",
+            found=network.version,
+            expected="plain, for the others are made to segment an image given as condition",
+            mend="Leave --version away.",
+        )
     mask_channels = network.in_ch if of_images else count_masks(classes)
     channel_mult, attention_ds = _channel_mult(network), _attention_ds(network)
     for level, factor in enumerate(channel_mult):

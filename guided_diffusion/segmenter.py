@@ -178,7 +178,8 @@ class Segmenter:
         flags: dict[str, Any],
     ) -> Segmenter:
         """Build what a checkpoint holds, ready to draw as the flags say."""
-        options, run = fill(SamplingOptions, flags), settle_precision(fill(RunOptions, flags))
+        options = fill(SamplingOptions, flags)
+        run = settle_precision(fill(RunOptions, flags), flags)
         trained = trained_flags(checkpoint, flags, path)
         diffusion, classes = fill(DiffusionOptions, trained), find_classes(trained["mask_labels"])
         process = create_gaussian_diffusion(diffusion, network.version)

@@ -46,11 +46,13 @@ class SourceOptions:
 class ImageNetworkOptions(NetworkOptions):
     """The network that denoises images; recorded in the checkpoint."""
 
+    version: str = flag("plain", "network; plain alone diffuses images")
     image_size: int = flag(
         128, "height and width the network works at, in pixels", alias="--img_size"
     )
     in_ch: int = flag(1, "image channels; follows the data by itself")
     class_cond: bool = flag(False, "condition on the image-level label; segmentation needs it")
+    ss_blocks: int = flag(2, "SS-Former blocks", dead="the plain network has none", least=1)
     model_name: str = flag("unet", "network", choices=("unet",), run=True)
 
 

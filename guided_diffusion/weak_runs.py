@@ -55,7 +55,7 @@ def draw_images(typed: dict[str, Any]) -> None:
     """
     options, run = fill(ImageSamplingOptions, typed), fill(WeakRunOptions, typed)
     logger.configure()
-    for note in dead_flags(SAMPLE_IMAGES, typed):
+    for note in dead_flags(SAMPLE_IMAGES, typed, vars(options)):
         logger.log(note)
     model = load_image_model(
         typed, folder=run.out_dir, weights=options.weights, clip=options.clip_denoised

@@ -22,7 +22,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.guidance import classification_losses
 from guided_diffusion.lessons import Lesson, images_alone, labelled_images
-from guided_diffusion.matching import checkpoint_to_resume, settled
+from guided_diffusion.matching import checkpoint_to_resume, overwriting_notes, settled
 from guided_diffusion.options import (
     WatchOptions,
     dead_flags,
@@ -103,7 +103,7 @@ def open_labelled(flags: dict[str, Any], part: str) -> LabelledImages:
 def train_images(typed: dict[str, Any]) -> None:
     """Train a diffusion of images: what ``train_tumor_ddfm.py`` does with the flags typed."""
     options = settled(fill(ImageTrainingOptions, typed), typed)
-    run = settle_precision(fill(WeakRunOptions, typed))
+    run = settle_precision(fill(WeakRunOptions, typed), typed)
     launch(run.multi_gpu)
     setup_dist()
     path, start = checkpoint_to_resume(options, run)
@@ -140,7 +140,7 @@ def train_classifier(typed: dict[str, Any]) -> None:
     options = settled(fill(ClassifierTrainingOptions, typed), typed)
     if options.anneal_lr and options.max_steps:
         options = replace(options, lr_anneal_steps=options.max_steps)
-    run = settle_precision(fill(WeakRunOptions, typed))
+    run = settle_precision(fill(WeakRunOptions, typed), typed)
     launch(run.multi_gpu)
     setup_dist()
     top = Path(run.out_dir).expanduser()
@@ -296,7 +296,7 @@ def _run(
         loop.restore(start)
         logger.log(f"resuming {path} at step {start.step}")
     positive = sum(dataset.labels.values())
-    for note in [*notes, *dataset.notes]:
+    for note in [*overwriting_notes(run, start), *notes, *dataset.notes]:
         logger.log(note)
     logger.log(
         f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal; "

@@ -399,6 +399,7 @@ def test_from_images_to_scores(version: str, brats: Path, tmp_path: Path) -> Non
     command = ["--model_path", tmp_path, "--data_dir", brats / "testing", "--out_dir", masks, *FEW]
     said = succeeded(script("segmentation_sample", *command, "--coarse", "blend"))
     assert "coarse mask: blend" in said
+    assert "<case>_coarse.png, predictions.csv" in said
     coarse = sorted(masks.glob("*_coarse.png"))
     assert len(coarse) == 2
     with Image.open(coarse[0]) as picture:

@@ -336,6 +336,12 @@ def test_normalisation_is_computed_in_float32(dtype):
     assert norm(x).dtype == dtype
 
 
+def test_a_group_of_one_value_is_normalised_to_the_bias():
+    norm = fill(GroupNorm32(32))
+    for x in (normals(1, 32, 1, 1), normals(1, 32)):
+        torch.testing.assert_close(norm(x).flatten(), norm.bias, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
 def test_residual_block_by_the_formula(resample, scale_shift):

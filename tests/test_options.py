@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -259,6 +260,34 @@ def test_dead_flags_say_so() -> None:
     assert dead_flags(SAMPLE, {"dpm_solver": True}) == []
 
 
+@pytest.mark.parametrize(
+    ("typed", "settled", "idle"),
+    [
+        ({"ss_blocks": 2}, {"version": "new"}, "--ss_blocks has no effect with --version new"),
+        ({"ss_blocks": 2}, {"version": "2"}, ""),
+        ({"eta": 0.0}, {"sampler": "ddpm"}, "--eta has no effect with --sampler ddpm"),
+        ({"eta": 1.0}, {"sampler": "ddim"}, ""),
+        ({"order": 2}, {"sampler": "ddim"}, "--order has no effect with --sampler ddim"),
+        ({"order": 2, "skip_type": "logSNR"}, {"sampler": "unipc"}, ""),
+        ({"skip_type": "logSNR"}, {"sampler": "ddpm"}, "--skip_type has no effect with"),
+        ({"method": "singlestep"}, {"sampler": "unipc"}, "--method has no effect with"),
+        ({"method": "singlestep"}, {"sampler": "sde_dpm_solver++"}, "--method has no effect with"),
+        ({"method": "singlestep"}, {"sampler": "dpm_solver"}, ""),
+        ({"use_ddim": True}, {"sampler": "dpm_solver++"}, "--use_ddim has no effect with"),
+        ({"use_ddim": False}, {"sampler": "dpm_solver++"}, ""),
+        ({"dpm_solver": True}, {"sampler": "ddim"}, "--dpm_solver has no effect with"),
+        ({"dpm_solver": True}, {"sampler": "sde_dpm_solver++"}, ""),
+        ({"timestep_respacing": "5"}, {"steps": 7}, "--timestep_respacing has no effect with"),
+        ({"timestep_respacing": "5"}, {"steps": 0}, ""),
+    ],
+)
+def test_flags_that_another_one_makes_idle_say_so(
+    typed: dict[str, Any], settled: dict[str, Any], idle: str
+) -> None:
+    notes = dead_flags(SAMPLE, typed, settled)
+    assert len(notes) == bool(idle) and "".join(notes).startswith(idle)
+
+
 def test_help_comes_before_torch() -> None:
     for file in (*FILES.values(), "make_phantoms"):
         program = (
@@ -295,6 +324,15 @@ def test_help_answers_in_half_a_second(name: str) -> None:
 def test_fill_takes_its_own_flags_only() -> None:
     options = fill(TrainingOptions, {"lr": 0.5, "image_size": 32})
     assert options == TrainingOptions(lr=0.5)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_flag_takes_what_is_no_finite_number(value: float) -> None:
+    for group in dict.fromkeys([*TRAIN, *SAMPLE, *SCORE]):
+        for name in (e.name for e in fields(group) if get_type_hints(group)[e.name] is float):
+            with pytest.raises(UserError, match=f"--{name}: found {value}, expected a finite"):
+                fill(group, {name: value})
+    assert fill(TrainingOptions, {"max_steps": 10**400}).max_steps == 10**400
 
 
 def test_a_checkpoint_forgets_what_belongs_to_a_run() -> None:

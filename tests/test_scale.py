@@ -273,7 +273,8 @@ def test_the_map_of_doubt_is_the_one_asked_for(brats: Path, trained: Path, tmp_p
 
 def test_a_strip_shows_all_that_there_is(brats: Path, trained: Path, tmp_path: Path) -> None:
     arguments = [*sampling(brats / "training", trained, tmp_path), "--debug", True]
-    succeeded(script("segmentation_sample", *arguments, "--num_samples", 1))
+    said = succeeded(script("segmentation_sample", *arguments, "--num_samples", 1))
+    assert "<case>_output<i>.png, <case>_debug.png, predictions.csv" in said
     (strip,) = tmp_path.glob("*_debug.png")
     name = strip.name.removesuffix("_debug.png")
     shown = pixels(strip)[..., 0]

@@ -293,6 +293,17 @@ def test_pixels_where_one_header_says_nothing(tmp_path):
     assert (summary["distances"]["unit"], summary["scores"]["hd95"]["mean"]) == ("mm", 4)
 
 
+def test_nothing_is_left_where_every_truth_is_empty_and_skipped(tmp_path):
+    files = {"a_output_ens.png": SQUARE, "b_output_ens.png": EMPTY}
+    found, truths = folder(tmp_path, files, {"a": EMPTY, "b": EMPTY})
+    command = ["--inp_pth", found, "--out_pth", truths, "--empty", "skip"]
+    succeeded(script("segmentation_env", *command))
+    summary = json.loads((found / "summary.json").read_text("utf-8"))
+    assert (summary["cases"], summary["dice"]) == (2, None)
+    doubt = summary["uncertainty"]
+    assert (doubt["correlation"], doubt["auroc"], doubt["low_cases"]) == (None, None, 0)
+
+
 # ---------------------------------------------------------------------------------- comparison
 
 
@@ -319,6 +330,9 @@ def test_two_folders_compared(tmp_path):
     (tmp_path / "two/7_output_ens.png").unlink()
     told = refused(script("segmentation_env", *command, "--partial", True))
     assert "--compare: found 1 cases in" in told and "alone (7)" in told
+    assert "--partial" not in told, "it is given"
+    (tmp_path / "gt/7.png").unlink()
+    succeeded(script("segmentation_env", *command, "--partial", True))
 
 
 # ------------------------------------------------------------------------------------ bad input

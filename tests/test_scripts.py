@@ -295,6 +295,22 @@ def test_samplers_and_their_steps(
         assert plan.options["order"] == 3
 
 
+def test_flags_without_effect_are_told(trained: Path, brats: Path, tmp_path: Path) -> None:
+    more = ["--steps", 2, "--timestep_respacing", 5, "--eta", 1, "--method", "singlestep"]
+    more += ["--dpm_solver", True, "--use_ddim", True, "--sampler", "unipc", "--ss_blocks", 2]
+    said = succeeded(sample(trained, brats / "testing", tmp_path / "out", *more))
+    assert [line.split()[0] for line in said.splitlines() if " no effect with --" in line] == [
+        *("--ss_blocks", "--use_ddim", "--dpm_solver", "--eta", "--method"),
+        "--timestep_respacing",
+    ]
+    assert "--eta has no effect with --sampler unipc" in said
+    said = succeeded(sample(trained, brats / "testing", tmp_path / "out", *FEW, "--order", 3))
+    assert "--order has no effect with --sampler ddpm" in said
+    command = [*training(brats, tmp_path / "run"), "--max_steps", 1, "--ss_blocks", 3]
+    said = succeeded(script("segmentation_train", *command))
+    assert "--ss_blocks has no effect with --version plain" in said
+
+
 def test_the_range_of_clipping(
     trained: Path, brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,10 +484,16 @@ BAD_TRAINING: dict[str, Slip] = {
     "negative limit": (lambda b, r, t: ["--max_steps", -5], ("--max_steps", "-5")),
     "no interval": (lambda b, r, t: ["--save_interval", 0], ("--save_interval", "0")),
     "negative rate": (lambda b, r, t: ["--lr", -1], ("--lr", "-1")),
-    "no rate": (lambda b, r, t: ["--lr", "nan"], ("--lr", "nan")),
+    "no rate": (lambda b, r, t: ["--lr", "nan"], ("--lr", "nan", "finite")),
+    "endless rate": (lambda b, r, t: ["--lr", "inf"], ("--lr", "inf", "finite")),
     "negative decay": (lambda b, r, t: ["--weight_decay", -1], ("--weight_decay", "-1")),
     "dropout": (lambda b, r, t: ["--dropout", 2], ("--dropout", "2")),
     "workers": (lambda b, r, t: ["--num_workers", -1], ("--num_workers", "-1")),
+    "no device": (lambda b, r, t: ["--gpu_dev", "abc"], ("--gpu_dev", "'abc'", "an index from 0")),
+    "two precisions": (
+        lambda b, r, t: ["--precision", "bf16", "--use_fp16", True],
+        ("--precision", "bf16", "--use_fp16 True"),
+    ),
     "seed": (lambda b, r, t: ["--seed", 2**70], ("--seed", str(2**70))),
     "averages": (lambda b, r, t: ["--ema_rate", "fast"], ("--ema_rate", "fast")),
     "no averages": (lambda b, r, t: ["--ema_rate", ""], ("--ema_rate",)),
@@ -546,7 +568,12 @@ BAD_SAMPLING: dict[str, Slip] = {
         lambda b, r, t: ["--order", 4, "--dpm_solver", True],
         ("--order", "4", "1 to 3"),
     ),
+    "endless noise": (lambda b, r, t: ["--temperature", "inf"], ("--temperature", "inf", "finite")),
     "much noise": (lambda b, r, t: ["--eta", 5, "--use_ddim", True], ("--eta", "5")),
+    "two precisions": (
+        lambda b, r, t: ["--precision", "fp32", "--use_fp16", True],
+        ("--precision", "fp32", "--use_fp16 True"),
+    ),
     "no folder to write": (lambda b, r, t: ["--out_dir", under_a_file(t)], ("--out_dir", "file")),
     "bare weights of another width": (
         lambda b, r, t: ["--model_path", legacy(r, t / "w.pt"), *NETWORK, "--num_channels", 64],

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import process, script, succeeded, training
+from conftest import process, refused, script, succeeded, training
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import Dataset
@@ -284,6 +284,8 @@ def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) ->
     assert "--resume auto" not in succeeded(script("segmentation_train", *command))
     said = succeeded(script("segmentation_train", *command))
     assert f"{tmp_path / LATEST} exists" in said and "--resume auto" in said
+    never = script("segmentation_train", *command, "--in_ch", 4)
+    assert "--in_ch" in refused(never) and never.out == ""
 
 
 def test_resume_auto_starts_where_there_is_nothing(brats: Path, tmp_path: Path) -> None:

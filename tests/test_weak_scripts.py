@@ -409,8 +409,10 @@ def test_drawn_images_depend_on_seed_and_number_alone(weakly_trained: Path, tmp_
     assert images.dtype == np.uint8 and images.std() > 0
     assert classes.dtype == np.int64 and set(classes) <= {0, 1}
     assert np.abs(images.astype(int) - again.astype(int)).max() <= 1
-    plain = ["--save_dir", folder, "--num_samples", 3, "--steps", 4]
-    succeeded(script("image_tumor_sample", *plain, "--class_index", 1, "--sigma_small", True))
+    plain = ["--save_dir", folder, "--num_samples", 3, "--steps", 4, "--sigma_small", True]
+    said = succeeded(script("image_tumor_sample", *plain, "--use_ddim", True))
+    assert "--sigma_small has no effect with --use_ddim True" in said
+    succeeded(script("image_tumor_sample", *plain, "--class_index", 1))
     with np.load(folder / "samples_3x16x16x1.npz") as arrays:
         assert (arrays["arr_0"] != images).any() and arrays["arr_1"].tolist() == [1, 1, 1]
 
@@ -679,8 +681,21 @@ def test_two_networks_of_two_sizes_are_refused(
 
 def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: Path) -> None:
     common = ["--src_dir", weak_data, "--save_dir", tmp_path]
-    succeeded(script("train_tumor_ddfm", *common, *SMALL, *SCHEDULE, *SHORT, "--max_steps", 1))
+    train = [*common, *SMALL, *SCHEDULE, *SHORT, "--max_steps", 1]
+    assert "--resume auto" not in succeeded(script("train_tumor_ddfm", *train))
+    assert script("train_tumor_ddfm", *train, "--in_ch", 3).out == ""
+    assert "exists and will be overwritten" in succeeded(script("train_tumor_ddfm", *train))
     assert "found a diffusion without classes" in refused(script("image_p_seg", *common))
+
+
+@pytest.mark.parametrize("version", ["1", "new", "2"])
+def test_images_are_diffused_by_the_plain_network_alone(
+    weak_data: Path, tmp_path: Path, version: str
+) -> None:
+    common = ["--src_dir", weak_data, "--save_dir", tmp_path / "run", *SMALL, "--max_steps", 1]
+    said = refused(script("train_tumor_ddfm", *common, "--version", version))
+    assert f"--version: found {version}, expected plain" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_split_files_that_do_not_fit(arrays: Path) -> None:
