@@ -104,6 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_channels", type=int, default=64)
     parser.add_argument("--num_res_blocks", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--use_checkpoint", action="store_true", help="recompute activations")
     parser.add_argument("--rounds", type=int, default=8, help="turns each way takes")
     parser.add_argument("--steps", type=int, default=3, help="steps in one turn")
     return parser.parse_args()
@@ -120,6 +121,7 @@ def build(arguments: argparse.Namespace) -> tuple[UNetModel, GaussianDiffusion]:
         learn_sigma=True,
         use_scale_shift_norm=False,
         attention_resolutions="16",
+        use_checkpoint=getattr(arguments, "use_checkpoint", False),
     )
 
 
@@ -129,10 +131,11 @@ def our_loop(
     device: torch.device,
     precision: str,
     folder: Path,
+    compile: str = "",
 ) -> TrainLoop:
     net, diffusion = build(arguments)
     return TrainLoop(
-        place(net, device),
+        place(net, device, compile=compile),
         diffusion,
         dataset=data,
         schedule_sampler=UniformSampler(len(diffusion.kept)),

@@ -91,3 +91,24 @@ def test_the_network_without_diffusion_answers_at_once(versions: ModuleType) -> 
     prediction = diffusion.denoiser(net, None)(torch.randn_like(truth), level)
     assert_close(prediction.x0, torch.zeros_like(truth))
     assert not any(x.any() or t.any() for x, t in asked)
+
+
+@pytest.mark.slow
+def test_what_a_device_reaches(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Shrunk, on whatever there is: each way has its row, measured by the first."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    device = importlib.import_module("device")
+    small = "--image_size 32 --num_channels 32 --num_res_blocks 1 --images 1 --steps 2 --repeats 1"
+    flags = [*small.split(), "--batches", "1", "2", "--compile", ""]
+    monkeypatch.setattr(sys, "argv", ["device.py", *flags])
+    device.main()
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split(" | ") for line in lines if "| ours" in line or "| the parents'" in line]
+    assert [row[0].removeprefix("| ") for row in table] == [
+        "the parents' procedure, batch 1, fp32",
+        *("ours, fp32", "ours, bf16"),
+    ]
+    first = float(table[0][1])
+    for _, rate, times, *_ in table:
+        assert float(times) == pytest.approx(float(rate) / first, abs=0.01)
+    assert sum(line.startswith(("| plain", "| --use_checkpoint")) for line in lines) == 4
