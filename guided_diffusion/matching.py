@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.checkpoint import (
     LATEST,
@@ -49,7 +51,7 @@ def plainly(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def settled(options: Training, typed: dict[str, Any]) -> Training:
-    """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse impossible rates."""
+    """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse what cannot be."""
     rates = numbers("ema_rate", options.ema_rate, float)
     if not rates or not all(0 <= rate <= 1 for rate in rates):
         raise UserError(
@@ -57,6 +59,14 @@ def settled(options: Training, typed: dict[str, Any]) -> Training:
             found=repr(options.ema_rate),
             expected="decay rates from 0 to 1, separated by commas",
             mend="Leave --ema_rate away for 0.9999.",
+        )
+    graphs = typed.get("compile") in ("reduce-overhead", "max-autotune")
+    if graphs and options.microbatch > 0 and torch.cuda.is_available():
+        raise UserError(
+            "--compile",
+            found=f"{typed['compile']} with --microbatch {options.microbatch}",
+            expected="default, where gradients are added up: a replayed graph overwrites them",
+            mend="Use --compile default, or leave --microbatch away.",
         )
     if options.lr_anneal_steps and "max_steps" not in typed:
         return replace(options, max_steps=options.lr_anneal_steps)

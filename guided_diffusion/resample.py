@@ -18,6 +18,9 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 class ScheduleSampler(Protocol):
     """The contract: draw positions, learn from their losses, remember across a restart."""
 
+    learns: bool
+    """Whether :meth:`update` is worth a call."""
+
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
         """Draw int64 [batch] positions and float32 [batch] loss weights from the global RNG."""
 
@@ -33,6 +36,8 @@ class ScheduleSampler(Protocol):
 
 class UniformSampler:
     """Every time equally often, weight 1."""
+
+    learns = False
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -57,6 +62,8 @@ class LossSecondMomentResampler:
 
     Uniform until every time has a full history; a small share stays uniform for ever.
     """
+
+    learns = True
 
     def __init__(self, count: int, history: int = 10, uniform_share: float = 0.001) -> None:
         self.uniform_share = uniform_share

@@ -169,7 +169,19 @@ class TrainLoop:
         self._set_rate()
 
     def run_loop(self) -> Path:
-        """Train to the end, or until SIGTERM or Ctrl-C, and return the last checkpoint."""
+        """Train to the end, or until SIGTERM or Ctrl-C, and return the last checkpoint.
+
+        Raises:
+            UserError: not all processes start at the same step.
+        """
+        starts = gathered(torch.tensor([self.step])).tolist()
+        if len(set(starts)) > 1:
+            raise UserError(
+                "--out_dir",
+                found=f"{self.folder}, from which the processes continue at steps {starts}",
+                expected="one folder that all nodes share",
+                mend="Put it on a file system that every node sees.",
+            )
         batches = stream(
             self.dataset,
             self.options.batch_size,
@@ -270,7 +282,8 @@ class TrainLoop:
             terms = {name: values.detach() for name, values in terms.items()}
             losses.append(terms["loss"])
             self.log.losses(t[rows], terms)
-        self.schedule_sampler.update(gathered(positions), gathered(torch.cat(losses)))
+        if self.schedule_sampler.learns:
+            self.schedule_sampler.update(gathered(positions), gathered(torch.cat(losses)))
         return total
 
     def _draw(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,9 +15,12 @@ from conftest import ROOT, training
 from test_training import make_loop, rows
 from torch.testing import assert_close
 
-from guided_diffusion import logger
+from guided_diffusion import logger, train_util
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
 from guided_diffusion.dist_util import launch, setup_dist
+from guided_diffusion.errors import UserError
+from guided_diffusion.matching import settled
+from guided_diffusion.options import TrainingOptions
 
 PROGRAM = """
 import sys
@@ -25,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 import torch
 torch.set_num_threads(1)
-from guided_diffusion import logger
+from guided_diffusion import logger, train_util
 from guided_diffusion.dist_util import rank, setup_dist
 from test_training import make_loop
 setup_dist()
@@ -220,3 +223,22 @@ def test_devices_are_counted_among_those_one_was_given(
     with pytest.raises(SystemExit) as left:
         launch("1, 0")
     assert left.value.code == 3 and seen == [(chosen, True)]
+
+
+def test_processes_that_start_at_different_steps_are_refused(
+    quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node with a folder of its own: only the first has the checkpoint to go on from."""
+    monkeypatch.setattr(train_util, "gathered", lambda values: torch.cat([values, values + 7]))
+    with pytest.raises(UserError, match=r"--out_dir.*\[0, 7\]"):
+        make_loop(tmp_path, max_steps=1).run_loop()
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_replayed_graphs_and_added_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, typed = TrainingOptions(microbatch=2), {"compile": "reduce-overhead"}
+    assert settled(options, typed) == options, "without CUDA there are no graphs"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settled(options, {"compile": "default"}) == options
+    with pytest.raises(UserError, match="--microbatch 2"):
+        settled(options, typed)
