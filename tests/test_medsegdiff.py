@@ -9,7 +9,13 @@ from torch import nn
 
 from guided_diffusion.checkpoint import Checkpoint, load_weights
 from guided_diffusion.errors import UserError
-from guided_diffusion.highway import BatchNorm32, FFParser, Highway, interpolate_spectrum
+from guided_diffusion.highway import (
+    BatchNorm32,
+    ConvUnit,
+    FFParser,
+    Highway,
+    interpolate_spectrum,
+)
 from guided_diffusion.medsegdiff import HighwayUNet
 from guided_diffusion.script_util import (
     adopted,
@@ -453,3 +459,46 @@ def test_shallow_networks_have_the_gates_their_levels_allow():
         for net in nets.values()
     ]
     assert widths == [[], [32], [32, 64, 64, 64]]
+
+
+# a new highway
+
+
+def test_dropout_lies_on_the_way_down_alone():
+    net = Highway(3)
+    down, up = (
+        [unit for unit in part.modules() if isinstance(unit, ConvUnit)]
+        for part in (net.conv_blocks_context, net.conv_blocks_localization)
+    )
+    assert [unit.dropout for unit in down] == [0.5] * 12
+    assert [unit.dropout for unit in up] == [0.0] * 10
+
+
+def test_half_of_the_channels_are_dropped_whole_in_training_alone():
+    unit, x = ConvUnit(3, 512, 0.5), normals(2, 3, 8, 8)
+    kept = unit.eval()(x)
+    unit.instnorm = nn.Identity()
+    unit.train()
+    dropped = (unit(x).flatten(2) == 0).all(2)
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert not (kept.flatten(2) == 0).all(2).any()
+
+
+def test_convolutions_start_as_their_slope_asks():
+    """He et al. (2015): variance 2 / (1 + slope^2) over the inputs of a value, and no bias."""
+    layers = [layer for layer in Highway(3).modules() if isinstance(layer, nn.Conv2d)]
+    large = [layer for layer in layers if layer.weight.numel() > 4000]
+    assert len(large) > 5
+    for layer in large:
+        spread = float(layer.weight.detach().var()) * layer.weight[0].numel()
+        assert spread == pytest.approx(2 / 1.0001, rel=0.1)
+    assert not any(layer.bias.any() for layer in layers if layer.bias is not None)
+
+
+def test_a_new_filter_lets_nearly_all_pass():
+    """Of noise alone, as published networks start, next to nothing would come through the gate."""
+    x = normals(2, 4, 32, 32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        error = (FFParser(4, 32)(x) - x).square().mean() / x.square().mean()
+    assert 1e-5 < error < 1e-2

@@ -263,3 +263,29 @@ def test_the_condition_network_has_the_levels_of_the_other(widths):
     logits = torch.einsum("kc,bchw->bkhw", net.out.weight[..., 0, 0], seen.last)
     expected = torch.sigmoid(logits + net.out.bias[:, None, None])
     torch.testing.assert_close(seen.coarse, expected)
+
+
+def test_the_last_block_s_result_is_added_to_the_deepest_map():
+    net, (image, mask, t) = small("2"), inputs()
+    given, joined = [], []
+    net.middle_block.register_forward_pre_hook(lambda _, values: given.append(values[0]))
+    net.ss_former[-1].register_forward_hook(lambda *values: joined.append(values[-1]))
+    with torch.no_grad():
+        condition = net.encode(image)
+        net(mask, t, condition)
+        first = constrain(net.enter(mask, condition), condition.gate)
+        deepest = net.contract(first, net.embed(t))[-1]
+        projected = torch.einsum("oi,bihw->bohw", net.join.weight[..., 0, 0], joined[0])
+        expected = deepest + projected + net.join.bias[:, None, None]
+    torch.testing.assert_close(given[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_diffusion_network_is_shown_the_mask_alone():
+    """What it knows of the image comes through the gate and the deepest embedding."""
+    net, (image, mask, t) = small("2"), inputs()
+    with torch.no_grad():
+        condition, other = net.encode(image), net.encode(image.flip(-1))
+        assert torch.equal(condition.stem, other.stem)
+        assert net.input_blocks[0][0].in_channels == net.mask_channels == 1
+        swapped = type(condition)(condition.stem, other.gate, other.deepest, condition.coarse)
+        assert torch.equal(net(mask, t, swapped).raw, net(mask, t, other).raw)
