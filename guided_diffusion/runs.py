@@ -79,6 +79,7 @@ from guided_diffusion.script_util import (
     lacking_note,
     million,
     place,
+    spectra_gib,
     training_gib,
 )
 from guided_diffusion.segmenter import Segmenter
@@ -202,6 +203,11 @@ def _say_if_large(
         )
     if needed > LARGE_GIB and rank() == 0:
         logger.log(says)
+    if spectra_gib(network) > 0.5 and rank() == 0:
+        logger.log(
+            f"attention between spectra takes {spectra_gib(network):.1f} GiB for each image of a "
+            "batch, 16 times less with one more level (--channel_mult)"
+        )
 
 
 def _training_data(

@@ -150,6 +150,15 @@ def training_gib(parameters: int, averages: int) -> float:
     return 4 * parameters * (4 + averages) / 2**30
 
 
+def spectra_gib(network: NetworkOptions) -> float:
+    """What the matrices between spectra of version 2 take for one image, in GiB of float32.
+
+    Each block has two, of as many rows and columns as the deepest map has pixels.
+    """
+    pixels = (network.image_size >> (len(_channel_mult(network)) - 1)) ** 2
+    return 2 * network.ss_blocks * 4 * pixels**2 / 2**30 if network.version == "2" else 0.0
+
+
 def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
     """Build the classifier of noisy images from its scripts' flags.
 

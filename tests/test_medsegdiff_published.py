@@ -15,7 +15,12 @@ from guided_diffusion import runs
 from guided_diffusion.highway import Highway
 from guided_diffusion.options import NetworkOptions
 from guided_diffusion.options import fill as fill_options
-from guided_diffusion.script_util import attention_notes, create_model_and_diffusion, training_gib
+from guided_diffusion.script_util import (
+    attention_notes,
+    create_model_and_diffusion,
+    spectra_gib,
+    training_gib,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = json.loads((GOLDEN / "state_dicts_medsegdiff.json").read_text())
@@ -157,3 +162,11 @@ def test_a_network_that_cannot_fit_is_refused_before_it_is_built(brats, tmp_path
     said = succeeded(script("segmentation_train", *command, "--attention_resolutions", 24))
     assert "take 0.3 GiB before any activation" in said
     assert "--attention_resolutions 24 adds no attention: at 32 px" not in said, "32 // 24 is 1"
+
+
+def test_what_spectra_take():
+    """Two blocks of two matrices: of 64 x 64 numbers with 6 levels, of 2^28 with two."""
+    network = {"image_size": 256, "version": "2"}
+    assert spectra_gib(NetworkOptions(**network)) == 4 * 4 * 64**2 / 2**30
+    assert spectra_gib(NetworkOptions(**network, channel_mult="1,1")) == 4.0
+    assert spectra_gib(NetworkOptions(image_size=256, channel_mult="1,1")) == 0
