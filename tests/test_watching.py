@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -147,6 +149,44 @@ def test_a_picture_on_the_wire(server: Server) -> None:
     assert head == "data:image/png;base64"
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))))
     np.testing.assert_array_equal(shown, pixels)
+
+
+@pytest.mark.slow
+def test_a_real_server_keeps_lines_and_pictures(tmp_path: Path) -> None:
+    """Of visdom itself, where it is installed: what it stores is what was sent."""
+    pytest.importorskip("visdom", reason="visdom is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = "from visdom.server.run_server import main; main()"
+    flags = ["-port", str(port), "-bind_local", "-env_path", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", start, *flags]) as process:
+        try:
+            _wait_for(port)
+            sink = VisdomSink(port, environment="mine", timeout=10)
+            sink.numbers({"step": 10, "loss": 0.5, "lr": 1e-3})
+            sink.numbers({"step": 20, "loss": 0.25, "lr": 1e-3})
+            sink.picture("sampling", np.zeros((4, 5, 3), np.uint8), 7)
+            sink.close(patience=20)
+            body = json.dumps({"eid": "mine", "win": None}).encode()
+            with urlopen(f"http://127.0.0.1:{port}/win_data", body, timeout=10) as answer:
+                windows = json.loads(answer.read())
+        finally:
+            process.kill()
+    assert windows.keys() == {"loss", "lr", "sampling"}
+    (line,) = windows["loss"]["content"]["data"]
+    assert (line["x"], line["y"]) == ([10, 20], [0.5, 0.25])
+    assert windows["sampling"]["type"] == "image"
+    assert windows["sampling"]["content"]["caption"] == "step 7"
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as door:
+            if door.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"no server on port {port}")
 
 
 def test_a_server_that_is_away_costs_nothing() -> None:
