@@ -158,9 +158,14 @@ class TrainLoop:
             average.load(checkpoint.ema.get(rate, checkpoint.model))
         state = checkpoint.training
         self.best = state.get("best", self.best)
-        if "scaler" in state:
+        if state.get("scaler"):  # empty where nothing was scaled
             self.scaler.load_state_dict(state["scaler"])
-            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        own = self.schedule_sampler.state_dict()
+        history = state.get("schedule_sampler", own)
+        if history.keys() == own.keys():
+            self.schedule_sampler.load_state_dict(history)
+        else:
+            logger.log("--schedule_sampler is not the checkpoint's: its history starts anew")
         if state:
             names = [name for name, _ in self.net.named_parameters()]
             known = [index for index, name in enumerate(names) if name not in lacking]
@@ -445,10 +450,11 @@ def _fitted(
     """Bring an optimiser's moments into the memory order of the parameters they belong to.
 
     The optimiser's i-th parameter is our ``known[i]``-th. Moments are cut as the parents'
-    two-channel head was cut, if it was.
+    two-channel head was cut, if it was. Steps are plain numbers where an old torch wrote them.
     """
 
-    def fitted(value: Tensor, parameter: Tensor) -> Tensor:
+    def fitted(value: Tensor | float, parameter: Tensor) -> Tensor:
+        value = torch.as_tensor(value, dtype=torch.float32)
         return torch.empty_like(parameter).copy_(value[: len(parameter)]) if value.ndim else value
 
     return {

@@ -333,14 +333,17 @@ def test_so_many_checkpoints_are_kept(
 
 @pytest.mark.parametrize("style", ["savedmodel", ""])
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("step", [float, int])
 def test_the_parents_three_files_continue(
-    style: str, channels_last: bool, quiet: None, tmp_path: Path
+    style: str, channels_last: bool, step: type, quiet: None, tmp_path: Path
 ) -> None:
     """The step after is the one that the run itself would have taken."""
     loop = make_loop(tmp_path)
     for _ in range(3):
         loop.run_step(batch_of(4))
     path = write_three_files(loop, tmp_path, style)
+    if step is int:
+        _as_an_old_torch_wrote_it(path.with_name(f"opt{style}000003.pt"))
 
     other = make_loop(tmp_path, channels_last=channels_last)
     start = with_companions(load_checkpoint(path), path, ["0.9", "0.99"])
@@ -397,6 +400,14 @@ def test_a_head_of_two_channels_is_cut_with_its_moments(quiet: None, tmp_path: P
             assert_close(own[moment], whole[moment][:1], rtol=0, atol=0)
         assert own["step"] == 3
     cut.run_step(batch_of(4))
+
+
+def _as_an_old_torch_wrote_it(path: Path) -> None:
+    """Count an optimiser's steps by a plain number, not a tensor."""
+    state = torch.load(path, weights_only=True)
+    for moments in state["state"].values():
+        moments["step"] = int(moments["step"])
+    torch.save(state, path)
 
 
 def write_three_files(loop: Any, folder: Path, style: str) -> Path:

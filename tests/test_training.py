@@ -279,6 +279,34 @@ def test_resuming_needs_no_network_flags(brats: Path, trained: Path, tmp_path: P
     assert continued.options == start.options
 
 
+@pytest.mark.parametrize(
+    ("first", "then"), [("uniform", "loss-second-moment"), ("loss-second-moment", "uniform")]
+)
+def test_another_schedule_sampler_starts_its_history_anew(
+    first: str, then: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_loop(tmp_path, max_steps=2, schedule_sampler=first).run_loop()
+    logger.configure()
+    resumed(make_loop(tmp_path, schedule_sampler=first), path)
+    assert "anew" not in capsys.readouterr().out
+    other = make_loop(tmp_path, max_steps=3, schedule_sampler=then)
+    resumed(other, path)
+    assert "--schedule_sampler is not the checkpoint's" in capsys.readouterr().out
+    assert not any(value.any() for value in other.schedule_sampler.state_dict().values())
+    assert load_checkpoint(other.run_loop()).step == 3
+
+
+def test_a_checkpoint_that_scaled_no_loss_continues_where_one_is_scaled(tmp_path: Path) -> None:
+    path = make_loop(tmp_path, max_steps=2).run_loop()
+    scaled = make_loop(tmp_path, max_steps=3)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    path = resumed(scaled, path).run_loop()
+    again = make_loop(tmp_path)
+    again.scaler = torch.amp.GradScaler("cpu")
+    assert resumed(again, path).scaler.get_scale() == 2, "a scale that was kept goes on"
+    assert resumed(make_loop(tmp_path), path).step == 3
+
+
 def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 1]
     assert "--resume auto" not in succeeded(script("segmentation_train", *command))
