@@ -156,6 +156,11 @@ class TrainLoop:
         self.step = checkpoint.step
         for rate, average in self.averages.items():
             average.load(checkpoint.ema.get(rate, checkpoint.model))
+        if new := [rate for rate in self.averages if rate not in checkpoint.ema]:
+            logger.log(
+                f"--ema_rate {','.join(new)}: the checkpoint has no such average, it starts from "
+                "the present weights"
+            )
         state = checkpoint.training
         self.best = state.get("best", self.best)
         if state.get("scaler"):  # empty where nothing was scaled

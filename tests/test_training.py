@@ -307,6 +307,17 @@ def test_a_checkpoint_that_scaled_no_loss_continues_where_one_is_scaled(tmp_path
     assert resumed(make_loop(tmp_path), path).step == 3
 
 
+def test_an_average_that_starts_anew_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_loop(tmp_path, max_steps=2).run_loop()
+    logger.configure()
+    resumed(make_loop(tmp_path), path)
+    assert "--ema_rate" not in capsys.readouterr().out
+    resumed(make_loop(tmp_path, ema_rate="0.9,0.95,0.5"), path)
+    assert "--ema_rate 0.95,0.5: the checkpoint has no such average" in capsys.readouterr().out
+
+
 def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 1]
     assert "--resume auto" not in succeeded(script("segmentation_train", *command))
