@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import whole
+from guided_diffusion.files import INTACT, whole
 
 FORMAT = "guided_diffusion checkpoint 1"
 LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
-
-_MEND = "Free some space or choose another --out_dir; earlier checkpoints are intact."
 
 Weights = dict[str, Tensor]
 
@@ -81,7 +79,7 @@ def save_checkpoint(
     for killed in folder.glob(".part-*model*.pt"):
         killed.unlink(missing_ok=True)
     path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
-    with whole(path, mend=_MEND) as part:
+    with whole(path, mend=INTACT) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
         call_also(path, folder / name)
@@ -93,7 +91,7 @@ def save_checkpoint(
 
 def call_also(path: Path, other: Path) -> None:
     """Give a finished checkpoint a second name, on the same bytes where the disk can."""
-    with whole(other, mend=_MEND) as part:
+    with whole(other, mend=INTACT) as part:
         _link_or_copy(path, part)
 
 
