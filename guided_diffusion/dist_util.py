@@ -35,6 +35,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launched() -> bool:
+    """Whether ``torchrun`` or another launcher started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
+
+
 def setup_dist() -> None:
     """Join the other processes that ``torchrun`` started, if any: by gloo, CUDA tensors by nccl.
 

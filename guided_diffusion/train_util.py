@@ -29,6 +29,7 @@ from guided_diffusion.dist_util import (
     barrier,
     beside,
     gathered,
+    launched,
     memory_gib,
     rank,
     shared,
@@ -45,6 +46,9 @@ from guided_diffusion.step_log import StepLog
 from guided_diffusion.stop_signal import StopSignal
 from guided_diffusion.stream import mix, stream
 from guided_diffusion.unet import UNetModel
+
+ECHO = 5.0
+"""Seconds within which a launcher may repeat a signal that this process has had already."""
 
 
 class Score(NamedTuple):
@@ -205,7 +209,7 @@ class TrainLoop:
         start, total = self.step, self.last_step
         hidden = True if rank() else None
         bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
-        with StopSignal() as stop:
+        with StopSignal(echo=ECHO if launched() else 0.0) as stop:
             with bar as progress:
                 while not agreed(bool(stop.wanted)) and (not total or self.step < total):
                     loss = self.run_step(next(batches))

@@ -27,6 +27,7 @@ from guided_diffusion.datasets import Batch, Case, collate
 from guided_diffusion.options import RunOptions, TrainingOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.stop_signal import StopSignal
 from guided_diffusion.stream import stream
 from guided_diffusion.train_util import ExponentialAverage, StepLog, TrainLoop
 
@@ -577,6 +578,35 @@ def test_a_second_signal_is_not_swallowed(tmp_path: Path) -> None:
     loop.run_step = stuck  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         loop.run_loop()
+
+
+@pytest.mark.parametrize("mark", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_may_repeat_the_signal(
+    number: signal.Signals, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun hands on what SLURM has sent to every process: the worker gets it twice."""
+    monkeypatch.setenv(mark, "1")
+    loop = make_loop(tmp_path, max_steps=50)
+    run_step = loop.run_step
+
+    def twice(batch: Batch) -> Tensor:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        return run_step(batch)
+
+    loop.run_step = twice  # type: ignore[method-assign]
+    assert load_checkpoint(loop.run_loop()).step == 1
+
+
+def test_a_later_signal_under_a_launcher_is_none_of_its_echoes() -> None:
+    with StopSignal(echo=0.1) as stop, pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wanted == "SIGINT"
+        time.sleep(0.15)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------ what is written
