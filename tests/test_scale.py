@@ -146,14 +146,21 @@ def test_rows_of_a_killed_process_are_not_lost(brats: Path, trained: Path, tmp_p
     assert len(rows(tmp_path)) == 4 and not (tmp_path / ".predictions-1.csv").exists()
 
 
+@pytest.mark.parametrize(("which", "compile"), [(0, ""), (0, "default"), (1, "")])
 def test_a_case_that_fails_does_not_take_others_along(
-    brats: Path, trained: Path, tmp_path: Path
+    which: int,
+    compile: str,
+    brats: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(brats / "training", data)
-    broken = sorted(data.rglob("*flair*"))[1]
+    broken = sorted(data.rglob("*flair*"))[which]
     broken.write_bytes(b"no NIfTI at all")
-    arguments = sampling(data, trained, out)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    arguments = [*sampling(data, trained, out), "--compile", compile]
     message = refused(script("segmentation_sample", *arguments))
     assert "1 of the cases" in message and broken.name in message
     assert len(rows(out)) == 3
@@ -161,6 +168,17 @@ def test_a_case_that_fails_does_not_take_others_along(
     shutil.copy(brats / "training" / broken.relative_to(data), broken)
     text = succeeded(script("segmentation_sample", *arguments))
     assert "3 of 4 cases are finished and kept" in text and len(rows(out)) == 4
+
+
+def test_where_no_case_can_be_read_the_first_one_says_why(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(brats / "testing", data)
+    broken = sorted(data.rglob("*flair*"))
+    for file in broken:
+        file.write_bytes(b"no NIfTI at all")
+    assert broken[0].name in refused(script("segmentation_sample", *sampling(data, trained, out)))
 
 
 @pytest.mark.parametrize(
