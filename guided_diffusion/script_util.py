@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -394,6 +395,26 @@ def place(net: Net, device: torch.device, *, compile: str = "") -> Net:
     if compile:
         net.compile(mode=compile)
     return net
+
+
+@contextmanager
+def compiling(active: object = True) -> Iterator[None]:
+    """Run what makes ``torch.compile`` compile; memory that runs out is another matter.
+
+    Raises:
+        UserError: the compiler does not work here.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise UserError(
+            "--compile",
+            found=(str(error).splitlines() or [repr(error)])[0],
+            expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
+            mend="Leave --compile away.",
+        ) from error
 
 
 def million(net: torch.nn.Module) -> str:

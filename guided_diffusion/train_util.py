@@ -42,6 +42,7 @@ from guided_diffusion.lessons import Lesson, masks_of_images
 from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.script_util import compiling
 from guided_diffusion.step_log import StepLog
 from guided_diffusion.stop_signal import StopSignal
 from guided_diffusion.stream import mix, stream
@@ -212,8 +213,10 @@ class TrainLoop:
         with StopSignal(echo=ECHO if launched() else 0.0) as stop:
             with bar as progress:
                 while not agreed(bool(stop.wanted)) and (not total or self.step < total):
-                    loss = self.run_step(next(batches))
-                    if self.run.compile and self.step == start + 1:
+                    batch, compiles = next(batches), self.run.compile and self.step == start
+                    with compiling(compiles):
+                        loss = self.run_step(batch)
+                    if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
                     if self.step % self.options.log_interval == 0 or self.step == total:
@@ -435,7 +438,7 @@ class TrainLoop:
         means = self.log.means(self.parameters, gathered)
         for name, value in means.items():
             logger.logkv(name, value)
-        if self.last_step:
+        if self.last_step and "steps_per_s" in means:
             left = (self.last_step - self.step) / means["steps_per_s"]
             logger.logkv("minutes_left", round(left / 60, 1))
         with progress.external_write_mode(sys.stdout):

@@ -736,6 +736,38 @@ def test_a_compiled_run_is_the_run(
     assert all(torch.equal(one.model[name], value) for name, value in other.model.items())
 
 
+def test_the_first_compiled_step_has_no_speed(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    command = [*training(brats, tmp_path), "--compile", "default", "--log_interval", 1]
+    succeeded(script("segmentation_train", *command, "--max_steps", 2))
+    first, second = rows(tmp_path / "progress.csv")
+    assert not first["steps_per_s"] and not first["minutes_left"]
+    assert float(second["steps_per_s"]) > 0 and float(second["minutes_left"]) == 0
+
+
+def test_training_without_a_compiler_says_so(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[RuntimeError] = []
+
+    def broken(*_: object) -> None:
+        raise raised[-1]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(TrainLoop, "forward_backward", broken)
+    command = [*training(brats, tmp_path), "--max_steps", 1]
+    raised.append(RuntimeError("no C++ compiler\nlong trace"))
+    error = refused(script("segmentation_train", *command, "--compile", "default"))
+    assert "--compile: found no C++ compiler, expected" in error and "Leave --compile" in error
+    with pytest.raises(RuntimeError, match="no C"):
+        script("segmentation_train", *command)
+    raised.append(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        script("segmentation_train", *command, "--compile", "default")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_short_arithmetic_trains(precision: str, tmp_path: Path, brats: Path) -> None:
     flags = ["--use_fp16", True] if precision == "fp16" else ["--precision", precision]
