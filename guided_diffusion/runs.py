@@ -149,7 +149,7 @@ def train(typed: dict[str, Any]) -> None:
 
     logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
     if start:
-        loop.restore(start, lacking=lacking)
+        loop.restore(start, path=path, lacking=lacking)
         logger.log(f"resuming {path} at step {start.step}")
     if lacking:
         logger.log(lacking_note(lacking, training=True))

@@ -21,7 +21,14 @@ from guided_diffusion import logger
 from guided_diffusion.augment import Augmentation
 from guided_diffusion.averages import ExponentialAverage, copied, on_cpu, plain
 from guided_diffusion.background import Background
-from guided_diffusion.checkpoint import BEST, Checkpoint, Weights, save_checkpoint
+from guided_diffusion.checkpoint import (
+    BEST,
+    Checkpoint,
+    Weights,
+    numbered_checkpoints,
+    save_checkpoint,
+    step_of,
+)
 from guided_diffusion.datasets import Batch, Case
 from guided_diffusion.dist_util import (
     agreed,
@@ -129,6 +136,7 @@ class TrainLoop:
         self.step = 0
         self.bad_steps = 0
         self.best: dict[str, Any] = {"step": 0, "since": 0}
+        self.own: list[Path] = []
         self.writer = Background()
 
         self.device = next(net.parameters()).device
@@ -153,12 +161,20 @@ class TrainLoop:
         limits = [self.options.max_steps, self.options.lr_anneal_steps]
         return min((limit for limit in limits if limit > 0), default=0)
 
-    def restore(self, checkpoint: Checkpoint, *, lacking: Collection[str] = ()) -> None:
+    def restore(
+        self, checkpoint: Checkpoint, *, path: Path | None = None, lacking: Collection[str] = ()
+    ) -> None:
         """Continue from a checkpoint whose weights the network already has.
 
-        ``lacking`` are parameters that whoever wrote its optimiser did not have: they start anew.
+        Args:
+            checkpoint: the state.
+            path: its file; in the run's own folder the numbered ones up to its step are the run's.
+            lacking: parameters that whoever wrote its optimiser did not have: they start anew.
         """
         self.step = checkpoint.step
+        if path and path.resolve().parent == self.folder.resolve():
+            files = numbered_checkpoints(self.folder)
+            self.own = [file for file in files if step_of(file) <= self.step]
         for rate, average in self.averages.items():
             average.load(checkpoint.ema.get(rate, checkpoint.model))
         if new := [rate for rate in self.averages if rate not in checkpoint.ema]:
@@ -368,19 +384,27 @@ class TrainLoop:
                 training=copied(training),
             )
             reading = beside(self.device)
+            drop = self._surplus(path) if numbered else []
 
             def write() -> None:
                 with reading:
                     kept = Checkpoint(**on_cpu(vars(state)))
-                save_checkpoint(
-                    self.folder, kept, keep=self.options.keep, best=best, numbered=numbered
-                )
+                save_checkpoint(self.folder, kept, drop=drop, best=best, numbered=numbered)
                 logger.log(f"saved {path}")
                 self.after_save()
 
             self.writer.start(write)
         barrier()
         return path
+
+    def _surplus(self, path: Path) -> list[Path]:
+        """The run's numbered checkpoints that ``keep`` has no room for beside a new one.
+
+        What an earlier run has left in the folder is not the run's, and stays.
+        """
+        own = [*(file for file in self.own if file != path), path]
+        self.own = own[-self.options.keep :]
+        return own[: -self.options.keep]
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0

@@ -24,7 +24,15 @@ from torch.testing import assert_close
 
 from guided_diffusion import logger
 from guided_diffusion.background import Background
-from guided_diffusion.checkpoint import BEST, LATEST, load_checkpoint, load_weights, with_companions
+from guided_diffusion.checkpoint import (
+    BEST,
+    LATEST,
+    load_checkpoint,
+    load_weights,
+    numbered_checkpoints,
+    step_of,
+    with_companions,
+)
 from guided_diffusion.datasets import Batch
 from guided_diffusion.errors import UserError
 
@@ -343,6 +351,27 @@ def test_so_many_checkpoints_are_kept(
     assert names == [f"savedmodel{step:06d}.pt" for step in left]
     assert load_checkpoint(tmp_path / LATEST).step == 5
     assert (tmp_path / BEST).read_bytes() == b"the best"
+
+
+def test_what_another_run_left_is_kept(quiet: None, tmp_path: Path) -> None:
+    """A run started anew in an old folder removes neither the old files nor its own newest ones."""
+
+    def steps() -> list[int]:
+        return [step_of(path) for path in numbered_checkpoints(tmp_path)]
+
+    for old in (0, 5000, 6000):
+        (tmp_path / f"savedmodel{old:06d}.pt").write_bytes(b"of another run")
+    make_loop(tmp_path, max_steps=3, save_interval=1, keep=2).run_loop()
+    assert steps() == [0, 2, 3, 5000, 6000]
+
+    elsewhere = make_loop(tmp_path / "new", max_steps=5, save_interval=1, keep=1)
+    elsewhere.folder.mkdir()
+    resumed(elsewhere, tmp_path / "savedmodel000003.pt").run_loop()
+    assert steps() == [0, 2, 3, 5000, 6000]
+
+    continued = make_loop(tmp_path, max_steps=4, save_interval=1, keep=2)
+    resumed(continued, tmp_path / LATEST).run_loop()
+    assert steps() == [3, 4, 5000, 6000], "a run that goes on takes the folder's files for its own"
 
 
 # ------------------------------------------------------------------------------ the parents' files

@@ -93,7 +93,7 @@ def resumed(loop: TrainLoop, path: Path) -> TrainLoop:
     """Bring a new loop to where a checkpoint was written."""
     start = load_checkpoint(path)
     load_weights(loop.net, start.model, path)
-    loop.restore(start)
+    loop.restore(start, path=path)
     return loop
 
 
