@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +36,7 @@ from guided_diffusion.dist_util import (
     autocast,
     barrier,
     beside,
+    everyones,
     gathered,
     launched,
     memory_gib,
@@ -351,7 +353,7 @@ class TrainLoop:
             raise UserError(
                 f"step {self.step}",
                 found=f"a gradient that is not finite, {self.bad_steps} times in a row, last for "
-                f"the cases {', '.join(batch.names)}",
+                f"the cases {', '.join(chain(*everyones(batch.names)))}",
                 expected="finite losses",
                 mend="Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py "
                 "looks at the images. The last checkpoint is intact.",
