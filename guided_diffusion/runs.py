@@ -192,7 +192,7 @@ def _say_if_large(
     needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
     says = (
         f"{million(net)}: weights, gradients, AdamW's moments and averages take {needed:.1f} GiB "
-        "before any activation"
+        "while a checkpoint is written, before any activation"
     )
     if needed > total_gib(device):
         raise UserError(

@@ -144,11 +144,12 @@ def attention_notes(network: NetworkOptions) -> list[str]:
 
 
 def training_gib(parameters: int, averages: int) -> float:
-    """What training holds for so many parameters, in GiB, before any activation.
+    """The most that training holds for so many parameters, in GiB, before any activation.
 
-    Weights, gradients, the two moments of AdamW and each averaged copy, in float32.
+    Weights, the two moments of AdamW and each averaged copy, in float32; all of them once more
+    while a checkpoint is written; and the gradients, for training goes on meanwhile.
     """
-    return 4 * parameters * (4 + averages) / 2**30
+    return 4 * parameters * (2 * (3 + averages) + 1) / 2**30
 
 
 def spectra_gib(network: NetworkOptions) -> float:

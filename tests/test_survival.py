@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import math
 import os
@@ -35,6 +36,7 @@ from guided_diffusion.checkpoint import (
 )
 from guided_diffusion.datasets import Batch
 from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import training_gib
 
 # ------------------------------------------------------------------------------ kill -9
 
@@ -191,6 +193,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert equal(saved.model, then), "what is written is the state of its step"
     assert saved.training["optimizer"]["state"][0]["step"] == 1
     assert not equal(dict(loop.net.state_dict()), then)
+
+
+@pytest.mark.parametrize("rates", ["0.9", "0.9,0.99"])
+def test_what_training_holds_while_a_checkpoint_is_written(
+    rates: str, quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held() -> int:
+        """Bytes of all tensors of more than a few numbers that Python holds, gradients included."""
+        gc.collect()
+        seen = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+        seen += [o.grad for o in seen if o.is_leaf and o.grad is not None]
+        storages = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in seen}
+        return sum(storages.values())
+
+    gate, before = threading.Event(), held()
+    monkeypatch.setattr(torch, "save", lambda *_: gate.wait(30))
+    loop = make_loop(tmp_path, ema_rate=rates, num_channels=64)
+    loop.run_step(batch_of(1))
+    loop.save()
+    loop.forward_backward(batch_of(1))
+    most = (held() - before) / 2**30
+    gate.set()
+    with pytest.raises(UserError):
+        loop.writer.wait()
+    count = sum(parameter.numel() for parameter in loop.parameters)
+    assert most == pytest.approx(training_gib(count, len(loop.averages)), rel=0.02)
 
 
 def test_jobs_come_one_after_the_other_and_their_errors_arrive() -> None:
