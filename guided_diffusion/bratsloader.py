@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,12 +101,17 @@ class BRATSDataset3D(VolumeDataset):
 def open_brats(
     directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
 ) -> SegmentationDataset:
-    """Open a folder of slices or of volumes, told apart by the header of the first file."""
+    """Open a folder of slices or of volumes, told apart by the first header that can be read."""
     folder = open_folder(directory)
-    first = next(find_cases(folder), None)
-    if first is not None and len(nifti_shape(next(iter(first[1].values()))[0])) > 2:
-        return BRATSDataset3D(folder, test_flag, reading)
-    return BRATSDataset(folder, test_flag, reading)
+    layout = BRATSDataset3D if _holds_volumes(folder) else BRATSDataset
+    return layout(folder, test_flag, reading)
+
+
+def _holds_volumes(folder: Path) -> bool:
+    for _, files in find_cases(folder):
+        with suppress(UserError):
+            return len(nifti_shape(next(iter(files.values()))[0])) > 2
+    return False
 
 
 def modality_of(file_name: str) -> str | None:

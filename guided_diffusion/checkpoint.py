@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import whole
+from guided_diffusion.files import INTACT, whole
 
 FORMAT = "guided_diffusion checkpoint 1"
 LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
-
-_MEND = "Free some space or choose another --out_dir; earlier checkpoints are intact."
 
 Weights = dict[str, Tensor]
 
@@ -66,14 +64,14 @@ def save_checkpoint(
     folder: Path,
     checkpoint: Checkpoint,
     *,
-    keep: int = 0,
+    drop: Iterable[Path] = (),
     best: bool = False,
     numbered: bool = True,
 ) -> Path:
     """Write ``savedmodelNNNNNN.pt`` and make ``savedmodel.pt`` the same; each appears whole.
 
-    With ``keep``, only so many of the newest numbered checkpoints stay. With ``best``, the file is
-    ``bestmodel.pt`` as well, and that alone where it is not to be ``numbered``.
+    Older ones to ``drop`` go once it is there. With ``best``, the file is ``bestmodel.pt`` as well,
+    and that alone where it is not to be ``numbered``.
 
     Raises:
         UserError: the folder cannot be written; earlier checkpoints are as they were.
@@ -81,19 +79,23 @@ def save_checkpoint(
     for killed in folder.glob(".part-*model*.pt"):
         killed.unlink(missing_ok=True)
     path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
-    with whole(path, mend=_MEND) as part:
+    with whole(path, mend=INTACT) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
         call_also(path, folder / name)
-    if keep:
-        for old in sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)[:-keep]:
-            old.unlink()
+    for old in drop:
+        old.unlink(missing_ok=True)
     return path
+
+
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """A folder's ``savedmodelNNNNNN.pt``, by their steps."""
+    return sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)
 
 
 def call_also(path: Path, other: Path) -> None:
     """Give a finished checkpoint a second name, on the same bytes where the disk can."""
-    with whole(other, mend=_MEND) as part:
+    with whole(other, mend=INTACT) as part:
         _link_or_copy(path, part)
 
 
@@ -119,7 +121,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        numbered = sorted(file.glob("savedmodel[0-9]*.pt"), key=step_of)
+        numbered = numbered_checkpoints(file)
         file = (file / LATEST) if (file / LATEST).exists() or not numbered else numbered[-1]
     if not file.is_file():
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from guided_diffusion.classes import RECORD, Classes, each, record_text, recorded_classes
 from guided_diffusion.datasets import Case
+from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.ensemble import MEASURES, disagreement
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import whole
@@ -23,6 +24,8 @@ from guided_diffusion.segmenter import Segmentation
 
 def note_classes(out_dir: Path, classes: Classes | None) -> None:
     """Say in the folder what its masks are of; results of other classes would mix with them.
+
+    The first process writes.
 
     Raises:
         UserError: the folder holds results of other classes.
@@ -35,6 +38,9 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
             expected=f"a new folder, or one with results of {_called(classes)}",
             mend="Choose another --out_dir.",
         )
+    barrier()  # every process has read what the first one now writes
+    if rank():
+        return
     if classes is None:
         path.unlink(missing_ok=True)
     elif earlier != classes:

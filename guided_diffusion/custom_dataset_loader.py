@@ -37,9 +37,9 @@ ENDINGS = (*PICTURES, *NIFTI)
 class CustomDataset(SegmentationDataset):
     """Pairs of ``images/<stem>`` and ``masks/<stem>``: image [1 or 3, H, W], mask [1, H, W].
 
-    The first image decides between grey and colour (a grey picture in a coloured set is repeated,
-    the other way round is an error). With ``test_flag=True`` the folder ``masks`` may be absent,
-    and the images may lie in ``directory`` itself. A case is called by its stem.
+    The first readable image decides between grey and colour (a grey picture in a coloured set is
+    repeated, the other way round is an error). With ``test_flag=True`` the folder ``masks`` may be
+    absent, and the images may lie in ``directory`` itself. A case is called by its stem.
     """
 
     layout = "CUSTOM"
@@ -164,12 +164,15 @@ def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
 
 
 def _channels(entries: list[Entry]) -> int:
-    """What the first image has; 3 where none can be read, and every error is with the gatherer."""
+    """What the first image has that can be read; the first one's error where none can."""
+    errors: list[UserError] = []
     for entry in entries:
         try:
             return image_channels(entry.images[0])
         except UserError as error:
-            refuse(error)
+            errors.append(error)
+    if errors:
+        refuse(errors[0])
     return 3
 
 

@@ -9,7 +9,7 @@ brought back. Called by the loaders, by training (through :class:`Framed`) and b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -158,6 +158,16 @@ class SegmentationDataset(Dataset[Case]):
 
         _check_case(entry, image, mask, channels=self.channels)
         return Case(image, mask, entry.name, affine)
+
+
+def readable(dataset: SegmentationDataset, indices: Iterable[int]) -> Iterator[Case]:
+    """Read cases one after the other, leaving out those that cannot be used."""
+    for index in indices:
+        try:
+            case = dataset[index]
+        except UserError:
+            continue
+        yield case
 
 
 def scaled(image: Tensor, how: str) -> Tensor:

@@ -14,11 +14,14 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from guided_diffusion.errors import UserError
+
+Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=2)
 
@@ -33,6 +36,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes work together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` or another launcher started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def setup_dist() -> None:
@@ -84,6 +92,14 @@ def gathered(values: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def everyones(value: Value) -> list[Value]:
+    """Every process's value, in the order of their ranks."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def agreed(wish: bool) -> bool:

@@ -14,6 +14,25 @@ from pathlib import Path
 from guided_diffusion.errors import UserError
 
 ROOM = "Free some space or choose another folder."
+INTACT = "Free some space or choose another --out_dir; earlier checkpoints are intact."
+
+
+@contextmanager
+def writing(path: Path, *, mend: str = ROOM) -> Iterator[None]:
+    """Say what went wrong where a file cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            path,
+            found=f"that it cannot be written ({error})",
+            expected="room and permission to write",
+            mend=mend,
+        ) from error
 
 
 @contextmanager
@@ -25,17 +44,11 @@ def whole(path: Path, *, mend: str = ROOM) -> Iterator[Path]:
     """
     part = path.with_name(f".part-{path.name}")
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            path,
-            found=f"that it cannot be written ({error})",
-            expected="room and permission to write",
-            mend=mend,
-        ) from error
+        with writing(path, mend=mend):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.files import make_folder, whole
+from guided_diffusion.files import INTACT, make_folder, whole, writing
 
 Pixels = NDArray[np.uint8]
 
@@ -50,8 +50,7 @@ class Logger:
         if not self.quiet:
             print(text, flush=True)
         if self.folder:
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            _append_line(self.folder / "log.txt", text)
 
     def dump(self) -> Values:
         """Write all pairs collected so far, forget them, and return them."""
@@ -60,9 +59,10 @@ class Logger:
         if values:
             self.log(table(values))
         if values and self.folder:
-            append_row(self.folder / "progress.csv", values)
-            with (self.folder / "progress.json").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            table_path = self.folder / "progress.csv"
+            with writing(table_path, mend=INTACT):
+                append_row(table_path, values)
+            _append_line(self.folder / "progress.json", json.dumps(values))
         for sink in self.sinks if values else ():
             sink.numbers(values)
         return values
@@ -136,7 +136,12 @@ def append_row(path: Path, values: Values) -> None:
             with path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, names).writerow(values)
             return
-    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with whole(path, mend=INTACT) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows([*old, values])
+
+
+def _append_line(path: Path, text: str) -> None:
+    with writing(path, mend=INTACT), path.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")

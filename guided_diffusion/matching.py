@@ -21,7 +21,7 @@ from guided_diffusion.checkpoint import (
     version_of,
     with_companions,
 )
-from guided_diffusion.datasets import Frame, SegmentationDataset, auto_frame
+from guided_diffusion.datasets import Frame, SegmentationDataset, auto_frame, readable
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import (
     LATER,
@@ -132,8 +132,15 @@ def network_for(
 def frame_for(
     dataset: SegmentationDataset, network: NetworkOptions, flags: dict[str, Any]
 ) -> tuple[Frame, str]:
-    """How cases reach the network's size, and the word for it that a checkpoint remembers."""
-    height, width = dataset[0].image.shape[-2:]
+    """How cases reach the network's size, and the word for it that a checkpoint remembers.
+
+    The first case that can be read says of which size they are.
+
+    Raises:
+        UserError: none can be read, or their size does not suit.
+    """
+    case = next(readable(dataset, range(len(dataset))), None) or dataset[0]
+    height, width = case.image.shape[-2:]
     frame = auto_frame(
         dataset.layout,
         (height, width),

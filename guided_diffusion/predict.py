@@ -32,7 +32,7 @@ from guided_diffusion.class_results import (
     soft_maps,
 )
 from guided_diffusion.classes import each
-from guided_diffusion.datasets import Case, Entry, SegmentationDataset
+from guided_diffusion.datasets import Case, Entry, SegmentationDataset, readable
 from guided_diffusion.dist_util import agreed, barrier, rank, world_size
 from guided_diffusion.ensemble import MEASURES
 from guided_diffusion.errors import UserError
@@ -136,8 +136,8 @@ def _drawn(
 ) -> Iterator[tuple[list[tuple[int, Case, Segmentation]], float]]:
     """Segment cases batch by batch under a progress bar; the number is the seconds of each."""
     plan = segmenter.plan
-    if plan.compile and indices:
-        logger.log(f"compiled in {segmenter.warm_up(dataset[indices[0]]):.0f} s")
+    if plan.compile and (first := next(readable(dataset, indices), None)):
+        logger.log(f"compiled in {segmenter.warm_up(first):.0f} s")
     with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
         for some in batched(indices, plan.cases):
             started = time.perf_counter()

@@ -149,7 +149,7 @@ def train(typed: dict[str, Any]) -> None:
 
     logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
     if start:
-        loop.restore(start, lacking=lacking)
+        loop.restore(start, path=path, lacking=lacking)
         logger.log(f"resuming {path} at step {start.step}")
     if lacking:
         logger.log(lacking_note(lacking, training=True))
@@ -192,7 +192,7 @@ def _say_if_large(
     needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
     says = (
         f"{million(net)}: weights, gradients, AdamW's moments and averages take {needed:.1f} GiB "
-        "before any activation"
+        "while a checkpoint is written, before any activation"
     )
     if needed > total_gib(device):
         raise UserError(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -143,11 +144,12 @@ def attention_notes(network: NetworkOptions) -> list[str]:
 
 
 def training_gib(parameters: int, averages: int) -> float:
-    """What training holds for so many parameters, in GiB, before any activation.
+    """The most that training holds for so many parameters, in GiB, before any activation.
 
-    Weights, gradients, the two moments of AdamW and each averaged copy, in float32.
+    Weights, the two moments of AdamW and each averaged copy, in float32; all of them once more
+    while a checkpoint is written; and the gradients, for training goes on meanwhile.
     """
-    return 4 * parameters * (4 + averages) / 2**30
+    return 4 * parameters * (2 * (3 + averages) + 1) / 2**30
 
 
 def spectra_gib(network: NetworkOptions) -> float:
@@ -394,6 +396,26 @@ def place(net: Net, device: torch.device, *, compile: str = "") -> Net:
     if compile:
         net.compile(mode=compile)
     return net
+
+
+@contextmanager
+def compiling(active: object = True) -> Iterator[None]:
+    """Run what makes ``torch.compile`` compile; memory that runs out is another matter.
+
+    Raises:
+        UserError: the compiler does not work here.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise UserError(
+            "--compile",
+            found=(str(error).splitlines() or [repr(error)])[0],
+            expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
+            mend="Leave --compile away.",
+        ) from error
 
 
 def million(net: torch.nn.Module) -> str:

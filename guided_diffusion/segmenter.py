@@ -43,6 +43,7 @@ from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import (
     adopted,
+    compiling,
     create_gaussian_diffusion,
     create_model,
     lacking_note,
@@ -322,15 +323,9 @@ class Segmenter:
         self.plan = replace(plan, levels=(plan.levels[0], plan.levels[-1]))
         fitted = self.frame.fit(case).image
         try:
-            for _ in range(3):  # CUDA graphs are recorded on the second call
-                self.draw(fitted[None].expand(plan.cases, -1, -1, -1), [case.name] * plan.cases)
-        except RuntimeError as error:
-            raise UserError(
-                "--compile",
-                found=(str(error).splitlines() or [repr(error)])[0],
-                expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
-                mend="Leave --compile away.",
-            ) from error
+            with compiling():
+                for _ in range(3):  # CUDA graphs are recorded on the second call
+                    self.draw(fitted[None].expand(plan.cases, -1, -1, -1), [case.name] * plan.cases)
         finally:
             self.plan = plan
         return time.perf_counter() - started

@@ -25,11 +25,13 @@ class StepLog:
         self.terms: dict[str, list[Tensor]] = {}
         self.grad_norms: list[Tensor] = []
         self.skipped = 0
+        self.untimed = 0
         self.started = time.perf_counter()
 
     def restart(self) -> float:
-        """Leave the time until now out of the speed, and return it in seconds."""
+        """Leave the steps until now out of the speed, and return their time in seconds."""
         before, self.started = self.started, time.perf_counter()
+        self.untimed = len(self.grad_norms)
         return self.started - before
 
     def losses(self, t: Tensor, terms: dict[str, Tensor]) -> None:
@@ -50,15 +52,16 @@ class StepLog:
         """Return the means since the last call, losses also by quarter of t, and start anew.
 
         ``gather`` joins the values [N] of all processes. What is not finite is left out:
-        ``skipped`` says how often that was.
+        ``skipped`` says how often that was. Without a step that was timed there is no speed.
         """
         quarter = (4 * gather(torch.cat(self.times)) // self.steps).tolist()
+        timed = len(self.grad_norms) - self.untimed
         norms = _finite(torch.stack(self.grad_norms).tolist())
         means = {
             **({"grad_norm": sum(norms) / len(norms)} if norms else {}),
             "param_norm": float(_norm([p.detach() for p in parameters])),
             "skipped": float(self.skipped),
-            "steps_per_s": len(self.grad_norms) / (time.perf_counter() - self.started),
+            **({"steps_per_s": timed / (time.perf_counter() - self.started)} if timed else {}),
         }
         for name, parts in self.terms.items():
             pairs = list(zip(gather(torch.cat(parts)).tolist(), quarter, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,14 +22,23 @@ from guided_diffusion import logger
 from guided_diffusion.augment import Augmentation
 from guided_diffusion.averages import ExponentialAverage, copied, on_cpu, plain
 from guided_diffusion.background import Background
-from guided_diffusion.checkpoint import BEST, Checkpoint, Weights, save_checkpoint
+from guided_diffusion.checkpoint import (
+    BEST,
+    Checkpoint,
+    Weights,
+    numbered_checkpoints,
+    save_checkpoint,
+    step_of,
+)
 from guided_diffusion.datasets import Batch, Case
 from guided_diffusion.dist_util import (
     agreed,
     autocast,
     barrier,
     beside,
+    everyones,
     gathered,
+    launched,
     memory_gib,
     rank,
     shared,
@@ -41,10 +51,14 @@ from guided_diffusion.lessons import Lesson, masks_of_images
 from guided_diffusion.nn import Output
 from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.script_util import compiling
 from guided_diffusion.step_log import StepLog
 from guided_diffusion.stop_signal import StopSignal
 from guided_diffusion.stream import mix, stream
 from guided_diffusion.unet import UNetModel
+
+ECHO = 5.0
+"""Seconds within which a launcher may repeat a signal that this process has had already."""
 
 
 class Score(NamedTuple):
@@ -124,6 +138,7 @@ class TrainLoop:
         self.step = 0
         self.bad_steps = 0
         self.best: dict[str, Any] = {"step": 0, "since": 0}
+        self.own: list[Path] = []
         self.writer = Background()
 
         self.device = next(net.parameters()).device
@@ -148,19 +163,37 @@ class TrainLoop:
         limits = [self.options.max_steps, self.options.lr_anneal_steps]
         return min((limit for limit in limits if limit > 0), default=0)
 
-    def restore(self, checkpoint: Checkpoint, *, lacking: Collection[str] = ()) -> None:
+    def restore(
+        self, checkpoint: Checkpoint, *, path: Path | None = None, lacking: Collection[str] = ()
+    ) -> None:
         """Continue from a checkpoint whose weights the network already has.
 
-        ``lacking`` are parameters that whoever wrote its optimiser did not have: they start anew.
+        Args:
+            checkpoint: the state.
+            path: its file; in the run's own folder the numbered ones up to its step are the run's.
+            lacking: parameters that whoever wrote its optimiser did not have: they start anew.
         """
         self.step = checkpoint.step
+        if path and path.resolve().parent == self.folder.resolve():
+            files = numbered_checkpoints(self.folder)
+            self.own = [file for file in files if step_of(file) <= self.step]
         for rate, average in self.averages.items():
             average.load(checkpoint.ema.get(rate, checkpoint.model))
+        if new := [rate for rate in self.averages if rate not in checkpoint.ema]:
+            logger.log(
+                f"--ema_rate {','.join(new)}: the checkpoint has no such average, it starts from "
+                "the present weights"
+            )
         state = checkpoint.training
         self.best = state.get("best", self.best)
-        if "scaler" in state:
+        if state.get("scaler"):  # empty where nothing was scaled
             self.scaler.load_state_dict(state["scaler"])
-            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        own = self.schedule_sampler.state_dict()
+        history = state.get("schedule_sampler", own)
+        if history.keys() == own.keys():
+            self.schedule_sampler.load_state_dict(history)
+        else:
+            logger.log("--schedule_sampler is not the checkpoint's: its history starts anew")
         if state:
             names = [name for name, _ in self.net.named_parameters()]
             known = [index for index, name in enumerate(names) if name not in lacking]
@@ -195,11 +228,13 @@ class TrainLoop:
         start, total = self.step, self.last_step
         hidden = True if rank() else None
         bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
-        with StopSignal() as stop:
+        with StopSignal(echo=ECHO if launched() else 0.0) as stop:
             with bar as progress:
                 while not agreed(bool(stop.wanted)) and (not total or self.step < total):
-                    loss = self.run_step(next(batches))
-                    if self.run.compile and self.step == start + 1:
+                    batch, compiles = next(batches), self.run.compile and self.step == start
+                    with compiling(compiles):
+                        loss = self.run_step(batch)
+                    if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
                     if self.step % self.options.log_interval == 0 or self.step == total:
@@ -318,7 +353,7 @@ class TrainLoop:
             raise UserError(
                 f"step {self.step}",
                 found=f"a gradient that is not finite, {self.bad_steps} times in a row, last for "
-                f"the cases {', '.join(batch.names)}",
+                f"the cases {', '.join(chain(*everyones(batch.names)))}",
                 expected="finite losses",
                 mend="Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py "
                 "looks at the images. The last checkpoint is intact.",
@@ -351,19 +386,27 @@ class TrainLoop:
                 training=copied(training),
             )
             reading = beside(self.device)
+            drop = self._surplus(path) if numbered else []
 
             def write() -> None:
                 with reading:
                     kept = Checkpoint(**on_cpu(vars(state)))
-                save_checkpoint(
-                    self.folder, kept, keep=self.options.keep, best=best, numbered=numbered
-                )
+                save_checkpoint(self.folder, kept, drop=drop, best=best, numbered=numbered)
                 logger.log(f"saved {path}")
                 self.after_save()
 
             self.writer.start(write)
         barrier()
         return path
+
+    def _surplus(self, path: Path) -> list[Path]:
+        """The run's numbered checkpoints that ``keep`` has no room for beside a new one.
+
+        What an earlier run has left in the folder is not the run's, and stays.
+        """
+        own = [*(file for file in self.own if file != path), path]
+        self.own = own[-self.options.keep :]
+        return own[: -self.options.keep]
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
@@ -421,7 +464,7 @@ class TrainLoop:
         means = self.log.means(self.parameters, gathered)
         for name, value in means.items():
             logger.logkv(name, value)
-        if self.last_step:
+        if self.last_step and "steps_per_s" in means:
             left = (self.last_step - self.step) / means["steps_per_s"]
             logger.logkv("minutes_left", round(left / 60, 1))
         with progress.external_write_mode(sys.stdout):
@@ -445,10 +488,11 @@ def _fitted(
     """Bring an optimiser's moments into the memory order of the parameters they belong to.
 
     The optimiser's i-th parameter is our ``known[i]``-th. Moments are cut as the parents'
-    two-channel head was cut, if it was.
+    two-channel head was cut, if it was. Steps are plain numbers where an old torch wrote them.
     """
 
-    def fitted(value: Tensor, parameter: Tensor) -> Tensor:
+    def fitted(value: Tensor | float, parameter: Tensor) -> Tensor:
+        value = torch.as_tensor(value, dtype=torch.float32)
         return torch.empty_like(parameter).copy_(value[: len(parameter)]) if value.ndim else value
 
     return {

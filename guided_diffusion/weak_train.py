@@ -293,7 +293,7 @@ def _run(
     run = loop.run
     logger.configure(None if rank() else run.out_dir, quiet=rank() > 0)
     if start:
-        loop.restore(start)
+        loop.restore(start, path=path)
         logger.log(f"resuming {path} at step {start.step}")
     positive = sum(dataset.labels.values())
     for note in [*overwriting_notes(run, start), *notes, *dataset.notes]:

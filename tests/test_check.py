@@ -98,8 +98,9 @@ def test_every_problem_is_listed(folder: Path) -> None:
     assert len(problems) == 12
     assert "found 8 stems without mask: a, b, c, d, e and 3 more" in problems[0]
     assert problems[1:9] == [f"    {stem}" for stem in [*"abcdefg", "same"]]
-    assert "ids that" in problems[10] and "does not have: nobody" in problems[10]
-    assert problems[9].startswith(f"  {folder}/images/bad.png: found a file that cannot be read")
+    assert "ids that" in problems[9] and "does not have: nobody" in problems[9]
+    bad = f"  bad: {folder}/images/bad.png: found a file that cannot be read"
+    assert problems[10].startswith(bad)
     assert problems[11].startswith(f"  size: {folder}/masks/size.png: found a mask of 9 x 9")
     assert fact(run.out, "split") == "in no part (2), training (1)"
 

@@ -14,6 +14,7 @@ from brats_folders import AFFINE, write_volumes
 from conftest import DIFFUSION, NETWORK, contents, refused, script, succeeded
 from PIL import Image
 
+from guided_diffusion.class_results import note_classes
 from guided_diffusion.classes import Classes, find_classes, record_text, recorded_classes
 from guided_diffusion.datasets import Case, Frame, Framed, Reading
 from guided_diffusion.errors import UserError
@@ -311,6 +312,18 @@ def test_sampled_classes_are_scored_without_a_flag(sampled: Path, brats: Path) -
     assert [row["class"] for row in table[:4]] == ["1", "2", "4", "1"]
     assert len(table) == 3 * summary["cases"]
     assert [row["class"] for row in rows(sampled / "patients.csv")[:3]] == ["1", "2", "4"]
+
+
+def test_the_first_process_alone_writes_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = classes_of("1,2,4")
+    monkeypatch.setenv("RANK", "1")
+    note_classes(tmp_path, classes)
+    assert not contents(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    note_classes(tmp_path, classes)
+    assert recorded_classes(tmp_path) == classes
 
 
 def test_a_checkpoint_knows_its_classes(model: Path, brats: Path, tmp_path: Path) -> None:

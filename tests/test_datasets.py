@@ -24,6 +24,7 @@ from guided_diffusion.datasets import (
     Reading,
     auto_frame,
     collate,
+    readable,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset
@@ -287,6 +288,16 @@ def test_custom_images_alone_when_testing(tmp_path: Path) -> None:
     write_picture(tmp_path / "x y.png", grey_mask())
     dataset = open_dataset(tmp_path, data_name="CUSTOM", test=True)
     assert dataset.names == ["x y"] and dataset.channels == 1 and dataset[0].mask is None
+
+
+def test_the_first_readable_image_says_how_many_channels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.png"):
+        open_dataset(tmp_path, data_name="CUSTOM", test=True)
+    write_picture(tmp_path / "b.png", grey_mask())
+    dataset = open_dataset(tmp_path, data_name="CUSTOM", test=True)
+    assert dataset.names == ["a", "b"] and dataset.channels == 1
+    assert [case.name for case in readable(dataset, [0, 1])] == ["b"]
 
 
 def test_custom_nifti_slices(tmp_path: Path) -> None:

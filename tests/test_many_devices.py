@@ -151,6 +151,39 @@ def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / LATEST).step == 6
 
 
+SPOILED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import logger
+from guided_diffusion.datasets import collate
+from guided_diffusion.dist_util import rank, setup_dist
+from guided_diffusion.errors import UserError
+from test_survival import spoiled
+from test_training import Discs, make_loop
+setup_dist()
+logger.configure(quiet=True)
+out = Path(sys.argv[1])
+loop = make_loop(out, max_bad_steps=1)
+batch = collate([Discs()[2 * rank()], Discs()[2 * rank() + 1]])
+try:
+    loop.run_step(spoiled(batch) if rank() else batch)
+except UserError as error:
+    (out / f"rank{rank()}").write_text(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_every_process_names_the_cases_of_all(tmp_path: Path) -> None:
+    """The gradient is everybody's: whose case spoiled it no single process knows."""
+    (tmp_path / "program.py").write_text(SPOILED, encoding="utf-8")
+    two_processes(tmp_path / "program.py", tmp_path)
+    one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert "for the cases disc0, disc1, disc2, disc3," in one and one == other
+
+
 VERSIONS = """
 import sys
 from pathlib import Path

@@ -6,6 +6,7 @@ import copy
 import csv
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succeeded
+from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succeeded, training
 from PIL import Image
 
 from guided_diffusion import phantom_folders
 from guided_diffusion.checkpoint import latest_checkpoint, load_checkpoint
+from guided_diffusion.classes import RECORD
 from guided_diffusion.datasets import Frame
 from guided_diffusion.ensemble import MEASURES, squared_mean
 from guided_diffusion.files import make_folder
@@ -66,7 +68,20 @@ def together(count: int, *arguments: object) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_two_processes_draw_what_one_draws(brats: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_classes(brats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step on three declared classes."""
+    folder = tmp_path_factory.mktemp("classes") / "run"
+    command = [*training(brats, folder), "--mask_labels", "1,2,4", "--max_steps", 1]
+    succeeded(script("segmentation_train", *command))
+    return folder
+
+
+@pytest.mark.parametrize("model", ["trained", "of_classes"])
+def test_two_processes_draw_what_one_draws(
+    model: str, brats: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    trained = request.getfixturevalue(model)
     one, two = tmp_path / "one", tmp_path / "two"
     succeeded(script("segmentation_sample", *sampling(brats / "training", trained, one)))
     done = together(2, *sampling(brats / "training", trained, two))
@@ -76,8 +91,11 @@ def test_two_processes_draw_what_one_draws(brats: Path, trained: Path, tmp_path:
     left, right = contents(one), contents(two)
     assert left.keys() == right.keys()
     masks = [name for name in left if name.endswith("_mask.png")]
-    assert len(masks) == 4
-    assert all(left[name] == right[name] for name in masks)
+    members = [name for name in left if re.search(r"_output\d", name)]
+    assert (len(masks), len(members)) == (4, 4 * 3 * (3 if model == "of_classes" else 1))
+    assert all(left[name] == right[name] for name in {*masks, RECORD} & left.keys())
+    for name in members:  # batches of another size round otherwise
+        assert np.abs(pixels(one / name).astype(int) - pixels(two / name)).max() <= 1, name
 
     assert done.stdout.count("cases in") == 1
     again = together(2, *sampling(brats / "training", trained, two))
@@ -128,14 +146,21 @@ def test_rows_of_a_killed_process_are_not_lost(brats: Path, trained: Path, tmp_p
     assert len(rows(tmp_path)) == 4 and not (tmp_path / ".predictions-1.csv").exists()
 
 
+@pytest.mark.parametrize(("which", "compile"), [(0, ""), (0, "default"), (1, "")])
 def test_a_case_that_fails_does_not_take_others_along(
-    brats: Path, trained: Path, tmp_path: Path
+    which: int,
+    compile: str,
+    brats: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(brats / "training", data)
-    broken = sorted(data.rglob("*flair*"))[1]
+    broken = sorted(data.rglob("*flair*"))[which]
     broken.write_bytes(b"no NIfTI at all")
-    arguments = sampling(data, trained, out)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    arguments = [*sampling(data, trained, out), "--compile", compile]
     message = refused(script("segmentation_sample", *arguments))
     assert "1 of the cases" in message and broken.name in message
     assert len(rows(out)) == 3
@@ -143,6 +168,17 @@ def test_a_case_that_fails_does_not_take_others_along(
     shutil.copy(brats / "training" / broken.relative_to(data), broken)
     text = succeeded(script("segmentation_sample", *arguments))
     assert "3 of 4 cases are finished and kept" in text and len(rows(out)) == 4
+
+
+def test_where_no_case_can_be_read_the_first_one_says_why(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(brats / "testing", data)
+    broken = sorted(data.rglob("*flair*"))
+    for file in broken:
+        file.write_bytes(b"no NIfTI at all")
+    assert broken[0].name in refused(script("segmentation_sample", *sampling(data, trained, out)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import math
 import os
@@ -24,9 +25,18 @@ from torch.testing import assert_close
 
 from guided_diffusion import logger
 from guided_diffusion.background import Background
-from guided_diffusion.checkpoint import BEST, LATEST, load_checkpoint, load_weights, with_companions
+from guided_diffusion.checkpoint import (
+    BEST,
+    LATEST,
+    load_checkpoint,
+    load_weights,
+    numbered_checkpoints,
+    step_of,
+    with_companions,
+)
 from guided_diffusion.datasets import Batch
 from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import training_gib
 
 # ------------------------------------------------------------------------------ kill -9
 
@@ -139,6 +149,23 @@ def test_a_full_disk_at_the_end_is_not_missed(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("name", ["log.txt", "progress.json"])
+def test_a_disk_that_is_too_full_for_the_log(name: str, brats: Path, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+    error = refused(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
+    assert f"{tmp_path / name}: found" in error and "No space left" in error
+    assert "earlier checkpoints are intact" in error
+
+
+def test_a_log_that_cannot_be_continued(quiet: None, tmp_path: Path) -> None:
+    (tmp_path / "progress.csv").mkdir()
+    logger.configure(tmp_path, quiet=True)
+    logger.logkv("step", 1)
+    with pytest.raises(UserError, match=r"progress\.csv: found .*checkpoints are intact"):
+        logger.dumpkvs()
+
+
 # ------------------------------------------------------------------------------ the background
 
 
@@ -166,6 +193,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert equal(saved.model, then), "what is written is the state of its step"
     assert saved.training["optimizer"]["state"][0]["step"] == 1
     assert not equal(dict(loop.net.state_dict()), then)
+
+
+@pytest.mark.parametrize("rates", ["0.9", "0.9,0.99"])
+def test_what_training_holds_while_a_checkpoint_is_written(
+    rates: str, quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held() -> int:
+        """Bytes of all tensors of more than a few numbers that Python holds, gradients included."""
+        gc.collect()
+        seen = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+        seen += [o.grad for o in seen if o.is_leaf and o.grad is not None]
+        storages = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in seen}
+        return sum(storages.values())
+
+    gate, before = threading.Event(), held()
+    monkeypatch.setattr(torch, "save", lambda *_: gate.wait(30))
+    loop = make_loop(tmp_path, ema_rate=rates, num_channels=64)
+    loop.run_step(batch_of(1))
+    loop.save()
+    loop.forward_backward(batch_of(1))
+    most = (held() - before) / 2**30
+    gate.set()
+    with pytest.raises(UserError):
+        loop.writer.wait()
+    count = sum(parameter.numel() for parameter in loop.parameters)
+    assert most == pytest.approx(training_gib(count, len(loop.averages)), rel=0.02)
 
 
 def test_jobs_come_one_after_the_other_and_their_errors_arrive() -> None:
@@ -328,19 +381,43 @@ def test_so_many_checkpoints_are_kept(
     assert (tmp_path / BEST).read_bytes() == b"the best"
 
 
+def test_what_another_run_left_is_kept(quiet: None, tmp_path: Path) -> None:
+    """A run started anew in an old folder removes neither the old files nor its own newest ones."""
+
+    def steps() -> list[int]:
+        return [step_of(path) for path in numbered_checkpoints(tmp_path)]
+
+    for old in (0, 5000, 6000):
+        (tmp_path / f"savedmodel{old:06d}.pt").write_bytes(b"of another run")
+    make_loop(tmp_path, max_steps=3, save_interval=1, keep=2).run_loop()
+    assert steps() == [0, 2, 3, 5000, 6000]
+
+    elsewhere = make_loop(tmp_path / "new", max_steps=5, save_interval=1, keep=1)
+    elsewhere.folder.mkdir()
+    resumed(elsewhere, tmp_path / "savedmodel000003.pt").run_loop()
+    assert steps() == [0, 2, 3, 5000, 6000]
+
+    continued = make_loop(tmp_path, max_steps=4, save_interval=1, keep=2)
+    resumed(continued, tmp_path / LATEST).run_loop()
+    assert steps() == [3, 4, 5000, 6000], "a run that goes on takes the folder's files for its own"
+
+
 # ------------------------------------------------------------------------------ the parents' files
 
 
 @pytest.mark.parametrize("style", ["savedmodel", ""])
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("step", [float, int])
 def test_the_parents_three_files_continue(
-    style: str, channels_last: bool, quiet: None, tmp_path: Path
+    style: str, channels_last: bool, step: type, quiet: None, tmp_path: Path
 ) -> None:
     """The step after is the one that the run itself would have taken."""
     loop = make_loop(tmp_path)
     for _ in range(3):
         loop.run_step(batch_of(4))
     path = write_three_files(loop, tmp_path, style)
+    if step is int:
+        _as_an_old_torch_wrote_it(path.with_name(f"opt{style}000003.pt"))
 
     other = make_loop(tmp_path, channels_last=channels_last)
     start = with_companions(load_checkpoint(path), path, ["0.9", "0.99"])
@@ -397,6 +474,14 @@ def test_a_head_of_two_channels_is_cut_with_its_moments(quiet: None, tmp_path: P
             assert_close(own[moment], whole[moment][:1], rtol=0, atol=0)
         assert own["step"] == 3
     cut.run_step(batch_of(4))
+
+
+def _as_an_old_torch_wrote_it(path: Path) -> None:
+    """Count an optimiser's steps by a plain number, not a tensor."""
+    state = torch.load(path, weights_only=True)
+    for moments in state["state"].values():
+        moments["step"] = int(moments["step"])
+    torch.save(state, path)
 
 
 def write_three_files(loop: Any, folder: Path, style: str) -> Path:

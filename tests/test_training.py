@@ -27,6 +27,7 @@ from guided_diffusion.datasets import Batch, Case, collate
 from guided_diffusion.options import RunOptions, TrainingOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.stop_signal import StopSignal
 from guided_diffusion.stream import stream
 from guided_diffusion.train_util import ExponentialAverage, StepLog, TrainLoop
 
@@ -92,7 +93,7 @@ def resumed(loop: TrainLoop, path: Path) -> TrainLoop:
     """Bring a new loop to where a checkpoint was written."""
     start = load_checkpoint(path)
     load_weights(loop.net, start.model, path)
-    loop.restore(start)
+    loop.restore(start, path=path)
     return loop
 
 
@@ -277,6 +278,45 @@ def test_resuming_needs_no_network_flags(brats: Path, trained: Path, tmp_path: P
     continued, start = load_checkpoint(tmp_path / "new" / LATEST), load_checkpoint(trained / LATEST)
     assert continued.step == 5
     assert continued.options == start.options
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("uniform", "loss-second-moment"), ("loss-second-moment", "uniform")]
+)
+def test_another_schedule_sampler_starts_its_history_anew(
+    first: str, then: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_loop(tmp_path, max_steps=2, schedule_sampler=first).run_loop()
+    logger.configure()
+    resumed(make_loop(tmp_path, schedule_sampler=first), path)
+    assert "anew" not in capsys.readouterr().out
+    other = make_loop(tmp_path, max_steps=3, schedule_sampler=then)
+    resumed(other, path)
+    assert "--schedule_sampler is not the checkpoint's" in capsys.readouterr().out
+    assert not any(value.any() for value in other.schedule_sampler.state_dict().values())
+    assert load_checkpoint(other.run_loop()).step == 3
+
+
+def test_a_checkpoint_that_scaled_no_loss_continues_where_one_is_scaled(tmp_path: Path) -> None:
+    path = make_loop(tmp_path, max_steps=2).run_loop()
+    scaled = make_loop(tmp_path, max_steps=3)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    path = resumed(scaled, path).run_loop()
+    again = make_loop(tmp_path)
+    again.scaler = torch.amp.GradScaler("cpu")
+    assert resumed(again, path).scaler.get_scale() == 2, "a scale that was kept goes on"
+    assert resumed(make_loop(tmp_path), path).step == 3
+
+
+def test_an_average_that_starts_anew_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_loop(tmp_path, max_steps=2).run_loop()
+    logger.configure()
+    resumed(make_loop(tmp_path), path)
+    assert "--ema_rate" not in capsys.readouterr().out
+    resumed(make_loop(tmp_path, ema_rate="0.9,0.95,0.5"), path)
+    assert "--ema_rate 0.95,0.5: the checkpoint has no such average" in capsys.readouterr().out
 
 
 def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) -> None:
@@ -540,6 +580,35 @@ def test_a_second_signal_is_not_swallowed(tmp_path: Path) -> None:
         loop.run_loop()
 
 
+@pytest.mark.parametrize("mark", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_may_repeat_the_signal(
+    number: signal.Signals, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun hands on what SLURM has sent to every process: the worker gets it twice."""
+    monkeypatch.setenv(mark, "1")
+    loop = make_loop(tmp_path, max_steps=50)
+    run_step = loop.run_step
+
+    def twice(batch: Batch) -> Tensor:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        return run_step(batch)
+
+    loop.run_step = twice  # type: ignore[method-assign]
+    assert load_checkpoint(loop.run_loop()).step == 1
+
+
+def test_a_later_signal_under_a_launcher_is_none_of_its_echoes() -> None:
+    with StopSignal(echo=0.1) as stop, pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wanted == "SIGINT"
+        time.sleep(0.15)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
 # ------------------------------------------------------------------------------ what is written
 
 
@@ -665,6 +734,38 @@ def test_a_compiled_run_is_the_run(
     assert modes == ["default"]
     one, other = load_checkpoint(trained / LATEST), load_checkpoint(tmp_path / LATEST)
     assert all(torch.equal(one.model[name], value) for name, value in other.model.items())
+
+
+def test_the_first_compiled_step_has_no_speed(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    command = [*training(brats, tmp_path), "--compile", "default", "--log_interval", 1]
+    succeeded(script("segmentation_train", *command, "--max_steps", 2))
+    first, second = rows(tmp_path / "progress.csv")
+    assert not first["steps_per_s"] and not first["minutes_left"]
+    assert float(second["steps_per_s"]) > 0 and float(second["minutes_left"]) == 0
+
+
+def test_training_without_a_compiler_says_so(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[RuntimeError] = []
+
+    def broken(*_: object) -> None:
+        raise raised[-1]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(TrainLoop, "forward_backward", broken)
+    command = [*training(brats, tmp_path), "--max_steps", 1]
+    raised.append(RuntimeError("no C++ compiler\nlong trace"))
+    error = refused(script("segmentation_train", *command, "--compile", "default"))
+    assert "--compile: found no C++ compiler, expected" in error and "Leave --compile" in error
+    with pytest.raises(RuntimeError, match="no C"):
+        script("segmentation_train", *command)
+    raised.append(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        script("segmentation_train", *command, "--compile", "default")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
