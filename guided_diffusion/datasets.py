@@ -280,6 +280,10 @@ class Frame:
         mask = None if case.mask is None else self.fit_mask(case.mask)
         return case._replace(image=self.fit_image(case.image), mask=mask)
 
+    def seen(self, values: Tensor) -> Tensor:
+        """The part of a map [..., H, W] at the case's size that the network sees."""
+        return self._cropped(values) if self.crop else values
+
     def restore(self, soft: Tensor, size: tuple[int, int]) -> Tensor:
         """Soft map [..., h, w] -> [..., H, W] for ``size`` = (H, W); stays within its own range.
 

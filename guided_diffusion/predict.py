@@ -32,7 +32,7 @@ from guided_diffusion.class_results import (
     soft_maps,
 )
 from guided_diffusion.classes import each
-from guided_diffusion.datasets import Case, Entry, SegmentationDataset, readable
+from guided_diffusion.datasets import Case, Entry, Frame, SegmentationDataset, readable
 from guided_diffusion.dist_util import agreed, barrier, rank, world_size
 from guided_diffusion.ensemble import MEASURES
 from guided_diffusion.errors import UserError
@@ -98,7 +98,7 @@ def segment(
                 stacks.keep(entries[index], maps_of(result))
             elif case.affine is not None:
                 write_nifti(out_dir, case, result)
-            record.add(_row(case, result, seconds))
+            record.add(_row(case, result, seconds, segmenter.frame))
             stacks.write()
 
     writer = Background()
@@ -214,8 +214,8 @@ def _is_empty(row: dict[str, Any]) -> bool:
     )
 
 
-def _row(case: Case, result: Segmentation, seconds: float) -> dict[str, Any]:
-    found = (result.members >= 0.5).flatten(1)
+def _row(case: Case, result: Segmentation, seconds: float, frame: Frame) -> dict[str, Any]:
+    found = frame.seen(result.members >= 0.5).flatten(1)
     return {
         "name": case.name,
         "members": len(result.members),

@@ -27,7 +27,7 @@ from guided_diffusion.options import SamplingOptions
 from guided_diffusion.plan import Plan, sampling_levels
 from guided_diffusion.predict import Record, segment
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.segmenter import Segmenter, member_seed
+from guided_diffusion.segmenter import Draws, Segmenter, member_seed
 from guided_diffusion.unet import Condition, UNetModel
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 239], [0, 0, 3, 7], [0, 0, 0, 1]])
@@ -161,6 +161,16 @@ def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
     segmenter.segment = full  # type: ignore[method-assign]
     found = list(predict._results(segmenter, shelf(2), [0, 1], {}))
     assert [index for index, *_ in found] == [0, 1]
+
+
+def test_a_member_that_fills_what_was_seen_is_full(tmp_path: Path) -> None:
+    """The border that was cropped away is background in every mask and says nothing."""
+    segmenter = make_segmenter(frame=Frame(16, crop=4))
+    ones = torch.ones(1, 3, 1, 16, 16)
+    segmenter.draw_with_coarse = lambda *_: Draws(ones, None)  # type: ignore[method-assign]
+    segment(segmenter, shelf(1, size=(24, 24)), tmp_path, fingerprint="f")
+    (row,) = table(tmp_path / "predictions.csv")
+    assert (row["full_members"], row["empty_members"], row["area"]) == ("3", "0", "256")
 
 
 @pytest.mark.parametrize("skip_type", ["time_uniform", "logSNR", "time_quadratic"])
