@@ -153,3 +153,13 @@ def test_all_modules_import_quietly_and_touch_no_network():
     guard = "import socket; socket.socket.connect = socket.socket.bind = None"
     result = run(f"{guard}; {loads}")
     assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
+
+
+@pytest.mark.parametrize(("typed", "asked"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_huge_pages_are_asked_for_unless_the_user_says_no(typed, asked, monkeypatch):
+    """torch reads the variable when it makes its first tensor; whether it gets them is chance."""
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    for name, value in typed.items():
+        monkeypatch.setenv(name, value)
+    said = run("import os, guided_diffusion; print(os.environ['THP_MEM_ALLOC_ENABLE'])")
+    assert (said.stdout, said.stderr) == (f"{asked}\n", "")
