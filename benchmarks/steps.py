@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,29 +172,36 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
 
 
 def plot(rows: Sequence[Figures], path: Path) -> None:
-    """Draw Dice of the fused mask against evaluations and against time."""
+    """Draw Dice, disagreement and time against evaluations, one curve for each kind of sampler."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    names = {
+        "fused": "Dice of the fused mask",
+        "disagreement": "disagreement of the members",
+        "seconds": "seconds per mask",
+    }
+    figure, axes = pyplot.subplots(1, len(names), figsize=(13, 4), layout="constrained")
+    styles = cycle("osD^vP")
     for kind in dict.fromkeys(kind_of(row) for row in rows):
-        own = [row for row in rows if kind_of(row) == kind]
-        for axis, name in zip(axes, ("evaluations", "seconds")):
-            points = sorted((getattr(row, name), row.fused) for row in own)
-            axis.plot(*zip(*points), marker="o", label=kind)
-            axis.set(xscale="log", xlabel=f"{name} per mask")
-            axis.grid(alpha=0.3)
-    axes[0].set_ylabel("Dice of the fused mask")
-    axes[1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+        own = sorted((row for row in rows if kind_of(row) == kind), key=lambda row: row.evaluations)
+        counts, marker = [row.evaluations for row in own], next(styles)
+        for axis, name in zip(axes, names, strict=True):
+            axis.plot(counts, [getattr(row, name) for row in own], marker=marker, label=kind)
+    for axis, name in zip(axes, names.values(), strict=True):
+        axis.set(xscale="log", xlabel="network evaluations per mask", title=name)
+        axis.grid(alpha=0.3)
+    axes[-1].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def kind_of(row: Figures) -> str:
     """The sampler and its flags, however many evaluations it makes."""
     sampler, _, *flags = row.setting.split(":")
-    return " ".join([sampler, *flags])
+    return ", ".join([sampler, *(flag.replace("=", " ") for flag in flags)])
 
 
 if __name__ == "__main__":
