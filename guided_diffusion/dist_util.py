@@ -15,6 +15,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from guided_diffusion.errors import UserError
 Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=2)
+_SHARED: WeakSet[torch.nn.parallel.DistributedDataParallel] = WeakSet()
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,6 +62,8 @@ def setup_dist() -> None:
 
 
 def _leave() -> None:
+    for module in list(_SHARED):  # where an error ended the run they live on, and hold the group
+        module.reducer = module.logger = module.process_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -75,7 +79,9 @@ def shared(module: torch.nn.Module) -> torch.nn.Module:
         return module
     device = next(module.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    together = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    _SHARED.add(together)
+    return together
 
 
 def unsynchronised(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:

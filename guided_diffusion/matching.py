@@ -21,7 +21,7 @@ from guided_diffusion.checkpoint import (
     version_of,
     with_companions,
 )
-from guided_diffusion.datasets import Frame, SegmentationDataset, auto_frame, readable
+from guided_diffusion.datasets import Case, Frame, SegmentationDataset, auto_frame
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import (
     LATER,
@@ -130,16 +130,13 @@ def network_for(
 
 
 def frame_for(
-    dataset: SegmentationDataset, network: NetworkOptions, flags: dict[str, Any]
+    dataset: SegmentationDataset, network: NetworkOptions, flags: dict[str, Any], *, case: Case
 ) -> tuple[Frame, str]:
-    """How cases reach the network's size, and the word for it that a checkpoint remembers.
-
-    The first case that can be read says of which size they are.
+    """How cases of the size of this one reach the network's, and what a checkpoint calls that.
 
     Raises:
-        UserError: none can be read, or their size does not suit.
+        UserError: the size does not suit.
     """
-    case = next(readable(dataset, range(len(dataset))), None) or dataset[0]
     height, width = case.image.shape[-2:]
     frame = auto_frame(
         dataset.layout,

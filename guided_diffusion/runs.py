@@ -32,6 +32,7 @@ from guided_diffusion.curves import draw_curves
 from guided_diffusion.datasets import (
     Framed,
     SegmentationDataset,
+    readable,
 )
 from guided_diffusion.dist_util import describe, dev, launch, rank, setup_dist, total_gib
 from guided_diffusion.errors import UserError
@@ -110,7 +111,7 @@ def train(typed: dict[str, Any]) -> None:
     dataset, held_out = _training_data(flags, watch)
     network = network_for(dataset, flags, path)
     diffusion = fill(DiffusionOptions, flags)
-    frame, crop = frame_for(dataset, network, flags)
+    frame, crop = frame_for(dataset, network, flags, case=dataset[0])
 
     device = dev(run.gpu_dev)
     _say_if_large(network, diffusion, options, classes=dataset.classes, device=device)
@@ -279,7 +280,8 @@ def _loaded(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter, Chec
     if data.split:
         dataset = narrowed(dataset, data.split, "testing")
     network = network_for(dataset, flags, path if checkpoint.options else None)
-    frame, _ = frame_for(dataset, network, flags)
+    case = next(readable(dataset, range(len(dataset))), None) or dataset[0]
+    frame, _ = frame_for(dataset, network, flags, case=case)
     segmenter = Segmenter.build(checkpoint, path, network=network, frame=frame, flags=typed)
     return dataset, segmenter, checkpoint
 

@@ -626,9 +626,13 @@ def test_training_refuses(slip: str, brats: Path, trained: Path, tmp_path: Path)
 def test_sampling_refuses(slip: str, brats: Path, trained: Path, tmp_path: Path) -> None:
     command = ["--model_path", trained, "--data_dir", brats / "testing", *FEW]
     command += ["--out_dir", tmp_path / "out"]
-    refused_without_a_trace(
-        "segmentation_sample", command, BAD_SAMPLING[slip], brats, trained, tmp_path
-    )
+    folders = (brats, trained, tmp_path)
+    if slip == "unreadable file":  # the other cases are finished
+        told = refused(script("segmentation_sample", *command, *BAD_SAMPLING[slip][0](*folders)))
+        assert all(word in told for word in BAD_SAMPLING[slip][1])
+        assert (tmp_path / "out" / "000006_mask.png").exists()
+    else:
+        refused_without_a_trace("segmentation_sample", command, BAD_SAMPLING[slip], *folders)
 
 
 def test_images_with_other_channels_than_the_network(

@@ -566,7 +566,15 @@ def test_a_run_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_a_second_signal_is_not_swallowed(tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a terminal has it; a job in the background is started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_not_swallowed(interruptible: None, tmp_path: Path) -> None:
     """One who presses Ctrl-C twice does not want to wait for the step."""
     loop = make_loop(tmp_path, max_steps=50)
 
@@ -599,7 +607,7 @@ def test_a_launcher_may_repeat_the_signal(
     assert load_checkpoint(loop.run_loop()).step == 1
 
 
-def test_a_later_signal_under_a_launcher_is_none_of_its_echoes() -> None:
+def test_a_later_signal_under_a_launcher_is_none_of_its_echoes(interruptible: None) -> None:
     with StopSignal(echo=0.1) as stop, pytest.raises(KeyboardInterrupt):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)

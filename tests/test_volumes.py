@@ -124,7 +124,7 @@ class Painter:
     """Draws what is in the image: the plan and the masks of a segmenter, without a network."""
 
     classes = None
-
+    frame = Frame(8)
     plan = Plan("ddpm", (CLEAN, CLEAN), batch_size=4, num_ensemble=2)
 
     def segment(self, cases: list, note: object = None) -> list:
