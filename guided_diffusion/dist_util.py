@@ -15,7 +15,6 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,6 @@ from guided_diffusion.errors import UserError
 Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=2)
-_SHARED: WeakSet[torch.nn.parallel.DistributedDataParallel] = WeakSet()
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,8 +60,6 @@ def setup_dist() -> None:
 
 
 def _leave() -> None:
-    for module in list(_SHARED):  # where an error ended the run they live on, and hold the group
-        module.reducer = module.logger = module.process_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -79,9 +75,7 @@ def shared(module: torch.nn.Module) -> torch.nn.Module:
         return module
     device = next(module.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    together = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
-    _SHARED.add(together)
-    return together
+    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
 
 def unsynchronised(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:
