@@ -1,6 +1,6 @@
 """Package metadata; the versions that were tested stand in requirements.txt."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="guided-diffusion-segmentation",
@@ -8,8 +8,8 @@ setup(
     description="Diffusion-based medical image segmentation: train, draw ensembles, fuse, score",
     license="MIT",
     python_requires=">=3.10",
-    packages=["guided_diffusion"],
-    package_data={"guided_diffusion": ["report.html"]},
+    packages=find_packages(include=["guided_diffusion*"]),
+    package_data={"guided_diffusion.report": ["report.html"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26,<3",

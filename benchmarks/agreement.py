@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from guided_diffusion import logger
+from guided_diffusion.commands import load_segmenter
 from guided_diffusion.dist_util import describe, dev
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.metrics import confusion, dice
-from guided_diffusion.runs import load_segmenter
-from guided_diffusion.segmenter import Segmentation, batched
+from guided_diffusion.inference.segmenter import Segmentation, batched
+from guided_diffusion.scoring.metrics import confusion, dice
 
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {},

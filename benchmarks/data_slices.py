@@ -29,12 +29,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion.augment import Augmentation
-from guided_diffusion.cache import GIB, Remembered
-from guided_diffusion.datasets import Frame, Framed, SegmentationDataset
+from guided_diffusion.data.augment import Augmentation
+from guided_diffusion.data.batches import stream
+from guided_diffusion.data.cache import GIB, Remembered
+from guided_diffusion.data.datasets import Frame, Framed, SegmentationDataset
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.layouts import open_dataset
-from guided_diffusion.stream import stream
 
 FEWEST = 500
 

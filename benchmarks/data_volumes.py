@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from guided_diffusion.bratsloader import BRATSDataset3D
-from guided_diffusion.datasets import Reading
+from guided_diffusion.data.datasets import Reading
+from guided_diffusion.data.volumes import VolumeStore
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.volumes import VolumeStore
 
 GIB = 2**30
 

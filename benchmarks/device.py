@@ -24,12 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import logger
-from guided_diffusion.datasets import Frame
-from guided_diffusion.dist_util import describe, dev
+from guided_diffusion.data.datasets import Frame
+from guided_diffusion.dist_util import describe, dev, place
 from guided_diffusion.dpm_solver import solver_levels
-from guided_diffusion.plan import Plan
-from guided_diffusion.script_util import million, place
-from guided_diffusion.segmenter import Segmenter
+from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.script_util import million
 from guided_diffusion.unet import UNetModel
 
 

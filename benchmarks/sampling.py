@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from guided_diffusion.datasets import Frame
-from guided_diffusion.dist_util import autocast, describe, dev
+from guided_diffusion.data.datasets import Frame
+from guided_diffusion.dist_util import autocast, describe, dev, place
 from guided_diffusion.dpm_solver import multistep, solver_levels
-from guided_diffusion.plan import Plan
-from guided_diffusion.script_util import create_model_and_diffusion, million, place
-from guided_diffusion.segmenter import Segmenter
+from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.script_util import create_model_and_diffusion, million
 
 ENSEMBLE = 5
 

@@ -26,11 +26,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.evaluate import evaluate_all
+from guided_diffusion.inference.provenance import described
 from guided_diffusion.layouts import open_masks
-from guided_diffusion.pictures import soft_png
-from guided_diffusion.provenance import described
-from guided_diffusion.report import write_report
+from guided_diffusion.report.canvas import soft_png
+from guided_diffusion.report.report import write_report
+from guided_diffusion.scoring.evaluate import evaluate_all
 
 VOLUME = (240, 240, 155)
 

@@ -24,13 +24,13 @@ import torch
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.datasets import Case
+from guided_diffusion.commands import load_segmenter
+from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import describe, dev
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.metrics import confusion, dice
-from guided_diffusion.runs import load_segmenter
-from guided_diffusion.segmenter import Segmenter
+from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.scoring.metrics import confusion, dice
 
 SETTINGS = (
     *("ddpm:1000", "ddpm:50", "ddpm:10"),

@@ -23,13 +23,13 @@ import torch
 from torch.utils.data import Dataset
 
 from guided_diffusion import logger
-from guided_diffusion.datasets import Case, collate
-from guided_diffusion.dist_util import autocast, describe, dev
+from guided_diffusion.data.batches import collate, stream
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.dist_util import autocast, describe, dev, place
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.options import RunOptions, TrainingOptions
+from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 from guided_diffusion.resample import UniformSampler
-from guided_diffusion.script_util import create_model_and_diffusion, million, place
-from guided_diffusion.stream import stream
+from guided_diffusion.script_util import create_model_and_diffusion, million
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import UNetModel
 

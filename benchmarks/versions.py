@@ -29,24 +29,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.cache import Remembered
-from guided_diffusion.datasets import WOLLEB_CROP, Frame, Framed, SegmentationDataset
-from guided_diffusion.dist_util import describe, dev
+from guided_diffusion.data.batches import stream
+from guided_diffusion.data.cache import Remembered
+from guided_diffusion.data.datasets import WOLLEB_CROP, Frame, Framed, SegmentationDataset
+from guided_diffusion.dist_util import describe, dev, place
 from guided_diffusion.ensemble import BLENDS
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
+from guided_diffusion.inference.plan import Plan, make_plan
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.losses import binary_cross_entropy, soft_dice_loss
-from guided_diffusion.options import RunOptions, SamplingOptions, TrainingOptions
-from guided_diffusion.plan import Plan, make_plan
+from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.schedule import NoiseLevel
-from guided_diffusion.script_util import create_model_and_diffusion, place
-from guided_diffusion.segmenter import Segmenter
-from guided_diffusion.stream import stream
+from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.validation import chosen_cases, score_of
 from guided_diffusion.unet import UNetModel
-from guided_diffusion.validation import chosen_cases, score_of
 
 FLAGS: dict[str, Any] = {
     "image_size": 64,

@@ -19,22 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
-from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.readers import (
-    NIFTI,
+from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.folders import NIFTI, open_folder, safe_name, split_name, walk
+from guided_diffusion.data.readers import (
     Affine,
     Array,
     nifti_shape,
-    open_folder,
     read_mask_file,
     read_nifti_slice,
     require_same_axes,
-    safe_name,
-    split_name,
-    walk,
 )
-from guided_diffusion.volumes import VolumeDataset
+from guided_diffusion.data.volumes import VolumeDataset
+from guided_diffusion.errors import UserError, refuse
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 SEG = "seg"

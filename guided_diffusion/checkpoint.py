@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import INTACT, whole
+from guided_diffusion.options.segmentation import LATER
+from guided_diffusion.unet import UNetModel
 
 FORMAT = "guided_diffusion checkpoint 1"
 LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
-
 Weights = dict[str, Tensor]
 
 
@@ -244,3 +246,36 @@ def _cut(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     if name == "label_emb.weight" and name in own:
         return value[: len(own[name])]
     return value
+
+
+def trained_as(start: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint says of its training; of bare weights the version is all that shows."""
+    if start.options:
+        return {**LATER, **start.options}
+    return {"version": version_of(start.model)}
+
+
+def adopted(
+    checkpoint: Checkpoint, net: UNetModel, *, training: bool = False
+) -> tuple[Checkpoint, list[str]]:
+    """Complete bare published weights for a network, and name the tensors that they lack.
+
+    For training these start as in a new network: a gate that is closed exactly leaves maps without
+    variance behind it, and the gradient of a normalisation explodes there.
+    """
+    if checkpoint.options:
+        return checkpoint, []
+    lacking = [name for name in net.adopt(checkpoint.model) if name not in checkpoint.model]
+    fresh = {name: net.state_dict()[name].clone() for name in lacking} if training else {}
+    model = net.adopt(checkpoint.model) | fresh
+    ema = {rate: net.adopt(weights) | fresh for rate, weights in checkpoint.ema.items()}
+    return replace(checkpoint, model=model, ema=ema), lacking
+
+
+def lacking_note(lacking: Sequence[str], *, training: bool = False) -> str:
+    """Say what published weights lacked."""
+    start = "they start as in a new network" if training else "set to the expectation of that"
+    return (
+        f"the weights lack {listing(lacking, most=2)}, which their network drew at random in every "
+        f"call: {start}"
+    )

@@ -7,31 +7,31 @@ is. Called by ``layouts``.
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 
 from torch import Tensor
 
-from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
-from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.readers import (
-    NIFTI,
-    PICTURES,
-    Affine,
-    image_channels,
+from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.folders import (
+    ENDINGS,
+    image_files,
     is_nifti,
     listing,
     names_in,
-    nifti_shape,
     open_folder,
-    read_image_file,
-    read_mask_file,
     safe_name,
     split_name,
+    subfolder,
 )
-from guided_diffusion.volumes import VolumeDataset
-
-ENDINGS = (*PICTURES, *NIFTI)
+from guided_diffusion.data.readers import (
+    Affine,
+    image_channels,
+    nifti_shape,
+    read_image_file,
+    read_mask_file,
+)
+from guided_diffusion.data.volumes import VolumeDataset
+from guided_diffusion.errors import UserError, refuse
 
 
 class CustomDataset(SegmentationDataset):
@@ -92,31 +92,6 @@ def open_custom(
     if first is not None and is_nifti(first) and len(nifti_shape(first)) > 2:
         return CustomVolumes(folder, test_flag, reading)
     return CustomDataset(folder, test_flag, reading)
-
-
-def subfolder(folder: Path, name: str) -> Path | None:
-    """The folder called ``name`` directly below, in any case of letters."""
-    found = (folder / called for called in names_in(folder) if called.lower() == name)
-    return next((path for path in found if path.is_dir()), None)
-
-
-def image_files(folder: Path) -> dict[str, Path]:
-    """The pictures and NIfTI files directly in ``folder``, by stem."""
-    found: dict[str, Path] = {}
-    for name in names_in(folder):
-        stem, ending = split_name(unicodedata.normalize("NFC", name))
-        if name.startswith(".") or ending not in ENDINGS:
-            continue
-        if stem in found:
-            error = UserError(
-                folder,
-                found=f"{found[stem].name} and {name}",
-                expected="one file per stem",
-                mend="Rename or remove one of them.",
-            )
-            refuse(error)
-        found[stem] = folder / name
-    return found
 
 
 def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:

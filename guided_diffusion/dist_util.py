@@ -12,7 +12,8 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,10 +22,42 @@ import torch.distributed as dist
 
 from guided_diffusion.errors import UserError
 
+Net = TypeVar("Net", bound=torch.nn.Module)
+
+
+def place(net: Net, device: torch.device, *, compile: str = "") -> Net:
+    """Move a network to its device, in the memory order that convolutions are fastest in.
+
+    ``compile`` is a mode of ``torch.compile``; the network is compiled when it is first called.
+    """
+    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        net.compile(mode=compile)
+    return net
+
+
+@contextmanager
+def compiling(active: object = True) -> Iterator[None]:
+    """Run what makes ``torch.compile`` compile; memory that runs out is another matter.
+
+    Raises:
+        UserError: the compiler does not work here.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise UserError(
+            "--compile",
+            found=(str(error).splitlines() or [repr(error)])[0],
+            expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
+            mend="Leave --compile away.",
+        ) from error
+
+
 Value = TypeVar("Value")
-
 _PATIENCE = timedelta(days=2)
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

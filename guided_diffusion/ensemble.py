@@ -21,7 +21,6 @@ from torch import Tensor
 
 Floats = NDArray[np.float64]
 Fusion = Callable[[Tensor], Tensor]
-
 _CLOSE_TO_ONE = 1.0 - 1e-9
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 from guided_diffusion.errors import UserError
 
@@ -71,3 +72,35 @@ def make_folder(path: Path, *, flag: str = "--out_dir") -> Path:
             mend=f"Choose another {flag}.",
         ) from error
     return path
+
+
+class Background:
+    """Runs jobs in a thread, one after the other; what a job raises arrives at the next call.
+
+    The interpreter waits for the last job before it ends, so a job that was begun is finished.
+    """
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, job: Callable[[], object]) -> None:
+        """Begin a job once the one before it is done; raises what that one raised."""
+        self.wait()
+        self._thread = Thread(target=self._run, args=(job,))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the present job, if any, and raise what it raised."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def _run(self, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except BaseException as error:  # the main thread is to hear of everything
+            self._error = error

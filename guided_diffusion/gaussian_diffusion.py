@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guided_diffusion.losses import (
-    COARSE_LOSSES,
-    discretized_gaussian_log_likelihood,
-    normal_kl,
-)
+from guided_diffusion.losses import COARSE_LOSSES, discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.schedule import NoiseLevel, NoiseSchedule, per_sample
 
+Losses = Callable[..., dict[str, Tensor]]
+"""As :meth:`GaussianDiffusion.training_losses`, whose arguments it takes."""
 Network = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
 """``net(x, t, condition, y)`` gives an object with ``.raw`` [B, K or 2K, H, W] and ``.coarse``."""
 

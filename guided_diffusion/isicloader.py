@@ -14,20 +14,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
-from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.readers import (
+from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.folders import (
     PICTURES,
-    Affine,
     listing,
     names_in,
     open_folder,
-    read_image_file,
-    read_mask_file,
     safe_name,
     split_name,
     walk,
 )
+from guided_diffusion.data.readers import Affine, read_image_file, read_mask_file
+from guided_diffusion.errors import UserError, refuse
 
 _CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.csv")
 _PICTURE = re.compile(r"ISIC_(\d+)")

@@ -6,41 +6,38 @@ prediction, and by scoring through :func:`open_masks`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from guided_diffusion.bratsloader import SEG, find_cases, open_brats
-from guided_diffusion.classes import Classes
-from guided_diffusion.custom_dataset_loader import (
-    KvasirDataset,
+from guided_diffusion.bratsloader import SEG, find_cases, find_modalities, open_brats
+from guided_diffusion.custom_dataset_loader import KvasirDataset, open_custom
+from guided_diffusion.data.classes import Classes, find_classes
+from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.folders import (
     image_files,
-    open_custom,
-    subfolder,
-)
-from guided_diffusion.datasets import AS_STORED, Entry, Reading, SegmentationDataset
-from guided_diffusion.errors import UserError
-from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
-from guided_diffusion.readers import (
-    Array,
-    class_masks,
     is_nifti,
     many_objects,
-    nifti_shape,
     open_folder,
-    read_mask_file,
     safe_name,
+    subfolder,
 )
-from guided_diffusion.tumour_images import TumourImages, is_classified
-from guided_diffusion.volumes import VolumeStore
+from guided_diffusion.data.readers import Array, class_masks, nifti_shape, read_mask_file
+from guided_diffusion.data.tumorloader import TumourImages, is_classified
+from guided_diffusion.data.volumes import VolumeStore
+from guided_diffusion.errors import UserError
+from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
+from guided_diffusion.options.flags import slice_range
+from guided_diffusion.options.segmentation import DataOptions
 
 Loader = Callable[[Path, bool, Reading], SegmentationDataset]
-
 LAYOUTS: dict[str, Loader] = {
     "BRATS": open_brats,
     "ISIC": ISICDataset,
@@ -253,3 +250,31 @@ def _file_mask(path: Path, classes: Classes | None) -> Array:
 
 def _truth(mask: Tensor, classes: Classes | None) -> Array:
     return np.asarray((mask if classes else mask[0]).numpy(), dtype=np.float32)
+
+
+def create_reading(data: DataOptions) -> Reading:
+    """What the flags say about reading a data set."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    places = {"auto": home / "guided_diffusion", "none": None}
+    return Reading(
+        modalities=find_modalities(data.modalities),
+        slices=slice_range(data.slices),
+        blank_slices=data.blank_slices,
+        normalise=data.normalise,
+        cache_dir=places.get(data.cache_dir, Path(data.cache_dir).expanduser()),
+        classes=find_classes(data.mask_labels),
+    )
+
+
+def spelled(typed: dict[str, Any]) -> dict[str, Any]:
+    """The typed flags, with the classes spelled as a checkpoint does."""
+    classes = find_classes(typed.get("mask_labels", ""))
+    return typed if classes is None else {**typed, "mask_labels": str(classes)}
+
+
+def plainly(typed: dict[str, Any]) -> dict[str, Any]:
+    """The typed flags, with modalities and classes called as a checkpoint calls them."""
+    typed = spelled(typed)
+    if not typed.get("modalities"):
+        return typed
+    return {**typed, "modalities": ",".join(find_modalities(typed["modalities"]))}

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from guided_diffusion.files import INTACT, make_folder, whole, writing
 
 Pixels = NDArray[np.uint8]
-
 Values = dict[str, Any]
 
 

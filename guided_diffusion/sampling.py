@@ -7,18 +7,103 @@ those of ``dpm_solver`` are among them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from guided_diffusion import dpm_solver
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.schedule import NoiseLevel
-from guided_diffusion.unipc import unipc
+
+Known = tuple[NoiseLevel, Tensor]
+
+
+def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], *, order: int = 2) -> Tensor:
+    """UniPC of order 1 to 3; a step to the clean mask is a plain prediction of x0.
+
+    The first steps rise to ``order``; below 10 steps the last ones come down again, for stability.
+
+    Args:
+        denoise: the model.
+        x: noise at ``levels[0]``, [B, K, H, W].
+        levels: decreasing noise, N + 1 of them for N evaluations.
+        order: of the predictor; the corrector adds one.
+    """
+    steps = len(levels) - 1
+    known: list[Known] = []
+    before = x
+    for step, (now, nxt) in enumerate(pairwise(levels)):
+        x0 = denoise(x, now).x0
+        if nxt.sigma == 0:
+            return x0
+        if known:
+            x = _update(before, known, now, x0)
+        usable = min(order, steps - step) if steps < 10 else order
+        known = [*known, (now, x0)][-usable:]
+        before, x = x, _update(x, known, nxt)
+    return x
+
+
+def _update(
+    x: Tensor, known: Sequence[Known], nxt: NoiseLevel, new: Tensor | None = None
+) -> Tensor:
+    """Step from the newest known point to ``nxt``: predict, or correct with the value there."""
+    (now, value), *older = reversed(known)
+    h = nxt.log_snr - now.log_snr
+    nodes = [(level.log_snr - now.log_snr) / h for level, _ in older]
+    slopes = [(other - value) / node for (_, other), node in zip(older, nodes, strict=True)]
+    if new is not None:
+        nodes, slopes = [*nodes, 1.0], [*slopes, new - value]
+
+    phi = math.expm1(-h)
+    x = (nxt.sigma / now.sigma) * x - nxt.alpha * phi * value
+    for weight, slope in zip(_weights(nodes, -h), slopes, strict=True):
+        x = x - nxt.alpha * phi * weight * slope
+    return x
+
+
+def _weights(nodes: Sequence[float], k: float) -> list[float]:
+    """Solve the order conditions for the weight of each divided difference: eq. 9.
+
+    One node has the weight 1/2, which meets the condition to second order.
+    """
+    if len(nodes) < 2:
+        return [0.5] * len(nodes)
+    powers = np.array([[node**i for node in nodes] for i in range(len(nodes))])
+    target, phi, factorial = [], math.expm1(k) / k - 1, 1
+    for i in range(1, len(nodes) + 1):
+        target.append(phi * factorial / math.expm1(k))
+        factorial *= i + 1
+        phi = phi / k - 1 / factorial
+    return [float(weight) for weight in np.linalg.solve(powers, target)]
+
+
+class MemberNoise:
+    """Standard normal noise in which every row has a generator of its own.
+
+    Drawn on the CPU, so that a device does not change it.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Draw noise of the shape of ``x`` [B, ...], row b from generator b."""
+        rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(x.device, x.dtype)
+
+
+def member_seed(seed: int, name: str, member: int) -> int:
+    """Make the seed of one mask: 63 bits of a hash of the run's seed, the case and the member."""
+    digest = hashlib.sha256(f"{seed}/{name}/{member}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
 
 Sampler = Callable[..., Tensor]
 RandnLike = Callable[[Tensor], Tensor]
@@ -84,6 +169,5 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": unipc,
 }
 """Every sampler by name, each called as ``sampler(denoise, x, levels)``."""
-
 STOCHASTIC = frozenset({"ddpm", "ddim", "sde_dpm_solver++"})
 """Those that draw noise on the way, by their keyword ``randn_like``."""

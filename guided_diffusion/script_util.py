@@ -6,44 +6,29 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from guided_diffusion.bratsloader import find_modalities
-from guided_diffusion.checkpoint import Checkpoint
-from guided_diffusion.classes import Classes, find_classes
-from guided_diffusion.classifier import EncoderUNetModel
-from guided_diffusion.datasets import Reading
+from guided_diffusion.data.classes import Classes, find_classes
+from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.highway import STEP
-from guided_diffusion.medsegdiff import AnchoredUNet, HighwayUNet
-from guided_diffusion.medsegdiff_v2 import SpectrumUNet
-from guided_diffusion.options import (
-    DataOptions,
-    DiffusionOptions,
-    NetworkOptions,
-    fill,
-    numbers,
-    slice_range,
-)
-from guided_diffusion.readers import listing
-from guided_diffusion.resnet import ResNet50
+from guided_diffusion.networks.classifier import EncoderUNetModel
+from guided_diffusion.networks.highway import STEP
+from guided_diffusion.networks.medsegdiff import AnchoredUNet, HighwayUNet
+from guided_diffusion.networks.medsegdiff_v2 import SpectrumUNet
+from guided_diffusion.networks.resnet import ResNet50
+from guided_diffusion.options.flags import fill, numbers
+from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptions
+from guided_diffusion.options.weak import ClassifierOptions
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.unet import UNetModel
-from guided_diffusion.weak_options import ClassifierOptions
-
-Net = TypeVar("Net", bound=torch.nn.Module)
 
 NUM_CLASSES = 2
-
 NETWORKS: dict[str, Callable[..., UNetModel]] = {
     "plain": UNetModel,
     "1": HighwayUNet,
@@ -51,9 +36,7 @@ NETWORKS: dict[str, Callable[..., UNetModel]] = {
     "2": SpectrumUNet,
 }
 """The network of each ``--version``."""
-
 _COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
-
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
@@ -99,9 +82,9 @@ def create_model(
             mend="Leave --version away.",
         )
     mask_channels = network.in_ch if of_images else count_masks(classes)
-    channel_mult, attention_ds = _channel_mult(network), _attention_ds(network)
-    for level, factor in enumerate(channel_mult):
-        if 2**level in attention_ds or level == len(channel_mult) - 1:
+    multipliers, attention_ds = channel_multipliers(network), _attention_ds(network)
+    for level, factor in enumerate(multipliers):
+        if 2**level in attention_ds or level == len(multipliers) - 1:
             _refuse_uneven_heads(network, int(factor * network.num_channels))
     return NETWORKS[network.version](
         image_size=network.image_size,
@@ -112,7 +95,7 @@ def create_model(
         num_res_blocks=network.num_res_blocks,
         attention_resolutions=attention_ds,
         dropout=network.dropout,
-        channel_mult=channel_mult,
+        channel_mult=multipliers,
         num_classes=NUM_CLASSES if network.class_cond else None,
         use_checkpoint=network.use_checkpoint,
         num_heads=network.num_heads,
@@ -123,42 +106,6 @@ def create_model(
         use_new_attention_order=network.use_new_attention_order,
         **({"ss_blocks": network.ss_blocks} if network.version == "2" else {}),
     )
-
-
-def attention_notes(network: NetworkOptions) -> list[str]:
-    """Say which of ``--attention_resolutions`` are no level's, what they do, and what would."""
-    size = network.image_size
-    factors = [2**level for level in range(len(_channel_mult(network)))]
-    unmatched = [
-        resolution
-        for resolution in numbers("attention_resolutions", network.attention_resolutions)
-        if size // resolution not in factors
-    ]
-    levels = ", ".join(str(size // factor) for factor in factors)
-    return [
-        f"--attention_resolutions {resolution} adds no attention: at {size} px the levels are of "
-        f"{levels}, and {size} // {resolution} = {size // resolution} leads to none of them; the "
-        "middle block attends all the same"
-        for resolution in unmatched
-    ]
-
-
-def training_gib(parameters: int, averages: int) -> float:
-    """The most that training holds for so many parameters, in GiB, before any activation.
-
-    Weights, the two moments of AdamW and each averaged copy, in float32; all of them once more
-    while a checkpoint is written; and the gradients, for training goes on meanwhile.
-    """
-    return 4 * parameters * (2 * (3 + averages) + 1) / 2**30
-
-
-def spectra_gib(network: NetworkOptions) -> float:
-    """What the matrices between spectra of version 2 take for one image, in GiB of float32.
-
-    Each block has two, of as many rows and columns as the deepest map has pixels.
-    """
-    pixels = (network.image_size >> (len(_channel_mult(network)) - 1)) ** 2
-    return 2 * network.ss_blocks * 4 * pixels**2 / 2**30 if network.version == "2" else 0.0
 
 
 def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
@@ -185,7 +132,7 @@ def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
         num_channels=options.classifier_width,
         attention_resolutions=options.classifier_attention_resolutions,
     )
-    channel_mult = _channel_mult(network)
+    multipliers = channel_multipliers(network)
     return EncoderUNetModel(
         image_size=options.image_size,
         in_channels=options.in_channel,
@@ -193,9 +140,9 @@ def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
         out_channels=options.num_classes,
         num_res_blocks=options.classifier_depth,
         attention_resolutions=_attention_ds(network),
-        channel_mult=channel_mult,
+        channel_mult=multipliers,
         pool=options.classifier_pool,
-        num_head_channels=math.gcd(64, *(int(m * options.classifier_width) for m in channel_mult)),
+        num_head_channels=math.gcd(64, *(int(m * options.classifier_width) for m in multipliers)),
         use_scale_shift_norm=options.classifier_use_scale_shift_norm,
         resblock_updown=options.classifier_resblock_updown,
     )
@@ -265,21 +212,7 @@ def _refuse_opposites(options: DiffusionOptions) -> None:
             )
 
 
-def create_reading(data: DataOptions) -> Reading:
-    """What the flags say about reading a data set."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = {"auto": home / "guided_diffusion", "none": None}
-    return Reading(
-        modalities=find_modalities(data.modalities),
-        slices=slice_range(data.slices),
-        blank_slices=data.blank_slices,
-        normalise=data.normalise,
-        cache_dir=places.get(data.cache_dir, Path(data.cache_dir).expanduser()),
-        classes=find_classes(data.mask_labels),
-    )
-
-
-def _channel_mult(network: NetworkOptions) -> list[float]:
+def channel_multipliers(network: NetworkOptions) -> list[float]:
     """The width of each level; sizes between the parents' take the next larger one's."""
     given = numbers("channel_mult", network.channel_mult, float)
     table = next((m for size, m in _CHANNEL_MULT.items() if network.image_size <= size), None)
@@ -314,7 +247,7 @@ def _halvings(network: NetworkOptions, levels: int) -> int:
 
 def refuse_uneven_crop(network: NetworkOptions, size: tuple[int, int]) -> None:
     """Raise a UserError where a cropped size (H, W) is none that the network can halve."""
-    step = 2 ** _halvings(network, len(_channel_mult(network)))
+    step = 2 ** _halvings(network, len(channel_multipliers(network)))
     if any(side < step or side % step for side in size):
         raise UserError(
             "--crop",
@@ -361,65 +294,53 @@ def _mask_range(text: str) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def adopted(
-    checkpoint: Checkpoint, net: UNetModel, *, training: bool = False
-) -> tuple[Checkpoint, list[str]]:
-    """Complete bare published weights for a network, and name the tensors that they lack.
-
-    For training these start as in a new network: a gate that is closed exactly leaves maps without
-    variance behind it, and the gradient of a normalisation explodes there.
-    """
-    if checkpoint.options:
-        return checkpoint, []
-    lacking = [name for name in net.adopt(checkpoint.model) if name not in checkpoint.model]
-    fresh = {name: net.state_dict()[name].clone() for name in lacking} if training else {}
-    model = net.adopt(checkpoint.model) | fresh
-    ema = {rate: net.adopt(weights) | fresh for rate, weights in checkpoint.ema.items()}
-    return replace(checkpoint, model=model, ema=ema), lacking
-
-
-def lacking_note(lacking: Sequence[str], *, training: bool = False) -> str:
-    """Say what published weights lacked."""
-    start = "they start as in a new network" if training else "set to the expectation of that"
-    return (
-        f"the weights lack {listing(lacking, most=2)}, which their network drew at random in every "
-        f"call: {start}"
-    )
-
-
-def place(net: Net, device: torch.device, *, compile: str = "") -> Net:
-    """Move a network to its device, in the memory order that convolutions are fastest in.
-
-    ``compile`` is a mode of ``torch.compile``; the network is compiled when it is first called.
-    """
-    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compile:
-        net.compile(mode=compile)
-    return net
-
-
-@contextmanager
-def compiling(active: object = True) -> Iterator[None]:
-    """Run what makes ``torch.compile`` compile; memory that runs out is another matter.
-
-    Raises:
-        UserError: the compiler does not work here.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise UserError(
-            "--compile",
-            found=(str(error).splitlines() or [repr(error)])[0],
-            expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
-            mend="Leave --compile away.",
-        ) from error
-
-
 def million(net: torch.nn.Module) -> str:
     """Say how large a network is."""
     return (
         f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} million parameters"
     )
+
+
+def network_for(
+    dataset: SegmentationDataset, flags: dict[str, Any], path: Path | None
+) -> NetworkOptions:
+    """The network for a data set's channels; refuse what cannot segment it."""
+    masks = count_masks(dataset.classes)
+    expected = dataset.channels + masks
+    if flags.get("in_ch", expected) != expected:
+        raise UserError(
+            path or "--in_ch",
+            found=f"a network of {flags['in_ch']} input channels",
+            expected=f"{expected}: {dataset.channels} of the images in {dataset.directory} "
+            f"and {'the noisy mask' if masks == 1 else f'{masks} noisy masks'}",
+            mend="Use data with the channels of training." if path else "Leave --in_ch away.",
+        )
+    if flags.get("class_cond"):
+        raise UserError(
+            "--class_cond",
+            found="True",
+            expected="False",
+            mend="Segmentation has no class labels to condition on.",
+        )
+    return fill(NetworkOptions, {**flags, "in_ch": expected})
+
+
+def frame_for(
+    dataset: SegmentationDataset, network: NetworkOptions, flags: dict[str, Any], *, case: Case
+) -> tuple[Frame, str]:
+    """How cases of the size of this one reach the network's, and what a checkpoint calls that.
+
+    Raises:
+        UserError: the size does not suit.
+    """
+    height, width = case.image.shape[-2:]
+    frame = auto_frame(
+        dataset.layout,
+        (height, width),
+        version=network.version,
+        image_size=network.image_size,
+        crop=flags.get("crop", "auto"),
+    )
+    if frame.crop:
+        refuse_uneven_crop(network, (height - 2 * frame.crop, width - 2 * frame.crop))
+    return frame, "wolleb" if frame.crop else "none"

@@ -8,10 +8,10 @@ bit on a CPU, whatever the number of reading processes. Wired by ``runs``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,23 +19,22 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.augment import Augmentation
-from guided_diffusion.averages import ExponentialAverage, copied, on_cpu, plain
-from guided_diffusion.background import Background
 from guided_diffusion.checkpoint import (
     BEST,
     Checkpoint,
-    Weights,
     numbered_checkpoints,
     save_checkpoint,
     step_of,
 )
-from guided_diffusion.datasets import Batch, Case
+from guided_diffusion.data.augment import Augmentation
+from guided_diffusion.data.batches import Batch, Lesson, masks_of_images, mix, stream
+from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import (
     agreed,
     autocast,
     barrier,
     beside,
+    compiling,
     everyones,
     gathered,
     launched,
@@ -46,41 +45,20 @@ from guided_diffusion.dist_util import (
     world_size,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.lessons import Lesson, masks_of_images
+from guided_diffusion.files import Background
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
 from guided_diffusion.nn import Output
-from guided_diffusion.options import RunOptions, TrainingOptions, WatchOptions
+from guided_diffusion.options.segmentation import RunOptions, TrainingOptions, WatchOptions
 from guided_diffusion.resample import ScheduleSampler
-from guided_diffusion.script_util import compiling
-from guided_diffusion.step_log import StepLog
-from guided_diffusion.stop_signal import StopSignal
-from guided_diffusion.stream import mix, stream
+from guided_diffusion.training.checkpoints import copied, fitted_moments, on_cpu
+from guided_diffusion.training.ema import ExponentialAverage, plain
+from guided_diffusion.training.step_log import StepLog
+from guided_diffusion.training.stop_signal import StopSignal
+from guided_diffusion.training.validation import Validate
 from guided_diffusion.unet import UNetModel
 
 ECHO = 5.0
 """Seconds within which a launcher may repeat a signal that this process has had already."""
-
-
-class Score(NamedTuple):
-    """How good a run is: mean Dice and IoU, in [0, 1], over the cases of validation."""
-
-    dice: float
-    iou: float
-
-
-class Accuracy(NamedTuple):
-    """How good a classifier is: share of right answers, and mean loss."""
-
-    accuracy: float
-    loss: float
-
-
-Validate = Callable[[Weights, int], Score | Accuracy | None]
-"""Scores the weights of a step, the first value decides; None where there is nothing to score."""
-
-
-Losses = Callable[..., dict[str, Tensor]]
-"""As :meth:`GaussianDiffusion.training_losses`, whose arguments it takes."""
 
 
 class TrainLoop:
@@ -197,7 +175,7 @@ class TrainLoop:
         if state:
             names = [name for name, _ in self.net.named_parameters()]
             known = [index for index, name in enumerate(names) if name not in lacking]
-            moments = _fitted(state["optimizer"]["state"], self.parameters, known)
+            moments = fitted_moments(state["optimizer"]["state"], self.parameters, known)
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self._set_rate()
 
@@ -480,23 +458,3 @@ class _Whole(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
         return cast(Output, self.net(x, t, self.net.encode(image), y))
-
-
-def _fitted(
-    moments: dict[int, dict[str, Any]], parameters: Sequence[Tensor], known: Sequence[int]
-) -> dict[int, dict[str, Any]]:
-    """Bring an optimiser's moments into the memory order of the parameters they belong to.
-
-    The optimiser's i-th parameter is our ``known[i]``-th. Moments are cut as the parents'
-    two-channel head was cut, if it was. Steps are plain numbers where an old torch wrote them.
-    """
-
-    def fitted(value: Tensor | float, parameter: Tensor) -> Tensor:
-        value = torch.as_tensor(value, dtype=torch.float32)
-        return torch.empty_like(parameter).copy_(value[: len(parameter)]) if value.ndim else value
-
-    return {
-        own: {name: fitted(value, parameters[own]) for name, value in moments[index].items()}
-        for index, own in enumerate(known)
-        if index in moments
-    }

@@ -36,10 +36,10 @@ def cut(args: argparse.Namespace) -> None:
     """Cut what is not cut yet, with progress by volume."""
     from tqdm import tqdm
 
-    from guided_diffusion import slicing
     from guided_diffusion.bratsloader import find_modalities
-    from guided_diffusion.datasets import Reading
-    from guided_diffusion.options import slice_range
+    from guided_diffusion.data.datasets import Reading
+    from guided_diffusion.options.flags import slice_range
+    from guided_diffusion.tools import slices as slicing
 
     reading = Reading(
         modalities=find_modalities(args.modalities),

@@ -97,7 +97,7 @@ def write(args: argparse.Namespace) -> None:
     """Write the phantoms the flags ask for, showing progress by patient."""
     from tqdm import tqdm
 
-    from guided_diffusion import phantom_folders
+    from guided_diffusion.tools import phantom_folders
 
     common = {
         "patients": args.patients,

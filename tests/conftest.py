@@ -17,9 +17,16 @@ from unittest import mock
 import pytest
 import torch
 
-from guided_diffusion import highway, logger, medsegdiff, phantom_folders
+from guided_diffusion import logger
+from guided_diffusion.networks import highway, medsegdiff
+from guided_diffusion.tools import phantom_folders
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# What a process of its own needs to import the package and the tests' helpers.
+PYTHONPATH = os.pathsep.join(
+    str(ROOT / folder) for folder in (".", "tests", "tests/inference", "tests/training")
+)
 
 # A network that takes milliseconds, at 16 pixels; its diffusion is the one of the quick recipes.
 NETWORK = [

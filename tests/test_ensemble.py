@@ -20,7 +20,7 @@ from guided_diffusion.ensemble import (
     variance,
     vote,
 )
-from guided_diffusion.metrics import binarise, confusion, dice
+from guided_diffusion.scoring.metrics import binarise, confusion, dice
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.datasets import Frame, Framed, SegmentationDataset
+from guided_diffusion.data.batches import stream
+from guided_diffusion.data.datasets import Frame, Framed, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
-from guided_diffusion.stream import stream
 
 TABLE = "ISBI2016_ISIC_Part1_Training_GroundTruth.csv"
 DATA = "ISBI2016_ISIC_Part1_Training_Data"

@@ -15,7 +15,9 @@ import pytest
 from conftest import ROOT, refused, script
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import (
+from guided_diffusion.options.flags import fill, numbers, recorded, refuse_contradictions
+from guided_diffusion.options.parser import parse
+from guided_diffusion.options.segmentation import (
     SAMPLE,
     SCORE,
     TRAIN,
@@ -23,11 +25,6 @@ from guided_diffusion.options import (
     NetworkOptions,
     TrainingOptions,
     dead_flags,
-    fill,
-    numbers,
-    parse,
-    recorded,
-    refuse_contradictions,
 )
 
 PARENTS: dict[str, dict[str, list[Any]]] = json.loads(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import script
 
-from guided_diffusion import phantom_folders
+from guided_diffusion.tools import phantom_folders
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

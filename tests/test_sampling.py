@@ -26,9 +26,8 @@ from guided_diffusion.dpm_solver import (
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from guided_diffusion.nn import Output
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, ddim, ddpm
+from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, ddim, ddpm, unipc
 from guided_diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
-from guided_diffusion.unipc import unipc
 
 GOLDEN = Path(__file__).parent / "golden"
 LINEAR = NoiseSchedule.named("linear", 1000)

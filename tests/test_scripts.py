@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoint import LATEST, Checkpoint, load_checkpoint, save_checkpoint
-from guided_diffusion.plan import Plan
-from guided_diffusion.segmenter import Draws, Segmenter
+from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.segmenter import Draws, Segmenter
 
 FEW = ("--steps", 2, "--num_ensemble", 2)
 TEST_CASES = ("000005", "000006")

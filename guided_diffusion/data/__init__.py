@@ -1,0 +1,1 @@
+"""Data sets: what a case is, how files are read, cached, divided, augmented and batched."""

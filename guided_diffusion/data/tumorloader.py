@@ -1,0 +1,375 @@
+"""Images that are labelled as a whole: a folder ``normal/``, a folder ``tumor/``, perhaps masks.
+
+The layout of the weak-supervision seed: ``<src_dir>/{training,validate}/{normal,tumor}/`` with
+pictures or NIfTI slices of any size, and masks of equal stems in ``seg/``, which only scoring and
+supervised training read. Also its NumPy volumes with ``splits.pkl``. Called by ``layouts`` and by
+the weak-supervision scripts.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from guided_diffusion.data.datasets import (
+    AS_STORED,
+    Case,
+    Entry,
+    Frame,
+    Reading,
+    SegmentationDataset,
+)
+from guided_diffusion.data.folders import image_files, listing, open_folder, safe_name, subfolder
+from guided_diffusion.data.readers import (
+    UNREADABLE,
+    Affine,
+    image_channels,
+    read_image_file,
+    read_mask_file,
+    unreadable,
+)
+from guided_diffusion.errors import UserError, refuse
+
+CLASSES = ("normal", "tumor")
+SPELLINGS = {"normal": ("normal",), "tumor": ("tumor", "tumour")}
+PARTS = {"training": ("training",), "validation": ("validate", "validation")}
+MOST_LABEL = 7
+"""The seed takes labels above this for background."""
+_PATIENT = re.compile(r"(.*\d.*)_\D*\d+")
+
+
+class LabelledImages(SegmentationDataset):
+    """A data set that knows a class of each whole image: 0 for normal, 1 for a lesion."""
+
+    labels: dict[str, int]
+
+    def __getitem__(self, index: int) -> Case:
+        """Read case ``index`` with its label; masks are read where there are any."""
+        case = super().__getitem__(index)
+        return case._replace(label=self.labels[case.name])
+
+    def picture(self, index: int) -> Case:
+        """Read image and label of case ``index``, never its mask."""
+        entry = self.entries[index]
+        image, affine = self.read_image(entry)
+        return Case(image, None, entry.name, affine, self.labels[entry.name])
+
+
+class TumourImages(LabelledImages):
+    """Pictures in ``normal/`` and ``tumor/``: image [1 or 3, H, W], mask [1, H, W].
+
+    The first picture decides between grey and colour. A case is called by its stem, and its patient
+    by what stands before the stem's last number, if there is a number in that. A normal image's
+    mask is empty. With ``test_flag=True`` tumours may lack masks; masks never may lack images.
+    """
+
+    layout = "TUMOR"
+
+    def __init__(
+        self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
+    ) -> None:
+        folder = open_folder(directory)
+        pictures = _classified(folder)
+        seg = subfolder(folder, "seg")
+        masks = image_files(seg) if seg else {}
+        _require_images(folder, masks, pictures["tumor"])
+        if not test_flag:
+            _require_masks(folder, masks, pictures["tumor"])
+        entries = [
+            Entry(safe_name(stem), (path,), masks.get(stem), patient=patient_of(stem))
+            for found in pictures.values()
+            for stem, path in found.items()
+        ]
+        self.labels = {
+            safe_name(stem): CLASSES.index(name)
+            for name, found in pictures.items()
+            for stem in found
+        }
+        channels = image_channels(entries[0].images[0])
+        super().__init__(folder, entries, channels=channels, reading=reading)
+
+    def has_mask(self, entry: Entry) -> bool:
+        """Whether the mask is known: that of a normal image is empty."""
+        return entry.mask is not None or not self.labels[entry.name]
+
+    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
+        """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
+        return read_image_file(entry.images[0], channels=self.channels)
+
+    def read_mask(self, entry: Entry) -> Tensor | None:
+        """Decode the mask, float32 [K, H, W] in [0, 1]; zeros for a normal image."""
+        if not self.labels[entry.name]:
+            size = self.read_image(entry)[0].shape[-2:]
+            return torch.zeros(1 if self.classes is None else len(self.classes), *size)
+        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Which of the folders ``normal`` and ``tumor`` (or ``tumour``) are below."""
+    found = {
+        name: next(filter(None, (subfolder(folder, s) for s in spellings)), None)
+        for name, spellings in SPELLINGS.items()
+    }
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def is_classified(folder: Path) -> bool:
+    """Whether a folder is unmistakably sorted: both classes, or tumours and their masks."""
+    found = class_folders(folder)
+    return len(found) == len(CLASSES) or ("tumor" in found and subfolder(folder, "seg") is not None)
+
+
+def patient_of(stem: str) -> str:
+    """'brats15_003' for 'brats15_003_013'; empty where only one number is there."""
+    match = _PATIENT.fullmatch(stem)
+    return safe_name(match[1]) if match else ""
+
+
+def part_folder(src_dir: str | Path, part: str) -> Path:
+    """The folder of a part of a data set: ``training``, or ``validate`` or ``validation``.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = open_folder(src_dir)
+    for name in PARTS[part]:
+        if found := subfolder(folder, name):
+            return found
+    raise UserError(
+        "--src_dir",
+        found=f"no folder {' or '.join(PARTS[part])} in {folder}",
+        expected="training/ and validate/ (or validation/), each with normal/ and tumor/",
+        mend="Pass the folder above training/.",
+    )
+
+
+def require_both(dataset: LabelledImages) -> None:
+    """Raise a UserError where a class has no image: nothing can be learned from the other alone."""
+    for label, name in enumerate(CLASSES):
+        if label not in dataset.labels.values():
+            raise UserError(
+                dataset.directory / name,
+                found="no image",
+                expected="pictures or NIfTI slices of this class",
+                mend="Both classes need images to train on: one alone tells nothing.",
+            )
+
+
+def _classified(folder: Path) -> dict[str, dict[str, Path]]:
+    """The pictures of each class by stem; one of them may have none."""
+    pictures = {name: image_files(path) for name, path in class_folders(folder).items()}
+    if not any(pictures.values()):
+        raise UserError(
+            folder,
+            found="no image in normal/ or tumor/",
+            expected="normal/ and tumor/ with the images of either class",
+            mend="Sort the images into the two folders.",
+        )
+    return {name: pictures.get(name, {}) for name in CLASSES}
+
+
+def _require_images(folder: Path, masks: dict[str, Path], tumours: dict[str, Path]) -> None:
+    lonely = sorted(masks.keys() - tumours.keys())
+    if lonely:
+        error = UserError(
+            folder / "seg",
+            found=f"{len(lonely)} masks without an image in tumor/: {listing(lonely)}",
+            expected="masks with the stems of tumour images",
+            mend="Rename the files so that each mask has its image's stem, or remove the masks.",
+            cases=lonely,
+        )
+        refuse(error)
+
+
+def _require_masks(folder: Path, masks: dict[str, Path], tumours: dict[str, Path]) -> None:
+    lonely = sorted(tumours.keys() - masks.keys())
+    if lonely:
+        error = UserError(
+            folder / "tumor",
+            found=f"{len(lonely)} images without a mask in seg/: {listing(lonely)}",
+            expected="a mask for every tumour, to train on masks",
+            mend="Add the masks; training on labels alone (train_tumor_ddfm.py) needs none.",
+            cases=lonely,
+        )
+        refuse(error)
+
+
+class SlicedArrays(LabelledImages):
+    """The seed's NumPy volumes: ``.npy`` arrays [slices, 2, H, W], images and label maps.
+
+    ``splits.pkl`` holds one dictionary per fold, with the names of the files of ``train``, ``val``
+    and ``test``. Cases are called ``<file>_slice080``, and a file is a patient. Values outside
+    [0, 1] are scaled by their volume's range.
+
+    Args:
+        src_dir: where ``splits.pkl`` lies.
+        parts: keys of the split, such as ``("train", "val")``.
+        data_folder: where the arrays lie, below ``src_dir``, at any depth.
+        fold: which split.
+        class_index: the label that makes a slice positive; 2 stands for 2 and 3.
+    """
+
+    layout = "ARRAYS"
+
+    def __init__(
+        self,
+        src_dir: str | Path,
+        *,
+        parts: Sequence[str],
+        data_folder: str = "preprocessed",
+        fold: int = 0,
+        class_index: int = 1,
+    ) -> None:
+        folder = open_folder(src_dir)
+        wanted = _split_files(folder / "splits.pkl", fold, parts)
+        self.positive = [2, 3] if class_index == 2 else [class_index]
+        self.labels, self.places, self.ranges = {}, {}, {}
+        entries = []
+        for path in _found_files(folder / data_folder, wanted):
+            volume = _read_array(path)
+            low, high = float(volume[:, 0].min()), float(volume[:, 0].max())
+            self.ranges[path] = (low, high) if low < 0 or high > 1 else (0.0, 1.0)
+            for z in range(len(volume)):
+                name = f"{safe_name(path.stem)}_slice{z:03d}"
+                entries.append(Entry(name, (path,), path, patient=safe_name(path.stem)))
+                self.places[name] = z
+                self.labels[name] = int(self._foreground(volume[z, 1]).any())
+        super().__init__(folder, entries, channels=1)
+
+    def read_image(self, entry: Entry) -> tuple[Tensor, None]:
+        """Decode the image, float32 [1, H, W] in [0, 1]."""
+        low, high = self.ranges[entry.images[0]]
+        values = _read_array(entry.images[0])[self.places[entry.name], 0]
+        return torch.from_numpy((np.float32(values) - low) / max(high - low, 1e-12))[None], None
+
+    def read_mask(self, entry: Entry) -> Tensor:
+        """Decode the mask of the positive class, float32 [1, H, W] in {0, 1}."""
+        values = _read_array(entry.images[0])[self.places[entry.name], 1]
+        return torch.from_numpy(self._foreground(values).astype(np.float32))[None]
+
+    def _foreground(self, values: np.ndarray) -> np.ndarray:
+        whole = np.rint(values)
+        return np.isin(np.where(whole > MOST_LABEL, 0, whole), self.positive)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain containers and NumPy arrays; anything else could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find one of the few classes that a list of file names can need."""
+        harmless = {"_reconstruct", "scalar", "ndarray", "dtype", "OrderedDict", "encode"}
+        if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in harmless:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} could run code")
+
+
+def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
+    """The file names of some parts of a fold."""
+    try:
+        with path.open("rb") as file:
+            splits = _PlainUnpickler(file).load()
+        names = [str(name) for part in parts for name in splits[fold][part]]
+    except IndexError as error:
+        raise UserError(
+            "--fold",
+            found=fold,
+            expected=f"0 to {len(splits) - 1}, the folds of {path}",
+            mend="Leave --fold away for the first.",
+        ) from error
+    except (*UNREADABLE, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(
+            path, error, "pickled list of dictionaries with train, val and test"
+        ) from error
+    if not names:
+        raise UserError(
+            path,
+            found=f"no file for {' and '.join(parts)} in fold {fold}",
+            expected="names of .npy files",
+            mend="Choose another --fold.",
+        )
+    return names
+
+
+def _found_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    found = {path.name: path for path in sorted(open_folder(folder).rglob("*.npy"))}
+    wanted = [name if name.endswith(".npy") else f"{name}.npy" for name in names]
+    missing = sorted({Path(name).name for name in wanted} - found.keys())
+    if missing:
+        raise UserError(
+            folder,
+            found=f"no file {listing(missing)}",
+            expected="every file that splits.pkl names",
+            mend="Check --src_dir and --data_folder.",
+        )
+    return [found[name] for name in sorted({Path(name).name for name in wanted})]
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except UNREADABLE as error:
+        raise unreadable(path, error, "NumPy array") from error
+    if values.ndim != 4 or values.shape[1] != 2 or not len(values):
+        raise UserError(
+            path,
+            found=f"an array of shape {values.shape}",
+            expected="[slices, 2, H, W]: images and label maps",
+            mend="Restore it from the source, or take it out of splits.pkl.",
+        )
+    return values
+
+
+class Pictures(Dataset[Case]):
+    """Chosen images of a labelled data set at the network's size, with labels, without masks."""
+
+    def __init__(
+        self, dataset: LabelledImages, frame: Frame, indices: Sequence[int] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.frame = frame
+        self.indices = range(len(dataset)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Case:
+        """Picture ``index``, fitted."""
+        return self.frame.fit(self.dataset.picture(self.indices[index]))
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every picture."""
+        return [self.dataset.labels[self.dataset.names[i]] for i in self.indices]
+
+
+def held_out(dataset: LabelledImages, share: float, *, seed: int) -> tuple[list[int], list[int]]:
+    """Divide cases into those to train on and those to validate on, patients on one side each.
+
+    A case without a patient is one of its own. At least one patient is kept where ``share`` is
+    above 0, unless a class would be left without an image to train on.
+    """
+    owners = [entry.patient or entry.name for entry in dataset.entries]
+    patients = sorted(set(owners))
+    order = np.random.default_rng(abs(seed)).permutation(len(patients))
+    count = max(1, round(share * len(patients))) if share else 0
+    kept: set[str] = set()
+    for patient in (patients[i] for i in order):
+        left = {
+            dataset.labels[name]
+            for name, owner in zip(dataset.names, owners, strict=True)
+            if owner not in kept | {patient}
+        }
+        if len(kept) < count and len(left) == len(CLASSES):
+            kept.add(patient)
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, owner in enumerate(owners):
+        sides[owner in kept].append(index)
+    return sides

@@ -1,0 +1,150 @@
+"""How masks are drawn: the plan that flags and a checkpoint settle, before anything is drawn.
+
+A checkpoint says what was trained; the flags say which sampler walks how many levels, how many
+masks a case has and how they are fused. ``segmenter`` draws by the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from guided_diffusion.dpm_solver import solver_levels
+from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.options.segmentation import RunOptions, SamplingOptions
+from guided_diffusion.respace import space_timesteps
+from guided_diffusion.schedule import NoiseLevel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How masks are drawn.
+
+    Attributes:
+        sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`.
+        levels: what it walks through; one network evaluation for each but the last.
+        options: its keywords.
+        clip: the range x0 is clamped to at every evaluation, or None.
+        num_ensemble: masks a case.
+        fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.
+        measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
+        seed: of all randomness.
+        batch_size: network inputs at a time.
+        precision: fp32, bf16 or fp16.
+        compile: a mode of ``torch.compile``, or empty.
+        temperature: standard deviation of the noise that a mask starts from.
+        coarse: how the network's coarse mask joins the members: a name of
+            :data:`guided_diffusion.ensemble.BLENDS`.
+    """
+
+    sampler: str
+    levels: tuple[NoiseLevel, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    clip: tuple[float, float] | None = (-1.0, 1.0)
+    num_ensemble: int = 5
+    fusion: str = "mean"
+    measure: str = "std"
+    seed: int = 10
+    batch_size: int = 8
+    precision: str = "fp32"
+    compile: str = ""
+    temperature: float = 1.0
+    coarse: str = "none"
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per mask."""
+        return len(self.levels) - 1
+
+    @property
+    def cases(self) -> int:
+        """Cases whose members fit into ``batch_size`` together; 1 if not even those of one do."""
+        return max(1, self.batch_size // self.num_ensemble)
+
+    @property
+    def inputs(self) -> int:
+        """Network inputs in a full call."""
+        return min(self.batch_size, self.cases * self.num_ensemble)
+
+
+def sampler_of(options: SamplingOptions) -> str:
+    """The sampler that the flags choose, by its name there."""
+    return options.sampler or (
+        "dpm_solver++" if options.dpm_solver else "ddim" if options.use_ddim else "ddpm"
+    )
+
+
+def make_plan(
+    options: SamplingOptions,
+    run: RunOptions,
+    diffusion: GaussianDiffusion,
+    typed: dict[str, Any],
+    *,
+    device: torch.device,
+    own: bool,
+) -> Plan:
+    """Settle how masks are drawn."""
+    sampler = sampler_of(options)
+    clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
+    levels = sampling_levels(diffusion, sampler, options, typed)
+    if options.method == "singlestep" and sampler.startswith("dpm_solver"):
+        sampler += "_singlestep"
+    keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
+    return Plan(
+        sampler=sampler,
+        levels=tuple(levels),
+        options=keywords.get(sampler, {"order": options.order}),
+        clip=clip,
+        num_ensemble=options.num_ensemble,
+        fusion=options.fusion,
+        measure=options.uncertainty,
+        seed=run.seed,
+        batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
+        precision=run.precision,
+        compile=run.compile,
+        temperature=options.temperature,
+        coarse=options.coarse,
+    )
+
+
+def sampling_levels(
+    diffusion: GaussianDiffusion, sampler: str, options: SamplingOptions, typed: dict[str, Any]
+) -> list[NoiseLevel]:
+    """Choose the levels of a run among the trained times.
+
+    ``--steps`` counts evaluations and wins; then ``--timestep_respacing``, then a typed
+    ``--diffusion_steps``; else DDPM and DDIM visit every trained time and the solvers 50.
+
+    Raises:
+        UserError: more evaluations than trained times, or fewer than 1.
+    """
+    schedule, trained = diffusion.schedule, diffusion.kept
+    total = len(trained)
+    spec = typed.get("timestep_respacing", "")
+    count = options.steps or (0 if spec else typed.get("diffusion_steps", 0))
+    if not 0 <= count <= total:
+        raise UserError(
+            "--steps" if options.steps else "--diffusion_steps",
+            found=count,
+            expected=f"between 1 and {total}, the number of trained times",
+            mend="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
+        )
+    if sampler not in ("ddpm", "ddim"):
+        levels = solver_levels(
+            schedule.thinned(trained),
+            count or len(space_timesteps(total, spec or [min(50, total)])),
+            order=options.order,
+            method=options.method if sampler.startswith("dpm_solver") else "multistep",
+            skip_type=options.skip_type,
+        )
+        places = range(-1, total)
+        told = np.interp([level.t for level in levels], places, [-1, *trained])
+        return [level._replace(t=float(t)) for level, t in zip(levels, told, strict=True)]
+    if count == 1:
+        return schedule.levels([trained[-1]])
+    visited = space_timesteps(total, [count] if count else spec)
+    return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])

@@ -1,0 +1,102 @@
+"""What a result folder holds of declared classes: their soft maps, areas, overlay and record.
+
+Where everything is one class, each function gives what it always was: one map without a class in
+its name. Called by ``predict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from guided_diffusion.data.classes import Classes, each
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.ensemble import MEASURES, disagreement
+from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.report.canvas import Pixels
+from guided_diffusion.report.pictures import class_overlay, overlay, strip
+
+
+def area_columns(classes: Classes | None) -> list[str]:
+    """The columns of the areas of declared classes."""
+    return [] if classes is None else [f"area{end}" for _, end in each(classes)]
+
+
+def measured(result: Segmentation) -> dict[str, Any]:
+    """Area of the foreground and of each declared class, and how far the members disagree.
+
+    The disagreement is the mean over the classes.
+    """
+    size = result.fused.shape[-2:]
+    masks = result.mask.reshape(-1, *size)
+    members = result.members.reshape(len(result.members), -1, *size)
+    apart = [disagreement(members[:, k]) for k, _ in each(result.classes)]
+    return {
+        **{f"area{end}": int(masks[k].sum()) for k, end in each(result.classes)},
+        "area": int(masks.any(dim=0).sum()),
+        "disagreement": round(sum(apart) / len(apart), 4),
+        "uncertainty": round(float(doubt(result).mean()), 6),
+    }
+
+
+def doubt(result: Segmentation) -> Tensor:
+    """The uncertainty [H, W]: of declared classes the largest."""
+    return result.uncertainty if result.classes is None else result.uncertainty.amax(dim=0)
+
+
+def soft_maps(result: Segmentation) -> Iterator[tuple[str, Tensor]]:
+    """Fused mask, coarse mask and members [H, W] of every class, by the end of their file's name.
+
+    Networks without a coarse mask have no such map.
+    """
+    size = result.fused.shape[-2:]
+    for k, end in each(result.classes):
+        yield f"output_ens{end}", result.fused.reshape(-1, *size)[k]
+        if result.coarse is not None:
+            yield f"coarse{end}", result.coarse.reshape(-1, *size)[k]
+        for index, member in enumerate(result.members):
+            yield f"output{index}{end}", member.reshape(-1, *size)[k]
+
+
+def draw_strip(case: Case, result: Segmentation, channels: Sequence[str] = ()) -> Pixels:
+    """Every channel, the truth, the fused mask and every member in grey, uint8 [h, w, 3].
+
+    ``channels`` are the names of the image's.
+    """
+    names = channels or [f"channel {index}" for index in range(len(case.image))]
+    panels = dict(zip(names, map(_stretched, case.image), strict=True))
+    for k, end in each(result.classes):
+        if case.mask is not None:
+            panels[f"truth{end}"] = case.mask[k]
+    panels |= dict(soft_maps(result))
+    return strip(list(panels.values()), list(panels), title=case.name, columns=len(names))
+
+
+def _stretched(channel: Tensor) -> Tensor:
+    """A channel [H, W] of any range, between its least and its largest value."""
+    low, high = channel.aminmax()
+    return (channel - low) / (high - low).clamp(min=1e-12)
+
+
+def draw_overlay(case: Case, result: Segmentation) -> Pixels:
+    """Image, truth, fused mask and uncertainty side by side, uint8 [h, w, 3]."""
+    image, unsure = case.image.numpy(), doubt(result).numpy()
+    scale, members = (result.measure, MEASURES[result.measure].most), len(result.members)
+    truth = None if case.mask is None else (case.mask >= 0.5).numpy()
+    if result.classes is None:
+        truth = None if truth is None else truth[0]
+        fused = result.fused.numpy()
+        return overlay(image, truth, fused, unsure, name=case.name, members=members, scale=scale)
+    order = result.classes.painted
+    return class_overlay(
+        image,
+        None if truth is None else truth[order],
+        result.mask.numpy()[order],
+        unsure,
+        classes=[result.classes.names[k] for k in order],
+        name=case.name,
+        members=members,
+        scale=scale,
+    )

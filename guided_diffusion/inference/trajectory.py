@@ -1,0 +1,65 @@
+"""How a mask comes to be: states of the reverse process, noted while it runs, and drawn.
+
+Validation keeps such a picture of one case; prediction shows it live to whoever watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from guided_diffusion.gaussian_diffusion import Prediction
+from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.report.canvas import Pixels
+from guided_diffusion.report.pictures import strip
+from guided_diffusion.schedule import NoiseLevel
+
+
+class Film:
+    """Notes the first mask that a segmenter draws: its :data:`guided_diffusion.segmenter.Note`.
+
+    Args:
+        segmenter: whose next draw is filmed.
+        title: the case.
+        frames: states to note, evenly spread over all evaluations.
+        show: called after every noted state.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        title: str,
+        *,
+        frames: int = 6,
+        show: Callable[[Film], object] = bool,
+    ) -> None:
+        self.diffusion = segmenter.diffusion
+        self.title = title
+        self.show = show
+        last = segmenter.plan.evaluations - 1
+        self.wanted = set(np.linspace(0, last, min(frames, last + 1)).round().astype(int).tolist())
+        self.calls = 0
+        self.states: list[tuple[float, Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, level: NoiseLevel, prediction: Prediction) -> None:
+        """Note the first row of a network evaluation, if its turn has come."""
+        if self.calls in self.wanted:
+            self.states.append((level.t, self._grey(x), self._grey(prediction.x0)))
+            self.show(self)
+        self.calls += 1
+
+    def picture(self) -> Pixels:
+        """The noisy masks in the upper row, below each what the network takes it for.
+
+        Returns:
+            uint8 [h, w, 3].
+        """
+        times, noisy, clean = zip(*self.states, strict=True)
+        captions = [f"{what} at t = {t:.0f}" for what in ("x", "its x0") for t in times]
+        return strip([*noisy, *clean], captions, title=self.title, columns=len(times))
+
+    def _grey(self, masks: Tensor) -> Tensor:
+        """The first of masks [B, K, h, w], all classes in one, float32 [h, w] in [0, 1]."""
+        return self.diffusion.from_range(masks[0]).amax(dim=0).float().cpu()

@@ -1,0 +1,120 @@
+"""From slices back to volumes: what was predicted slice by slice becomes one NIfTI per volume.
+
+Slices wait on disk, exactly as drawn, until the last one of their volume is there; then they are
+put at their places in a volume with the source's affine and header, and removed. A run may be
+killed at any point: what waits is found again, and a volume that is extended keeps what it has.
+Called by ``predict``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from guided_diffusion.data.datasets import Entry
+from guided_diffusion.data.readers import nifti_shape
+from guided_diffusion.files import whole
+
+KINDS = ("output_ens", "mask", "uncertainty")
+
+
+class Stacks:
+    """The volumes of one run, written as ``<volume>_<kind>.nii.gz`` for the :data:`KINDS`.
+
+    Args:
+        out_dir: the result folder; slices wait in ``.slices`` below it.
+        fingerprint: of the settings, written into the header: others' volumes are replaced.
+        entries: the cases of the run; those of no volume are ignored.
+    """
+
+    def __init__(self, out_dir: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
+        self.out_dir = out_dir
+        self.fingerprint = fingerprint
+        self.entries = [entry for entry in entries if entry.volume]
+        self.source = {entry.volume: entry.images[0] for entry in self.entries}
+        self.waiting = out_dir / ".slices" / fingerprint
+        self.missing: Counter[str] = Counter()
+        self.whole: dict[str, bool] = {}
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether a slice that is recorded as finished waits, or is in its volume."""
+        volume = entry.volume
+        if volume not in self.whole:
+            self.whole[volume] = all(self._written(volume, kind) is not None for kind in KINDS)
+        return self.whole[volume] or self._slice(entry).exists()
+
+    def expect(self, entries: Iterable[Entry], *, elsewhere: Container[str] = ()) -> None:
+        """Say which slices are still to come; volumes are written when the last one is there.
+
+        The volumes ``elsewhere`` are another process's, which writes them.
+        """
+        self.missing = Counter(entry.volume for entry in entries)
+        self.source = {v: path for v, path in self.source.items() if v not in elsewhere}
+
+    def keep(self, entry: Entry, maps: Mapping[str, np.ndarray]) -> None:
+        """Put one slice by: a map [..., H, W] for each of the :data:`KINDS`."""
+        path = self._slice(entry)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
+            np.savez(part, **{kind: maps[kind] for kind in KINDS})  # type: ignore[arg-type]
+        self.missing[entry.volume] -= 1
+
+    def write(self) -> None:
+        """Write every volume of which slices wait and none is still to come."""
+        for volume, source in self.source.items():
+            waiting = self.waiting / volume
+            if self.missing[volume] < 1 and waiting.is_dir():
+                for kind in KINDS:
+                    self._write_kind(volume, kind, source, sorted(waiting.glob("[0-9]*.npz")))
+                shutil.rmtree(waiting)
+
+    def clear(self) -> None:
+        """Remove what waits for nothing any more: all is in its volume."""
+        shutil.rmtree(self.waiting.parent, ignore_errors=True)
+
+    def _write_kind(self, volume: str, kind: str, source: Path, slices: list[Path]) -> None:
+        planes = {int(path.stem): _load(path, kind) for path in slices}
+        like = next(iter(planes.values()))
+        known = self._written(volume, kind)
+        shape = (*nifti_shape(source), *like.shape[:-2])
+        values = np.zeros(shape, like.dtype) if known is None else np.asarray(known.dataobj)
+        for position, plane in planes.items():
+            values[:, :, position] = np.moveaxis(plane, (-2, -1), (0, 1))
+
+        with whole(self._path(volume, kind)) as part:
+            nib.save(_like(source, values.astype(like.dtype), note=self.fingerprint), part)
+
+    def _written(self, volume: str, kind: str) -> Any:
+        """The volume as an earlier run with the same settings has left it, or None."""
+        path = self._path(volume, kind)
+        if not path.exists():
+            return None
+        nifti: Any = nib.load(path)
+        return nifti if bytes(nifti.header["descrip"]) == self.fingerprint.encode() else None
+
+    def _path(self, volume: str, kind: str) -> Path:
+        return self.out_dir / f"{volume}_{kind}.nii.gz"
+
+    def _slice(self, entry: Entry) -> Path:
+        return self.waiting / entry.volume / f"{entry.plane:04d}.npz"
+
+
+def _load(path: Path, kind: str) -> np.ndarray:
+    with np.load(path) as maps:
+        return np.asarray(maps[kind])
+
+
+def _like(source: Path, values: np.ndarray, *, note: str) -> Any:
+    """A NIfTI image with the affine, voxel size and codes of ``source``, but other values."""
+    original: Any = nib.load(source)
+    header = original.header.copy()
+    header.set_data_dtype(values.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"], header["descrip"] = 0, 0, note
+    return type(original)(values, original.affine, header)

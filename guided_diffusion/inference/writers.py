@@ -1,0 +1,78 @@
+"""From images to fused masks: draw ensembles, fuse them, and write a result folder.
+
+:class:`Segmenter` draws: mask i of case c depends on the seed, c and i alone, for any batch size,
+order or device. :func:`segment` walks a data set through it and writes the files of every case,
+whole or not at all, skipping cases that an earlier run with the same settings has finished; slices
+of volumes are put together again by ``restack``. Wired by ``runs``.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from guided_diffusion.data.classes import each
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.ensemble import MEASURES
+from guided_diffusion.files import whole
+from guided_diffusion.inference.rendering import doubt, draw_overlay, soft_maps
+from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.report.canvas import soft_png
+from guided_diffusion.report.pictures import write_picture
+
+
+def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
+    """Write the pictures of one case, each at the case's own size.
+
+    ``<name>_output_ens.png`` (soft, 8 bit), ``<name>_mask.png`` (0 and 255),
+    ``<name>_uncertainty.png`` (255 is the largest value that the measure can have),
+    ``<name>_output<i>.png`` (the members, soft), ``<name>_overlay.png`` and, where the network has
+    one, ``<name>_coarse.png`` (its coarse mask, soft). Of declared classes the mask is the label
+    map, the soft ones are ``<name>_output_ens_<class>.png`` and ``<name>_output<i>_<class>.png``,
+    and the uncertainty is the largest of the classes.
+    """
+    stem = f"{out_dir / case.name}"
+    one = result.classes is None
+    pictures = {
+        "mask": soft_png(result.mask.float()) if one else result.labels.numpy(),
+        "uncertainty": soft_png(doubt(result) / MEASURES[result.measure].most),
+        **{kind: soft_png(values) for kind, values in soft_maps(result)},
+        "overlay": draw_overlay(case, result),
+    }
+    for kind, pixels in pictures.items():
+        write_picture(Path(f"{stem}_{kind}.png"), pixels)
+    for _, end in each(result.classes):
+        _remove_members(stem, end, first=len(result.members))
+
+
+def write_nifti(out_dir: Path, case: Case, result: Segmentation) -> None:
+    """Write fused mask, binary mask and uncertainty of a NIfTI slice, with the case's affine.
+
+    Declared classes are the fourth axis of the fused mask, and the values of the other.
+    """
+    for kind, values in maps_of(result).items():
+        if values.ndim == 3:
+            values = np.moveaxis(values, 0, -1)[:, :, None]
+        with whole(out_dir / f"{case.name}_{kind}.nii.gz") as part:
+            nib.save(nib.Nifti1Image(values, case.affine), part)
+
+
+def maps_of(result: Segmentation) -> dict[str, np.ndarray]:
+    """What is written as NIfTI, by the end of its name."""
+    return {
+        "output_ens": result.fused.numpy(),
+        "mask": result.labels.numpy(),
+        "uncertainty": doubt(result).numpy(),
+    }
+
+
+def _remove_members(stem: str, end: str, *, first: int) -> None:
+    """Remove what an earlier run with more members has left: scoring would take it for ours."""
+    for index in count(first):
+        surplus = Path(f"{stem}_output{index}{end}.png")
+        if not surplus.exists():
+            return
+        surplus.unlink()

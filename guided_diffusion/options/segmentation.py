@@ -1,0 +1,362 @@
+"""Every flag of every script, as frozen dataclasses: one per concern, field name = flag name.
+
+A field carries its own default, help line and choices, so nothing is listed twice. Names, types,
+bool rule and defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the
+deviations in the changelog. No torch here: ``--help`` has to answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.options.flags import flag
+
+DPM_SOLVERS = ("dpm_solver", "dpm_solver++")
+SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network's shape; recorded in the checkpoint."""
+
+    version: str = flag(
+        "plain",
+        "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's, 2 is "
+        "MedSegDiff-V2's",
+        choices=("plain", "1", "new", "2"),
+    )
+    image_size: int = flag(64, "height and width the network works at, in pixels")
+    in_ch: int = flag(5, "image channels plus noisy mask channels; follows the data by itself")
+    num_channels: int = flag(128, "width of the first level, a multiple of 32")
+    num_res_blocks: int = flag(2, "residual blocks on each level", least=1)
+    channel_mult: str = flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
+    attention_resolutions: str = flag("16,8", "feature map sizes, in pixels, that get attention")
+    num_heads: int = flag(4, "attention heads", least=1)
+    num_heads_upsample: int = flag(-1, "attention heads on the way up; -1: as num_heads", least=-1)
+    num_head_channels: int = flag(
+        -1, "channels of one head, instead of num_heads; -1: unused", least=-1
+    )
+    use_scale_shift_norm: bool = flag(True, "the time scales and shifts after normalisation")
+    resblock_updown: bool = flag(False, "resample inside residual blocks")
+    use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
+    class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
+    ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1)
+    dropout: float = flag(
+        0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
+    )
+    use_checkpoint: bool = flag(False, "recompute activations to save memory", run=True)
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """The diffusion a network is trained for; recorded in the checkpoint."""
+
+    diffusion_steps: int = flag(
+        1000, "training: length of the schedule; sampling: network evaluations per mask"
+    )
+    noise_schedule: str = flag("linear", "noise schedule", choices=("linear", "cosine"))
+    timestep_respacing: str = flag("", "times to use, as in 50 or 10,20,30 or ddim50; empty: all")
+    learn_sigma: bool = flag(False, "learn the variance of the reverse process")
+    predict_xstart: bool = flag(False, "predict the clean mask instead of the noise")
+    use_kl: bool = flag(False, "train on the variational bound")
+    rescale_timesteps: bool = flag(False, "tell the network t * 1000 / T")
+    rescale_learned_sigmas: bool = flag(False, "weigh the bound by T / 1000 in the hybrid loss")
+    mask_range: str = flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
+    predict_v: bool = flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
+    min_snr_gamma: float = flag(
+        0.0, "cap of the signal-to-noise ratio in the loss's weight, as in 5; 0: no weight", least=0
+    )
+    coarse_loss: str = flag(
+        "auto",
+        "loss of the condition network's own mask: mse (times 10), dice_ce (Dice + 10 x "
+        "cross-entropy where t is a multiple of 5), none; auto: as the version's paper",
+        choices=("auto", "mse", "dice_ce", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the images are and how they reach the network's size."""
+
+    data_dir: str = flag("./data/training", "folder with the data set", run=True)
+    data_name: str = flag("", "layout: BRATS, ISIC, KVASIR, CUSTOM; empty: recognised", run=True)
+    split: str = flag(
+        "",
+        "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir",
+        run=True,
+    )
+    crop: str = flag(
+        "auto",
+        "wolleb cuts 240x240 to 224x224, none resizes; auto: wolleb for BraTS slices, the plain "
+        "network and image_size 256",
+        choices=("auto", "none", "wolleb"),
+    )
+    modalities: str = flag(
+        "", "BraTS: channels and their order, as in flair,t1ce; empty: all of t1,t1ce,t2,flair"
+    )
+    normalise: str = flag(
+        "auto",
+        "intensities: minmax and percentile (1 to 99, clipped) to [0, 1], zscore of what is not 0; "
+        "a volume is scaled as a whole; auto: minmax for volumes, else none",
+        choices=("auto", "none", "minmax", "percentile", "zscore"),
+    )
+    mask_labels: str = flag(
+        "",
+        "classes of the mask by label, as in 1,2,4 or WT,TC,ET (BraTS) or core=1+4,oedema=2; "
+        "empty: all above 0 is one class",
+    )
+    slices: str = flag(
+        "", "axial slices of each volume, from 0, end left out; BraTS: 80:129; empty: all", run=True
+    )
+    blank_slices: bool = flag(True, "keep slices of a volume whose image is constant", run=True)
+    cache_dir: str = flag(
+        "auto",
+        "folder where volumes are unpacked once; auto: guided_diffusion in the user's cache; none: "
+        "the last ones stay in up to 1 GiB of memory",
+        run=True,
+    )
+
+
+@dataclass(frozen=True)
+class SampleDataOptions(DataOptions):
+    """Where the images to segment are and how they reach the network's size."""
+
+    data_dir: str = flag("./data/testing", "folder with the data set", run=True)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a run happens."""
+
+    out_dir: str = flag("./results/", "folder for everything that is written")
+    seed: int = flag(10, "seed of everything random", least=-(2**63), most=2**63 - 1)
+    gpu_dev: str = flag("0", "index of the CUDA device")
+    multi_gpu: str = flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
+    use_fp16: bool = flag(False, "the same as --precision fp16")
+    precision: str = flag(
+        "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
+    )
+    compile: str = flag(
+        "",
+        "compile the network with this mode of torch.compile; reduce-overhead uses CUDA graphs",
+        choices=("", "default", "reduce-overhead", "max-autotune"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The training loop."""
+
+    max_steps: int = flag(100_000, "stop after this many steps; 0: never", least=0)
+    batch_size: int = flag(1, "images in one step", least=1)
+    microbatch: int = flag(-1, "images in one forward pass; -1 or 0: the whole batch", least=-1)
+    lr: float = flag(1e-4, "learning rate", least=0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
+    lr_anneal_steps: int = flag(
+        0, "let the rate fall linearly to 0 over so many steps, then stop", least=0
+    )
+    ema_rate: str = flag("0.9999", "decay of the averaged weights; several by commas")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises", least=0)
+    grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    max_bad_steps: int = flag(10, "end after so many non-finite steps in a row", least=1)
+    keep: int = flag(0, "numbered checkpoints to keep, the newest; 0: all", least=0)
+    schedule_sampler: str = flag(
+        "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
+    )
+    log_interval: int = flag(100, "steps between two lines of the log", least=1)
+    save_interval: int = flag(5000, "steps between two checkpoints", least=1)
+    resume_checkpoint: str = flag("", "checkpoint, or folder of one, to continue from")
+    resume: str = flag(
+        "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
+    )
+    num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
+    augment: bool = flag(
+        False, "flip, turn, scale and re-light the training images at random; masks follow"
+    )
+    cache_gib: float = flag(
+        2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
+    )
+    fp16_scale_growth: float = flag(
+        1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
+    )
+    dpm_solver: bool = flag(
+        False, "sample with DPM-Solver++", dead="it is a matter of sampling, not of training"
+    )
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How a training run is validated and watched."""
+
+    val_dir: str = flag(
+        "", "labelled data set to validate on; empty: the validation part of --split, if any"
+    )
+    val_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
+    val_cases: int = flag(16, "cases of validation, evenly spread; 0: all", least=0)
+    val_steps: int = flag(5, "network evaluations per mask in validation", least=1)
+    patience: int = flag(
+        0, "stop after so many validations in a row without a better Dice; 0: never", least=0
+    )
+    tensorboard: bool = flag(False, "write TensorBoard's event files into out_dir as well")
+    visdom: int = flag(
+        0, "port of a visdom server on this machine to draw on; 0: none", least=0, most=65535
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How masks are drawn."""
+
+    model_path: str = flag("", "checkpoint, or the folder that holds savedmodel.pt")
+    num_ensemble: int = flag(5, "masks drawn for each case", least=1)
+    num_samples: int = flag(0, "cases to segment, from the first; 0: all", least=0)
+    batch_size: int = flag(0, "network inputs (cases x masks) at a time; 0: automatic", least=0)
+    sampler: str = flag(
+        "",
+        "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
+        choices=("", "ddpm", "ddim", *SOLVERS),
+    )
+    steps: int = flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
+    dpm_solver: bool = flag(False, "sample with DPM-Solver++")
+    use_ddim: bool = flag(False, "sample with DDIM")
+    eta: float = flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
+    order: int = flag(
+        2, "order of DPM-Solver and UniPC: 1, 2 or 3; sde_dpm_solver++ has 1 and 2", least=1, most=3
+    )
+    method: str = flag("multistep", "kind of DPM-Solver", choices=("multistep", "singlestep"))
+    skip_type: str = flag(
+        "time_uniform",
+        "how DPM-Solver spaces its levels",
+        choices=("time_uniform", "logSNR", "time_quadratic"),
+    )
+    temperature: float = flag(
+        1.0, "scale of the noise a mask starts from; above 1 members differ more", least=0
+    )
+    clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
+    fusion: str = flag(
+        "mean",
+        "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
+        choices=("mean", "vote", "staple", "squared_mean"),
+    )
+    uncertainty: str = flag(
+        "std",
+        "the map of doubt: std or variance of the members, or entropy (bits) of their mean",
+        choices=("std", "variance", "entropy"),
+    )
+    coarse: str = flag(
+        "none",
+        "how the condition network's own mask joins each drawn one before they are fused: blend is "
+        "MedSegDiff's rule, mean and logit average, only takes it alone",
+        choices=("none", "blend", "mean", "logit", "only"),
+    )
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+    debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
+    visdom: int = flag(
+        0,
+        "port of a visdom server on this machine to show the drawing on; 0: none",
+        least=0,
+        most=65535,
+    )
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What is scored against what."""
+
+    inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
+    out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
+    partial: bool = flag(False, "score the cases that both folders hold")
+    mask_labels: str = flag(
+        "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
+    )
+    empty: str = flag(
+        "match",
+        "what empty masks count for: match, both empty is 1; zero, it is 0; skip, cases without a "
+        "lesion are left out; parents, MedSegDiff's smoothing",
+        choices=("match", "skip", "zero", "parents"),
+    )
+    tolerance: float = flag(
+        2.0,
+        "distance that surface Dice forgives, in mm where headers give a spacing, else px",
+        least=0,
+    )
+    low_dice: float = flag(
+        0.8, "cases below this Dice are those that the uncertainty should find", least=0, most=1
+    )
+    raters: str = flag("", "folders with the masks of several raters, separated by commas")
+    compare: tuple[str, ...] = flag(
+        (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
+    )
+    report: bool = flag(True, "write report.html beside the scores")
+
+
+LATER: dict[str, Any] = {
+    "mask_labels": "",
+    "predict_v": False,
+    "min_snr_gamma": 0.0,
+    "coarse_loss": "none",
+    "ss_blocks": 2,
+}
+"""Recorded flags that older checkpoints do not know, with what those were trained with."""
+ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
+    "ss_blocks": ("version", ("2",)),
+    "use_ddim": ("sampler", ("ddim",)),
+    "dpm_solver": ("sampler", (*DPM_SOLVERS, "sde_dpm_solver++")),
+    "eta": ("sampler", ("ddim",)),
+    "order": ("sampler", SOLVERS),
+    "skip_type": ("sampler", SOLVERS),
+    "method": ("sampler", DPM_SOLVERS),
+    "timestep_respacing": ("steps", (0,)),
+    "sigma_small": ("use_ddim", (False,)),
+}
+"""Flags that act only where another one has some values, which are these."""
+TRAIN = (
+    DataOptions,
+    NetworkOptions,
+    DiffusionOptions,
+    TrainingOptions,
+    WatchOptions,
+    RunOptions,
+)
+SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
+SCORE = (ScoringOptions,)
+
+
+def dead_flags(
+    groups: Iterable[type], typed: dict[str, Any], settled: Mapping[str, Any] = {}
+) -> list[str]:
+    """Say, for every typed flag that does nothing, why.
+
+    ``settled`` is what came of the flags that :data:`ONLY` asks about, as far as they are there.
+    """
+    dead = [
+        f"--{entry.name} has no effect: {entry.metadata['dead']}"
+        for group in groups
+        for entry in fields(group)
+        if entry.name in typed and entry.metadata["dead"]
+    ]
+    idle = [
+        f"--{name} has no effect with --{other} {settled[other]}"
+        for name, (other, values) in ONLY.items()
+        if typed.get(name, False) is not False and settled.get(other, values[0]) not in values
+    ]
+    return dead + idle
+
+
+Run = TypeVar("Run", bound=RunOptions)
+
+
+def settle_precision(run: Run, typed: dict[str, Any]) -> Run:
+    """Let ``--use_fp16`` mean ``--precision fp16``; refuse another one beside it."""
+    if run.use_fp16 and typed.get("precision", "fp16") != "fp16":
+        raise UserError(
+            "--precision",
+            found=f"{run.precision} with --use_fp16 True",
+            expected="only one of the two",
+            mend="Leave --use_fp16 away.",
+        )
+    return replace(run, precision="fp16") if run.use_fp16 else run

@@ -1,0 +1,275 @@
+"""The flags of the weak-supervision scripts: masks from image-level labels.
+
+Names and types are those of the published scripts (Hu et al., 2023), whose defaults contradict each
+other between training and use; ours agree with one another and with the supervised scripts. Their
+names for what the other scripts have too (``--img_size``, ``--save_dir``, ``--workers``,
+``--iterations``) are aliases. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guided_diffusion.options.flags import flag
+from guided_diffusion.options.segmentation import (
+    DiffusionOptions,
+    NetworkOptions,
+    RunOptions,
+    TrainingOptions,
+)
+
+METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "gradcam", "otsu")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the labelled images are."""
+
+    src_dir: str = flag(
+        "./data/weak",
+        "folder with training/ and validate/ (or validation/), each with normal/ and tumor/ and "
+        "perhaps seg/; or with splits.pkl and NumPy volumes",
+        run=True,
+    )
+    data_folder: str = flag("preprocessed", "folder of the NumPy volumes below src_dir", run=True)
+    fold: int = flag(0, "which split of splits.pkl", alias="-f", least=0, run=True)
+    class_index: int = flag(
+        1, "NumPy volumes: the label that makes a slice positive; 2 stands for 2 and 3", least=1
+    )
+    dataset: str = flag(
+        "brats", "name of the data set", dead="channels and layout follow the data", run=True
+    )
+    data_dir: str = flag("", "folder of the data", dead="--src_dir names it", run=True)
+
+
+@dataclass(frozen=True)
+class ImageNetworkOptions(NetworkOptions):
+    """The network that denoises images; recorded in the checkpoint."""
+
+    version: str = flag("plain", "network; plain alone diffuses images")
+    image_size: int = flag(
+        128, "height and width the network works at, in pixels", alias="--img_size"
+    )
+    in_ch: int = flag(1, "image channels; follows the data by itself")
+    class_cond: bool = flag(False, "condition on the image-level label; segmentation needs it")
+    ss_blocks: int = flag(2, "SS-Former blocks", dead="the plain network has none", least=1)
+    model_name: str = flag("unet", "network", choices=("unet",), run=True)
+
+
+@dataclass(frozen=True)
+class ImageDiffusionOptions(DiffusionOptions):
+    """The diffusion of images; recorded in the checkpoint."""
+
+    rescale_timesteps: bool = flag(True, "tell the networks t * 1000 / T")
+    rescale_learned_sigmas: bool = flag(True, "weigh the bound by T / 1000 in the hybrid loss")
+    mask_range: str = flag(
+        "-1,1", "values of black and white in diffusion; 0,1 for weights of the published code"
+    )
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """The classifier of noisy images; recorded in its checkpoint."""
+
+    model_type: str = flag("encoder", "classifier", choices=("encoder", "resnet50"))
+    image_size: int = flag(
+        128, "height and width the classifier works at, in pixels", alias="--img_size"
+    )
+    in_channel: int = flag(1, "image channels; follows the data by itself", least=1)
+    num_classes: int = flag(5, "classes; follows the data by itself", least=1)
+    classifier_width: int = flag(128, "width of the first level, a multiple of 32")
+    classifier_depth: int = flag(2, "residual blocks on each level", least=1)
+    classifier_attention_resolutions: str = flag(
+        "32,16,8", "feature map sizes, in pixels, that get attention"
+    )
+    classifier_use_scale_shift_norm: bool = flag(
+        True, "the time scales and shifts after normalisation"
+    )
+    classifier_resblock_updown: bool = flag(True, "resample inside residual blocks")
+    classifier_pool: str = flag(
+        "attention",
+        "how maps become one vector",
+        choices=("adaptive", "attention", "spatial", "spatial_v2"),
+    )
+    classifier_told_time: bool = flag(True, "tell a ResNet the time; theirs has to guess it")
+    classifier_use_fp16: bool = flag(
+        False, "compute in half precision", dead="--precision says so for all networks", run=True
+    )
+
+
+@dataclass(frozen=True)
+class ImageTrainingOptions(TrainingOptions):
+    """The training loop."""
+
+    batch_size: int = flag(8, "images in one step", least=1)
+    log_interval: int = flag(10, "steps between two lines of the log", least=1)
+    save_interval: int = flag(1000, "steps between two checkpoints", least=1)
+    num_workers: int = flag(
+        0, "processes that read data; 0: the training process itself", least=0, alias="--workers"
+    )
+    sigma_small: bool = flag(
+        False, "the smaller variance in sampling", dead="training does not depend on it"
+    )
+    distributed: bool = flag(
+        False, "share the work", dead="torchrun or --multi_gpu share it", switch=True
+    )
+    cache_gib: float = flag(
+        0.0, "room for decoded images", dead="they are small, and read each time"
+    )
+
+
+@dataclass(frozen=True)
+class ClassifierTrainingOptions(ImageTrainingOptions):
+    """The training loop of the classifier."""
+
+    max_steps: int = flag(
+        150_000, "stop after this many steps; 0: never", least=0, alias="--iterations"
+    )
+    lr: float = flag(3e-4, "learning rate", least=0)
+    anneal_lr: bool = flag(False, "let the rate fall linearly to 0 over max_steps")
+    noised: bool = flag(True, "train on noisy images; False: on clean ones")
+    eval_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
+    held_out: float = flag(
+        0.1, "share of the training patients kept for validation; 0: none", least=0, most=0.9
+    )
+    val_data_dir: str = flag("", "validation data", dead="--held_out says what is kept")
+
+
+@dataclass(frozen=True)
+class WeakRunOptions(RunOptions):
+    """Where and how a run happens."""
+
+    out_dir: str = flag(
+        "./results/weak",
+        "folder of both networks: the diffusion's files, and the classifier's in classifier/",
+        alias="--save_dir",
+    )
+
+
+@dataclass(frozen=True)
+class ImageSamplingOptions:
+    """How images are drawn."""
+
+    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    classifier_path: str = flag(
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
+    )
+    classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
+    guided: bool = flag(False, "follow the classifier's gradient", switch=True)
+    class_index: int = flag(-1, "class of every image; -1: drawn for each", least=-1, most=1)
+    num_samples: int = flag(8, "images to draw", least=1)
+    batch_size: int = flag(8, "images at a time", least=1)
+    use_ddim: bool = flag(False, "sample with DDIM")
+    steps: int = flag(0, "network evaluations per image; 0: every trained time", least=0)
+    clip_denoised: bool = flag(True, "clip the predicted clean image at every evaluation")
+    sigma_small: bool = flag(False, "the smaller of DDPM's two variances")
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+    dataset: str = flag("brats", "name of the data set", dead="the checkpoint knows its channels")
+    src_dir: str = flag("", "folder of the data", dead="images are drawn from noise")
+
+
+@dataclass(frozen=True)
+class WeakOptions:
+    """How masks are made from class labels."""
+
+    method: str = flag(
+        "",
+        "cdm and cg-cdm: two branches of the diffusion, the second also guided; one-branch; "
+        "counterfactual: difference from a healthy reconstruction; gradcam; otsu: of the image "
+        "itself; empty: cg-cdm with guided, else cdm",
+        choices=("", *METHODS),
+    )
+    guided: bool = flag(False, "follow the classifier's gradient: cg-cdm", switch=True)
+    classifier_scale: float = flag(10.0, "strength of the classifier's guidance", least=0)
+    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    classifier_path: str = flag(
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
+    )
+    level: int = flag(400, "Q, the time to which images are noised", least=0)
+    steps: int = flag(10, "R, steps of each branch, or of the whole reconstruction", least=1)
+    stride: int = flag(1, "trained times between two steps of the branches", least=1)
+    tau: float = flag(
+        0.95, "share of the lesion's embedding in the second branch's", least=0, most=0.9999
+    )
+    noises: int = flag(1, "draws of the noise whose maps are averaged", least=1)
+    difference: str = flag(
+        "signed",
+        "signed finds what is brighter than without a lesion, absolute what is different; of "
+        "Grad-CAM, the positive part or the absolute value",
+        choices=("signed", "absolute"),
+    )
+    cam_shrink: int = flag(
+        8, "Grad-CAM reads the deepest map at most so many times smaller than the image", least=1
+    )
+    smooth: float = flag(0.0, "standard deviation in pixels by which maps are smoothed", least=0)
+    largest: str = flag(
+        "", "keep the largest component, 4- or 8-connected; empty: all", choices=("", "4", "8")
+    )
+    fill_holes: bool = flag(False, "fill the holes of masks")
+    label: str = flag(
+        "truth",
+        "who tells which images to segment: truth, the folders; classifier; tumor: all of them. "
+        "The others get empty masks",
+        choices=("truth", "classifier", "tumor"),
+    )
+    part: str = flag("validation", "images to segment", choices=("validation", "training"))
+    results_dir: str = flag("", "folder for masks and scores; empty: save_dir/<method>")
+    num_samples: int = flag(0, "images to segment, evenly spread; 0: all", least=0)
+    batch_size: int = flag(8, "images at a time", least=1)
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+
+
+@dataclass(frozen=True)
+class UnusedOptions:
+    """What the published script of segmentation accepts and segmentation has no use for."""
+
+    schedule_sampler: str = flag("uniform", "how times are drawn", dead="it is of training")
+    lr: float = flag(1e-4, "learning rate", dead="it is of training")
+    weight_decay: float = flag(0.0, "weight decay", dead="it is of training")
+    lr_anneal_steps: int = flag(0, "steps of annealing", dead="it is of training")
+    microbatch: int = flag(-1, "images in one pass", dead="--batch_size says it")
+    ema_rate: str = flag("0.9999", "decay of the averages", dead="--weights chooses them")
+    log_interval: int = flag(10, "steps between lines", dead="it is of training")
+    save_interval: int = flag(10, "steps between checkpoints", dead="it is of training")
+    resume_checkpoint: str = flag("", "checkpoint to continue", dead="it is of training")
+    fp16_scale_growth: float = flag(1e-3, "growth of the loss scale", dead="it is of training")
+    num_workers: int = flag(
+        8, "processes that read data", dead="this process reads", alias="--workers"
+    )
+    distributed: bool = flag(False, "share the work", dead="one device does", switch=True)
+    aug_smooth: bool = flag(False, "smooth a CAM", dead="--smooth smooths any map", switch=True)
+    eigen_smooth: bool = flag(False, "smooth a CAM", dead="--smooth smooths any map", switch=True)
+
+
+TRAIN_IMAGES = (
+    SourceOptions,
+    ImageNetworkOptions,
+    ImageDiffusionOptions,
+    ImageTrainingOptions,
+    WeakRunOptions,
+)
+TRAIN_CLASSIFIER = (
+    SourceOptions,
+    ClassifierOptions,
+    ImageDiffusionOptions,
+    ClassifierTrainingOptions,
+    WeakRunOptions,
+)
+SAMPLE_IMAGES = (
+    ImageSamplingOptions,
+    ImageNetworkOptions,
+    ImageDiffusionOptions,
+    ClassifierOptions,
+    WeakRunOptions,
+)
+SEGMENT_WEAKLY = (
+    WeakOptions,
+    SourceOptions,
+    ImageNetworkOptions,
+    ImageDiffusionOptions,
+    ClassifierOptions,
+    WeakRunOptions,
+    UnusedOptions,
+)

@@ -1,0 +1,216 @@
+"""The figures of the report as inline SVG: a histogram, curves and a scatter, drawn with strings.
+
+No library and no script: colours come from the page's own style, by class, so that a figure follows
+light and dark. Every figure has a title for those who cannot see it. Called by ``report``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+
+from guided_diffusion.scoring.case_scores import CaseScore
+from guided_diffusion.scoring.summary import Summary
+
+Point = tuple[float, float]
+WIDTH, HEIGHT = 420, 260
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+
+
+class Axis(NamedTuple):
+    """One axis: its label, its two ends, and where it has marks."""
+
+    label: str
+    low: float = 0.0
+    high: float = 1.0
+    marks: tuple[float, ...] = (0, 0.2, 0.4, 0.6, 0.8, 1)
+
+    def share(self, value: float) -> float:
+        """Where a value lies between the ends, in [0, 1]."""
+        span = self.high - self.low
+        return min(1.0, max(0.0, (value - self.low) / span)) if span else 0.0
+
+
+class Frame(NamedTuple):
+    """The two axes of a figure, and what it is called."""
+
+    title: str
+    across: Axis
+    up: Axis
+
+    def at(self, point: Point) -> Point:
+        """Where a point of the axes lies on the picture."""
+        x = LEFT + self.across.share(point[0]) * (WIDTH - LEFT - RIGHT)
+        return round(x, 1), round(HEIGHT - BOTTOM - self.up.share(point[1]) * _up(), 1)
+
+
+def _up() -> int:
+    return HEIGHT - TOP - BOTTOM
+
+
+def figure(frame: Frame, *parts: str) -> str:
+    """The whole figure: axes, and the parts on them."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(frame.title)}">'
+        f"<title>{escape(frame.title)}</title>{_axes(frame)}{''.join(parts)}</svg>"
+    )
+
+
+def _axes(frame: Frame) -> str:
+    floor, end = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for mark in frame.up.marks:
+        y = frame.at((frame.across.low, mark))[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{end}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">')
+        parts.append(f"{mark:g}</text>")
+    for mark in frame.across.marks:
+        x = frame.at((mark, frame.up.low))[0]
+        parts.append(f'<text class="tick" x="{x}" y="{floor + 15}" text-anchor="middle">')
+        parts.append(f"{mark:g}</text>")
+    middle = (TOP + floor) / 2
+    return (
+        "".join(parts)
+        + f'<line class="base" x1="{LEFT}" y1="{floor}" x2="{end}" y2="{floor}"/>'
+        + f'<text class="label" x="{(LEFT + end) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
+        + f"{escape(frame.across.label)}</text>"
+        + f'<text class="label" transform="translate(12 {middle}) rotate(-90)" '
+        + f'text-anchor="middle">{escape(frame.up.label)}</text>'
+    )
+
+
+def bars(frame: Frame, counts: Sequence[int]) -> str:
+    """Bars of equal width over the whole axis, each with its count for a pointer that rests."""
+    step = (frame.across.high - frame.across.low) / max(1, len(counts))
+    drawn = []
+    for index, count in enumerate(counts):
+        low = frame.across.low + index * step
+        left, top = frame.at((low, count))
+        right, floor = frame.at((low + step, frame.up.low))
+        drawn.append(
+            f'<rect class="bar" x="{left + 0.75:.1f}" y="{top}" '
+            f'width="{max(0.5, right - left - 1.5):.1f}" height="{floor - top:.1f}">'
+            f"<title>{low:g} to {low + step:g}: {count}</title></rect>"
+        )
+    return "".join(drawn)
+
+
+def curve(frame: Frame, points: Sequence[Point], kind: str) -> str:
+    """A line through the points; ``kind`` is its class in the style: one, two or quiet."""
+    if not points:
+        return ""
+    placed = " ".join("{},{}".format(*frame.at(point)) for point in points)
+    return f'<polyline class="curve {kind}" points="{placed}"/>'
+
+
+def dots(frame: Frame, points: Sequence[Point], names: Sequence[str]) -> str:
+    """A dot for each point, with its name for a pointer that rests."""
+    drawn = []
+    for point, name in zip(points, names, strict=True):
+        x, y = frame.at(point)
+        drawn.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.6">')
+        drawn.append(f"<title>{escape(name)}</title></circle>")
+    return "".join(drawn)
+
+
+def upright(frame: Frame, value: float, label: str) -> str:
+    """A vertical line at a value of the axis across, with its label."""
+    x, top = frame.at((value, frame.up.high))
+    end = x > WIDTH * 0.7
+    return (
+        f'<line class="mark" x1="{x}" y1="{top}" x2="{x}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="note" x="{x + (-5 if end else 5)}" y="{top + 9}" '
+        f'text-anchor="{"end" if end else "start"}">{escape(label)}</text>'
+    )
+
+
+def round_marks(most: float, number: int = 4) -> tuple[float, ...]:
+    """Round numbers from 0 to at least ``most``, about so many."""
+    if most <= 0:
+        return (0, 1)
+    power = 10.0 ** math.floor(math.log10(most / number))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m * (1 + 1e-9) >= most / number)
+    return tuple(round(step * index, 12) for index in range(math.ceil(most / step - 1e-9) + 1))
+
+
+def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
+    """The four figures of one class (named, or "" for the only one) as HTML."""
+    of_class = f" of {name}" if name else ""
+    drawn = [
+        (_histogram(rows), f"Dice{of_class} of the cases with a lesion."),
+        (
+            _reliability(part),
+            f"How often a pixel{of_class} of a given fused probability is "
+            "foreground. On the diagonal the probability can be believed.",
+        ),
+        (
+            _sparsification(part),
+            f"Errors left{of_class} when the most uncertain pixels are taken "
+            "away; below, the best order there is.",
+        ),
+        (_scatter(rows), f"The uncertainty of a case{of_class} against its Dice."),
+    ]
+    return "".join(
+        f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        for svg, caption in drawn
+        if svg
+    )
+
+
+def _histogram(rows: Sequence[CaseScore]) -> str:
+    dice = [row.dice for row in rows if row.dice is not None and not row.empty_truth]
+    if not dice:
+        return ""
+    counts = np.histogram(dice, bins=20, range=(0, 1))[0].tolist()
+    marks = round_marks(max(counts))
+    frame = Frame("Histogram of Dice", Axis("Dice"), Axis("cases", 0, marks[-1], marks))
+    middle = float(np.median(dice))
+    median = upright(frame, middle, f"median {middle:.3f}")
+    return figure(frame, bars(frame, counts), median)
+
+
+def _reliability(part: Summary) -> str:
+    bins = part["calibration"]["curve"]
+    frame = Frame("Reliability curve", Axis("fused probability"), Axis("share of foreground"))
+    points = [(bin["probability"], bin["frequency"]) for bin in bins]
+    return figure(
+        frame,
+        curve(frame, [(0, 0), (1, 1)], "quiet"),
+        curve(frame, points, "one"),
+        dots(frame, points, [f"{bin['pixels']:,} pixels" for bin in bins]),
+    )
+
+
+def _sparsification(part: Summary) -> str:
+    measured = part["uncertainty"]["sparsification"]
+    if not measured["removed"]:
+        return ""
+    marks = round_marks(max(measured["error"]) * 100)
+    frame = Frame(
+        "Sparsification curve",
+        Axis("share of pixels taken away"),
+        Axis("errors left, %", 0, marks[-1], marks),
+    )
+    lines = {
+        kind: [(x, 100 * y) for x, y in zip(measured["removed"], measured[key], strict=True)]
+        for kind, key in (("one", "error"), ("quiet", "oracle"))
+    }
+    return figure(frame, *(curve(frame, lines[kind], kind) for kind in lines))
+
+
+def _scatter(rows: Sequence[CaseScore]) -> str:
+    known = [
+        (row.uncertainty, row.dice, row.name)
+        for row in rows
+        if row.uncertainty is not None and row.dice is not None and not row.empty_truth
+    ]
+    if not known:
+        return ""
+    marks = round_marks(max(doubt for doubt, _, _ in known))
+    frame = Frame("Uncertainty and Dice", Axis("uncertainty", 0, marks[-1], marks), Axis("Dice"))
+    points: list[Point] = [(doubt, dice) for doubt, dice, _ in known]
+    return figure(frame, dots(frame, points, [name for _, _, name in known]))

@@ -1,0 +1,361 @@
+"""Pictures of a case that a person would want to look at, with NumPy and Pillow alone.
+
+Here live the 8-bit form of a soft mask, the colour map of the uncertainty, the overlay (image,
+truth, fused mask and uncertainty side by side) and the contact sheet of a data set. Contours are
+drawn from the level set of the enlarged mask, so they are smooth at any size. Prediction,
+validation and the check of a data set call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from guided_diffusion.files import ROOM, whole
+from guided_diffusion.report.canvas import (
+    BACKGROUND,
+    CLASSES,
+    FOOTER,
+    FUSED,
+    GAP,
+    HEADER,
+    MARGIN,
+    TINT,
+    TRUTH,
+    Canvas,
+    Caption,
+    Colour,
+    Floats,
+    Pixels,
+    Scale,
+    blend,
+    draw_line,
+    enlarge,
+    enlarge_mask,
+    heat,
+    soft_png,
+)
+from guided_diffusion.scoring import metrics
+
+STD: Scale = ("std", 0.5)
+"""What a map of doubt shows, and its largest value: the standard deviation of values in [0, 1]."""
+
+
+def write_picture(path: Path, pixels: Pixels, *, mend: str = ROOM) -> None:
+    """Write a picture as PNG; it appears whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with whole(path, mend=mend) as part:
+        Image.fromarray(pixels).save(part, format="PNG")
+
+
+def overlay(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    fused: ArrayLike,
+    uncertainty: ArrayLike,
+    *,
+    name: str,
+    members: int = 1,
+    scale: Scale = STD,
+    panel: int = 320,
+) -> Pixels:
+    """One picture of a case: image | ground truth | fused mask | uncertainty.
+
+    ``image`` float [C, H, W] of any range (three channels are colour, else the last one is shown
+    in grey), ``truth`` [H, W] in {0, 1} or None (its panel is left out), ``fused`` [H, W] in
+    [0, 1], ``uncertainty`` [H, W], which ``scale`` names, with its largest value. ``panel`` is the
+    longer side of a panel in pixels. Returns uint8 [h, w, 3]. Raises ValueError when sizes differ.
+    """
+    case = _Case.of(image, truth, fused, np.asarray(uncertainty) / scale[1], panel)
+    panels = [
+        (case.picture, Caption("image")),
+        (case.with_truth(), Caption("ground truth")),
+        (case.with_fused(), Caption("fused mask", marks=case.marks())),
+        (case.with_doubt(), Caption("uncertainty", bar=scale)),
+    ]
+    if truth is None:
+        del panels[1]
+
+    canvas = Canvas(len(panels), case.size)
+    canvas.header(name, _verdict(truth, fused, members))
+    for index, (pixels, caption) in enumerate(panels):
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def map_overlay(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    mask: ArrayLike,
+    heat_map: ArrayLike,
+    *,
+    name: str,
+    panel: int = 320,
+) -> Pixels:
+    """As :func:`overlay`, for a mask that was cut from a map: image | truth | mask | map.
+
+    ``mask`` is [H, W] in {0, 1}, ``heat_map`` is [H, W] in [0, 1].
+    """
+    case = _Case.of(image, truth, mask, heat_map, panel)
+    panels = [
+        (case.picture, Caption("image")),
+        (case.with_truth(), Caption("ground truth")),
+        (case.with_fused(), Caption("mask", marks=() if truth is None else ((TRUTH, "truth"),))),
+        (case.with_doubt(), Caption("map")),
+    ]
+    if truth is None:
+        del panels[1]
+    canvas = Canvas(len(panels), case.size)
+    canvas.header(name, "" if truth is None else _verdict(truth, mask, 1).partition("  ·")[0])
+    for index, (pixels, caption) in enumerate(panels):
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
+    """The image itself, cut out of an :func:`overlay` of a case of ``size`` (height, width).
+
+    None where the picture has not the measures of an overlay of such a case.
+    """
+    height = drawn.shape[0] - HEADER - FOOTER
+    width = max(1, round(height * size[1] / size[0]))
+    room = drawn.shape[1] - 2 * MARGIN + GAP
+    panels = round(room / (width + GAP))
+    if height < 1 or panels not in (3, 4):
+        return None
+    width = room // panels - GAP
+    panel: Pixels = drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]
+    return panel
+
+
+def displayed(image: ArrayLike) -> Pixels:
+    """An image [C, H, W] of any range as overlays show it, uint8 [H, W, 3]."""
+    return soft_png(_displayed(np.asarray(image, dtype=np.float32)))
+
+
+def class_overlay(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    masks: ArrayLike,
+    uncertainty: ArrayLike,
+    *,
+    classes: Sequence[str],
+    name: str,
+    members: int = 1,
+    scale: Scale = STD,
+    panel: int = 320,
+) -> Pixels:
+    """As :func:`overlay`, for K classes, each in a colour that the legend names.
+
+    ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, ``uncertainty`` is [H, W]; wide
+    regions come first. Raises ValueError when the sizes differ.
+    """
+    found = np.asarray(masks) > 0
+    case = _Case.of(image, None, found.any(axis=0), np.asarray(uncertainty) / scale[1], panel)
+    marks = tuple(zip(cycle(CLASSES), classes, strict=False))
+    panels = [
+        (case.picture, Caption("image")),
+        (_painted(case, found), Caption("fused mask", marks=marks)),
+        (case.with_doubt(), Caption("uncertainty", bar=scale)),
+    ]
+    verdict = "1 member" if members == 1 else f"{members} members"
+    if truth is not None:
+        true = np.asarray(truth) > 0
+        verdict = f"{_class_verdict(true, found, classes)}  ·  {verdict}"
+        panels.insert(1, (_painted(case, true), Caption("ground truth")))
+
+    canvas = Canvas(len(panels), case.size)
+    canvas.header(name, verdict)
+    for index, (pixels, caption) in enumerate(panels):
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def _painted(case: _Case, masks: NDArray[np.bool_]) -> Floats:
+    """The picture under the outlined masks [K, H, W], tinted by the last of them at each pixel."""
+    painted = case.picture
+    colours = [colour for _, colour in zip(masks, cycle(CLASSES), strict=False)]
+    for k, colour in enumerate(colours):
+        seen = masks[k] & ~masks[k + 1 :].any(axis=0)
+        painted = blend(painted, colour, 0.4 * enlarge_mask(seen, case.size))
+    for mask, colour in zip(masks, colours, strict=True):
+        if mask.any():
+            painted = draw_line(painted, enlarge_mask(mask, case.size), colour, width=1.7)
+    return painted
+
+
+def _class_verdict(
+    truth: NDArray[np.bool_], found: NDArray[np.bool_], classes: Sequence[str]
+) -> str:
+    """Dice of the classes that are there; of more than four, their mean."""
+    counts = [metrics.confusion(*pair) for pair in zip(found, truth, strict=True)]
+    scores = [
+        (name, metrics.dice(count))
+        for name, count in zip(classes, counts, strict=True)
+        if not (count.empty_truth and count.empty_prediction)
+    ]
+    if not scores:
+        return "no lesion, none predicted"
+    if len(scores) > 4:
+        return f"mean Dice {sum(score for _, score in scores) / len(scores):.3f}"
+    return "Dice  " + "  ".join(f"{name} {score:.3f}" for name, score in scores)
+
+
+class Tile(NamedTuple):
+    """One case of a contact sheet: image [C, H, W], mask [K, H, W] or None, and what to write."""
+
+    image: ArrayLike
+    mask: ArrayLike | None
+    name: str
+
+
+def contact_sheet(
+    tiles: Sequence[Tile], *, title: str, subtitle: str = "", columns: int = 6, panel: int = 220
+) -> Pixels:
+    """A page of cases with the outlines of their masks, one colour for each class.
+
+    ``panel`` is the side of a tile in pixels. Returns uint8 [h, w, 3]. Raises ValueError where a
+    mask has not the size of its image.
+    """
+    columns = max(1, min(columns, len(tiles)))
+    rows = -(-len(tiles) // columns)
+    canvas = Canvas(columns, (panel, panel), rows=rows)
+    canvas.header(title, subtitle)
+    for index, tile in enumerate(tiles):
+        pixels, caption = _outlined(tile, panel)
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def strip(
+    panels: Sequence[ArrayLike], captions: Sequence[str], *, title: str, columns: int
+) -> Pixels:
+    """Grey pictures in rows of ``columns``: each [H, W] in [0, 1] and of one size.
+
+    Returns uint8 [h, w, 3].
+    """
+    height, width = np.shape(panels[0])
+    scale = max(1, 160 // max(height, width))
+    rows = -(-len(panels) // columns)
+    canvas = Canvas(columns, (max(160, width * scale), height * scale), rows=rows)
+    canvas.header(title, "")
+    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        grey = np.repeat(np.asarray(panel, dtype=np.float32)[..., None], 3, axis=-1)
+        canvas.place(index, grey.repeat(scale, axis=0).repeat(scale, axis=1), Caption(caption))
+    return np.asarray(canvas.picture)
+
+
+def _outlined(tile: Tile, panel: int) -> tuple[Floats, Caption]:
+    """The tile on a square of background, and its caption: its name, and whether it is empty."""
+    shown = _displayed(np.asarray(tile.image, dtype=np.float32))
+    masks = np.zeros((0, *shown.shape[:2])) if tile.mask is None else np.asarray(tile.mask)
+    if masks.shape[1:] != shown.shape[:2]:
+        raise ValueError(f"image is {shown.shape[:2]}, mask is {masks.shape[1:]}")
+
+    scale = panel / max(shown.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in shown.shape[:2])
+    picture = enlarge(shown, (width, height))
+    for mask, colour in zip(masks, cycle(CLASSES), strict=False):
+        if mask.any():
+            picture = draw_line(picture, enlarge_mask(mask, (width, height)), colour, width=2.3)
+    square = np.full((panel, panel, 3), BACKGROUND, dtype=np.float32) / np.float32(255)
+    top, left = (panel - height) // 2, (panel - width) // 2
+    square[top : top + height, left : left + width] = picture
+    state = "no mask" if tile.mask is None else "" if masks.any() else "empty"
+    return square, Caption(tile.name, note=state)
+
+
+class _Case(NamedTuple):
+    """Everything of one case, enlarged to a panel of ``size`` (width, height)."""
+
+    size: tuple[int, int]
+    picture: Floats  # [h, w, 3] in [0, 1]
+    truth: Floats | None  # [h, w], smoothed, contour at 0.5
+    fused: Floats
+    doubt: Floats  # [h, w] in [0, 1]
+
+    @classmethod
+    def of(
+        cls,
+        image: ArrayLike,
+        truth: ArrayLike | None,
+        fused: ArrayLike,
+        uncertainty: ArrayLike,
+        panel: int,
+    ) -> _Case:
+        shown, soft = _displayed(np.asarray(image, dtype=np.float32)), np.asarray(fused)
+        height, width = shown.shape[:2]
+        for values in (truth, soft, uncertainty):
+            if values is not None and np.shape(values) != (height, width):
+                raise ValueError(f"image is {(height, width)}, a mask is {np.shape(values)}")
+
+        scale = panel / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        doubt = np.asarray(uncertainty, dtype=np.float32)
+        return cls(
+            size=size,
+            picture=enlarge(shown, size),
+            truth=None if truth is None else enlarge_mask(np.asarray(truth), size),
+            fused=enlarge_mask(soft, size),
+            doubt=np.clip(enlarge(doubt, size), 0, 1),
+        )
+
+    def marks(self) -> tuple[tuple[Colour, str], ...]:
+        """The legend of the fused panel."""
+        fused = ((FUSED, "fused"),)
+        return fused if self.truth is None else ((TRUTH, "truth"), *fused)
+
+    def with_truth(self) -> Floats:
+        return self.picture if self.truth is None else draw_line(self.picture, self.truth, TRUTH)
+
+    def with_fused(self) -> Floats:
+        tinted = blend(self.picture, TINT, 0.45 * self.fused)
+        outlined = draw_line(tinted, self.fused, FUSED)
+        return outlined if self.truth is None else draw_line(outlined, self.truth, TRUTH, width=1.7)
+
+    def with_doubt(self) -> Floats:
+        """The colours added to the dimmed grey image: without doubt only the image is left."""
+        grey = self.picture.mean(axis=-1, keepdims=True) * 0.45
+        colours = heat(self.doubt).astype(np.float32) / np.float32(255)
+        mixed: Floats = grey * (1 - self.doubt[..., None]) + colours
+        return np.clip(mixed, 0, 1)
+
+
+def _displayed(image: Floats) -> Floats:
+    """Image [C, H, W] of any range -> [H, W, 3] in [0, 1]: colour if C is 3, else its last channel.
+
+    Colour that already lies in [0, 1] is left as it is; everything else is stretched between its
+    1st and 99.5th percentile.
+    """
+    if image.ndim != 3:
+        raise ValueError(f"image must be [C, H, W], not {image.shape}")
+    shown = image if len(image) == 3 else np.repeat(image[-1:], 3, axis=0)
+    shown = np.moveaxis(np.nan_to_num(shown), 0, -1)
+    if len(image) == 3 and shown.min() >= 0 and shown.max() <= 1:
+        return shown
+
+    low, high = np.percentile(shown, (1, 99.5))
+    stretched: Floats = np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+    return stretched
+
+
+def _verdict(truth: ArrayLike | None, fused: ArrayLike, members: int) -> str:
+    """The right side of the header: Dice at 0.5 where there is a truth, and the members."""
+    drawn = "1 member" if members == 1 else f"{members} members"
+    if truth is None:
+        return drawn
+
+    counts = metrics.confusion(metrics.binarise(fused), metrics.binarise(truth))
+    if counts.empty_truth:
+        found = "none predicted" if counts.empty_prediction else f"{counts.fp} pixels predicted"
+        return f"no lesion, {found}  ·  {drawn}"
+    return f"Dice {metrics.dice(counts):.3f}  ·  {drawn}"

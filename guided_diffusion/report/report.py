@@ -1,0 +1,203 @@
+"""``report.html``: a scored folder as one page that opens anywhere, without network or framework.
+
+The page is the template ``report.html`` beside this file, filled with tables, figures (``charts``)
+and the layers of the cases (``thumbnails``). All values are those of ``scores.csv``. Of very many
+cases only some are pictured, so that the file stays small. Called by ``runs`` after scoring.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.report.charts import figures
+from guided_diffusion.report.pictures import displayed, image_panel
+from guided_diffusion.report.tables import (
+    case_table_head,
+    case_table_row,
+    class_choice,
+    class_tables,
+    headline,
+    parts_of,
+)
+from guided_diffusion.report.thumbnails import Layers, layers
+from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks, CaseScore, load_case
+from guided_diffusion.scoring.evaluate import Evaluation
+from guided_diffusion.scoring.predictions import Reader
+from guided_diffusion.scoring.tables import write_text
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MOST_PICTURES = 300
+"""Cases and classes with embedded pictures: beyond, the worst, the best and an even spread."""
+
+
+def write_report(evaluation: Evaluation, run: Mapping[str, str]) -> Path:
+    """Write ``report.html`` into the scored folder and return its path.
+
+    ``run`` is what was run, as the page shows it: labels and texts in order.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = evaluation.folder / "report.html"
+    write_text(path, page(evaluation, run))
+    return path
+
+
+def page(evaluation: Evaluation, run: Mapping[str, str]) -> str:
+    """The whole page as text."""
+    rows = _rows(evaluation)
+    parts = {
+        "title": escape(evaluation.folder.resolve().name or "results"),
+        "subtitle": escape(_subtitle(evaluation)),
+        "headline": headline(evaluation),
+        "tables": "".join(class_tables(name, part) for name, part in parts_of(evaluation)),
+        "figures": "".join(
+            figures(name, part, evaluation.scores[name].rows) for name, part in parts_of(evaluation)
+        ),
+        "head": case_table_head(evaluation),
+        "body": "".join(case_table_row(index, name, row) for index, (name, row) in enumerate(rows)),
+        "classes": class_choice(evaluation),
+        "run": _definitions(run),
+        "notes": "".join(f"<li>{escape(note)}</li>" for note in _notes(evaluation)),
+        "data": _data(evaluation, rows),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"<!--\{(\w+)\}-->", lambda match: parts[match[1]], template)
+
+
+def _rows(evaluation: Evaluation) -> list[tuple[str, CaseScore]]:
+    """Every row of ``scores.csv`` with its class, the classes of a case one after the other."""
+    by_class = [[(name, row) for row in scores.rows] for name, scores in evaluation.scores.items()]
+    return [pair for pairs in zip(*by_class, strict=True) for pair in pairs]
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    summary = evaluation.summary
+    parts = [f"{summary['cases']} cases"]
+    if summary.get("patients"):
+        parts.append(f"{summary['patients']} patients")
+    if evaluation.classes:
+        parts.append(f"classes {', '.join(evaluation.classes.names)}")
+    lesion = summary["cases"] - summary["empty_truth"]
+    if lesion < summary["cases"]:
+        parts.append(f"{lesion} with a lesion")
+    members = {row.members for scores in evaluation.scores.values() for row in scores.rows}
+    if members != {0}:
+        span = " to ".join(map(str, sorted({min(members), max(members)})))
+        parts.append(f"{span} members each")
+    return " · ".join(parts)
+
+
+def _data(evaluation: Evaluation, rows: Sequence[tuple[str, CaseScore]]) -> str:
+    """What the page's script needs, as JSON that no case's name can end."""
+    pictured = set(chosen([row.dice for _, row in rows]))
+    by_case = {case[0].name: case for case in evaluation.cases}
+    names = list(evaluation.scores)
+    entries: list[dict[str, Any]] = []
+    drawn: dict[str, list[Layers]] = {}
+    read, volume = Reader(), ""
+    for index, (name, row) in enumerate(rows):
+        entry: dict[str, Any] = {"name": row.name, "class": name, "dice": row.dice}
+        entry["lesion"] = not row.empty_truth
+        if index in pictured:
+            if row.name not in drawn:
+                case = by_case[row.name]
+                if case[0].truth.volume != volume:
+                    read, volume = Reader(), case[0].truth.volume
+                drawn = {row.name: _case_layers(case, evaluation, read)}
+            entry |= drawn[row.name][names.index(name)]._asdict()
+        entry["links"] = _links(evaluation.folder, row.name)
+        entries.append(entry)
+    text = json.dumps({"cases": entries}, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def chosen(dice: Sequence[float | None], most: int = MOST_PICTURES) -> list[int]:
+    """Which cases get a picture: all, or the worst, the best and an even spread between them.
+
+    Those without a Dice come last.
+    """
+    values = [math.inf if value is None else value for value in dice]
+    order = sorted(range(len(values)), key=values.__getitem__)
+    known = len(dice) - values.count(math.inf)
+    if known <= most:
+        return sorted(order[:most])
+    third = most // 3
+    middle = np.linspace(third, known - third - 1, most - 2 * third).round().astype(int)
+    places = [*range(third), *middle.tolist(), *range(known - third, known)]
+    return sorted(order[place] for place in places)
+
+
+def _case_layers(case: Sequence[CaseFiles], evaluation: Evaluation, read: Reader) -> list[Layers]:
+    """The layers of every class of a case."""
+    masks = load_case(case, evaluation.classes, read, fuse=False)
+    picture = _picture(case[0], masks[0], evaluation.folder)
+    return [
+        layers(
+            picture,
+            of_class.truth,
+            of_class.found if evaluation.classes else of_class.soft,
+            np.sqrt(of_class.soft * (1 - of_class.soft))
+            if of_class.spread is None
+            else of_class.spread,
+        )
+        for of_class in masks
+    ]
+
+
+def _picture(case: CaseFiles, masks: CaseMasks, folder: Path) -> NDArray[np.uint8] | None:
+    """The image of a case: from the data set, else out of the overlay that sampling drew.
+
+    The report does without where neither can be read.
+    """
+    height, width = masks.truth.shape
+    try:
+        if case.truth.image is not None:
+            return displayed(case.truth.image())
+        with Image.open(folder / f"{case.name}_overlay.png") as drawn:
+            return image_panel(np.asarray(drawn.convert("RGB")), (height, width))
+    except (UserError, OSError, SyntaxError, ValueError):
+        return None
+
+
+def _links(folder: Path, name: str) -> dict[str, str]:
+    """Full pictures beside the report, by what they show."""
+    kinds = {"overlay": "overlay", "mask": "mask", "soft mask": "output_ens"}
+    files = {label: f"{name}_{kind}.png" for label, kind in kinds.items()}
+    return {label: file for label, file in files.items() if (folder / file).exists()}
+
+
+# ------------------------------------------------------------------------------- what was run
+def _definitions(run: Mapping[str, str]) -> str:
+    return "".join(
+        f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in run.items() if text
+    )
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    """How to read the numbers."""
+    summary = evaluation.summary
+    unit, tolerance = summary["distances"]["unit"], summary["distances"]["tolerance"]
+    known = "from the headers" if unit == "mm" else "no header gives a spacing"
+    return [
+        f"Empty masks: {summary['empty_rule']}.",
+        f"Masks are cut at {summary['threshold']:g} at the size of the truth.",
+        f"Distances are in {unit} ({known}). HD95 is the larger of the two directed 95th "
+        "percentiles, ASSD the mean over both surfaces; both are undefined, and left out, where a "
+        f"mask is empty. Surface Dice forgives {tolerance:g} {unit}.",
+        "Intervals hold the mean with 95 % confidence: bias-corrected and accelerated bootstrap "
+        f"over {summary['interval']['drawn']}.",
+        "The uncertainty of a case is 1 less the mean Dice of two members, or what the fused mask "
+        "alone lets expect.",
+    ]

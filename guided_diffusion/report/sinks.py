@@ -1,0 +1,187 @@
+"""Two places where a run can be watched live: a visdom server, and TensorBoard's event files.
+
+Both are optional, and neither is waited for. Visdom is spoken to in its own protocol (JSON over
+HTTP), so it need not be installed where training runs. Given to ``logger`` by ``runs``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Thread
+from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
+
+import numpy as np
+from PIL import Image
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.options.segmentation import RunOptions, WatchOptions
+from guided_diffusion.report.canvas import Pixels
+
+_CHARTS = {"loss": ("loss", "mse", "vb", "loss_q"), "gradient": ("grad_norm",), "lr": ("lr",)}
+_CHARTS |= {"speed": ("steps_per_s",), "validation": ("val_",)}
+_MOST_POINTS = 2000
+
+
+class VisdomSink:
+    """Draws lines and pictures on a visdom server; one that is silent or away changes nothing.
+
+    Messages wait in a short queue for a thread that posts them; what finds the queue full is
+    dropped. After a failure the server is left alone for a while.
+
+    Args:
+        port: of the server, on this machine unless ``host`` names another.
+        environment: visdom's word for the page that a run draws on.
+        timeout: seconds that a post may take.
+        pause: seconds without a post after one that failed.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        environment: str = "main",
+        host: str = "localhost",
+        timeout: float = 2.0,
+        pause: float = 30.0,
+    ) -> None:
+        self.url = f"http://{host}:{port}"
+        self.environment = environment
+        self.timeout, self.pause = timeout, pause
+        self.lines: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        self.queue: Queue[tuple[str, dict[str, Any]]] = Queue(maxsize=32)
+        self._silent_until = 0.0
+        self._opener = build_opener(ProxyHandler({}))  # a proxy is not on this machine
+        self._thread: Thread | None = None
+
+    def numbers(self, values: dict[str, Any]) -> None:
+        """Draw a row of the log: one window a chart, one line a number."""
+        step = float(values.get("step", 0))
+        for chart, beginnings in _CHARTS.items():
+            named = {key: v for key, v in values.items() if key.startswith(beginnings)}
+            for key, value in named.items() if chart != "lr" else [("lr", values.get("lr"))]:
+                if isinstance(value, int | float):
+                    xs, ys = self.lines.setdefault(chart, {}).setdefault(key, ([], []))
+                    xs.append(step)
+                    ys.append(float(value))
+                    del xs[:-_MOST_POINTS], ys[:-_MOST_POINTS]
+            if named and chart in self.lines:
+                self._put(chart, _line_chart(chart, self.lines[chart]))
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """Show a picture in a window of its name."""
+        self._put(name, _image(name, pixels, step))
+
+    def _put(self, window: str, message: dict[str, Any]) -> None:
+        if self._thread is None:
+            self._thread = Thread(target=self._work, daemon=True)
+            self._thread.start()
+        with suppress(Full):
+            message |= {"win": window, "eid": self.environment}
+            self.queue.put_nowait(("events", message))
+
+    def close(self, patience: float = 2.0) -> None:
+        """Give what is waiting a moment to arrive, unless the server is silent."""
+        limit = time.monotonic() + patience
+        while self.queue.unfinished_tasks and time.monotonic() < limit:
+            if time.monotonic() < self._silent_until:
+                return
+            time.sleep(0.02)
+
+    def _work(self) -> None:
+        while True:
+            with suppress(Empty):
+                endpoint, message = self.queue.get(timeout=60)
+                if time.monotonic() >= self._silent_until:
+                    self._post(endpoint, message)
+                self.queue.task_done()
+
+    def _post(self, endpoint: str, message: dict[str, Any]) -> None:
+        body = json.dumps(message).encode()
+        request = Request(f"{self.url}/{endpoint}", body, {"Content-Type": "application/json"})
+        try:
+            self._opener.open(request, timeout=self.timeout).close()
+        except Exception:  # whatever a server says or does not say, the run goes on
+            self._silent_until = time.monotonic() + self.pause
+
+
+def _line_chart(title: str, lines: dict[str, tuple[list[float], list[float]]]) -> dict[str, Any]:
+    """The whole chart, as it is: a server that was started anew has it complete."""
+    data = [
+        {"x": list(xs), "y": list(ys), "name": name, "type": "scatter", "mode": "lines"}
+        for name, (xs, ys) in lines.items()
+    ]
+    layout = {
+        "title": title,
+        "showlegend": len(lines) > 1,
+        "xaxis": {"title": "step"},
+        "margin": {"l": 60, "r": 20, "t": 40, "b": 40},
+    }
+    return {"data": data, "layout": layout, "opts": {"title": title}}
+
+
+def _image(name: str, pixels: Pixels, step: int) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = {"src": source, "caption": f"step {step}"}
+    height, width = np.shape(pixels)[:2]
+    shown = {"title": name, "width": min(width + 20, 1300), "height": min(height + 60, 900)}
+    return {"data": [{"content": content, "type": "image"}], "opts": shown}
+
+
+class TensorBoardSink:
+    """Writes TensorBoard's event files.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "--tensorboard",
+                found="no TensorBoard",
+                expected="the package tensorboard",
+                mend="Run python -m pip install tensorboard, or leave --tensorboard away.",
+            ) from None
+        self.writer = SummaryWriter(str(folder))
+
+    def numbers(self, values: dict[str, Any]) -> None:
+        """Write a row of the log."""
+        for key, value in values.items():
+            if key != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(key, value, int(values.get("step", 0)))
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """Write a picture."""
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is held back."""
+        self.writer.close()
+
+
+def open_sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | TensorBoardSink]:
+    """Where else the run is to be watched."""
+    folder = Path(run.out_dir).expanduser()
+    sinks: list[VisdomSink | TensorBoardSink] = []
+    if watch.tensorboard:
+        sinks.append(TensorBoardSink(folder))
+    if watch.visdom:
+        sinks.append(VisdomSink(watch.visdom, environment=page_of(run)))
+    return sinks
+
+
+def page_of(run: RunOptions) -> str:
+    """The page of a visdom server that a run draws on."""
+    return Path(run.out_dir).expanduser().name or "main"

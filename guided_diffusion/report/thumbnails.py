@@ -1,0 +1,127 @@
+"""The layers of one case, small enough that a report holds hundreds: picture, outlines, doubt.
+
+Masks are outlines in SVG's path language, which stay crisp at any size and take the colours of the
+page; the picture is a small JPEG and the uncertainty a small PNG whose transparency is the
+certainty, both as data URIs. Called by ``report``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from skimage.measure import approximate_polygon, find_contours
+
+from guided_diffusion.report.canvas import HEAT
+from guided_diffusion.report.pictures import STD
+
+SIDE = 224
+"""Longer side of an embedded picture, in pixels."""
+DOUBT_SIDE = 96
+"""Longer side of an embedded uncertainty: it is smooth, and seen through."""
+MOST_PATH = 6000
+"""Characters of an outline, above which it is drawn more coarsely."""
+MOST_RINGS = 80
+"""Rings of an outline: of noise, the longest."""
+
+
+class Layers(NamedTuple):
+    """One case as the report draws it: the size of its picture, and its layers as text."""
+
+    width: int
+    height: int
+    image: str  # data URI; empty where there is no picture
+    truth: str  # outline
+    fused: str  # outline
+    doubt: str  # data URI; empty where nothing is uncertain
+
+
+def layers(
+    picture: NDArray[np.uint8] | None, truth: ArrayLike, fused: ArrayLike, doubt: ArrayLike
+) -> Layers:
+    """Make the layers of a case.
+
+    ``picture`` is uint8 [h, w, 3] of any size, or None; ``truth`` and ``fused`` are [H, W] in
+    [0, 1], outlined at one half; ``doubt`` is [H, W] in [0, 0.5]. Outlines are in units of the
+    embedded picture, whose longer side is :data:`SIDE`.
+    """
+    height, width = np.shape(truth)
+    scale = SIDE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Layers(
+        *size,
+        image="" if picture is None else _jpeg(picture, size),
+        truth=outline(truth, scale=scale),
+        fused=outline(fused, scale=scale),
+        doubt=_haze(np.asarray(doubt, dtype=np.float32)),
+    )
+
+
+def outline(mask: ArrayLike, *, scale: float = 1.0) -> str:
+    """The 0.5 level set of a mask [H, W] as an SVG path, times ``scale``; empty without any.
+
+    Holes are paths of their own (rule ``evenodd``). Corners nearer than half a unit to their chord
+    are left out, more of them where the outline is long.
+    """
+    padded = np.pad(np.asarray(mask, dtype=np.float32), 1)
+    found = sorted(find_contours(padded, 0.4999), key=len)[-MOST_RINGS:]
+    rings = [(_thinned(ring) - 0.5) * scale for ring in found]
+    tolerance, path = 0.5, ""
+    while rings:
+        path = "".join(_ring(approximate_polygon(ring, tolerance)) for ring in rings)
+        if len(path) <= MOST_PATH or tolerance > SIDE:
+            break
+        tolerance *= 1.6
+        rings = [ring for ring in rings if np.ptp(ring, axis=0).max() > tolerance]
+    return path
+
+
+def _thinned(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Every second corner of a long ring, fewer of a very long one: the choice below takes time."""
+    step = 1 if len(ring) < 100 else max(2, len(ring) // 1000)
+    return ring if step == 1 else np.concatenate([ring[:-1:step], ring[:1]])
+
+
+def _ring(points: NDArray[np.float64]) -> str:
+    """One closed ring of (row, column) positions; one of fewer than three corners is nothing."""
+    corners = [f"{x:.1f},{y:.1f}".replace(".0", "") for y, x in points[:-1]]
+    return f"M{' '.join(corners)}z" if len(corners) > 2 else ""
+
+
+def _jpeg(picture: NDArray[np.uint8], size: tuple[int, int]) -> str:
+    small = Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    grey = small.convert("L")
+    if np.abs(np.asarray(small).astype(int) - np.asarray(grey)[..., None]).max() <= 2:
+        small = grey  # a third of the chroma's bytes are headers
+    file = io.BytesIO()
+    small.save(file, format="JPEG", quality=72, optimize=True)
+    return _uri(file, "jpeg")
+
+
+def _haze(doubt: NDArray[np.float32]) -> str:
+    """The uncertainty in sixteen steps, from nothing to the brightest of the map's colours."""
+    scale = min(1.0, DOUBT_SIDE / max(doubt.shape))
+    size = (max(1, round(doubt.shape[1] * scale)), max(1, round(doubt.shape[0] * scale)))
+    small = np.asarray(Image.fromarray(doubt).resize(size, Image.Resampling.BOX))
+    steps = np.rint(np.clip(small / STD[1], 0, 1) * 15).astype(np.uint8)
+    if not steps.any():
+        return ""
+
+    picture = Image.fromarray(steps, mode="P")
+    colours = [
+        np.interp(np.linspace(0.45, 1, 16), np.linspace(0, 1, len(HEAT)), c)
+        for c in np.transpose(HEAT)
+    ]
+    picture.putpalette(np.rint(np.stack(colours, axis=1)).astype(np.uint8).tobytes())
+    file = io.BytesIO()
+    ramp = bytes(round(255 * min(1.0, 1.6 * step / 15)) for step in range(16))
+    picture.save(file, format="PNG", transparency=ramp, optimize=True, bits=4)
+    return _uri(file, "png")
+
+
+def _uri(file: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -1,0 +1,1 @@
+"""Masks against the truth: metrics, intervals, calibration, per-case scores and summaries."""

@@ -1,0 +1,202 @@
+"""Whether a probability, or an uncertainty, can be believed.
+
+Pixels are counted by their 8-bit level (:class:`Tally`), so that a data set of any size is one
+small table: from it come the reliability curve, the expected calibration error (Naeini et al.,
+2015) and the sparsification curve (Ilg et al., 2018). Of whole cases there are the area under the
+ROC curve and the rank correlation of uncertainty and error; of several members and several raters
+the generalised energy distance and the best member's Dice. Called by scoring; all functions are
+pure.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+Counts = NDArray[np.int64]
+Masks = NDArray[np.bool_]
+LEVELS = 256
+BINS = 15
+
+
+class Tally(NamedTuple):
+    """Pixels by 8-bit level, int64 [256, 2]: how many there are, and how many of them are hits.
+
+    Of a fused probability (0 to 1) a hit is foreground in the truth; of an uncertainty (standard
+    deviation, 0 to 0.5) a hit is an error of the mask. Tallies of cases add up.
+    """
+
+    counts: Counts
+
+    @classmethod
+    def of(cls, values: ArrayLike, hits: ArrayLike, *, most: float = 1.0) -> Tally:
+        """Count values [...] in [0, ``most``] by level, with their hits, bool [...]."""
+        scaled = np.asarray(values, dtype=np.float32).ravel() * np.float32((LEVELS - 1) / most)
+        levels = np.clip(scaled + np.float32(0.5), 0, LEVELS - 1).astype(np.intp)
+        marked = np.asarray(hits, dtype=bool).ravel()
+        return cls(
+            np.stack(
+                [
+                    np.bincount(levels, minlength=LEVELS),
+                    np.bincount(levels[marked], minlength=LEVELS),
+                ],
+                axis=1,
+            ).astype(np.int64)
+        )
+
+    @classmethod
+    def empty(cls) -> Tally:
+        """Of no pixel."""
+        return cls(np.zeros((LEVELS, 2), dtype=np.int64))
+
+    def plus(self, other: Tally) -> Tally:
+        """The pixels of both."""
+        return Tally(self.counts + other.counts)
+
+
+class Bin(NamedTuple):
+    """One bin of a reliability curve: its pixels, their mean probability, their share of hits."""
+
+    pixels: int
+    probability: float
+    frequency: float
+
+
+def reliability(tally: Tally, bins: int = BINS) -> list[Bin]:
+    """The reliability curve of a probability: equal bins of [0, 1], those without pixels left out.
+
+    A level on a border belongs to the bin above.
+    """
+    levels = np.arange(LEVELS)
+    of_level = np.minimum(levels * bins // (LEVELS - 1), bins - 1)
+    curve = []
+    for index in range(bins):
+        pixels, hits = tally.counts[of_level == index].T
+        total = int(pixels.sum())
+        if total:
+            probability = float(pixels @ levels[of_level == index]) / total / (LEVELS - 1)
+            curve.append(Bin(total, probability, int(hits.sum()) / total))
+    return curve
+
+
+def calibration_error(tally: Tally, bins: int = BINS) -> float:
+    """Expected calibration error, Naeini et al. (2015), eq. 3: in [0, 1], NaN of no pixel.
+
+    The mean over pixels of the distance between a bin's mean probability and its share of hits.
+    """
+    curve = reliability(tally, bins)
+    total = sum(bin.pixels for bin in curve)
+    gaps = sum(bin.pixels * abs(bin.probability - bin.frequency) for bin in curve)
+    return gaps / total if total else float("nan")
+
+
+class Sparsification(NamedTuple):
+    """What error is left when the most uncertain pixels are taken away, Ilg et al. (2018).
+
+    ``removed`` [N] rises from 0 to below 1; ``error`` [N] is the share of errors among the rest,
+    ``oracle`` [N] what it would be if the errors themselves went first. ``area`` is the mean
+    distance of the two over the share removed (AUSE), relative to the error with nothing removed:
+    0 is perfect, random removal gives 1 less the oracle's own area.
+    """
+
+    removed: list[float]
+    error: list[float]
+    oracle: list[float]
+    area: float
+
+
+def sparsification(tally: Tally) -> Sparsification:
+    """The sparsification curve of an uncertainty; empty, with a NaN area, where nothing is wrong.
+
+    Pixels of one level go together, and in between the curve is that of taking them at random.
+    """
+    pixels, errors = tally.counts[::-1].T.astype(np.float64)
+    total, wrong = pixels.sum(), errors.sum()
+    if not wrong:
+        return Sparsification([], [], [], float("nan"))
+
+    gone = np.concatenate([[0], np.cumsum(pixels)]) / total
+    found = np.concatenate([[0], np.cumsum(errors)]) / total
+    removed = np.linspace(0, 1, 101)[:-1]
+    error = (wrong / total - np.interp(removed, gone, found)) / (1 - removed)
+    oracle = np.clip(wrong / total - removed, 0, None) / (1 - removed)
+    area = float((error - oracle).mean() / (wrong / total))
+    return Sparsification(removed.tolist(), error.tolist(), oracle.tolist(), area)
+
+
+def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """Area under the ROC curve: how often a positive has the higher score, a tie counting half.
+
+    Mann and Whitney (1947). ``scores`` [N], ``positive`` bool [N]. NaN where one side is empty.
+    """
+    values, marked = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    ours, others = int(marked.sum()), int((~marked).sum())
+    if not ours or not others:
+        return float("nan")
+    above = rankdata(values)[marked].sum() - ours * (ours + 1) / 2
+    return float(above / (ours * others))
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation of two lists [N], ties sharing their mean rank.
+
+    NaN where one of the lists does not vary, or they are empty.
+    """
+    one, two = (rankdata(np.asarray(x, dtype=np.float64)) for x in (first, second))
+    middle = (len(one) + 1) / 2  # the mean of any ranks
+    one, two = one - middle, two - middle
+    spread = np.sqrt((one @ one) * (two @ two))
+    return float((one @ two) / spread) if spread else float("nan")
+
+
+def expected_disagreement(probability: ArrayLike) -> float:
+    """1 - Dice that two masks drawn from a soft mask [...] would have, as a ratio of expectations.
+
+    In [0, 1]: sum p (1 - p) / sum p; 0 of an empty mask. It stands in for the disagreement of the
+    members where only the fused mask is kept.
+    """
+    p = np.asarray(probability, dtype=np.float64)
+    total = p.sum()
+    return float((p * (1 - p)).sum() / total) if total else 0.0
+
+
+def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:
+    """Dice of every mask [N, ...] with every other one [M, ...] -> float64 [N, M].
+
+    Two empty masks agree perfectly.
+    """
+    one = first.reshape(len(first), -1).astype(np.float32)
+    two = second.reshape(len(second), -1).astype(np.float32)
+    common = (one @ two.T).astype(np.float64)
+    both = one.sum(axis=1, dtype=np.float64)[:, None] + two.sum(axis=1, dtype=np.float64)[None]
+    table: NDArray[np.float64] = np.where(both > 0, 2 * common / np.maximum(both, 1), 1.0)
+    return table
+
+
+def energy_distance(members: Masks, raters: Masks) -> float:
+    """Generalised energy distance of members [E, ...] and raters [R, ...], bool, of one case.
+
+    Kohl et al. (2018), eq. 8, squared as they report it, with d = 1 - IoU: 2 E d(S, Y) -
+    E d(S, S') - E d(Y, Y'), the expectations over all pairs, those of a mask with itself included.
+    In [0, 2]; 0 where members and raters are the same masks in the same shares.
+    """
+    across, ours, theirs = (
+        1 - dice / (2 - dice)  # IoU from Dice
+        for dice in (
+            dice_table(members, raters),
+            dice_table(members, members),
+            dice_table(raters, raters),
+        )
+    )
+    return float(2 * across.mean() - ours.mean() - theirs.mean())
+
+
+def best_dice(members: Masks, raters: Masks) -> float:
+    """Mean over the raters [R, ...] of the Dice of the member [E, ...] that suits each best.
+
+    Rahman et al. (2023) call it maximum Dice matching.
+    """
+    return float(dice_table(members, raters).max(axis=0).mean())

@@ -1,0 +1,385 @@
+"""Everything that is measured of one case: of its fused mask, its members, and how they would fuse.
+
+A case is read (:func:`load_case`), brought to the truth's size, and scored (:func:`score_case`):
+ratios of counts, surface distances, the members' agreement with each other and with several raters,
+and the pixels of its probability and its uncertainty, counted by level. Called by ``evaluate`` for
+one class and for several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from guided_diffusion.data.classes import Classes
+from guided_diffusion.data.datasets import WOLLEB_CROP, WOLLEB_SIZE
+from guided_diffusion.ensemble import FUSIONS
+from guided_diffusion.errors import UserError
+from guided_diffusion.layouts import Truth
+from guided_diffusion.scoring import metrics, surface
+from guided_diffusion.scoring.calibration import (
+    Tally,
+    best_dice,
+    dice_table,
+    energy_distance,
+    expected_disagreement,
+)
+from guided_diffusion.scoring.predictions import Mask, Reader, Source
+
+Binary = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How masks are scored.
+
+    Attributes:
+        empty: one of :data:`guided_diffusion.metrics.EMPTY_RULES`.
+        tolerance: of the surface Dice, in the unit of the distances.
+        low_dice: cases below it are the ones that the uncertainty should find.
+        spacing: whether every truth knows the size of its pixels, so that distances are in mm.
+    """
+
+    empty: str = "match"
+    tolerance: float = 2.0
+    low_dice: float = 0.8
+    spacing: bool = False
+
+    @property
+    def unit(self) -> str:
+        """That of all distances."""
+        return "mm" if self.spacing else "px"
+
+
+class CaseFiles(NamedTuple):
+    """Where one case lies: its fused mask (or None), its members in order, and its truths.
+
+    ``spacing`` is the size of a pixel along the axes of the truth's file, in millimetres.
+    """
+
+    name: str
+    fused: Source | None
+    members: tuple[Source, ...]
+    truth: Truth
+    raters: tuple[Truth, ...] = ()
+    spacing: tuple[float, ...] | None = None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every file of a prediction, the fused mask first."""
+        return self.members if self.fused is None else (self.fused, *self.members)
+
+
+class CaseMasks(NamedTuple):
+    """One case (of several classes: one class of it), all but ``stored`` at the truth's size."""
+
+    name: str
+    stored: Mask  # the fused soft mask [h, w] as it came
+    soft: Mask  # float32 [H, W] in [0, 1]
+    found: Binary  # the fused mask [H, W]
+    truth: Mask  # float32 [H, W] in [0, 1]
+    members: Binary  # [E, H, W]
+    spread: Mask | None  # standard deviation of the members [H, W]; None of fewer than two
+    fusions: dict[str, Binary]  # the members by every rule of fusion, [H, W] each
+    raters: Binary  # [R, H, W]
+    spacing: tuple[float, ...] | None
+
+
+class MaskScore(NamedTuple):
+    """What is measured of any mask against its truth; None where it is undefined or left out."""
+
+    dice: float | None
+    iou: float | None
+    precision: float | None
+    sensitivity: float | None
+    specificity: float | None
+    volume_difference: float | None
+    hd95: float | None
+    assd: float | None
+    surface_dice: float | None
+
+
+class CaseScore(NamedTuple):
+    """One row of ``scores.csv``; the fields are its columns, in this order."""
+
+    name: str
+    dice: float | None
+    iou: float | None
+    parent_dice: float
+    parent_iou: float
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+    empty_truth: bool
+    empty_prediction: bool
+    members: int
+    dice_member: float | None  # mean Dice of the single members; None without member files
+    precision: float | None = None
+    sensitivity: float | None = None
+    specificity: float | None = None
+    volume_difference: float | None = None
+    hd95: float | None = None
+    assd: float | None = None
+    surface_dice: float | None = None
+    size: float | None = None  # area of the truth, in the unit of the distances, squared
+    dice_between: float | None = None  # mean Dice of two members with each other
+    uncertainty: float | None = None  # 1 - dice_between, or what the fused mask expects of it
+    energy_distance: float | None = None  # with --raters
+    dice_best: float | None = None  # with --raters: of the member that suits each rater best
+
+
+class Scored(NamedTuple):
+    """A case's row, its masks' scores by name, and its pixels by probability and uncertainty."""
+
+    row: CaseScore
+    masks: dict[str, MaskScore]
+    probability: Tally
+    uncertainty: Tally
+
+
+def load_case(
+    files: Sequence[CaseFiles], classes: Classes | None, read: Reader, *, fuse: bool = True
+) -> list[CaseMasks]:
+    """Read one case: the files of each class, or of the only one; ``read`` decodes them.
+
+    ``fuse``: also put the members together by every rule there is.
+
+    Raises UserError for a file that cannot be read as a mask, for members whose sizes differ, and
+    for a truth or a rater's mask that is none.
+    """
+    truth = _read_truth(files[0].truth, files[0].name, len(files))
+    size = (truth.shape[1], truth.shape[2])
+    rated = (_read_truth(rater, files[0].name, len(files), size=size) for rater in files[0].raters)
+    raters = np.stack([truth, *rated])[1:]
+    stored, members = _read_predictions(files, read)
+    cropped = files[0].sources[0].tensor
+    soft = np.stack([at_size(channel, size, cropped=cropped) for channel in stored])
+    drawn = np.stack([soft, *([at_size(c, size, cropped=cropped) for c in m] for m in members)])[1:]
+    kept, found = len(drawn), _cut(soft, classes)
+    cut = np.stack([found, *(_cut(member, classes) for member in drawn)])[1:]
+    fusions = {
+        name: _cut(rule(torch.from_numpy(drawn)).numpy(), classes)
+        for name, rule in FUSIONS.items()
+        if fuse and kept > 1
+    }
+    return [
+        CaseMasks(
+            name=case.name,
+            stored=stored[k],
+            soft=soft[k],
+            found=found[k],
+            truth=truth[k],
+            members=cut[:, k],
+            spread=drawn[:, k].std(axis=0) if kept > 1 else None,
+            fusions={name: mask[k] for name, mask in fusions.items()},
+            raters=raters[:, k] >= metrics.THRESHOLD,
+            spacing=case.spacing,
+        )
+        for k, case in enumerate(files)
+    ]
+
+
+def _cut(soft: Mask, classes: Classes | None) -> Binary:
+    """Soft masks [K, H, W] -> binary ones; of classes that exclude each other the likeliest."""
+    return metrics.binarise(soft) if classes is None else classes.masks(soft)
+
+
+def _read_predictions(files: Sequence[CaseFiles], read: Reader) -> tuple[Mask, Mask]:
+    """The fused mask [K, h, w], or the mean of the members, and the members [E, K, h, w]."""
+    first = files[0].sources[0]
+    size = read(first).shape
+    masks = [[_of_size(read(source), source, size, first) for source in f.sources] for f in files]
+    stacked = np.stack([np.stack(channels) for channels in zip(*masks, strict=False)])
+    if files[0].fused is None:
+        return stacked.mean(axis=0), stacked
+    return stacked[0], stacked[1:]
+
+
+def _of_size(mask: Mask, source: Source, size: tuple[int, ...], first: Source) -> Mask:
+    if mask.shape != size:
+        raise UserError(
+            source.path,
+            found=f"a mask of {size_text(mask.shape)}",
+            expected=f"{size_text(size)} as in {first.path.name}",
+            mend="The folder holds files of two runs: sample into an empty folder.",
+        )
+    return mask
+
+
+def at_size(mask: Mask, size: tuple[int, int], *, cropped: bool = False) -> Mask:
+    """Bring a prediction [h, w] to the truth's size.
+
+    ``cropped``: it is Diffusion-based-Segmentation's own tensor. That cuts 8 pixels off every side
+    of 240 x 240, which are given back.
+    """
+    kept = WOLLEB_SIZE - 2 * WOLLEB_CROP
+    if cropped and (mask.shape, size) == ((kept, kept), (WOLLEB_SIZE, WOLLEB_SIZE)):
+        return np.pad(mask, WOLLEB_CROP)
+    return resize(mask, size)
+
+
+def resize(mask: Mask, size: tuple[int, int], *, antialias: bool | None = None) -> Mask:
+    """Bilinear resize of [H, W] to ``size`` (height, width), antialiased where it shrinks.
+
+    Where it enlarges, antialiasing changes the last bit only, and takes ten times as long.
+    """
+    if mask.shape == size:
+        return mask
+    if antialias is None:
+        antialias = mask.shape[0] > size[0] or mask.shape[1] > size[1]
+    batch = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
+    resized = functional.interpolate(batch, size, mode="bilinear", antialias=antialias)
+    result: Mask = resized[0, 0].numpy()
+    return result
+
+
+def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
+    """Score one case (or one class of it) at the truth's size, and by the parents' arithmetic."""
+    truth = metrics.binarise(masks.truth)
+    counts = metrics.confusion(masks.found, truth)
+    parent_iou, parent_dice = metrics.parent_scores(
+        _parent_size(masks.stored), _parent_size(masks.truth)
+    )
+    scores = dict(_all_masks(masks, truth, scoring))
+    fused = scores["fused"]
+    single = [score.dice for name, score in scores.items() if name.startswith("member ")]
+    between, doubt = _agreement(masks)
+    distance, best = _rated(masks)
+    row = CaseScore(
+        name=masks.name,
+        dice=fused.dice,
+        iou=fused.iou,
+        parent_dice=parent_dice,
+        parent_iou=parent_iou,
+        **counts._asdict(),
+        empty_truth=counts.empty_truth,
+        empty_prediction=counts.empty_prediction,
+        members=len(masks.members),
+        dice_member=mean_of(single),
+        **{key: value for key, value in fused._asdict().items() if key not in ("dice", "iou")},
+        size=(counts.tp + counts.fn) * math.prod(_plane_spacing(masks, scoring) or (1.0,)),
+        dice_between=between,
+        uncertainty=doubt,
+        energy_distance=distance,
+        dice_best=best,
+    )
+    return Scored(row, scores, *_tallies(masks, truth))
+
+
+def _all_masks(
+    masks: CaseMasks, truth: Binary, scoring: Scoring
+) -> Iterator[tuple[str, MaskScore]]:
+    """The fused mask, every member, and the members by every rule of fusion."""
+    named = {
+        "fused": masks.found,
+        **{f"member {index}": member for index, member in enumerate(masks.members)},
+        **masks.fusions,
+    }
+    spacing = _plane_spacing(masks, scoring)
+    for name, mask in named.items():
+        counts = metrics.confusion(mask, truth)
+        distances = surface.surface_distances(mask, truth, spacing=spacing)
+        yield name, mask_score(counts, distances, scoring)
+
+
+def mask_score(
+    counts: metrics.Confusion, distances: surface.SurfaceDistances | None, scoring: Scoring
+) -> MaskScore:
+    """All measures of one mask from its counts and its surface distances, None where undefined.
+
+    Without distances (a mask is empty) surface Dice is what Dice is by the rule for empty masks.
+    """
+    ratios = metrics.ratios(counts, rule=scoring.empty)
+    known = {key: None if math.isnan(value) else value for key, value in ratios._asdict().items()}
+    if distances is None:
+        return MaskScore(**known, hd95=None, assd=None, surface_dice=known["dice"])
+    return MaskScore(
+        **known,
+        hd95=surface.hd95(distances),
+        assd=surface.average_surface_distance(distances),
+        surface_dice=surface.surface_dice(distances, scoring.tolerance),
+    )
+
+
+def _plane_spacing(masks: CaseMasks, scoring: Scoring) -> tuple[float, ...] | None:
+    return masks.spacing[:2] if scoring.spacing and masks.spacing else None
+
+
+def _agreement(masks: CaseMasks) -> tuple[float | None, float]:
+    """The Dice between members, and the uncertainty of the case."""
+    pairs = len(masks.members) * (len(masks.members) - 1)
+    if not pairs:
+        return None, expected_disagreement(masks.soft)
+    table = dice_table(masks.members, masks.members)
+    between = float((table.sum() - np.trace(table)) / pairs)
+    return between, 1 - between
+
+
+def _rated(masks: CaseMasks) -> tuple[float | None, float | None]:
+    """Energy distance and best Dice of the members (or the fused mask) with several raters."""
+    if not len(masks.raters):
+        return None, None
+    members = masks.members if len(masks.members) else masks.found[None]
+    return energy_distance(members, masks.raters), best_dice(members, masks.raters)
+
+
+def _tallies(masks: CaseMasks, truth: Binary) -> tuple[Tally, Tally]:
+    """The pixels by fused probability, and by uncertainty: the members' deviation, else p's own."""
+    doubt = np.sqrt(masks.soft * (1 - masks.soft)) if masks.spread is None else masks.spread
+    return Tally.of(masks.soft, truth), Tally.of(doubt, masks.found != truth, most=0.5)
+
+
+def _parent_size(mask: Mask) -> Mask:
+    """Bring a mask to the parents' 256 x 256 as torchvision resizes a uint8 tensor: rounded.
+
+    Antialiased always, because the last bit decides which way a tie is rounded.
+    """
+    levels = np.round(mask * np.float32(255))
+    levels = resize(levels, (metrics.PARENT_SIZE, metrics.PARENT_SIZE), antialias=True)
+    rounded: Mask = np.round(levels) / np.float32(255)
+    return rounded
+
+
+def _read_truth(
+    truth: Truth, name: str, channels: int, *, size: tuple[int, int] | None = None
+) -> Mask:
+    """A truth as float32 [K, H, W]; UserError unless it is a finite mask in [0, 1]."""
+    values = np.asarray(truth(), dtype=np.float32)
+    values = values[None] if channels == 1 and values.ndim == 2 else values
+    fault = None
+    if values.ndim != 3 or values.size == 0 or len(values) != channels:
+        fault = f"an array of shape {values.shape}"
+    elif not np.isfinite(values).all():
+        fault = "values that are NaN or infinite"
+    elif values.min() < 0 or values.max() > 1:
+        fault = f"values from {values.min():g} to {values.max():g}"
+    elif size and values.shape[1:] != size:
+        fault = f"a rater's mask of {size_text(values.shape[1:])}"
+
+    if fault:
+        raise UserError(
+            f"truth of case {name}",
+            found=fault,
+            expected=f"a mask of {size_text(size)}" if size else "one mask with values in [0, 1]",
+            mend="Repair this file in --raters." if size else "Repair this file in --out_pth.",
+        )
+    return values
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Arithmetic mean of what is there; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def size_text(size: Sequence[int]) -> str:
+    """'240 x 224' for a message."""
+    return " x ".join(str(length) for length in size)

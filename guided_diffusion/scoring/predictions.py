@@ -1,0 +1,202 @@
+"""Finding and reading predicted masks: this suite's result folders, the parents', and bare masks.
+
+What is read is the first of these that a folder has: ``<case>_output_ens`` as a picture or NIfTI
+(soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``. A
+member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or
+a strip of panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI
+volume stands for its axial slices, ``<case>_slice000`` and on. Called by scoring.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from guided_diffusion.data.folders import PICTURES, is_nifti
+from guided_diffusion.data.readers import label_mask, nifti_shape, read_mask_file, read_nifti
+from guided_diffusion.errors import UserError
+
+Mask = NDArray[np.float32]
+FUSED = r"(?P<case>.+)_output_ens"
+MEMBER = r"(?P<case>.+)_output(?P<index>\d+)"
+BINARY = r"(?P<case>.+)_mask"
+KINDS = (r"\.(png|jpe?g)", r"\.nii(\.gz)?", "")
+"""Endings, best first: a folder is read by the first kind it has; a tensor has none."""
+NO_TENSOR = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError),  # of the unpickler, on any text
+)
+PADDING = 10
+"""Black pixels around every panel of the parents' strips."""
+
+
+class Source(NamedTuple):
+    """Where one mask lies: a file, and the axial plane of it where the file is a volume."""
+
+    path: Path
+    plane: int | None = None
+
+    @property
+    def tensor(self) -> bool:
+        """Whether it is a bare tensor, as Diffusion-based-Segmentation leaves it."""
+        return not is_nifti(self.path) and self.path.suffix.lower() not in PICTURES
+
+
+class Found(NamedTuple):
+    """The files of one case: its fused mask, if any, and its members in order."""
+
+    fused: Source | None
+    members: tuple[Source, ...]
+
+
+def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
+    """Every case with predictions directly in ``folder``, by id.
+
+    ``end`` stands behind the files' names where they are of one class of several.
+    """
+    paths = sorted(folder.iterdir())
+    members: dict[str, list[Source]] = {}
+    for (case, _), source in sorted(_find(paths, MEMBER + re.escape(end)).items()):
+        members.setdefault(case, []).append(source)
+
+    fused = _find(paths, FUSED + re.escape(end)) or ({} if members or end else _find(paths, BINARY))
+    if not fused:
+        return {case: Found(None, tuple(sources)) for case, sources in members.items()}
+    return {
+        case: Found(source, tuple(members.get(case, ()))) for (case, _), source in fused.items()
+    }
+
+
+def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
+    """Files by case and member, of the first kind that there is; a volume becomes its planes.
+
+    A lossless .png wins over a .jpg.
+    """
+    for kind in KINDS:
+        named = re.compile(pattern + kind, re.IGNORECASE)
+        found = [(path, match) for path in paths if (match := named.fullmatch(path.name))]
+        if found:
+            found.sort(key=lambda pair: pair[0].suffix.lower() == ".png")
+            return {
+                key: source
+                for path, match in found
+                for key, source in _sources(match["case"], _index(match), path)
+            }
+    return {}
+
+
+def _index(match: re.Match[str]) -> int:
+    return int(match.groupdict().get("index") or 0)
+
+
+def _sources(case: str, index: int, path: Path) -> Iterator[tuple[tuple[str, int], Source]]:
+    shape = nifti_shape(path) if is_nifti(path) else ()
+    if len(shape) < 3:
+        yield (case, index), Source(path)
+        return
+    for plane in range(shape[2]):
+        yield (f"{case}_slice{plane:03d}", index), Source(path, plane)
+
+
+class Reader:
+    """Reads masks, decoding each volume once; it lives as long as one volume is scored."""
+
+    def __init__(self) -> None:
+        self.volumes: dict[Path, Mask] = {}
+
+    def __call__(self, source: Source) -> Mask:
+        """The soft mask, float32 [H, W] in [0, 1]; a :class:`UserError` where there is none."""
+        if source.plane is None:
+            return read_soft(source.path)
+        if source.path not in self.volumes:
+            self.volumes[source.path] = _read_nifti(source.path, 3)
+        return np.ascontiguousarray(self.volumes[source.path][..., source.plane])
+
+
+def read_soft(path: Path) -> Mask:
+    """Read one file as a soft mask, float32 [H, W] in [0, 1].
+
+    Pictures have 8 or 16 bits, colour is turned to grey as the parents do, and of a strip of panels
+    the lowest one is taken. Raises UserError for what cannot be read, or holds NaN.
+    """
+    if is_nifti(path):
+        return _read_nifti(path, 2)
+    if Source(path).tensor:
+        return read_tensor(path)
+    if path.stem.endswith("_mask"):
+        return np.asarray(read_mask_file(path)[0].numpy(), dtype=np.float32)
+    try:
+        with Image.open(path) as picture:
+            deep = picture.mode.startswith("I")
+            levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error, "an image with one grey mask") from error
+    soft: Mask = levels / np.float32(65535 if deep else 255)
+    return last_panel(soft) if path.suffix.lower() in (".jpg", ".jpeg") else soft
+
+
+def last_panel(picture: Mask) -> Mask:
+    """The lowest of n > 1 square panels [n (s + 10) + 10, s + 20], else the picture itself.
+
+    torchvision's ``save_image(nrow=1, padding=10)`` draws it so, on black; a picture of those
+    measures whose padding is not black is no strip.
+    """
+    height, width = picture.shape
+    side = width - 2 * PADDING
+    panels, rest = divmod(height - PADDING, side + PADDING) if side > 0 else (0, 1)
+    if rest or panels < 2:
+        return picture
+    rows = [picture[n * (side + PADDING) :][:PADDING] for n in range(panels + 1)]
+    if max(row[2:-2].mean() for row in rows) > 0.05:  # JPEG smears two pixels into the padding
+        return picture
+    top = height - PADDING - side
+    return np.ascontiguousarray(picture[top : top + side, PADDING : PADDING + side])
+
+
+def read_tensor(path: Path) -> Mask:
+    """Read a tensor [..., H, W] as Diffusion-based-Segmentation saves its samples.
+
+    The last channel is the mask; it is clamped to [0, 1]. Nothing but a tensor is unpickled.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except NO_TENSOR as error:
+        raise _unreadable(path, error, "a tensor with one mask") from error
+    if not isinstance(loaded, torch.Tensor) or loaded.ndim < 2 or not loaded.numel():
+        shape = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
+        raise _unreadable(path, ValueError(f"it holds {shape}"), "a tensor [..., H, W]")
+    mask = loaded.reshape(-1, *loaded.shape[-2:])[-1].float()
+    if not torch.isfinite(mask).all():
+        raise UserError(
+            path,
+            found="NaN or infinite values",
+            expected="a soft mask of finite numbers",
+            mend="Sample this case again, or remove the file.",
+        )
+    return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
+
+
+def _read_nifti(path: Path, axes: int) -> Mask:
+    mask = label_mask(path, read_nifti(path)[0])
+    if mask.ndim != axes:
+        raise _unreadable(path, ValueError(f"it has {mask.ndim} axes"), f"a mask of {axes} axes")
+    return mask
+
+
+def _unreadable(path: Path, error: BaseException, expected: str) -> UserError:
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(
+        path,
+        found=f"a file that cannot be read ({why})",
+        expected=expected,
+        mend="Sample this case again, or remove the file.",
+    )

@@ -1,0 +1,335 @@
+"""What a scored folder amounts to: the means of ``summary.json``, and the table that is printed.
+
+Scores are gathered case by case (:class:`ClassScores`) and then described: over all cases, over
+those with a lesion, by the lesion's size, per patient, for every mask of the ensemble; with the
+calibration of the probability and what the uncertainty is worth. Called by ``evaluate`` and
+``runs``; nothing here reads a mask.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion.scoring import metrics
+from guided_diffusion.scoring.calibration import (
+    BINS,
+    Tally,
+    auroc,
+    calibration_error,
+    rank_correlation,
+    reliability,
+    sparsification,
+)
+from guided_diffusion.scoring.case_scores import CaseScore, MaskScore, Scored, Scoring, mean_of
+from guided_diffusion.scoring.intervals import LEVEL, describe
+from guided_diffusion.scoring.patients import PatientScore, summarise_patients
+
+Summary = dict[str, Any]
+MEASURES = (*MaskScore._fields, "dice_between", "energy_distance", "dice_best")
+"""The columns of ``scores.csv`` that are described."""
+SIZES = ("small", "medium", "large")
+
+
+@dataclass
+class ClassScores:
+    """Everything measured of one class: rows, scores of single masks, patients, pixels by level."""
+
+    rows: list[CaseScore] = field(default_factory=list)
+    masks: list[dict[str, MaskScore]] = field(default_factory=list)
+    patients: list[PatientScore] = field(default_factory=list)
+    of_patient: dict[str, str] = field(default_factory=dict)
+    probability: Tally = field(default_factory=Tally.empty)
+    uncertainty: Tally = field(default_factory=Tally.empty)
+
+    def add(self, scored: Scored, *, patient: str = "") -> None:
+        """Take in one case."""
+        self.rows.append(scored.row)
+        self.masks.append(scored.masks)
+        self.of_patient[scored.row.name] = patient
+        self.probability = self.probability.plus(scored.probability)
+        self.uncertainty = self.uncertainty.plus(scored.uncertainty)
+
+    def groups(self, rows: Iterable[CaseScore]) -> list[str] | None:
+        """Whom each row belongs to, where every case has a patient; else None."""
+        if not all(self.of_patient.values()):
+            return None
+        return [self.of_patient[row.name] for row in rows]
+
+
+def summarise_all(scores: Mapping[str, ClassScores], scoring: Scoring) -> Summary:
+    """The summary of one class, or of several with the means over them on top."""
+    parts = {name: summarise(of_class, scoring) for name, of_class in scores.items()}
+    if "" in parts:
+        return parts[""]
+
+    first = next(iter(parts.values()))
+    means = {
+        key: mean_of([part[key] for part in parts.values()])
+        for key in first
+        if any(isinstance(part[key], float) for part in parts.values())
+    }
+    cases = list(zip(*(of_class.rows for of_class in scores.values()), strict=True))
+    empty = [all(score.empty_truth for score in case) for case in cases]
+    found_none = [all(score.empty_prediction for score in case) for case in cases]
+    own = {key: value for key, value in first.items() if not isinstance(value, dict | list)}
+    return {
+        **own,
+        **means,
+        "threshold": metrics.THRESHOLD,
+        "distances": first["distances"],
+        "interval": first["interval"],
+        # a case counts as empty where all of its classes are
+        "empty_truth": sum(empty),
+        "empty_prediction": sum(found_none),
+        "empty_both": sum(map(all, zip(empty, found_none, strict=True))),
+        "classes": parts,
+    }
+
+
+def summarise(scores: ClassScores, scoring: Scoring) -> Summary:
+    """Means over the cases, over those with a lesion, and everything else that is measured.
+
+    A mean over no case at all is None (null in JSON).
+    """
+    rows = scores.rows
+    lesion = [row for row in rows if not row.empty_truth]
+    return {
+        "cases": len(rows),
+        "empty_truth": len(rows) - len(lesion),
+        "empty_prediction": sum(row.empty_prediction for row in rows),
+        "empty_both": sum(row.empty_truth and row.empty_prediction for row in rows),
+        "dice": mean_of([row.dice for row in rows]),
+        "dice_lesion": mean_of([row.dice for row in lesion]),
+        "iou": mean_of([row.iou for row in rows]),
+        "iou_lesion": mean_of([row.iou for row in lesion]),
+        "dice_member": mean_of([row.dice_member for row in rows]),
+        "dice_member_lesion": mean_of([row.dice_member for row in lesion]),
+        "parent_dice": mean_of([row.parent_dice for row in rows]),
+        "parent_iou": mean_of([row.parent_iou for row in rows]),
+        "threshold": metrics.THRESHOLD,
+        "empty": scoring.empty,
+        "empty_rule": metrics.EMPTY_RULES[scoring.empty],
+        "distances": {"unit": scoring.unit, "tolerance": scoring.tolerance},
+        "interval": {"level": LEVEL, "drawn": "patients" if scores.groups(rows) else "cases"},
+        "scores": _described(rows, scores),
+        "scores_lesion": _described(lesion, scores),
+        "by_size": _by_size(lesion, scores),
+        "masks": _masks(scores),
+        "calibration": _calibration(scores.probability),
+        "uncertainty": _uncertainty(scores, scoring),
+        **summarise_patients(scores.patients),
+    }
+
+
+def _described(rows: Sequence[CaseScore], scores: ClassScores) -> Summary:
+    """Mean, median, deviation and interval of every measure that is there."""
+    groups = scores.groups(rows)
+    values = {key: [getattr(row, key) for row in rows] for key in MEASURES}
+    return {
+        key: described(of_key, groups)
+        for key, of_key in values.items()
+        if any(value is not None for value in of_key)
+    }
+
+
+def described(
+    values: Sequence[float | None], groups: Sequence[str] | None = None
+) -> dict[str, float | int | None]:
+    """A description as JSON has it: what is no number is null."""
+    found = describe([math.nan if value is None else value for value in values], groups)
+    return {key: _known(value) for key, value in found._asdict().items()}
+
+
+def _known(value: float) -> float | int | None:
+    return None if math.isnan(value) else value
+
+
+def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
+    """The thirds of the cases with a lesion, from the smallest lesions to the largest."""
+    ordered = sorted(lesion, key=lambda row: (row.size or 0, row.name))
+    if len(ordered) < 2 * len(SIZES):
+        return []
+    ends = [round(len(ordered) * part / len(SIZES)) for part in range(len(SIZES) + 1)]
+    thirds = [ordered[start:end] for start, end in pairwise(ends)]
+    return [
+        {
+            "size": name,
+            "smallest": third[0].size,
+            "largest": third[-1].size,
+            **{
+                key: described([getattr(row, key) for row in third], scores.groups(third))
+                for key in ("dice", "iou", "hd95", "surface_dice")
+            },
+        }
+        for name, third in zip(SIZES, thirds, strict=True)
+    ]
+
+
+def _masks(scores: ClassScores) -> Summary:
+    """Each kind of mask on the cases with a lesion; single members are one kind, as a mean."""
+    pooled: dict[str, list[MaskScore]] = {}
+    for row, masks in zip(scores.rows, scores.masks, strict=True):
+        for name, score in masks.items() if not row.empty_truth else ():
+            pooled.setdefault("member" if name.startswith("member ") else name, []).append(score)
+    return {
+        name: {
+            key: mean_of([getattr(score, key) for score in of_kind]) for key in MaskScore._fields
+        }
+        for name, of_kind in pooled.items()
+    }
+
+
+def _calibration(tally: Tally) -> Summary:
+    """Of all pixels, and of those that either side takes for foreground at all."""
+    region = tally.counts.copy()
+    region[0, 0] = region[0, 1]  # background by both, most of a picture, is left out
+    return {
+        "bins": BINS,
+        "error": _known(calibration_error(tally)),
+        "error_region": _known(calibration_error(Tally(region))),
+        "curve": [bin._asdict() for bin in reliability(tally)],
+    }
+
+
+def _uncertainty(scores: ClassScores, scoring: Scoring) -> Summary:
+    """What the uncertainty says of the error: of cases (those with a Dice), and of pixels."""
+    rows = [row for row in scores.rows if row.dice is not None and row.uncertainty is not None]
+    doubt = [row.uncertainty or 0.0 for row in rows]
+    errors = [1 - (row.dice or 0.0) for row in rows]
+    low = [error > 1 - scoring.low_dice for error in errors]
+    curve = sparsification(scores.uncertainty)
+    members = Counter(row.members > 1 for row in scores.rows)
+    return {
+        "of": "members" if members[True] == len(scores.rows) else "fused mask",
+        "correlation": _known(rank_correlation(doubt, errors)),
+        "low_dice": scoring.low_dice,
+        "low_cases": sum(low),
+        "auroc": _known(auroc(doubt, low)),
+        "sparsification": {
+            **curve._asdict(),
+            "area": _known(curve.area),
+        },
+    }
+
+
+def noted(folder: Path) -> Summary:
+    """What sampling noted in ``predictions.csv``: seconds per case, and its count of settings."""
+    path = folder / "predictions.csv"
+    rows: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    return {
+        "seconds_per_case": mean_of([float(row["seconds"]) for row in rows if row.get("seconds")]),
+        "settings": len({row.get("fingerprint") for row in rows}),
+    }
+
+
+def report(summary: Summary) -> str:
+    """The text that the scoring script prints: the parents' two lines, then our own table."""
+    mean = ", mean of classes" if "classes" in summary else ""
+    rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]
+    rows.append(("Dice of single members", "dice_member"))
+    lines = [
+        _line(label, summary[key], summary[f"{key}_lesion"])
+        for label, key in rows
+        if summary.get(key) is not None
+    ]
+    lines += [
+        _line(f"{label} of {name}", scores[key], scores[f"{key}_lesion"])
+        for label, key in (("Dice", "dice"), ("IoU", "iou"))
+        for name, scores in summary.get("classes", {}).items()
+    ]
+    return "\n".join(
+        [
+            f"iou is {summary['parent_iou']!r}",
+            f"dice is {summary['parent_dice']!r}",
+            "",
+            f"{'at 0.5, own size':<24}{'all cases':>10}{'with lesion':>14}",
+            *lines,
+            *_distance_lines(summary),
+            *_patient_lines(summary),
+            f"{'cases':<24}{summary['cases']:>10}{_with_lesion(summary):>14}",
+            f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
+            "",
+            *_sure_lines(summary),
+            f"empty truths {summary['empty_truth']}, empty predictions "
+            f"{summary['empty_prediction']}, both {summary['empty_both']}",
+            f"empty masks: {summary['empty_rule']}",
+            *_mixture(summary),
+        ]
+    )
+
+
+def _distance_lines(summary: Summary) -> list[str]:
+    """HD95 and surface Dice of one class; of several they stand in ``summary.json``."""
+    unit, tolerance = (summary["distances"][key] for key in ("unit", "tolerance"))
+    labels = {"hd95": f"HD95, {unit}", "surface_dice": f"surface Dice, {tolerance:g} {unit}"}
+    return [
+        _line(label, _mean(summary, "scores", key), _mean(summary, "scores_lesion", key))
+        for key, label in labels.items()
+        if _mean(summary, "scores", key) is not None
+    ]
+
+
+def _mean(summary: Summary, group: str, key: str) -> float | None:
+    mean = summary.get(group, {}).get(key, {}).get("mean")
+    return None if mean is None else float(mean)
+
+
+def _sure_lines(summary: Summary) -> list[str]:
+    """How sure the mean Dice is, and what probability and uncertainty are worth."""
+    dice = summary.get("scores_lesion", {}).get("dice")
+    if not dice or dice["low"] is None:
+        return []
+    drawn = summary["interval"]["drawn"]
+    lines = [
+        f"Dice with lesion {_number(dice['mean'])}: 95 % interval {_number(dice['low'])} to "
+        f"{_number(dice['high'])} (over {drawn}), median {_number(dice['median'])}"
+    ]
+    calibration, doubt = summary["calibration"], summary["uncertainty"]
+    worth = [f"calibration error {_number(calibration['error'])}"]
+    if doubt["auroc"] is not None:
+        worth.append(
+            f"uncertainty finds Dice < {doubt['low_dice']:g} with AUROC "
+            f"{_number(doubt['auroc'], 3)}"
+        )
+    return [*lines, "; ".join(worth)]
+
+
+def _mixture(summary: Summary) -> list[str]:
+    if summary["settings"] < 2:
+        return []
+    return [
+        f"beware: these masks are of {summary['settings']} different settings (weights, sampler, "
+        "steps, seed); fingerprint in predictions.csv tells them apart"
+    ]
+
+
+def _line(label: str, everywhere: float | None, lesion: float | None) -> str:
+    """One line of the table: a mean over all cases, and over those with a lesion."""
+    return f"{label:<24}{_number(everywhere):>10}{_number(lesion):>14}"
+
+
+def _patient_lines(summary: Summary) -> list[str]:
+    """The line on patients, where there are any."""
+    if not summary.get("patients"):
+        return []
+    label = f"Dice of {summary['patients']} patient{'s' * (summary['patients'] != 1)}"
+    return [f"{label:<24}{_number(summary['dice_patient']):>10}"]
+
+
+def _number(value: float | int | str | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float) else "-"
+
+
+def _with_lesion(summary: Summary) -> int:
+    """How many truths are not empty."""
+    return int(summary["cases"] or 0) - int(summary["empty_truth"] or 0)

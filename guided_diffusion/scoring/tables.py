@@ -1,0 +1,64 @@
+"""The text files of a scored folder: tables of cases, masks and patients, and the summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from guided_diffusion.files import whole
+from guided_diffusion.scoring.case_scores import CaseScore, MaskScore
+from guided_diffusion.scoring.patients import PatientScore
+from guided_diffusion.scoring.summary import ClassScores, Summary
+
+
+def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summary) -> None:
+    """Write every table of a scored folder, each whole or not at all."""
+    rows = {name: of_class.rows for name, of_class in scores.items()}
+    write_text(folder / "scores.csv", table_text(rows, CaseScore._fields))
+    write_text(folder / "masks.csv", _masks_text(scores))
+    if any(of_class.patients for of_class in scores.values()):
+        patients = {name: of_class.patients for name, of_class in scores.items()}
+        write_text(folder / "patients.csv", table_text(patients, PatientScore._fields))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def table_text(
+    rows: Mapping[str, Sequence[CaseScore] | Sequence[PatientScore]], fields: Sequence[str]
+) -> str:
+    """One line per case (or patient), and class where there are several, those of a case together.
+
+    Flags are 0 and 1, an absent value is nothing.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([fields[0], *_class_column(rows, "class"), *fields[1:]])
+    for scores in zip(*rows.values(), strict=True):
+        for name, score in zip(rows, scores, strict=True):
+            values = [int(value) if isinstance(value, bool) else value for value in score]
+            writer.writerow([values[0], *_class_column(rows, name), *values[1:]])
+    return text.getvalue()
+
+
+def _masks_text(scores: Mapping[str, ClassScores]) -> str:
+    """One line for the fused mask, every member and every fusion of a case."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", *_class_column(scores, "class"), "mask", *MaskScore._fields])
+    for name, of_class in scores.items():
+        for row, masks in zip(of_class.rows, of_class.masks, strict=True):
+            for mask, score in masks.items():
+                writer.writerow([row.name, *_class_column(scores, name), mask, *score])
+    return text.getvalue()
+
+
+def _class_column(rows: Mapping[str, object], name: str) -> list[str]:
+    return [] if "" in rows else [name]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a table into the result folder, whole or not at all."""
+    with whole(path, mend="Change the permissions, or copy the predictions elsewhere.") as part:
+        part.write_text(text, encoding="utf-8")

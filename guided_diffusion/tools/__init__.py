@@ -1,0 +1,1 @@
+"""Tools around data: checking a folder, slicing volumes, writing phantoms."""

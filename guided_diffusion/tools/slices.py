@@ -1,0 +1,262 @@
+"""From a folder of volumes to the two-dimensional BraTS layout, patients kept together.
+
+``out/{training,testing}/NNNNNN/brats_train_PPP_<modality>_SSS_w.nii.gz``: one folder per axial
+slice, PPP a patient (by line of the split), SSS the position. ``out/split.txt`` says which patient
+goes where; it is written once and read back ever after. Folders appear whole, so a run that was
+killed is continued by the same command. Called by ``scripts/brats_slices.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import nibabel as nib
+import numpy as np
+
+from guided_diffusion.bratsloader import SEG, open_brats
+from guided_diffusion.data.datasets import Entry, Reading
+from guided_diffusion.data.readers import Affine, Array
+from guided_diffusion.data.splits import PARTS, read_split
+from guided_diffusion.data.volumes import VolumeDataset
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import make_folder, whole
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is cut: how volumes are read, how slices are stored, and how patients are divided.
+
+    Attributes:
+        reading: modalities, slices, scale.
+        dtype: 'uint8' stores values in [0, 1] in steps of 1/255, 'float32' as they are.
+        train: share of the patients for training.
+        seed: of the division.
+    """
+
+    reading: Reading
+    dtype: str = "uint8"
+    train: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype == "uint8" and self.reading.normalise not in ("minmax", "percentile"):
+            raise UserError(
+                "--dtype",
+                found=f"uint8 with --normalise {self.reading.normalise}",
+                expected="values in [0, 1], as minmax and percentile give",
+                mend="Pass --dtype float32.",
+            )
+        if not 0 <= self.train <= 1:
+            raise UserError("--train", found=self.train, expected="0 to 1", mend="Try 0.8.")
+
+
+class Job(NamedTuple):
+    """One volume: the folder of its part, its patient's number, its slices and their numbers."""
+
+    folder: Path
+    patient: int
+    slices: list[Entry]
+    first: int
+
+    def targets(self) -> Iterator[tuple[Entry, Path]]:
+        """Every slice with its folder."""
+        for number, entry in enumerate(self.slices, self.first):
+            yield entry, self.folder / f"{number:06d}"
+
+
+def plan_jobs(dataset: VolumeDataset, out: Path, plan: Plan) -> list[Job]:
+    """One job per volume, in the order of the split file, which is written if it is not there.
+
+    ``volumes.json`` remembers which numbers a volume's slices have, so that volumes may be added,
+    and what its files were, so that a changed one is refused.
+    """
+    make_folder(out, flag="--out")
+    parts = _read_or_write_split(out / "split.txt", sorted(set(dataset.patients)), plan)
+    order = {patient: number for number, patient in enumerate(parts, 1)}
+    entries = sorted(dataset.entries, key=lambda entry: (order[entry.patient], entry.name))
+
+    path = out / "volumes.json"
+    known: dict[str, list[int]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    free = 1 + max((first + count - 1 for first, count, _ in known.values()), default=0)
+    jobs = []
+    for volume, group in groupby(entries, key=lambda entry: entry.volume):
+        slices = list(group)
+        row = known.setdefault(volume, [free, len(slices), _stamp(slices[0])])
+        if row[1:] != [len(slices), _stamp(slices[0])]:
+            raise UserError(
+                slices[0].images[0],
+                found="a volume that has changed since its slices were cut",
+                expected="the volume of before",
+                mend="Choose another --out, so that old and new slices do not mix.",
+            )
+        free = max(free, row[0] + row[1])
+        patient = slices[0].patient
+        jobs.append(Job(out / parts[patient], order[patient], slices, row[0]))
+    with whole(path) as part:
+        part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return jobs
+
+
+def _stamp(volume: Entry) -> int:
+    """One number that changes when a file of the volume does: of sizes and times of change."""
+    files = [*volume.images, *([volume.mask] if volume.mask else [])]
+    stats = [path.stat() for path in files]
+    return crc32(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
+
+
+def open_volumes(src: Path, reading: Reading) -> VolumeDataset:
+    """The labelled volumes below ``src``; slices are a :class:`UserError`."""
+    dataset = open_brats(src, False, reading)
+    if isinstance(dataset, VolumeDataset):
+        return dataset
+    raise UserError(
+        src,
+        found="two-dimensional slices",
+        expected="volumes of three axes",
+        mend="Slices can be trained on as they are.",
+    )
+
+
+def cut_all(
+    dataset: VolumeDataset, jobs: Sequence[Job], *, dtype: str, workers: int
+) -> Iterator[int]:
+    """Cut the volumes that are not finished, in ``workers`` processes; yields one count for each.
+
+    The count is of the slices written: 0 where a volume was finished before.
+    """
+    if workers <= 1:
+        for job in jobs:
+            yield cut(dataset, job, dtype)
+        return
+    with ProcessPoolExecutor(workers, initializer=_work_on, initargs=(dataset,)) as pool:
+        futures = [pool.submit(_cut_here, job, dtype) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_here: VolumeDataset | None = None
+
+
+def _work_on(dataset: VolumeDataset) -> None:
+    """Remember, in a process of the pool, what it cuts."""
+    global _here
+    _here = dataset
+
+
+def _cut_here(job: Job, dtype: str) -> int:
+    assert _here is not None
+    return cut(_here, job, dtype)
+
+
+def cut(dataset: VolumeDataset, job: Job, dtype: str) -> int:
+    """Write the slices of one volume that are not there; an error names the volume."""
+    missing = [(entry, folder) for entry, folder in job.targets() if not folder.exists()]
+    for entry, folder in missing:
+        image, affine = dataset.read_image(entry)
+        labels = dataset.read_labels(entry)
+        assert labels is not None
+        stem = f"brats_train_{job.patient:03d}_{{}}_{entry.plane:03d}_w.nii.gz"
+        with _whole_folder(folder) as part:
+            for name, values in zip(dataset.modalities, image.numpy(), strict=True):
+                _save(part / stem.format(name), values, affine, dtype)
+            _save(part / stem.format(SEG), labels, affine, "label")
+    return len(missing)
+
+
+def sweep(out: Path) -> None:
+    """Remove what a killed run has left half-written."""
+    for part in PARTS:
+        for folder in (out / part).glob(".part-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its real name only when all is written."""
+    part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.replace(folder)
+    except OSError as error:
+        raise UserError(
+            folder,
+            found=f"that it cannot be written ({error})",
+            expected="room and permission to write",
+            mend="Free some space; the same command continues.",
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _save(path: Path, values: Array, affine: Affine | None, dtype: str) -> None:
+    """Write one slice: labels as uint8, images as ``dtype``."""
+    if dtype == "float32":
+        image: Any = nib.Nifti1Image(values.astype(np.float32), affine)
+    elif dtype == "label":
+        image = nib.Nifti1Image(np.rint(values).astype(np.uint8), affine)
+    else:
+        image = nib.Nifti1Image(np.rint(255 * values).astype(np.uint8), affine)
+        image.header.set_slope_inter(1 / 255, 0)
+    nib.save(image, path)
+
+
+def _read_or_write_split(path: Path, patients: Sequence[str], plan: Plan) -> dict[str, str]:
+    """The part of each patient, in the file's order; a file of other settings is refused."""
+    settings = f"# {_settings(plan)}"
+    if not path.exists():
+        parts = divide(patients, train=plan.train, seed=plan.seed)
+        with whole(path) as part:
+            lines = [settings, *(f"{patient} {side}" for patient, side in parts.items())]
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return parts
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    written = next((line for line in lines if line.startswith("# slices ")), settings)
+    if written != settings:
+        raise UserError(
+            path,
+            found=f"slices cut with other settings ({written[2:]})",
+            expected=settings[2:],
+            mend="Choose another --out, or the settings of before.",
+        )
+    parts = read_split(path)
+    strangers = sorted(set(patients) - parts.keys())
+    if strangers:
+        raise UserError(
+            path,
+            found=f"no line for {', '.join(strangers[:5])}",
+            expected="one line per patient, such as '<patient> training'",
+            mend="Add the lines at the end.",
+        )
+    return parts
+
+
+def divide(patients: Sequence[str], *, train: float, seed: int) -> dict[str, str]:
+    """Part by patient, in the given order; the same for a seed on every machine."""
+    drawn = random.Random(seed).sample(range(len(patients)), round(train * len(patients)))
+    training = {patients[index] for index in drawn}
+    return {patient: "training" if patient in training else "testing" for patient in patients}
+
+
+def _settings(plan: Plan) -> str:
+    reading = plan.reading
+    first, end = ("" if bound is None else bound for bound in reading.slices)
+    blank = "" if reading.blank_slices else ", no blank slices"
+    channels = ",".join(reading.modalities) or "all modalities"
+    cut = f"slices {first}:{end}{blank}, {reading.normalise}, {plan.dtype}, {channels}"
+    return f"{cut}, train {plan.train:g}, seed {plan.seed}"

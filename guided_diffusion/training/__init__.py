@@ -1,0 +1,1 @@
+"""Parts of training: set-up, averages, checkpoints, validation, log and stop signal."""

@@ -1,0 +1,47 @@
+"""Averaged weights, and copies of weights that stay as they are while training goes on.
+
+Called by ``train_util``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from guided_diffusion.checkpoint import Weights
+
+
+class ExponentialAverage:
+    """A running average of a network's parameters; buffers are taken as they are.
+
+    The decay warms up as min(rate, (1 + n) / (10 + n)), so that a short run does not sample from
+    its own random start.
+    """
+
+    def __init__(self, net: torch.nn.Module, rate: float) -> None:
+        self.net = net
+        self.rate = rate
+        self.values = [parameter.detach().clone() for parameter in net.parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the parameters after step ``step`` (counted from 0)."""
+        rate = min(self.rate, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, list(self.net.parameters()), 1 - rate)
+
+    def state_dict(self) -> Weights:
+        """Return a copy of the network's state dict, the averages in place of the parameters."""
+        names = [name for name, _ in self.net.named_parameters()]
+        return plain({**self.net.state_dict(), **dict(zip(names, self.values, strict=True))})
+
+    def load(self, weights: Weights) -> None:
+        """Continue from :meth:`state_dict`; the parents' two-channel head is cut."""
+        for (name, _), value in zip(self.net.named_parameters(), self.values, strict=True):
+            value.copy_(weights[name][: len(value)])
+
+
+def plain(weights: Weights) -> Weights:
+    """Copy weights, on their device, as plain contiguous tensors."""
+    return {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in weights.items()
+    }

@@ -1,0 +1,161 @@
+"""How good a run is while it trains: a few cases, segmented with averaged weights in a few steps.
+
+The network that is trained is left alone: a copy is given the weights. All noise comes from
+generators of its own, so that a run with validation draws what it would have drawn without. Built
+by ``runs`` and called by ``train_util``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from guided_diffusion import logger
+from guided_diffusion.checkpoint import Weights
+from guided_diffusion.data.datasets import Case, SegmentationDataset
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import make_folder
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.inference.plan import Plan, make_plan
+from guided_diffusion.inference.rendering import draw_overlay
+from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.trajectory import Film
+from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, WatchOptions
+from guided_diffusion.report.canvas import Pixels
+from guided_diffusion.report.pictures import write_picture
+from guided_diffusion.scoring.metrics import confusion, dice, iou
+
+
+class Score(NamedTuple):
+    """How good a run is: mean Dice and IoU, in [0, 1], over the cases of validation."""
+
+    dice: float
+    iou: float
+
+
+class Accuracy(NamedTuple):
+    """How good a classifier is: share of right answers, and mean loss."""
+
+    accuracy: float
+    loss: float
+
+
+Validate = Callable[[Weights, int], Score | Accuracy | None]
+"""Scores the weights of a step, the first value decides; None where there is nothing to score."""
+SHOWN = 4
+"""Cases whose overlays a sink is shown."""
+
+
+class Validation:
+    """Scores weights on some cases, and draws their overlays and how a mask comes to be.
+
+    Args:
+        segmenter: a network of its own, which is given the weights to score.
+        cases: at their own size; scored where ``folder`` is not None, which needs their masks.
+        folder: where ``<case>.png`` and ``sampling.png`` go.
+    """
+
+    def __init__(
+        self, segmenter: Segmenter, cases: Sequence[Case], *, folder: Path | None = None
+    ) -> None:
+        self.segmenter = segmenter
+        self.cases = cases
+        self.folder = folder
+
+    def __call__(self, weights: Weights, step: int) -> Score | None:
+        """Score weights; the pictures of the last call are replaced."""
+        self.segmenter.net.load_state_dict(weights)
+        film = film_of(self.segmenter, self.cases[0])
+        logger.picture("sampling", film, step)
+        if self.folder is None:
+            return None
+        make_folder(self.folder)
+        write_picture(self.folder / "sampling.png", film)
+        scores = []
+        for case in self.cases:
+            (result,) = self.segmenter.segment([case])
+            scores.append(score_of(case, result))
+            shown = draw_overlay(case, result)
+            write_picture(self.folder / f"{case.name}.png", shown)
+            if len(scores) <= SHOWN:
+                logger.picture(case.name, shown, step)
+        return Score(*np.mean(scores, axis=0).tolist())
+
+
+def score_of(case: Case, result: Segmentation) -> Score:
+    """Dice and IoU of a case at its own size; of declared classes the means."""
+    if case.mask is None:
+        raise ValueError(f"{case.name} has no mask")
+    truth = (case.mask >= 0.5).numpy()
+    found = result.mask.numpy().reshape(truth.shape)
+    counts = [confusion(*pair) for pair in zip(found, truth, strict=True)]
+    return Score(*(float(np.mean([rule(c) for c in counts])) for rule in (dice, iou)))
+
+
+def film_of(segmenter: Segmenter, case: Case) -> Pixels:
+    """How the first mask of a case comes to be, uint8 [h, w, 3]."""
+    film = Film(segmenter, case.name)
+    image = segmenter.frame.fit(case).image
+    segmenter.draw(image[None], [case.name], note=film)
+    return film.picture()
+
+
+def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
+    """So many cases, evenly spread over a data set; 0 for all.
+
+    Raises:
+        UserError: one of them has no mask.
+    """
+    total = len(dataset)
+    number = min(count or total, total)
+    cases = [dataset[i * total // number] for i in range(number)]
+    for case in cases:
+        if case.mask is None:
+            raise UserError(
+                dataset.directory,
+                found=f"no mask for {case.name}",
+                expected="a labelled data set to validate on",
+                mend="Leave --val_dir away, or name a folder with masks.",
+            )
+    return cases
+
+
+def validation_plan(
+    watch: WatchOptions, run: RunOptions, diffusion: GaussianDiffusion, device: torch.device
+) -> Plan:
+    """How the masks of a validation are drawn: two a case, in few evaluations."""
+    steps = min(watch.val_steps, len(diffusion.kept))
+    sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
+    uncompiled = replace(run, compile="")
+    return make_plan(sampling, uncompiled, diffusion, {}, device=device, own=True)
+
+
+def make_validation(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    held_out: SegmentationDataset | None,
+    watch: WatchOptions,
+    run: RunOptions,
+) -> Validation:
+    """Validate on some held-out cases; without any, only film one training case."""
+    if held_out is None:
+        return Validation(segmenter, [dataset[0]], folder=None)
+    folder = Path(run.out_dir).expanduser() / "validation"
+    return Validation(segmenter, chosen_cases(held_out, watch.val_cases), folder=folder)
+
+
+def validation_notes(validation: Validation | None) -> Iterator[str]:
+    """Say what a run is validated on, and what it cannot draw."""
+    if validation and validation.folder:
+        yield (
+            f"validation on {len(validation.cases)} cases, 2 masks each in "
+            f"{validation.segmenter.plan.evaluations} evaluations"
+        )
+    if find_spec("matplotlib") is None:
+        yield "no curves.png: python -m pip install matplotlib would draw it"

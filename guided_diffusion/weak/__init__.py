@@ -1,0 +1,1 @@
+"""Weak supervision: masks from image-level labels by diffusion and classifier guidance."""

@@ -1,0 +1,156 @@
+"""The composition root of weak supervision: what its scripts do once both networks are trained.
+
+:func:`draw_images` looks at what the diffusion learned, :func:`segment_weakly` makes and scores
+masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from guided_diffusion import logger
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import make_folder, whole
+from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.inference.plan import sampling_levels
+from guided_diffusion.options.flags import fill
+from guided_diffusion.options.segmentation import SamplingOptions, dead_flags
+from guided_diffusion.options.weak import (
+    SAMPLE_IMAGES,
+    SEGMENT_WEAKLY,
+    ImageSamplingOptions,
+    WeakOptions,
+    WeakRunOptions,
+)
+from guided_diffusion.report.pictures import Tile, contact_sheet
+from guided_diffusion.sampling import SAMPLERS, MemberNoise, member_seed
+from guided_diffusion.weak.models import (
+    ClassifierModel,
+    ImageModel,
+    load_classifier,
+    load_image_model,
+)
+from guided_diffusion.weak.predict import WeakSegmenter, score_masks, segment_images
+from guided_diffusion.weak.train import open_labelled
+
+SHOWN = 60
+"""Drawn images on the contact sheet."""
+
+
+def draw_images(typed: dict[str, Any]) -> None:
+    """Draw images from noise: what ``image_tumor_sample.py`` and its guided twin do.
+
+    Image i depends on the seed and i alone. Written: ``samples_NxHxWxC.npz`` (``arr_0`` uint8
+    [N, H, W, C], ``arr_1`` the classes int64 [N] where there are any) and a contact sheet.
+    """
+    options, run = fill(ImageSamplingOptions, typed), fill(WeakRunOptions, typed)
+    logger.configure()
+    for note in dead_flags(SAMPLE_IMAGES, typed, vars(options)):
+        logger.log(note)
+    model = load_image_model(
+        typed, folder=run.out_dir, weights=options.weights, clip=options.clip_denoised
+    )
+    classifier = (
+        load_classifier(typed, folder=run.out_dir, weights=options.weights)
+        if options.guided
+        else None
+    )
+    eta = 1.0 if options.sigma_small and not options.use_ddim else 0.0
+    sampler = "ddim" if options.use_ddim or eta else "ddpm"
+    plan = SamplingOptions(steps=options.steps)
+    levels = sampling_levels(model.diffusion, sampler, plan, typed)
+    logger.log(f"{model.source}; {options.num_samples} images by {sampler}")
+
+    names = [f"image{i:05d}" for i in range(options.num_samples)]
+    drawn_classes = [member_seed(run.seed, name, 1) % 2 for name in names]
+    fixed = options.class_index >= 0
+    classes = torch.tensor([options.class_index] * len(names) if fixed else drawn_classes)
+    size = (model.net.in_channels, model.net.image_size, model.net.image_size)
+    keywords = {"eta": eta} if sampler == "ddim" else {}
+    drawn = []
+    for rows in torch.arange(len(names)).split(options.batch_size):
+        noise = MemberNoise([member_seed(run.seed, names[int(i)], 0) for i in rows])
+        x = noise(torch.empty(len(rows), *size, device=model.device))
+        denoise = _denoiser(model, classifier, x, classes[rows], scale=options.classifier_scale)
+        with torch.no_grad():
+            x0 = SAMPLERS[sampler](denoise, x, levels, randn_like=noise, **keywords)
+        drawn.append(model.diffusion.from_range(x0).cpu())
+
+    labelled = bool(model.net.num_classes or classifier)
+    _write_images(torch.cat(drawn), classes if labelled else None, Path(run.out_dir).expanduser())
+
+
+def _denoiser(
+    model: ImageModel,
+    classifier: ClassifierModel | None,
+    x: torch.Tensor,
+    classes: torch.Tensor,
+    *,
+    scale: float,
+) -> Denoiser:
+    """The denoiser of images like ``x``, of their classes as far as the networks know any."""
+    y = classes.to(x.device)
+    denoise = model.denoiser(x.shape, y if model.net.num_classes else None)
+    return classifier.guiding(denoise, y, scale=scale) if classifier else denoise
+
+
+def _write_images(images: torch.Tensor, classes: torch.Tensor | None, folder: Path) -> None:
+    """Write images [N, C, H, W] in [0, 1] as arrays, and some of them as a picture."""
+    make_folder(folder, flag="--save_dir")
+    arrays = [(255 * images + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).numpy()]
+    if classes is not None:
+        arrays.append(classes.numpy())
+    path = folder / f"samples_{'x'.join(map(str, arrays[0].shape))}.npz"
+    with whole(path) as part, part.open("wb") as file:
+        np.savez(file, *arrays)
+    tiles = [
+        Tile(image.numpy(), None, f"{i}" if classes is None else f"{i}: class {int(classes[i])}")
+        for i, image in enumerate(images[:SHOWN])
+    ]
+    with whole(path.with_suffix(".png")) as part:
+        Image.fromarray(contact_sheet(tiles, title=path.stem)).save(part, format="PNG")
+    logger.log(f"written: {path}, {path.with_suffix('.png')}")
+
+
+def segment_weakly(typed: dict[str, Any]) -> None:
+    """Make masks of labelled images, and score them: what ``image_p_seg.py`` does."""
+    options, run = fill(WeakOptions, typed), fill(WeakRunOptions, typed)
+    method = options.method or ("cg-cdm" if options.guided else "cdm")
+    options = replace(options, method=method, guided=options.guided or method == "cg-cdm")
+    logger.configure()
+    for note in dead_flags(SEGMENT_WEAKLY, typed):
+        logger.log(note)
+    dataset = open_labelled(typed, options.part)
+    model = classifier = None
+    if method not in ("gradcam", "otsu"):
+        model = load_image_model(typed, folder=run.out_dir, weights=options.weights)
+        logger.log(model.source)
+    if options.guided or method == "gradcam" or options.label == "classifier":
+        classifier = load_classifier(typed, folder=run.out_dir, weights=options.weights)
+        logger.log(classifier.source)
+    segmenter = WeakSegmenter(options, model, classifier, seed=run.seed)
+    for trained in (model, classifier):
+        if trained and trained.net.in_channels != dataset.channels:
+            raise UserError(
+                dataset.directory,
+                found=f"images of {dataset.channels} channels",
+                expected=f"{trained.net.in_channels}, which {trained.source} was trained on",
+                mend="Use images like those of training.",
+            )
+    if model and classifier and classifier.image_size != model.net.image_size:
+        raise UserError(
+            classifier.source,
+            found=f"a classifier of {classifier.image_size} pixels",
+            expected=f"{model.net.image_size}, the size of {model.source}",
+            mend="Train both networks with one --img_size.",
+        )
+    folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
+    segment_images(segmenter, dataset, folder)
+    for line in score_masks(dataset, folder):
+        logger.log(line)

@@ -1,0 +1,316 @@
+"""From image-level labels to masks on disk: choose a map, cut it, write it, score it.
+
+A :class:`WeakSegmenter` makes the maps of some images; :func:`segment_images` walks a data set
+through it, skipping cases that an earlier run with the same settings has finished;
+:func:`score_masks` hands the folder to the evaluation that scores every other result. Wired by
+``weak_runs``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from guided_diffusion import logger
+from guided_diffusion.data.datasets import Case, Frame
+from guided_diffusion.data.tumorloader import LabelledImages, TumourImages
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import make_folder, whole
+from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.inference.record import Record
+from guided_diffusion.options.weak import WeakOptions
+from guided_diffusion.report.canvas import soft_png
+from guided_diffusion.report.pictures import map_overlay
+from guided_diffusion.sampling import MemberNoise, member_seed
+from guided_diffusion.schedule import CLEAN, NoiseLevel
+from guided_diffusion.scoring import metrics
+from guided_diffusion.scoring.evaluate import evaluate
+from guided_diffusion.scoring.summary import report
+from guided_diffusion.weak.maps import (
+    Map,
+    Mask,
+    class_difference,
+    counterfactual_difference,
+    grad_cam,
+    heat_of,
+    mask_of,
+    noisy,
+    one_branch_difference,
+)
+from guided_diffusion.weak.models import ClassifierModel, ImageModel
+
+NORMAL, TUMOUR = 0, 1
+_OF_THE_RUN = ("batch_size", "results_dir", "num_samples", "model_path", "classifier_path")
+
+
+class WeakSegmenter:
+    """Makes maps of images as the options say.
+
+    Args:
+        options: with a method.
+        model: the diffusion; None for methods that need none.
+        classifier: where something is guided, explained or labelled by it.
+        seed: of all noise.
+
+    Raises:
+        UserError: options that the networks cannot fulfil.
+    """
+
+    def __init__(
+        self,
+        options: WeakOptions,
+        model: ImageModel | None,
+        classifier: ClassifierModel | None,
+        *,
+        seed: int,
+    ) -> None:
+        self.options = options
+        self.model = model
+        self.classifier = classifier
+        self.seed = seed
+        self.levels = _levels(options, model) if model else []
+
+    @property
+    def size(self) -> int | None:
+        """Height and width at which maps are made; None for the image's own."""
+        if self.model:
+            return self.model.net.image_size
+        return self.classifier.image_size if self.classifier else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that the masks depend on, in 16 hexadecimal digits."""
+        options = {k: v for k, v in asdict(self.options).items() if k not in _OF_THE_RUN}
+        digest = hashlib.sha256(json.dumps([options, self.seed]).encode())
+        for trained in (self.model, self.classifier):
+            for name, value in (trained.net.state_dict() if trained else {}).items():
+                digest.update(name.encode())
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def differences(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Make the maps of images [B, C, h, w] in [0, 1] of the lesion's class: [B, C or 1, h, w].
+
+        The noise of an image follows from the seed and its name alone.
+        """
+        if self.options.method == "otsu":
+            return images
+        if self.options.method == "gradcam":
+            return self._explained(images)
+        model = self._needed_model()
+        x0 = model.diffusion.to_range(images.to(model.device))
+        draws = [
+            self._difference(x0, MemberNoise([member_seed(self.seed, n, k) for n in names])(x0))
+            for k in range(self.options.noises)
+        ]
+        return torch.stack(draws).mean(dim=0).cpu()
+
+    def labels(self, images: Tensor, truth: Sequence[int]) -> list[int]:
+        """Whether each image is to be segmented, as ``--label`` says: 1 or 0."""
+        if self.options.label == "classifier" and self.classifier:
+            trained = self.classifier
+            x0 = trained.diffusion.to_range(images.to(next(trained.net.parameters()).device))
+            with torch.no_grad():
+                return trained.at_level(x0, trained.diffusion.schedule.at(0)).argmax(1).tolist()
+        return list(truth) if self.options.label == "truth" else [TUMOUR] * len(images)
+
+    def _difference(self, x0: Tensor, eps: Tensor) -> Tensor:
+        options, levels = self.options, self.levels
+        normal = self._branch(x0, NORMAL, 0.0)
+        if options.method == "counterfactual":
+            return counterfactual_difference(normal, x0, eps, levels)
+        if options.method == "one-branch":
+            return one_branch_difference(normal, x0, eps, levels)
+        lesion, other = self._branch(x0, TUMOUR, 1.0), self._branch(x0, NORMAL, options.tau)
+        x = noisy(x0, eps, levels[0])
+        return class_difference(lesion, other, x, levels, tau=options.tau)
+
+    def _branch(self, x0: Tensor, label: int, share: float) -> Denoiser:
+        """The denoiser of ``share`` lesion and the rest normal, guided towards ``label``."""
+        model = self._needed_model()
+        mixed = torch.tensor([[1 - share, share]], device=x0.device).expand(len(x0), -1)
+        denoise = model.denoiser(x0.shape, mixed)
+        if self.options.guided and self.classifier:
+            y = torch.full((len(x0),), label, device=x0.device)
+            scale = self.options.classifier_scale
+            denoise = self.classifier.guiding(denoise, y, scale=scale)
+        return denoise
+
+    def _explained(self, images: Tensor) -> Tensor:
+        assert self.classifier is not None
+        x0 = self.classifier.diffusion.to_range(images)
+        device = next(self.classifier.net.parameters()).device
+        t = torch.zeros(len(images), device=device)
+        y = torch.full((len(images),), TUMOUR, device=device)
+        absolute, shrink = self.options.difference == "absolute", self.options.cam_shrink
+        net, x = self.classifier.net, x0.to(device)
+        return grad_cam(net, x, t, y, shrink=shrink, absolute=absolute).cpu()
+
+    def _needed_model(self) -> ImageModel:
+        assert self.model is not None
+        return self.model
+
+
+def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
+    """The levels of the branches, or of a whole reconstruction, which ends at the clean image."""
+    if not model.net.num_classes:
+        raise UserError(
+            model.source,
+            found="a diffusion without classes",
+            expected="one that was trained with --class_cond True",
+            mend="Train one, or use --method gradcam.",
+        )
+    last = len(model.diffusion.schedule) - 1
+    if options.level > last:
+        raise UserError(
+            "--level",
+            found=options.level,
+            expected=f"at most {last}, the last trained time",
+            mend="Choose a lower level.",
+        )
+    if options.method == "counterfactual":
+        count = min(options.steps, options.level + 1)
+        times = np.linspace(options.level, 0, count).round().tolist()
+        return model.diffusion.schedule.levels(times, end=CLEAN)
+    end = options.level - options.steps * options.stride
+    if end < 0:
+        raise UserError(
+            "--steps",
+            found=f"{options.steps} steps of {options.stride} from level {options.level}",
+            expected="an end at time 0 or above",
+            mend="Take fewer steps, a smaller --stride or a higher --level.",
+        )
+    branches = range(options.level, end - 1, -options.stride)
+    return model.diffusion.schedule.levels(branches, end=None)
+
+
+def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Path) -> None:
+    """Make the masks of a data set, and write the files of every case into a folder.
+
+    ``<name>_mask.png`` and ``<name>_output_ens.png`` (the mask, 0 and 255), ``<name>_heat.png``
+    (the map in its own range), ``<name>_overlay.png``, and a row of ``predictions.csv``. Finished
+    cases of the same settings are kept.
+    """
+    make_folder(folder, flag="--results_dir")
+    record = Record(folder, segmenter.fingerprint, ("label",))
+    total, wanted = len(dataset), segmenter.options.num_samples
+    chosen = range(total) if not wanted else [i * total // wanted for i in range(wanted)]
+    todo = [i for i in chosen if not record.finished(dataset.names[i])]
+    record.begin([dataset.names[i] for i in todo], of=len(chosen))
+    size = segmenter.options.batch_size
+    with tqdm(total=len(todo), unit="image", disable=None) as progress:
+        for start in range(0, len(todo), size):
+            rows = todo[start : start + size]
+            for index, row in zip(rows, _segmented(segmenter, dataset, rows, folder), strict=True):
+                record.add({"name": dataset.names[index], "members": 1, **row})
+            progress.update(len(rows))
+    record.end()
+    logger.log(f"{len(chosen)} images in {folder}: <name>_mask.png, _heat.png, _overlay.png")
+
+
+def _segmented(
+    segmenter: WeakSegmenter, dataset: LabelledImages, indices: Sequence[int], folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Segment and write some cases; the rows of their record."""
+    started = time.perf_counter()
+    cases = [dataset.picture(index) for index in indices]
+    sizes = {tuple(case.image.shape[-2:]) for case in cases}
+    if segmenter.size is None and len(sizes) > 1:
+        for index in indices:
+            yield from _segmented(segmenter, dataset, [index], folder)
+        return
+    frame = Frame(segmenter.size) if segmenter.size else None
+    images = torch.stack([frame.fit_image(case.image) if frame else case.image for case in cases])
+    labels = segmenter.labels(images, [case.label or 0 for case in cases])
+    maps = segmenter.differences(images, [case.name for case in cases])
+    results = []
+    for case, label, difference in zip(cases, labels, maps, strict=True):
+        results.append(_cut(segmenter.options, case, label, difference, frame))
+    seconds = round((time.perf_counter() - started) / len(cases), 4)
+    for index, case, label, (heat, mask) in zip(indices, cases, labels, results, strict=True):
+        truth = dataset.read_mask(dataset.entries[index])
+        _write(folder, case, heat, mask, truth)
+        yield {"area": int(mask.sum()), "label": label, "seconds": seconds}
+
+
+def _cut(
+    options: WeakOptions, case: Case, label: int, difference: Tensor, frame: Frame | None
+) -> tuple[Map, Mask]:
+    """Map and mask of one case at its own size; the mask of a normal one is empty."""
+    height, width = case.image.shape[-2:]
+    own = frame.restore(difference, (height, width)) if frame else difference
+    absolute = options.difference == "absolute"
+    heat = heat_of(own, absolute=absolute, smooth=options.smooth)
+    if label == NORMAL:
+        return heat, np.zeros(heat.shape, dtype=bool)
+    largest = int(options.largest or 0)
+    return heat, mask_of(heat, largest=largest, fill_holes=options.fill_holes)
+
+
+def _write(folder: Path, case: Case, heat: Map, mask: Mask, truth: Tensor | None) -> None:
+    true = None if truth is None else (truth[0] >= 0.5).numpy()
+    pictures = {
+        "mask": soft_png(mask),
+        "output_ens": soft_png(mask),
+        "heat": soft_png(heat),
+        "overlay": map_overlay(case.image.numpy(), true, mask, heat, name=case.name),
+    }
+    for kind, pixels in pictures.items():
+        with whole(folder / f"{case.name}_{kind}.png") as part:
+            Image.fromarray(pixels).save(part, format="PNG")
+
+
+def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
+    """Score a folder against the masks that a data set has: the lines to say.
+
+    Writes what scoring writes, and ``normal.json``: how many normal images were left empty, and
+    the share of their pixels that was.
+    """
+    truths: Path | None = dataset.directory
+    if not isinstance(dataset, TumourImages):
+        truths = _written_truths(dataset, folder)
+    lines = [report(evaluate(folder, truths, partial=True))]
+    counts = [
+        _empty_truth(path)
+        for name, label in dataset.labels.items()
+        if label == NORMAL and (path := folder / f"{name}_mask.png").exists()
+    ]
+    if counts:
+        left = sum(count.empty_prediction for count in counts)
+        mean = float(np.mean([metrics.specificity(count) for count in counts]))
+        found = {"normal": len(counts), "left_empty": left, "specificity": mean}
+        with whole(folder / "normal.json") as part:
+            part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        lines.append(
+            f"normal images: {left} of {len(counts)} left empty, specificity {mean:.4f} by pixel"
+        )
+    return lines
+
+
+def _empty_truth(path: Path) -> metrics.Confusion:
+    mask = np.asarray(Image.open(path)) > 0
+    return metrics.confusion(mask, np.zeros_like(mask))
+
+
+def _written_truths(dataset: LabelledImages, folder: Path) -> Path:
+    """Write the masks of a data set that has no files of them, and return their folder."""
+    truths = make_folder(folder / "truth", flag="--results_dir")
+    for entry in dataset.entries:
+        path = truths / f"{entry.name}.png"
+        mask = dataset.read_mask(entry)
+        if mask is not None and not path.exists():
+            with whole(path) as part:
+                Image.fromarray(soft_png(mask[0])).save(part, format="PNG")
+    return truths

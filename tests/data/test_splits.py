@@ -1,0 +1,96 @@
+"""Splits: who is taken, who is left, and every leak by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from guided_diffusion.data.datasets import Entry, SegmentationDataset
+from guided_diffusion.data.splits import narrowed, part_of_cases, read_split
+from guided_diffusion.errors import UserError, gathering
+
+CASES = [("000001", "p 1"), ("000002", "p 1"), ("000003", "p2"), ("000004", "p2"), ("x", "")]
+
+
+class Listed(SegmentationDataset):
+    layout = "LISTED"
+
+    def read_image(self, entry: Entry) -> tuple[torch.Tensor, None]:
+        return torch.zeros(1, 2, 2), None
+
+    def read_mask(self, entry: Entry) -> None:
+        return None
+
+
+def dataset() -> Listed:
+    entries = [Entry(name, (Path(name),), None, patient=patient) for name, patient in CASES]
+    return Listed(Path("data"), entries, channels=1)
+
+
+def split(folder: Path, text: str) -> Path:
+    path = folder / "split.txt"
+    path.write_text(text, encoding="utf-8-sig")
+    return path
+
+
+def test_patients_and_cases_with_comments_and_blanks(tmp_path: Path) -> None:
+    path = split(tmp_path, "# made by hand\n\np 1\ttraining\np2   testing # two slices\n")
+    assert read_split(path) == {"p 1": "training", "p2": "testing"}
+
+    train, test = (narrowed(dataset(), path, part) for part in ("training", "testing"))
+    assert train.names == ["000001", "000002"] and train.patients == ["p 1", "p 1"]
+    assert test.names == ["000003", "000004"] and test[1].name == "000004"
+    assert train.notes == [f"{path}: 2 of 5 cases are for training; 1 cases are in no part"]
+
+
+def test_a_case_may_be_named_beside_its_patient(tmp_path: Path) -> None:
+    path = split(tmp_path, "p 1 training\n000001 training\nx validation\n")
+    assert part_of_cases(dataset(), path) == ["training", "training", "", "", "validation"]
+
+
+def test_the_whole_set_stays_as_it_was(tmp_path: Path) -> None:
+    whole = dataset()
+    narrowed(whole, split(tmp_path, "x testing"), "testing")
+    assert len(whole) == 5 and whole.notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("p 1 training\np 1 testing\n", "found p 1 in testing and in training"),
+        ("p2 testing\n000003 training\n", "found 000003 in testing and in training"),
+        ("000003 training\n000004 testing\n", "found patient p2 in testing and in training"),
+        ("p 1 training\n000009 testing\n", "ids that data does not have: 000009"),
+        ("p 1 train\n", "line 1: found 'p 1 train'"),
+        ("training\n", "line 1: found 'training'"),
+        ("x testing\n", "found no case for training"),
+        ("# nobody\n", "found no case for training"),
+    ],
+)
+def test_errors_name_the_line_or_the_leak(tmp_path: Path, text: str, found: str) -> None:
+    path = split(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        narrowed(dataset(), path, "training")
+    assert str(caught.value).startswith(str(path)) and found in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match="a split that cannot be read"):
+            read_split(path)
+    (tmp_path / "latin.txt").write_bytes("M\xfcller training".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read_split(tmp_path / "latin.txt")
+
+
+def test_the_check_gets_every_leak_at_once(tmp_path: Path) -> None:
+    text = "000001 training\n000002 testing\n000003 training\n000004 testing\nnobody testing\n"
+    with gathering() as errors:
+        part_of_cases(dataset(), split(tmp_path, text))
+    assert [str(error).split("found ")[1].split(",")[0] for error in errors] == [
+        "ids that data does not have: nobody",
+        "patient p 1 in testing and in training",
+        "patient p2 in testing and in training",
+    ]

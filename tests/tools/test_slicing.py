@@ -1,0 +1,156 @@
+"""The slicer: equal slices, division by patient, runs that are continued, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from brats_folders import (
+    watch,
+    write_volumes,
+)
+from conftest import contents, refused, script, succeeded
+from torch.testing import assert_close
+
+from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D
+from guided_diffusion.tools import slices
+
+
+def slicer(src: Path, out: Path, *more: object) -> object:
+    return script("brats_slices", "--src", src, "--out", out, "--workers", 1, *more)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_slices_equal_the_volumes_slices(tmp_path: Path, dtype: str) -> None:
+    cases = ("BraTS20_Training_003", "x y", "BraTS20_Training_001", "z")
+    data = write_volumes(tmp_path / "data", cases)
+    succeeded(slicer(data, tmp_path / "out", "--slices", "1:4", "--dtype", dtype, "--train", 0.5))
+
+    split = (tmp_path / "out/split.txt").read_text().splitlines()[1:]
+    assert [line.rpartition(" ")[0] for line in split] == sorted(cases)
+    assert sorted(line.rpartition(" ")[2] for line in split) == ["testing"] * 2 + ["training"] * 2
+    whole = BRATSDataset3D(data)
+    for part in ("training", "testing"):
+        cut = BRATSDataset(tmp_path / "out" / part)
+        assert len(cut) == 6
+        for entry, case in zip(cut.entries, cut, strict=True):
+            volume_name = split[int(entry.patient) - 1]
+            assert volume_name.endswith(f" {part}")
+            plane = int(entry.images[0].name.split("_")[4])
+            name = f"{volume_name.rpartition(' ')[0]}_slice{plane:03d}"
+            original = whole[whole.names.index(name)]
+            assert_close(case.image, original.image, rtol=0, atol=0.501 / 255)
+            assert torch.equal(case.mask, original.mask)
+            np.testing.assert_array_equal(case.affine, original.affine)
+            labels = np.asarray(nib.load(entry.mask).dataobj)
+            assert labels.dtype == np.uint8 and labels[1, 2] == [0, 1, 2, 4][plane]
+
+
+def test_slicing_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, flags = write_volumes(tmp_path / "data", tuple("abc")), ("--slices", ":")
+    succeeded(slicer(data, tmp_path / "expected", *flags))
+    saved, real = [], slices._save
+
+    def dying(*arguments: object) -> None:
+        saved.append(1)
+        if len(saved) == 38:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(slices, "_save", dying)
+    assert slicer(data, tmp_path / "out", *flags).code == 130
+    done = sorted((tmp_path / "out").glob("t*/*"))
+    assert len(done) == 7 and all(len(list(folder.iterdir())) == 5 for folder in done)
+    (done[0].parent / ".part-000099-1").mkdir()
+
+    text = succeeded(slicer(data, tmp_path / "out", *flags))
+
+    assert "8 slices of 3 volumes written, 7 were there" in text
+    assert sorted(contents(tmp_path / "out")) == sorted(contents(tmp_path / "expected"))
+    assert len(saved) == 38 + 8 * 5
+
+
+def test_finished_volumes_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_volumes(tmp_path / "data")
+    succeeded(slicer(data, tmp_path / "out", "--slices", ":"))
+    decoded = watch(monkeypatch)
+    succeeded(slicer(data, tmp_path / "out", "--slices", ":"))
+    assert decoded == []
+
+
+def test_a_split_that_is_there_is_followed(tmp_path: Path) -> None:
+    data, out = write_volumes(tmp_path / "data", tuple("abc")), tmp_path / "out"
+    out.mkdir()
+    (out / "split.txt").write_text("c testing\na testing\nb training\n")
+    succeeded(slicer(data, out, "--slices", "2:3", "--train", 1.0))
+    assert BRATSDataset(out / "testing").patients == ["001", "002"]
+    assert BRATSDataset(out / "training").patients == ["003"]
+
+    (data / "b").rename(data / "d")
+    assert "found no line for d, expected" in refused(slicer(data, out, "--slices", "2:3"))
+    (out / "split.txt").write_text("c nowhere\n")
+    assert "found 'c nowhere'" in refused(slicer(data, out, "--slices", "2:3"))
+
+
+def test_a_division_is_one_of_the_seed() -> None:
+    patients = [f"p{number}" for number in range(10)]
+    first = slices.divide(patients, train=0.8, seed=1)
+    assert sum(side == "training" for side in first.values()) == 8
+    assert first == slices.divide(patients, train=0.8, seed=1)
+    assert first != slices.divide(patients, train=0.8, seed=2)
+
+
+def test_slicing_in_processes_names_the_volume(tmp_path: Path) -> None:
+    data = write_volumes(tmp_path / "data", tuple("abc"))
+    flags = ("--slices", "1:3", "--workers", 2)
+    assert "6 slices of 3 volumes written" in succeeded(slicer(data, tmp_path / "out", *flags))
+    path = data / "b/b_t2.nii.gz"
+    path.write_bytes(path.read_bytes()[:90])
+    assert f"error: {path}: found a file" in refused(slicer(data, tmp_path / "new", *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--normalise", "zscore"), "--dtype: found uint8 with --normalise zscore"),
+        (("--train", 2), "--train: found 2.0, expected 0 to 1"),
+        (("--slices", "9:12"), "--slices: found 9:12, expected some of the 5 slices"),
+        (("--slices", "x"), "--slices: found 'x'"),
+        (("--modalities", "dwi"), "--modalities: found 'dwi'"),
+    ],
+)
+def test_slicing_refuses(tmp_path: Path, flags: tuple, words: str) -> None:
+    assert words in refused(slicer(write_volumes(tmp_path / "data"), tmp_path / "out", *flags))
+
+
+def test_slicing_refuses_other_settings_and_slices(tmp_path: Path) -> None:
+    data, out = write_volumes(tmp_path / "data"), tmp_path / "out"
+    succeeded(slicer(data, out, "--slices", "1:3"))
+    assert "cut with other settings (slices 1:3" in refused(slicer(data, out, "--slices", "1:4"))
+    assert "two-dimensional slices" in refused(slicer(out / "training", tmp_path / "new"))
+
+
+def test_volumes_may_be_added_but_not_changed(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_volumes(data, ("BraTS-GLI-00001-000", "BraTS-GLI-00002-000"))
+    flags = ("--slices", "1:3", "--train", 1)
+    succeeded(slicer(data, out, *flags))
+    before = contents(out / "training")
+
+    write_volumes(data, ("BraTS-GLI-00001-001",))
+    text = succeeded(slicer(data, out, *flags))
+    assert "2 slices of 3 volumes written, 4 were there" in text
+    after = contents(out / "training")
+    assert before.items() <= after.items()
+    assert len(BRATSDataset(out / "training")) == 6
+
+    assert "train 0.5" in refused(slicer(data, out, "--slices", "1:3", "--train", 0.5))
+    seg = next((data / "BraTS-GLI-00002-000").glob("*seg*"))
+    seg.touch()
+    assert "changed since" in refused(slicer(data, out, *flags))
+    assert contents(out / "training") == after

@@ -1,0 +1,278 @@
+"""Two processes on one machine train as one process does with the doubled batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import PYTHONPATH, ROOT, training
+from test_training import make_loop, rows
+from torch.testing import assert_close
+
+from guided_diffusion import logger, train_util
+from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.dist_util import launch, setup_dist
+from guided_diffusion.errors import UserError
+from guided_diffusion.options.segmentation import TrainingOptions
+from guided_diffusion.training.resolve import settled
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import logger, train_util
+from guided_diffusion.dist_util import rank, setup_dist
+from test_training import make_loop
+setup_dist()
+out = Path(sys.argv[1])
+logger.configure(None if rank() else out, quiet=True)
+loop = make_loop(out, max_steps=4, batch_size=2, microbatch=1, diffusion_steps=2,
+                 schedule_sampler="loss-second-moment", save_interval=2)
+forward_backward, gradients = loop.forward_backward, []
+def noting(batch):
+    loss = forward_backward(batch)
+    gradients.append([p.grad.clone() for p in loop.parameters])
+    return loss
+loop.forward_backward = noting
+loop.run_loop()
+torch.save({
+    "sampler": loop.schedule_sampler.state_dict(),
+    "model": dict(loop.net.state_dict()),
+    "gradients": gradients,
+}, out / f"rank{rank()}")
+"""
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *TORCHRUN, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    two_processes(folder / "program.py", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_gradients_and_weights_are_those_of_the_doubled_batch(
+    shared: Path, quiet: None, tmp_path: Path
+) -> None:
+    loop = make_loop(
+        tmp_path,
+        max_steps=4,
+        batch_size=4,
+        diffusion_steps=2,
+        schedule_sampler="loss-second-moment",
+    )
+    logger.configure(tmp_path, quiet=True)
+    run_step, alone = loop.forward_backward, []
+
+    def noting(batch: Any) -> Any:
+        loss = run_step(batch)
+        alone.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
+        return loss
+
+    loop.forward_backward = noting  # type: ignore[method-assign]
+    loop.run_loop()
+    ranks = [torch.load(shared / f"rank{rank}") for rank in (0, 1)]
+    for rank in ranks:
+        assert len(rank["gradients"]) == len(alone) == 4
+        for step, whole in zip(rank["gradients"], alone, strict=True):
+            largest = max(float(part.abs().max()) for part in whole)
+            for one, other in zip(step, whole, strict=True):
+                assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
+    for name in ("loss", "mse", "grad_norm"):
+        both, one = (float(rows(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
+        assert both == pytest.approx(one, rel=1e-4), f"{name} is that of the whole batch"
+    first = zip(ranks[0]["gradients"][0], alone[0], strict=True)
+    for one, other in first:
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    own = load_checkpoint(tmp_path / LATEST)
+    both = load_checkpoint(shared / LATEST)
+    apart = [(both.model[name] - value).abs().flatten() for name, value in own.model.items()]
+    assert float(torch.cat(apart).mean()) < 2e-6
+    assert_close(
+        both.training["schedule_sampler"], own.training["schedule_sampler"], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_all_processes_hold_the_same(shared: Path) -> None:
+    one, other = (torch.load(shared / f"rank{rank}") for rank in (0, 1))
+    assert_close(one["model"], other["model"], rtol=0, atol=0)
+    assert_close(one["sampler"], other["sampler"], rtol=0, atol=0)
+    assert int(one["sampler"]["seen"].sum()) == 16
+
+
+@pytest.mark.slow
+def test_one_writes_and_one_log_is_kept(shared: Path) -> None:
+    names = {path.name for path in shared.iterdir()} - {"program.py", "rank0", "rank1"}
+    assert names == {
+        *("savedmodel000002.pt", "savedmodel000004.pt", LATEST),
+        *("log.txt", "progress.csv", "progress.json"),
+    }
+    table = rows(shared / "progress.csv")
+    assert [row["step"] for row in table] == ["1", "2", "3", "4"]
+    assert [row["samples"] for row in table] == ["4", "8", "12", "16"]
+    assert (shared / "log.txt").read_text("utf-8").count("saved ") == 2
+
+
+@pytest.mark.slow
+def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
+    """Validated by the first process, stopped early in all."""
+    command = [*training(brats, tmp_path), "--max_steps", 40, "--lr", 0, "--patience", 2]
+    done = two_processes(
+        "scripts/segmentation_train.py", *command, "--val_dir", brats / "testing", "--val_steps", 1
+    )
+    assert done.stdout.count("4 BRATS cases") == 1
+    assert "stopped at step 6: the last 2 validations" in done.stdout
+    assert load_checkpoint(tmp_path / LATEST).step == 6
+
+
+SPOILED = """
+import os
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import logger
+from guided_diffusion.data.batches import collate
+from guided_diffusion.dist_util import barrier, rank, setup_dist
+from guided_diffusion.errors import UserError
+from test_survival import spoiled
+from test_training import Discs, make_loop
+setup_dist()
+logger.configure(quiet=True)
+out = Path(sys.argv[1])
+loop = make_loop(out, max_bad_steps=1)
+batch = collate([Discs()[2 * rank()], Discs()[2 * rank() + 1]])
+try:
+    loop.run_step(spoiled(batch) if rank() else batch)
+except UserError as error:
+    (out / f"rank{rank()}").write_text(str(error))
+barrier()
+os._exit(0)  # at the interpreter's own end torch's threads abort a process now and then
+"""
+
+
+@pytest.mark.slow
+def test_every_process_names_the_cases_of_all(tmp_path: Path) -> None:
+    """The gradient is everybody's: whose case spoiled it no single process knows."""
+    (tmp_path / "program.py").write_text(SPOILED, encoding="utf-8")
+    two_processes(tmp_path / "program.py", tmp_path)
+    one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert "for the cases disc0, disc1, disc2, disc3," in one and one == other
+
+
+VERSIONS = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import logger
+from guided_diffusion.networks import highway, medsegdiff
+from guided_diffusion.dist_util import rank, setup_dist
+from guided_diffusion.data.batches import collate
+from test_coarse import Squares, loop_of
+for module in (highway, medsegdiff):
+    module.WIDTHS = (32, 64, 32, 32, 32, 32)
+setup_dist()
+logger.configure(quiet=True)
+after = {}
+for version in ("new", "1", "2"):
+    loop = loop_of(version, Path(sys.argv[1]), microbatch=1)
+    for _ in range(2):
+        loop.run_step(collate([Squares()[2 * rank()], Squares()[2 * rank() + 1]]))
+    after[version] = {k: v.detach().clone() for k, v in loop.net.named_parameters()}
+torch.save(after, Path(sys.argv[1]) / f"rank{rank()}")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_all_versions_share_their_gradients(tmp_path: Path) -> None:
+    """No parameter is without a gradient, whatever the times: nothing waits or drifts apart."""
+    (tmp_path / "program.py").write_text(VERSIONS, encoding="utf-8")
+    two_processes(tmp_path / "program.py", tmp_path)
+    one, other = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert one.keys() == {"new", "1", "2"}
+    assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_process_takes_its_device_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl works on the current device: left at the first one, all processes would share it."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((device,)))
+    joined = lambda backend, **_: calls.append((backend,))  # noqa: E731
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    monkeypatch.setattr("atexit.register", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    setup_dist()
+    assert calls == [(torch.device("cuda", 1),), ("cpu:gloo,cuda:nccl",)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen"), [(None, "1,0"), ("4,6", "6,4"), ("GPU-a,b", "b,GPU-a")]
+)
+def test_devices_are_counted_among_those_one_was_given(
+    visible: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shared node a job sees its own devices, and --multi_gpu counts those."""
+    seen = []
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
+        seen.append((env["CUDA_VISIBLE_DEVICES"], "--nproc_per_node=2" in command))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(SystemExit) as left:
+        launch("1, 0")
+    assert left.value.code == 3 and seen == [(chosen, True)]
+
+
+def test_processes_that_start_at_different_steps_are_refused(
+    quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node with a folder of its own: only the first has the checkpoint to go on from."""
+    monkeypatch.setattr(train_util, "gathered", lambda values: torch.cat([values, values + 7]))
+    with pytest.raises(UserError, match=r"--out_dir.*\[0, 7\]"):
+        make_loop(tmp_path, max_steps=1).run_loop()
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_replayed_graphs_and_added_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, typed = TrainingOptions(microbatch=2), {"compile": "reduce-overhead"}
+    assert settled(options, typed) == options, "without CUDA there are no graphs"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settled(options, {"compile": "default"}) == options
+    with pytest.raises(UserError, match="--microbatch 2"):
+        settled(options, typed)

@@ -1,0 +1,265 @@
+"""Watching a run: curves, TensorBoard's absence, and a visdom server that answers, or does not."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from conftest import contents, refused, script, succeeded, training
+from PIL import Image
+
+from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.report.curves import draw_curves, read_points, smoothed
+from guided_diffusion.report.sinks import VisdomSink
+
+# ------------------------------------------------------------------------------ curves
+
+
+def test_the_points_of_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "progress.csv"
+    path.write_text("step,loss,val_dice\n1,0.5,\n2,nan,\n2,,0.7\n3,0.25,\n4,0.1", "utf-8")
+    assert read_points(path)["loss"] == ([1, 3], [0.5, 0.25]) or read_points(path)["loss"] == (
+        [1, 3, 4],
+        [0.5, 0.25, 0.1],
+    )
+    assert read_points(path)["val_dice"] == ([2], [0.7])
+    assert read_points(tmp_path / "none.csv") == {}
+
+
+def test_a_running_mean() -> None:
+    assert smoothed([1.0, 2, 6, 3], 0) == [1, 2, 6, 3]
+    assert smoothed([1.0, 2, 6, 3], 1) == pytest.approx([1.5, 3, 11 / 3, 4.5])
+
+
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("count", [1, 400])
+def test_curves_are_drawn(count: int, validated: bool, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ["step", "loss", "loss_q0", "loss_q3", "grad_norm", "lr", "steps_per_s"]
+    names += ["val_dice"] * validated
+    lines = [",".join(names)]
+    for step in range(1, count + 1):
+        lines.append(",".join(str(v) for v in [step, *[1 / step] * (len(names) - 1)]))
+    (tmp_path / "progress.csv").write_text("\n".join(lines), "utf-8")
+    assert draw_curves(tmp_path / "progress.csv", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > (1400 if validated else 900) and picture.size[1] > 600
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    assert not draw_curves(tmp_path / "progress.csv", tmp_path / "curves.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_a_run_says_so_once(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("guided_diffusion.training.validation.find_spec", lambda name: None)
+    said = succeeded(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
+    assert said.count("pip install matplotlib") == 1
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_without_tensorboard_there_is_one_line(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    command = [*training(brats, tmp_path), "--max_steps", 1, "--tensorboard", True]
+    assert "pip install tensorboard" in refused(script("segmentation_train", *command))
+
+
+# ------------------------------------------------------------------------------ visdom
+
+
+class Server:
+    """A visdom server as far as its protocol goes: POST of JSON, answered with a window's name."""
+
+    def __init__(self) -> None:
+        self.posts: list[tuple[str, dict[str, Any]]] = []
+        posts = self.posts
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                assert self.headers["Content-Type"] == "application/json"
+                posts.append((self.path, json.loads(body)))
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(posts[-1][1]["win"].encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_lines_on_the_wire(server: Server) -> None:
+    sink = VisdomSink(server.port, environment="mine")
+    sink.numbers({"step": 10, "loss": 0.5, "loss_q0": 0.7, "lr": 1e-3, "memory_gib": 1.0})
+    sink.numbers({"step": 20, "loss": 0.25, "lr": 1e-3})
+    sink.numbers({"step": 20, "val_dice": 0.8})
+    sink.close()
+    assert {path for path, _ in server.posts} == {"/events"}
+    assert {post["eid"] for _, post in server.posts} == {"mine"}
+    last = {post["win"]: post for _, post in server.posts}
+    assert last.keys() == {"loss", "lr", "validation"}
+    lines = {line["name"]: (line["x"], line["y"]) for line in last["loss"]["data"]}
+    assert lines == {"loss": ([10, 20], [0.5, 0.25]), "loss_q0": ([10], [0.7])}
+    assert all(line["type"] == "scatter" for line in last["loss"]["data"])
+    assert last["loss"]["layout"]["title"] == last["loss"]["opts"]["title"] == "loss"
+
+
+def test_a_picture_on_the_wire(server: Server) -> None:
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    sink = VisdomSink(server.port)
+    sink.picture("sampling", pixels, 7)
+    sink.close()
+    ((path, post),) = server.posts
+    assert (path, post["win"], post["eid"]) == ("/events", "sampling", "main")
+    (data,) = post["data"]
+    assert data["type"] == "image" and data["content"]["caption"] == "step 7"
+    head, _, code = data["content"]["src"].partition(",")
+    assert head == "data:image/png;base64"
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))))
+    np.testing.assert_array_equal(shown, pixels)
+
+
+@pytest.mark.slow
+def test_a_real_server_keeps_lines_and_pictures(tmp_path: Path) -> None:
+    """Of visdom itself, where it is installed: what it stores is what was sent."""
+    pytest.importorskip("visdom", reason="visdom is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = "from visdom.server.run_server import main; main()"
+    flags = ["-port", str(port), "-bind_local", "-env_path", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", start, *flags]) as process:
+        try:
+            _wait_for(port)
+            sink = VisdomSink(port, environment="mine", timeout=10)
+            sink.numbers({"step": 10, "loss": 0.5, "lr": 1e-3})
+            sink.numbers({"step": 20, "loss": 0.25, "lr": 1e-3})
+            sink.picture("sampling", np.zeros((4, 5, 3), np.uint8), 7)
+            sink.close(patience=20)
+            body = json.dumps({"eid": "mine", "win": None}).encode()
+            with urlopen(f"http://127.0.0.1:{port}/win_data", body, timeout=10) as answer:
+                windows = json.loads(answer.read())
+        finally:
+            process.kill()
+    assert windows.keys() == {"loss", "lr", "sampling"}
+    (line,) = windows["loss"]["content"]["data"]
+    assert (line["x"], line["y"]) == ([10, 20], [0.5, 0.25])
+    assert windows["sampling"]["type"] == "image"
+    assert windows["sampling"]["content"]["caption"] == "step 7"
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as door:
+            if door.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"no server on port {port}")
+
+
+def test_a_server_that_is_away_costs_nothing() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert seconds_of(VisdomSink(port)) < 1
+
+
+def test_a_server_that_never_answers_costs_nothing() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        sink = VisdomSink(silent.getsockname()[1], timeout=0.3)
+        assert seconds_of(sink) < 1.5
+
+
+def seconds_of(sink: VisdomSink) -> float:
+    """How long a run of 200 lines and pictures is held up, and its end with it."""
+    started = time.monotonic()
+    for step in range(200):
+        sink.numbers({"step": step, "loss": 1.0})
+        sink.picture("x", np.zeros((4, 4, 3), np.uint8), step)
+    sink.close()
+    return time.monotonic() - started
+
+
+def test_a_server_that_comes_back_has_it_all(server: Server) -> None:
+    sink = VisdomSink(1, pause=0.05)
+    sink.numbers({"step": 1, "loss": 1.0})
+    sink.close()
+    time.sleep(0.1)
+    sink.url = f"http://127.0.0.1:{server.port}"
+    sink.numbers({"step": 2, "loss": 2.0})
+    sink.close()
+    assert server.posts[-1][1]["data"][0]["x"] == [1, 2]
+
+
+def test_sampling_is_drawn_and_stays_the_same(
+    server: Server, brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    for name, extra in (("plain", ()), ("shown", ("--visdom", server.port))):
+        flags = ["--data_dir", brats / "testing", "--model_path", trained, "--sampler", "ddim"]
+        flags += ["--steps", 9, "--num_ensemble", 2, "--out_dir", tmp_path / name, *extra]
+        succeeded(script("segmentation_sample", *flags))
+    shown = [post for _, post in server.posts]
+    assert {(post["win"], post["eid"]) for post in shown} == {("sampling", "shown")}
+    captions = [post["data"][0]["content"]["caption"] for post in shown]
+    assert captions[-6:] == ["step 0", "step 2", "step 3", "step 5", "step 6", "step 8"]
+    one, other = contents(tmp_path / "plain"), contents(tmp_path / "shown")
+    assert one.keys() == other.keys()
+    assert all(one[name] == other[name] for name in one if name.endswith(".png"))
+
+
+def test_sampling_waits_for_no_server(brats: Path, trained: Path, tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        flags = ["--data_dir", brats / "testing", "--model_path", trained, "--out_dir", tmp_path]
+        flags += ["--steps", 2, "--visdom", silent.getsockname()[1]]
+        succeeded(script("segmentation_sample", *flags))
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "000005_mask.png").exists()
+
+
+def test_a_run_is_drawn_and_stays_the_same(
+    server: Server, brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    command = [*training(brats, tmp_path / "run"), "--max_steps", 4, "--visdom", server.port]
+    succeeded(script("segmentation_train", *command))
+    windows = [post["win"] for _, post in server.posts]
+    assert {"loss", "gradient", "lr", "speed", "sampling"} == set(windows)
+    assert windows.count("sampling") == 2
+    one, other = load_checkpoint(trained / LATEST), load_checkpoint(tmp_path / "run" / LATEST)
+    assert all((one.model[name] == value).all() for name, value in other.model.items())
