@@ -28,7 +28,7 @@ training
 train_util
 weak tools
 commands
-__init__
+segmenter __init__
 """
 LAYER = {name: layer for layer, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
