@@ -30,9 +30,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import stream
-from guided_diffusion.data.cache import GIB, Remembered
-from guided_diffusion.data.datasets import Frame, Framed, SegmentationDataset
+from guided_diffusion.data.batches import training_batches
+from guided_diffusion.data.cache import GIB, CachedDataset
+from guided_diffusion.data.datasets import Frame, ResizedDataset, SegmentationDataset
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.layouts import open_dataset
 
@@ -66,7 +66,9 @@ def throughput(arguments: argparse.Namespace) -> None:
     print("|---|---|---|---|---|")
     for folder in map(Path, arguments.data_dir):
         dataset = many(open_dataset(folder))
-        remembered = Remembered(Framed(dataset, Frame(arguments.size)), most_bytes=4 * GIB)
+        remembered = CachedDataset(
+            ResizedDataset(dataset, Frame(arguments.size)), most_bytes=4 * GIB
+        )
         rates = [rate(remembered, arguments, augmentation=None) for _ in range(2)]
         rates.append(rate(remembered, arguments, augmentation=Augmentation()))
         shown = " | ".join(f"{value:.0f}" for value in rates)
@@ -86,10 +88,10 @@ def many(dataset: SegmentationDataset) -> SegmentationDataset:
 
 
 def rate(
-    remembered: Remembered, arguments: argparse.Namespace, *, augmentation: Augmentation | None
+    remembered: CachedDataset, arguments: argparse.Namespace, *, augmentation: Augmentation | None
 ) -> float:
     """Images per second over one epoch, the start of the processes left out."""
-    batches = stream(
+    batches = training_batches(
         remembered,
         arguments.batch_size,
         seed=0,

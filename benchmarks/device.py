@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Frame
-from guided_diffusion.dist_util import describe, dev, place
+from guided_diffusion.dist_util import describe, dev, place_model
 from guided_diffusion.dpm_solver import solver_levels
-from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.segmenter import Segmenter
-from guided_diffusion.script_util import million
+from guided_diffusion.script_util import parameter_count
 from guided_diffusion.unet import UNetModel
 
 
@@ -49,7 +49,8 @@ def main() -> None:
     rate = matrix_rate(device)
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     print(
-        f"torch {torch.__version__}, {describe(device)}, {million(net)}, {arguments.image_size} px"
+        f"torch {torch.__version__}, {describe(device)}, {parameter_count(net)}, "
+        f"{arguments.image_size} px"
     )
     print(
         f"{flops / 1e12:.3f} TFLOP per evaluation; matrices in bf16 reach {rate / 1e12:.1f} TFLOP/s"
@@ -123,8 +124,10 @@ def sampled(arguments: argparse.Namespace, device: torch.device, flops: float, r
                 sampling.draw_one(net, diffusion, image[None].to(device), levels)
 
     def ours(precision: str, mode: str) -> Callable[[], object]:
-        own = place(training.build(arguments)[0], device, compile=mode)
-        plan = Plan("dpm_solver++", levels, batch_size=arguments.batch_size, precision=precision)
+        own = place_model(training.build(arguments)[0], device, compile=mode)
+        plan = SamplingPlan(
+            "dpm_solver++", levels, batch_size=arguments.batch_size, precision=precision
+        )
         segmenter = Segmenter(own, diffusion, frame=Frame(size), plan=plan)
         return lambda: segmenter.draw(images, [str(index) for index in range(len(images))])
 

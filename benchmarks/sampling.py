@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.data.datasets import Frame
-from guided_diffusion.dist_util import autocast, describe, dev, place
+from guided_diffusion.dist_util import autocast, describe, dev, place_model
 from guided_diffusion.dpm_solver import multistep, solver_levels
-from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.segmenter import Segmenter
-from guided_diffusion.script_util import create_model_and_diffusion, million
+from guided_diffusion.script_util import create_model_and_diffusion, parameter_count
 
 ENSEMBLE = 5
 
@@ -46,7 +46,7 @@ def main() -> None:
         learn_sigma=True,
     )
     net = net.to(device).eval()
-    placed = place(copy.deepcopy(net), device)
+    placed = place_model(copy.deepcopy(net), device)
     images = torch.randn(arguments.images, 4, arguments.image_size, arguments.image_size)
     levels = tuple(solver_levels(diffusion.schedule, arguments.steps))
 
@@ -56,7 +56,9 @@ def main() -> None:
                 draw_one(net, diffusion, image[None].to(device), levels)
 
     def ours(precision: str) -> Callable[[], None]:
-        plan = Plan("dpm_solver++", levels, batch_size=arguments.batch_size, precision=precision)
+        plan = SamplingPlan(
+            "dpm_solver++", levels, batch_size=arguments.batch_size, precision=precision
+        )
         segmenter = Segmenter(placed, diffusion, frame=Frame(arguments.image_size), plan=plan)
         names = [str(index) for index in range(len(images))]
         return lambda: void(segmenter.draw(images, names))
@@ -67,7 +69,7 @@ def main() -> None:
         ways[f"bare {precision}"] = bare(placed, images.to(device), levels, arguments, precision)
     seconds = measure(ways, arguments.repeats)
 
-    print(f"torch {torch.__version__}, {describe(device)}, {million(net)}")
+    print(f"torch {torch.__version__}, {describe(device)}, {parameter_count(net)}")
     print(
         f"{arguments.image_size} px, {arguments.steps} evaluations, batch {arguments.batch_size}\n"
     )

@@ -26,7 +26,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.inference.provenance import described
+from guided_diffusion.inference.provenance import describe_run
 from guided_diffusion.layouts import open_masks
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.report import write_report
@@ -59,7 +59,7 @@ def line(what: str, predicted: Path, truth: Path) -> None:
     start = now()
     evaluation = evaluate_all(predicted, truth, partial=True)
     scored = now()
-    report = write_report(evaluation, described(predicted))
+    report = write_report(evaluation, describe_run(predicted))
     done = now()
     spent = [f"{b - a:.1f}" for pair in ((start, scored), (scored, done)) for a, b in zip(*pair)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

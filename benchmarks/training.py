@@ -23,13 +23,13 @@ import torch
 from torch.utils.data import Dataset
 
 from guided_diffusion import logger
-from guided_diffusion.data.batches import collate, stream
+from guided_diffusion.data.batches import collate, training_batches
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.dist_util import autocast, describe, dev, place
+from guided_diffusion.dist_util import autocast, describe, dev, place_model
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 from guided_diffusion.resample import UniformSampler
-from guided_diffusion.script_util import create_model_and_diffusion, million
+from guided_diffusion.script_util import create_model_and_diffusion, parameter_count
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import UNetModel
 
@@ -73,7 +73,10 @@ def main() -> None:
             ways[f"its forward and backward alone, {precision}"] = bare_step(loop, precision)
         seconds = measure(ways, arguments, device)
 
-        print(f"{million(net)}, {arguments.image_size} px, batch {arguments.batch_size}, ", end="")
+        print(
+            f"{parameter_count(net)}, {arguments.image_size} px, batch {arguments.batch_size}, ",
+            end="",
+        )
         print(f"torch {torch.__version__}, {describe(device)}\n")
         print("| way | s per step | against the parents' | around forward and backward |")
         print("|---|---|---|---|")
@@ -135,7 +138,7 @@ def our_loop(
 ) -> TrainLoop:
     net, diffusion = build(arguments)
     return TrainLoop(
-        place(net, device, compile=compile),
+        place_model(net, device, compile=compile),
         diffusion,
         dataset=data,
         schedule_sampler=UniformSampler(len(diffusion.kept)),
@@ -146,7 +149,7 @@ def our_loop(
 
 
 def our_step(loop: TrainLoop) -> Callable[[], None]:
-    batches = stream(loop.dataset, loop.options.batch_size, seed=0)
+    batches = training_batches(loop.dataset, loop.options.batch_size, seed=0)
 
     def step() -> None:
         loop.run_step(next(batches))
@@ -158,7 +161,7 @@ def our_step(loop: TrainLoop) -> Callable[[], None]:
 
 def bare_step(loop: TrainLoop, precision: str) -> Callable[[], None]:
     """Nothing but the network, its loss and the gradient, of a batch that lies on the device."""
-    batch = next(stream(loop.dataset, loop.options.batch_size, seed=0))
+    batch = next(training_batches(loop.dataset, loop.options.batch_size, seed=0))
     assert batch.mask is not None
     image, x0 = batch.image.to(loop.device), batch.mask.to(loop.device)
     eps, t = torch.randn_like(x0), torch.arange(len(x0)) * 100 % len(loop.diffusion.schedule)

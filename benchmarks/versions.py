@@ -29,14 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.data.batches import stream
-from guided_diffusion.data.cache import Remembered
-from guided_diffusion.data.datasets import WOLLEB_CROP, Frame, Framed, SegmentationDataset
-from guided_diffusion.dist_util import describe, dev, place
+from guided_diffusion.data.batches import training_batches
+from guided_diffusion.data.cache import CachedDataset
+from guided_diffusion.data.datasets import WOLLEB_CROP, Frame, ResizedDataset, SegmentationDataset
+from guided_diffusion.dist_util import describe, dev, place_model
 from guided_diffusion.ensemble import BLENDS
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
-from guided_diffusion.inference.plan import Plan, make_plan
+from guided_diffusion.inference.plan import SamplingPlan, make_plan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.losses import binary_cross_entropy, soft_dice_loss
@@ -190,9 +190,9 @@ def run(
     frame = Frame(FLAGS["image_size"], WOLLEB_CROP if key["set"] == "demo" else 0)
     with tempfile.TemporaryDirectory() as folder:
         loop = TrainLoop(
-            place(net, device),
+            place_model(net, device),
             diffusion,
-            dataset=Remembered(Framed(training, frame), directory=Path(folder)),
+            dataset=CachedDataset(ResizedDataset(training, frame), directory=Path(folder)),
             schedule_sampler=create_named_schedule_sampler("uniform", len(diffusion.kept)),
             options=TrainingOptions(batch_size=8, lr=RATES[key["set"]], ema_rate="0.99"),
             run=RunOptions(out_dir=folder, seed=key["seed"]),
@@ -214,7 +214,7 @@ def run(
 def train(loop: TrainLoop, budget: float) -> None:
     """Take steps until the time is used up."""
     clock = time.perf_counter if loop.device.type == "cuda" else time.process_time
-    batches = stream(loop.dataset, loop.options.batch_size, seed=loop.run.seed)
+    batches = training_batches(loop.dataset, loop.options.batch_size, seed=loop.run.seed)
     end = clock() + budget
     with tqdm(unit="step", disable=None) as progress:
         while clock() < end:
@@ -224,7 +224,9 @@ def train(loop: TrainLoop, budget: float) -> None:
                 loop.log.means(loop.parameters)
 
 
-def plan_of(key: dict[str, Any], diffusion: GaussianDiffusion, device: torch.device) -> Plan:
+def plan_of(
+    key: dict[str, Any], diffusion: GaussianDiffusion, device: torch.device
+) -> SamplingPlan:
     sampling = SamplingOptions(
         sampler="dpm_solver++", steps=key["evaluations"], num_ensemble=key["members"]
     )

@@ -158,7 +158,7 @@ def find_modalities(text: str) -> tuple[str, ...]:
             "--modalities",
             found=repr(text),
             expected=f"some of {', '.join(MODALITIES)}, each once, separated by commas",
-            mend="Write for example --modalities flair,t1ce.",
+            hint="Write for example --modalities flair,t1ce.",
         )
     return known
 
@@ -203,7 +203,7 @@ def _choose(folder: Path, found: set[str], reading: Reading) -> tuple[str, ...]:
             folder,
             found="no NIfTI file named by a modality",
             expected=f"folders of {', '.join(MODALITIES)} (t1.nii.gz or *_t1_*.nii.gz)",
-            mend="Pass the folder above the case folders.",
+            hint="Pass the folder above the case folders.",
         )
     missing = [name for name in reading.modalities if name not in there]
     if missing:
@@ -211,7 +211,7 @@ def _choose(folder: Path, found: set[str], reading: Reading) -> tuple[str, ...]:
             "--modalities",
             found=f"{', '.join(missing)}, which {folder} does not have",
             expected=f"some of {', '.join(there)}",
-            mend="Name modalities of the data, or leave --modalities away for all of them.",
+            hint="Name modalities of the data, or leave --modalities away for all of them.",
         )
     return reading.modalities or there
 
@@ -242,7 +242,7 @@ def _one_each(root: Path, files: dict[str, list[Path]]) -> dict[str, Path]:
                 root,
                 found=f"{len(paths)} {modality} files ({paths[0].name}, {paths[1].name})",
                 expected="one file per modality",
-                mend="Give every slice or volume a folder of its own.",
+                hint="Give every slice or volume a folder of its own.",
             )
             refuse(error)
     return {modality: paths[0] for modality, paths in files.items()}
@@ -255,7 +255,7 @@ def _is_complete(root: Path, files: dict[str, Path], needed: tuple[str, ...]) ->
             root,
             found=f"an incomplete case: {', '.join(missing)} is missing",
             expected=f"{', '.join(needed)} as in the rest of the set",
-            mend="Add the file, or take the folder out of the set.",
+            hint="Add the file, or take the folder out of the set.",
         )
         refuse(error)
     return not missing
@@ -275,6 +275,6 @@ def _stack(entry: Entry, channels: list[Array]) -> Tensor:
                 path,
                 found=f"a size of {' x '.join(map(str, values.shape))}",
                 expected=f"{' x '.join(map(str, channels[0].shape))} as {entry.images[0].name}",
-                mend="Export all modalities of a case on one grid.",
+                hint="Export all modalities of a case on one grid.",
             )
     return torch.from_numpy(np.stack(channels))

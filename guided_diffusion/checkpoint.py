@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import INTACT, whole
+from guided_diffusion.files import INTACT, atomic_write
 from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
@@ -81,10 +81,10 @@ def save_checkpoint(
     for killed in folder.glob(".part-*model*.pt"):
         killed.unlink(missing_ok=True)
     path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
-    with whole(path, mend=INTACT) as part:
+    with atomic_write(path, hint=INTACT) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
-        call_also(path, folder / name)
+        link_as(path, folder / name)
     for old in drop:
         old.unlink(missing_ok=True)
     return path
@@ -95,9 +95,9 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)
 
 
-def call_also(path: Path, other: Path) -> None:
+def link_as(path: Path, other: Path) -> None:
     """Give a finished checkpoint a second name, on the same bytes where the disk can."""
-    with whole(other, mend=INTACT) as part:
+    with atomic_write(other, hint=INTACT) as part:
         _link_or_copy(path, part)
 
 
@@ -130,7 +130,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
             flag,
             found=f"no file {file}" if str(path) else "nothing",
             expected=f"a checkpoint, or a folder that holds {LATEST}",
-            mend="Train one first, or correct the path.",
+            hint="Train one first, or correct the path.",
         )
     return file
 
@@ -147,16 +147,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
             warnings.simplefilter("ignore")  # torch muses about the protocol of what is no pickle
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no checkpoint can fail in any way
-        raise _unreadable(path, _why(error)) from error
+        raise _unreadable_checkpoint(path, _why(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         if content.keys() == {"format", *(part.name for part in fields(Checkpoint))}:
             del content["format"]
             return Checkpoint(**content)
-        raise _unreadable(path, f"a checkpoint of {', '.join(map(str, content))}")
+        raise _unreadable_checkpoint(path, f"a checkpoint of {', '.join(map(str, content))}")
     if isinstance(content, dict) and content and all(map(_is_weight, content.items())):
         weights = {name.removeprefix("module."): value.data for name, value in content.items()}
         return Checkpoint(options={}, step=step_of(path), model=weights)
-    raise _unreadable(path, f"a {type(content).__name__} of something else")
+    raise _unreadable_checkpoint(path, f"a {type(content).__name__} of something else")
 
 
 def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) -> Checkpoint:
@@ -187,12 +187,12 @@ def _is_weight(item: tuple[object, object]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def _unreadable(path: Path, found: str) -> UserError:
+def _unreadable_checkpoint(path: Path, found: str) -> UserError:
     return UserError(
         path,
         found=found,
         expected="a checkpoint of this suite, or a dictionary of tensors",
-        mend="Use an earlier checkpoint of the run, or copy the file again from where it came.",
+        hint="Use an earlier checkpoint of the run, or copy the file again from where it came.",
     )
 
 
@@ -234,7 +234,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
                 path,
                 found=f"{name} of shape {shapes[0] or '(absent)'}",
                 expected=f"shape {shapes[1] or '(absent)'} for the network that the flags describe",
-                mend="Give the flags the weights were trained with (--num_channels, "
+                hint="Give the flags the weights were trained with (--num_channels, "
                 "--num_res_blocks, --attention_resolutions, --learn_sigma, ...).",
             )
     net.load_state_dict(given)
@@ -255,7 +255,7 @@ def trained_as(start: Checkpoint) -> dict[str, Any]:
     return {"version": version_of(start.model)}
 
 
-def adopted(
+def adapt_weights(
     checkpoint: Checkpoint, net: UNetModel, *, training: bool = False
 ) -> tuple[Checkpoint, list[str]]:
     """Complete bare published weights for a network, and name the tensors that they lack.
@@ -272,7 +272,7 @@ def adopted(
     return replace(checkpoint, model=model, ema=ema), lacking
 
 
-def lacking_note(lacking: Sequence[str], *, training: bool = False) -> str:
+def missing_weights_note(lacking: Sequence[str], *, training: bool = False) -> str:
     """Say what published weights lacked."""
     start = "they start as in a new network" if training else "set to the expectation of that"
     return (

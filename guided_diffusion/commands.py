@@ -17,20 +17,20 @@ import torch
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import (
     Checkpoint,
-    adopted,
-    lacking_note,
+    adapt_weights,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    missing_weights_note,
     trained_as,
 )
-from guided_diffusion.data.cache import GIB, Remembered
-from guided_diffusion.data.datasets import Framed, SegmentationDataset, read_as, readable
+from guided_diffusion.data.cache import GIB, CachedDataset
+from guided_diffusion.data.datasets import ResizedDataset, SegmentationDataset, read_as, readable
 from guided_diffusion.data.splits import narrowed, part_of_cases
-from guided_diffusion.dist_util import describe, dev, launch, place, rank, setup_dist
+from guided_diffusion.dist_util import describe, dev, launch, place_model, rank, setup_dist
 from guided_diffusion.inference.plan import sampler_of
 from guided_diffusion.inference.predict import segment
-from guided_diffusion.inference.provenance import described, note_sampling
+from guided_diffusion.inference.provenance import describe_run, note_sampling
 from guided_diffusion.inference.resolve import trained_flags
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import create_reading, open_dataset, plainly
@@ -55,19 +55,17 @@ from guided_diffusion.report.report import write_report
 from guided_diffusion.report.sinks import VisdomSink, open_sinks, page_of
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.scoring.case_scores import Scoring
-from guided_diffusion.scoring.compare import compare_folders
-from guided_diffusion.scoring.compare import report as report_comparison
+from guided_diffusion.scoring.compare import compare_folders, comparison_text
 from guided_diffusion.scoring.evaluate import Evaluation, evaluate_all
-from guided_diffusion.scoring.summary import report
+from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_model,
     frame_for,
-    million,
     network_for,
+    parameter_count,
 )
-from guided_diffusion.tools.inspect import look_at, write_sheet
-from guided_diffusion.tools.inspect import report as report_check
+from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.estimates import attention_notes, check_size
 from guided_diffusion.training.resolve import (
@@ -100,21 +98,23 @@ def train(typed: dict[str, Any]) -> None:
     net = create_model(network, diffusion, dataset.classes)
     lacking: list[str] = []
     if start:
-        start, lacking = adopted(start, net, training=True)
+        start, lacking = adapt_weights(start, net, training=True)
         load_weights(net, start.model, path)
     process = create_gaussian_diffusion(diffusion, network.version)
     sinks = open_sinks(watch, run) if rank() == 0 else []
     validation = None
     if held_out or sinks:
-        copy = place(create_model(network, diffusion, dataset.classes), device)
+        copy = place_model(create_model(network, diffusion, dataset.classes), device)
         plan = validation_plan(watch, run, process, device)
         segmenter = Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes)
         validation = make_validation(segmenter, dataset, held_out, watch, run)
     out_dir = Path(run.out_dir).expanduser()
     loop = TrainLoop(
-        place(net, device, compile=run.compile),
+        place_model(net, device, compile=run.compile),
         process,
-        dataset=Remembered(Framed(dataset, frame), most_bytes=round(options.cache_gib * GIB)),
+        dataset=CachedDataset(
+            ResizedDataset(dataset, frame), most_bytes=round(options.cache_gib * GIB)
+        ),
         schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
         options=options,
         run=run,
@@ -134,7 +134,7 @@ def train(typed: dict[str, Any]) -> None:
         loop.restore(start, path=path, lacking=lacking)
         logger.log(f"resuming {path} at step {start.step}")
     if lacking:
-        logger.log(lacking_note(lacking, training=True))
+        logger.log(missing_weights_note(lacking, training=True))
     attention = attention_notes(network) if "attention_resolutions" in typed else []
     for note in [
         *overwriting_notes(run, start),
@@ -145,7 +145,7 @@ def train(typed: dict[str, Any]) -> None:
     ]:
         logger.log(note)
     logger.log(
-        f"{dataset}; {million(net)} on {describe(device)}, {run.precision}; "
+        f"{dataset}; {parameter_count(net)} on {describe(device)}, {run.precision}; "
         f"steps {loop.step} to {loop.last_step or 'no end'}"
     )
     try:
@@ -222,14 +222,14 @@ def score(typed: dict[str, Any]) -> None:
     options = fill(ScoringOptions, typed)
     if options.compare:
         first, second = (_scored(options, folder) for folder in options.compare)
-        print(report_comparison(compare_folders(first, second)))
+        print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
         return
     evaluation = _scored(options, options.inp_pth)
     written = ["summary.json", "scores.csv"]
     if options.report:
-        written.append(write_report(evaluation, described(evaluation.folder)).name)
-    print(report(evaluation.summary))
+        written.append(write_report(evaluation, describe_run(evaluation.folder)).name)
+    print(summary_text(evaluation.summary))
     print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
     overlays = sorted(evaluation.folder.glob("*_overlay.png"))
     if overlays:
@@ -263,7 +263,7 @@ def check(typed: dict[str, Any]) -> None:
         workers=options.num_workers,
         parts_of=(lambda dataset: part_of_cases(dataset, data.split)) if data.split else None,
     )
-    print(report_check(findings))
+    print(findings_text(findings))
     if options.out:
         out = Path(options.out).expanduser()
         print(f"{write_sheet(findings, out, cases=options.cases)} cases drawn on {out}")

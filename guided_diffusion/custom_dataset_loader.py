@@ -106,7 +106,7 @@ def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
             folder,
             found="no image that has a mask",
             expected="images and masks of equal stems",
-            mend="Rename the files so that each pair has one stem.",
+            hint="Rename the files so that each pair has one stem.",
         )
     _require_one_kind([*images.values(), *masks.values()])
     return [Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()]
@@ -120,7 +120,7 @@ def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
             within or folder,
             found="no folder images" if within is None else "no image",
             expected=f"images/ with {' '.join(ENDINGS)} files beside masks/",
-            mend="Pass the folder that holds images and masks.",
+            hint="Pass the folder that holds images and masks.",
         )
     return found
 
@@ -133,7 +133,7 @@ def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
             within or folder,
             found="no folder masks" if within is None else "no mask",
             expected="masks/ with one mask per image, of the same stem",
-            mend="Add the masks: training needs them.",
+            hint="Add the masks: training needs them.",
         )
     return found
 
@@ -158,7 +158,7 @@ def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]
                 folder,
                 found=f"{len(lonely)} stems without {kind}: {listing(sorted(lonely))}",
                 expected="images and masks of equal stems",
-                mend="Rename the files so that each pair has one stem, or remove the single ones.",
+                hint="Rename the files so that each pair has one stem, or remove the single ones.",
                 cases=lonely,
             )
             refuse(error)
@@ -173,5 +173,5 @@ def _require_one_kind(paths: list[Path]) -> None:
                 path,
                 found="NIfTI files and pictures in one set",
                 expected=f"files of one kind as {paths[0].name}",
-                mend="Convert the images and masks to the same format.",
+                hint="Convert the images and masks to the same format.",
             )

@@ -25,7 +25,7 @@ from guided_diffusion.errors import UserError
 Net = TypeVar("Net", bound=torch.nn.Module)
 
 
-def place(net: Net, device: torch.device, *, compile: str = "") -> Net:
+def place_model(net: Net, device: torch.device, *, compile: str = "") -> Net:
     """Move a network to its device, in the memory order that convolutions are fastest in.
 
     ``compile`` is a mode of ``torch.compile``; the network is compiled when it is first called.
@@ -52,7 +52,7 @@ def compiling(active: object = True) -> Iterator[None]:
             "--compile",
             found=(str(error).splitlines() or [repr(error)])[0],
             expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
-            mend="Leave --compile away.",
+            hint="Leave --compile away.",
         ) from error
 
 
@@ -99,10 +99,10 @@ def _leave() -> None:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    agreed(True)
+    any_rank(True)
 
 
-def shared(module: torch.nn.Module) -> torch.nn.Module:
+def wrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
     """Let the gradients of a module be averaged over all processes, if there are several."""
     if not dist.is_initialized():
         return module
@@ -111,14 +111,14 @@ def shared(module: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
 
-def unsynchronised(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:
+def no_sync(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:
     """Hold the averaging back: more gradients are to be added before it pays."""
     if active and isinstance(module, torch.nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
 
 
-def gathered(values: torch.Tensor) -> torch.Tensor:
+def all_gather(values: torch.Tensor) -> torch.Tensor:
     """Concatenate every process's values [B], in the order of their ranks."""
     if not dist.is_initialized():
         return values
@@ -127,7 +127,7 @@ def gathered(values: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def everyones(value: Value) -> list[Value]:
+def all_gather_object(value: Value) -> list[Value]:
     """Every process's value, in the order of their ranks."""
     values = [value] * world_size()
     if dist.is_initialized():
@@ -135,9 +135,9 @@ def everyones(value: Value) -> list[Value]:
     return values
 
 
-def agreed(wish: bool) -> bool:
+def any_rank(wish: bool) -> bool:
     """Whether any process wishes it; all get the same answer."""
-    return bool(gathered(torch.tensor([wish])).any()) if dist.is_initialized() else wish
+    return bool(all_gather(torch.tensor([wish])).any()) if dist.is_initialized() else wish
 
 
 def launch(multi_gpu: str) -> None:
@@ -157,7 +157,7 @@ def launch(multi_gpu: str) -> None:
             "--multi_gpu",
             found=multi_gpu,
             expected=f"indices below {count}, the CUDA devices of this machine",
-            mend="Name devices that nvidia-smi lists; without any, leave --multi_gpu away.",
+            hint="Name devices that nvidia-smi lists; without any, leave --multi_gpu away.",
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc_per_node={len(devices)}", *sys.argv]
@@ -180,7 +180,7 @@ def dev(gpu_dev: str = "0") -> torch.device:
             "--gpu_dev",
             found=repr(index),
             expected=f"an index from 0{f' to {count - 1}' if count else ''}",
-            mend="Name one of the CUDA devices that nvidia-smi lists; without any, leave it away.",
+            hint="Name one of the CUDA devices that nvidia-smi lists; without any, leave it away.",
         )
     if count:
         return torch.device("cuda", int(index))
@@ -192,7 +192,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
 
 
-def beside(device: torch.device) -> AbstractContextManager[object]:
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
     """A context for another thread, to read what this one has computed while it goes on."""
     if device.type != "cuda":
         return nullcontext()

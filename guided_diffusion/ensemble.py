@@ -210,7 +210,7 @@ class Measure(NamedTuple):
     most: float
 
 
-MEASURES: dict[str, Measure] = {
+UNCERTAINTIES: dict[str, Measure] = {
     "std": Measure(uncertainty, 0.5),
     "variance": Measure(variance, 0.25),
     "entropy": Measure(entropy, 1.0),

@@ -1,9 +1,8 @@
 """The one kind of error a user should ever see, and how a script ends on it.
 
-Every room raises :class:`UserError` where input from outside (a flag, a file, a folder) is not what
-the code can work with; the scripts run inside :func:`exit_on_user_error`, which turns it into one
-message on stderr and exit code 2. Anything else that escapes is a bug of ours and keeps its
-traceback.
+:class:`UserError` is raised wherever input from outside (a flag, a file, a folder) cannot be used;
+the scripts run inside :func:`exit_on_user_error`, which turns it into one message on stderr and
+exit code 2. Any other exception that escapes is a bug in this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,25 +14,33 @@ from contextvars import ContextVar
 
 
 class UserError(Exception):
-    """Bad input: names the file or flag, what was found, what was expected, and the mend."""
+    """Bad input: ``{what}: {problem}. {hint}``.
+
+    Args:
+        what: the file, folder or flag, such as ``--out_dir results/x``.
+        problem: what is wrong with it, a clause without a full stop.
+        hint: what to do about it, a sentence.
+        cases: every case this is about, where the message can name only a few.
+    """
 
     cases: tuple[str, ...] = ()
 
     def __init__(
         self,
         what: object,
+        problem: str = "",
+        hint: str = "",
         *,
-        found: object,
-        expected: object,
-        mend: str,
         cases: Iterable[str] = (),
+        found: object = "",
+        expected: object = "",
     ) -> None:
-        """``cases``: every case this is about, where the message can only name a few."""
         self.cases = tuple(sorted(cases))
-        super().__init__(f"{what}: found {found}, expected {expected}. {mend}")
+        problem = problem or f"found {found}, expected {expected}"
+        super().__init__(f"{what}: {problem}. {hint}")
 
     def __reduce__(self) -> tuple[Callable[[str], UserError], tuple[str]]:
-        """Travel whole from a process that reads data to the one that trains."""
+        """Pickle the message, for processes that read data hand errors to the one that trains."""
         return _again, (str(self),)
 
 
@@ -45,7 +52,7 @@ _gathered: ContextVar[list[UserError] | None] = ContextVar("gathered", default=N
 
 
 def refuse(error: UserError) -> None:
-    """Raise ``error``, unless somebody gathers: then it is noted, and the caller does without."""
+    """Raise ``error``, or note it where errors are being collected."""
     gathered = _gathered.get()
     if gathered is None:
         raise error

@@ -19,7 +19,7 @@ INTACT = "Free some space or choose another --out_dir; earlier checkpoints are i
 
 
 @contextmanager
-def writing(path: Path, *, mend: str = ROOM) -> Iterator[None]:
+def writing(path: Path, *, hint: str = ROOM) -> Iterator[None]:
     """Say what went wrong where a file cannot be written.
 
     Raises:
@@ -32,12 +32,12 @@ def writing(path: Path, *, mend: str = ROOM) -> Iterator[None]:
             path,
             found=f"that it cannot be written ({error})",
             expected="room and permission to write",
-            mend=mend,
+            hint=hint,
         ) from error
 
 
 @contextmanager
-def whole(path: Path, *, mend: str = ROOM) -> Iterator[Path]:
+def atomic_write(path: Path, *, hint: str = ROOM) -> Iterator[Path]:
     """Give a path to write to; on success the file takes its real name, on failure it vanishes.
 
     Raises:
@@ -45,7 +45,7 @@ def whole(path: Path, *, mend: str = ROOM) -> Iterator[Path]:
     """
     part = path.with_name(f".part-{path.name}")
     try:
-        with writing(path, mend=mend):
+        with writing(path, hint=hint):
             yield part
             with part.open("rb") as file:
                 os.fsync(file.fileno())
@@ -69,7 +69,7 @@ def make_folder(path: Path, *, flag: str = "--out_dir") -> Path:
             flag,
             found=f"{path}, which cannot be written ({error.strerror})",
             expected="a folder with permission to write",
-            mend=f"Choose another {flag}.",
+            hint=f"Choose another {flag}.",
         ) from error
     return path
 

@@ -119,7 +119,7 @@ class GaussianDiffusion:
         """
 
         def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
-            t = torch.full((len(x),), self.told(level.t), device=x.device)
+            t = torch.full((len(x),), self.scale_timestep(level.t), device=x.device)
             output = net(x, t, condition, y)
             raw = output.raw.to(x.dtype, copy=True)  # a CUDA graph's output is overwritten
             value, var_frac = self._split(raw, x)
@@ -161,8 +161,12 @@ class GaussianDiffusion:
             with no weight of the times, and what it is made of.
         """
         x_t = self.schedule.add_noise(x0, t, eps)
-        told = (t * self.told(1.0)).to(x0.device) if self.rescale_timesteps else t.to(x0.device)
-        output = net(x_t, told, condition, y)
+        scaled_t = (
+            (t * self.scale_timestep(1.0)).to(x0.device)
+            if self.rescale_timesteps
+            else t.to(x0.device)
+        )
+        output = net(x_t, scaled_t, condition, y)
         terms = self._diffusion_terms(output.raw.to(x0.dtype), x0, x_t, t, eps)
         if output.coarse is None:
             return terms
@@ -206,7 +210,7 @@ class GaussianDiffusion:
         larger = 1.0 if self.predict_xstart else snr + 1 if self.predict_v else snr
         return snr.clamp(max=self.min_snr_gamma) / larger
 
-    def told(self, t: float) -> float:
+    def scale_timestep(self, t: float) -> float:
         """The time as the networks hear it."""
         return t * 1000 / len(self.schedule) if self.rescale_timesteps else t
 

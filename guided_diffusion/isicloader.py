@@ -49,7 +49,7 @@ class ISICDataset(SegmentationDataset):
     ) -> None:
         folder = _side_of(open_folder(directory), test_flag)
         table = find_csv(folder, test_flag)
-        entries = _listed(table) if table is not None else _paired_by_id(folder, test_flag)
+        entries = _table_entries(table) if table is not None else _paired_by_id(folder, test_flag)
 
         _require_cases(folder, entries)
         entries = _checked_masks(table or folder, entries, optional=test_flag)
@@ -90,7 +90,7 @@ def _side_of(folder: Path, test_flag: bool) -> Path:
     return next((folder / name for name in called if (folder / name).is_dir()), folder)
 
 
-def _listed(table: Path) -> list[Entry]:
+def _table_entries(table: Path) -> list[Entry]:
     """The entries of a CSV of either generation, told apart row by row."""
     rows = _read_rows(table)
     if rows and _is_header(rows[0]):
@@ -110,7 +110,7 @@ def _read_rows(table: Path) -> list[list[str]]:
             table,
             found=f"a table that cannot be read ({error})",
             expected="comma-separated values in UTF-8",
-            mend="Save it again as CSV in UTF-8.",
+            hint="Save it again as CSV in UTF-8.",
         ) from error
 
 
@@ -133,7 +133,7 @@ def _entry_of_row(table: Path, number: int, row: list[str]) -> Entry:
         f"{table}, row {number}",
         found=",".join(row),
         expected="'number,image path,mask path' or 'id,label'",
-        mend="Correct the row, or remove the CSV: pairs are then found by their ids.",
+        hint="Correct the row, or remove the CSV: pairs are then found by their ids.",
     )
 
 
@@ -189,7 +189,7 @@ def _require_cases(folder: Path, entries: list[Entry]) -> None:
             folder,
             found="no ISIC picture",
             expected="ISBI2016_ISIC_Part1_*_GroundTruth.csv, or pictures named ISIC_<number>.jpg",
-            mend="Pass the folder with the CSV, or the one above Train and Test.",
+            hint="Pass the folder with the CSV, or the one above Train and Test.",
         )
 
 
@@ -214,7 +214,7 @@ def _with_files(
             found=f"{len(missing)} of {len(entries)} {kind} missing: "
             f"{listing(map(file_of, missing))}",
             expected="every file",
-            mend="Restore the files, or take their cases out of the set.",
+            hint="Restore the files, or take their cases out of the set.",
             cases=[entry.name for entry in missing],
         )
         refuse(error)

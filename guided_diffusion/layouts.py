@@ -73,7 +73,7 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             "--data_name",
             found=repr(data_name),
             expected=f"one of {', '.join(LAYOUTS)}",
-            mend="Leave it out to have the layout recognised.",
+            hint="Leave it out to have the layout recognised.",
         )
     dataset = LAYOUTS[name](folder, test, reading)
     if reading.modalities and not dataset.modalities:
@@ -81,7 +81,7 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             "--modalities",
             found=",".join(reading.modalities),
             expected=f"nothing for the {name} layout, whose channels have no names",
-            mend="Leave --modalities away; a model trained on modalities needs BraTS data.",
+            hint="Leave --modalities away; a model trained on modalities needs BraTS data.",
         )
     if any(end is not None for end in reading.slices) and not dataset.entries[0].volume:
         first, end = ("" if end is None else end for end in reading.slices)
@@ -89,7 +89,7 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             "--slices",
             found=f"{first}:{end}",
             expected=f"nothing for {folder}, which holds pictures or slices, not volumes",
-            mend="Leave --slices away.",
+            hint="Leave --slices away.",
         )
     return dataset
 
@@ -104,7 +104,7 @@ def recognise(folder: Path, *, test: bool = False) -> str:
         found=f"the layouts {' and '.join(found)}" if found else _contents(folder),
         expected="one of: NIfTI files named by modality (BRATS); an ISBI2016 CSV or pictures named "
         "ISIC_<number> (ISIC); images/ and masks/ (CUSTOM); normal/ and tumor/ (TUMOR)",
-        mend="Pass the folder that holds the data, or name its layout with --data_name.",
+        hint="Pass the folder that holds the data, or name its layout with --data_name.",
     )
 
 
@@ -187,7 +187,7 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
                 folder,
                 found=f"two masks for case {min(twice)}",
                 expected="one mask per case",
-                mend="Remove one of them.",
+                hint="Remove one of them.",
             )
         masks |= found
     if not masks:
@@ -195,7 +195,7 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
             folder,
             found=_contents(folder),
             expected="a labelled data set, or mask files such as <case>.png",
-            mend="Pass the folder with the ground truth.",
+            hint="Pass the folder with the ground truth.",
         )
     return masks
 

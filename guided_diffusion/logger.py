@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.files import INTACT, make_folder, whole, writing
+from guided_diffusion.files import INTACT, atomic_write, make_folder, writing
 
 Pixels = NDArray[np.uint8]
 Values = dict[str, Any]
@@ -59,7 +59,7 @@ class Logger:
             self.log(table(values))
         if values and self.folder:
             table_path = self.folder / "progress.csv"
-            with writing(table_path, mend=INTACT):
+            with writing(table_path, hint=INTACT):
                 append_row(table_path, values)
             _append_line(self.folder / "progress.json", json.dumps(values))
         for sink in self.sinks if values else ():
@@ -135,12 +135,15 @@ def append_row(path: Path, values: Values) -> None:
             with path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, names).writerow(values)
             return
-    with whole(path, mend=INTACT) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path, hint=INTACT) as part,
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows([*old, values])
 
 
 def _append_line(path: Path, text: str) -> None:
-    with writing(path, mend=INTACT), path.open("a", encoding="utf-8") as file:
+    with writing(path, hint=INTACT), path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -49,7 +49,7 @@ def _evenly(length: int, count: int) -> list[int]:
             "--timestep_respacing",
             found=f"{count} steps for a section of {length} trained steps",
             expected=f"between 1 and {length}",
-            mend="Ask for fewer steps, or for fewer sections.",
+            hint="Ask for fewer steps, or for fewer sections.",
         )
     stride = (length - 1) / (count - 1) if count > 1 else 1.0
     return [round(at) for at in accumulate([stride] * (count - 1), initial=0.0)]
@@ -63,7 +63,7 @@ def _constant_stride(steps: int, count: int) -> set[int]:
         "--timestep_respacing",
         found=f"ddim{count}",
         expected=f"a count that a constant stride through {steps} steps can give",
-        mend=f"Use --timestep_respacing {count} for uneven strides.",
+        hint=f"Use --timestep_respacing {count} for uneven strides.",
     )
 
 
@@ -73,6 +73,6 @@ def _count(text: str, spec: str) -> int:
             "--timestep_respacing",
             found=repr(spec),
             expected="counts such as 50 or 10,20,30, or ddim50",
-            mend="Separate whole numbers by commas.",
+            hint="Separate whole numbers by commas.",
         )
     return int(text)

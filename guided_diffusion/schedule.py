@@ -55,7 +55,7 @@ def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
             1.
     """
     if steps < 1:
-        raise UserError("--diffusion_steps", found=steps, expected="at least 1", mend="Try 1000.")
+        raise UserError("--diffusion_steps", found=steps, expected="at least 1", hint="Try 1000.")
     if name == "linear":
         scale = 1000 / steps
         betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
@@ -67,14 +67,14 @@ def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
             "--noise_schedule",
             found=name,
             expected=" or ".join(SCHEDULES),
-            mend="Choose one of them.",
+            hint="Choose one of them.",
         )
     if name == "linear" and steps <= 20:
         raise UserError(
             "--diffusion_steps",
             found=f"{steps} with the linear schedule, whose last beta is then {20 / steps:.3g}",
             expected="at least 21, for a beta is a variance below 1",
-            mend="Train with more steps or with --noise_schedule cosine; to sample in few steps, "
+            hint="Train with more steps or with --noise_schedule cosine; to sample in few steps, "
             "use --steps on a model trained with many.",
         )
     return betas

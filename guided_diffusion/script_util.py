@@ -79,7 +79,7 @@ def create_model(
             "--version",
             found=network.version,
             expected="plain, for the others are made to segment an image given as condition",
-            mend="Leave --version away.",
+            hint="Leave --version away.",
         )
     mask_channels = network.in_ch if of_images else count_masks(classes)
     multipliers, attention_ds = channel_multipliers(network), _attention_ds(network)
@@ -125,7 +125,7 @@ def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
             "--classifier_width",
             found=options.classifier_width,
             expected="a multiple of 32 (32 groups are normalised)",
-            mend="Use 32, 64, 96 or 128.",
+            hint="Use 32, 64, 96 or 128.",
         )
     network = NetworkOptions(
         image_size=options.image_size,
@@ -168,7 +168,7 @@ def create_gaussian_diffusion(
             "--timestep_respacing",
             found=f"{len(kept)} trained time",
             expected="at least 2, for the variational bound compares neighbours",
-            mend="Train on more times, or without --learn_sigma and --use_kl.",
+            hint="Train on more times, or without --learn_sigma and --use_kl.",
         )
     return GaussianDiffusion(
         schedule=schedule,
@@ -192,14 +192,14 @@ def _coarse_loss(wanted: str, version: str) -> str:
             "--coarse_loss",
             found=wanted,
             expected="auto or none, for the plain network has no coarse mask",
-            mend="Leave --coarse_loss away, or choose another --version.",
+            hint="Leave --coarse_loss away, or choose another --version.",
         )
     return _COARSE_LOSS[version] if wanted == "auto" else wanted
 
 
 def _refuse_opposites(options: DiffusionOptions) -> None:
     """Raise a UserError for two flags of which only one can hold."""
-    for one, other, mend in (
+    for one, other, hint in (
         ("predict_v", "predict_xstart", "Predict either v or the clean mask."),
         ("min_snr_gamma", "use_kl", "The bound has its own weights: leave one of the two away."),
     ):
@@ -208,7 +208,7 @@ def _refuse_opposites(options: DiffusionOptions) -> None:
                 f"--{one}",
                 found=f"{getattr(options, one)} with --{other} {getattr(options, other)}",
                 expected="only one of the two",
-                mend=mend,
+                hint=hint,
             )
 
 
@@ -226,7 +226,7 @@ def channel_multipliers(network: NetworkOptions) -> list[float]:
             "--image_size",
             found=network.image_size,
             expected=f"a multiple of {step}, for the network halves it {halvings} times",
-            mend=f"Use --image_size {nearest}{fewer}.",
+            hint=f"Use --image_size {nearest}{fewer}.",
         )
     for width in (network.num_channels * factor for factor in mult):
         if width % 32 or width < 32:
@@ -234,7 +234,7 @@ def channel_multipliers(network: NetworkOptions) -> list[float]:
                 "--num_channels",
                 found=f"{network.num_channels}, which makes a level {width:g} channels wide",
                 expected="every level's width to be a multiple of 32 (32 groups are normalised)",
-                mend="Use --num_channels 32, 64, 96 or 128.",
+                hint="Use --num_channels 32, 64, 96 or 128.",
             )
     return mult
 
@@ -253,7 +253,7 @@ def refuse_uneven_crop(network: NetworkOptions, size: tuple[int, int]) -> None:
             "--crop",
             found=f"images of {size[0]} x {size[1]} once they are cropped",
             expected=f"multiples of {step}, for the network halves them",
-            mend="Use --crop none, which resizes them to --image_size.",
+            hint="Use --crop none, which resizes them to --image_size.",
         )
 
 
@@ -265,7 +265,7 @@ def _attention_ds(network: NetworkOptions) -> set[int]:
             "--attention_resolutions",
             found=network.attention_resolutions,
             expected="sizes of feature maps, 1 or more",
-            mend="Write for example --attention_resolutions 16,8.",
+            hint="Write for example --attention_resolutions 16,8.",
         )
     return {network.image_size // resolution for resolution in resolutions}
 
@@ -281,7 +281,7 @@ def _refuse_uneven_heads(network: NetworkOptions, width: int) -> None:
                 f"--{name}",
                 found=value,
                 expected=f"a divisor of {width}, the channels of a level with attention",
-                mend=f"Leave --{name} away, or use a power of 2 up to 32.",
+                hint=f"Leave --{name} away, or use a power of 2 up to 32.",
             )
 
 
@@ -289,12 +289,12 @@ def _mask_range(text: str) -> tuple[float, float]:
     values = numbers("mask_range", text, float)
     if len(values) != 2 or not -math.inf < values[0] < values[1] < math.inf:
         raise UserError(
-            "--mask_range", found=text, expected="two rising numbers", mend="Use 0,1 or -1,1."
+            "--mask_range", found=text, expected="two rising numbers", hint="Use 0,1 or -1,1."
         )
     return values[0], values[1]
 
 
-def million(net: torch.nn.Module) -> str:
+def parameter_count(net: torch.nn.Module) -> str:
     """Say how large a network is."""
     return (
         f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} million parameters"
@@ -313,14 +313,14 @@ def network_for(
             found=f"a network of {flags['in_ch']} input channels",
             expected=f"{expected}: {dataset.channels} of the images in {dataset.directory} "
             f"and {'the noisy mask' if masks == 1 else f'{masks} noisy masks'}",
-            mend="Use data with the channels of training." if path else "Leave --in_ch away.",
+            hint="Use data with the channels of training." if path else "Leave --in_ch away.",
         )
     if flags.get("class_cond"):
         raise UserError(
             "--class_cond",
             found="True",
             expected="False",
-            mend="Segmentation has no class labels to condition on.",
+            hint="Segmentation has no class labels to condition on.",
         )
     return fill(NetworkOptions, {**flags, "in_ch": expected})
 

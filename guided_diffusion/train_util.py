@@ -27,22 +27,22 @@ from guided_diffusion.checkpoint import (
     step_of,
 )
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import Batch, Lesson, masks_of_images, mix, stream
+from guided_diffusion.data.batches import Batch, TrainingBatch, mix, prepare_masks, training_batches
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import (
-    agreed,
+    all_gather,
+    all_gather_object,
+    any_rank,
     autocast,
     barrier,
-    beside,
     compiling,
-    everyones,
-    gathered,
     launched,
     memory_gib,
+    no_sync,
     rank,
-    shared,
-    unsynchronised,
+    side_stream,
     world_size,
+    wrap_ddp,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import Background
@@ -96,11 +96,11 @@ class TrainLoop:
         watch: WatchOptions | None = None,
         validate: Validate | None = None,
         after_save: Callable[[], object] = bool,
-        lesson: Callable[[Batch], Lesson] = masks_of_images,
+        lesson: Callable[[Batch], TrainingBatch] = prepare_masks,
         losses: Losses | None = None,
     ) -> None:
         self.net = net
-        self.whole = shared(net if losses else _Whole(net))
+        self.whole = wrap_ddp(net if losses else _Whole(net))
         self.lesson = lesson
         self.losses = losses
         self.diffusion = diffusion
@@ -185,15 +185,15 @@ class TrainLoop:
         Raises:
             UserError: not all processes start at the same step.
         """
-        starts = gathered(torch.tensor([self.step])).tolist()
+        starts = all_gather(torch.tensor([self.step])).tolist()
         if len(set(starts)) > 1:
             raise UserError(
                 "--out_dir",
                 found=f"{self.folder}, from which the processes continue at steps {starts}",
                 expected="one folder that all nodes share",
-                mend="Put it on a file system that every node sees.",
+                hint="Put it on a file system that every node sees.",
             )
-        batches = stream(
+        batches = training_batches(
             self.dataset,
             self.options.batch_size,
             seed=self.run.seed,
@@ -208,7 +208,7 @@ class TrainLoop:
         bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
         with StopSignal(echo=ECHO if launched() else 0.0) as stop:
             with bar as progress:
-                while not agreed(bool(stop.wanted)) and (not total or self.step < total):
+                while not any_rank(bool(stop.wanted)) and (not total or self.step < total):
                     batch, compiles = next(batches), self.run.compile and self.step == start
                     with compiling(compiles):
                         loss = self.run_step(batch)
@@ -223,7 +223,7 @@ class TrainLoop:
                         self.save(best=better)
                     elif better:
                         self.save(best=True, numbered=False)
-                    if self.watch.patience and agreed(self._no_longer_better()):
+                    if self.watch.patience and any_rank(self._no_longer_better()):
                         break
             if stop.wanted:
                 logger.log(f"stopped by {stop.wanted} at step {self.step}; --resume auto continues")
@@ -278,7 +278,7 @@ class TrainLoop:
         for rows in parts:
             chosen = rows.to(self.device)
             last = rows is parts[-1]
-            with autocast(self.device, self.run.precision), unsynchronised(self.whole, not last):
+            with autocast(self.device, self.run.precision), no_sync(self.whole, not last):
                 terms = scored_by(
                     self.whole,
                     x0[chosen],
@@ -296,7 +296,7 @@ class TrainLoop:
             losses.append(terms["loss"])
             self.log.losses(t[rows], terms)
         if self.schedule_sampler.learns:
-            self.schedule_sampler.update(gathered(positions), gathered(torch.cat(losses)))
+            self.schedule_sampler.update(all_gather(positions), all_gather(torch.cat(losses)))
         return total
 
     def _draw(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,9 +331,9 @@ class TrainLoop:
             raise UserError(
                 f"step {self.step}",
                 found=f"a gradient that is not finite, {self.bad_steps} times in a row, last for "
-                f"the cases {', '.join(chain(*everyones(batch.names)))}",
+                f"the cases {', '.join(chain(*all_gather_object(batch.names)))}",
                 expected="finite losses",
-                mend="Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py "
+                hint="Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py "
                 "looks at the images. The last checkpoint is intact.",
             )
         return False
@@ -363,7 +363,7 @@ class TrainLoop:
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
                 training=copied(training),
             )
-            reading = beside(self.device)
+            reading = side_stream(self.device)
             drop = self._surplus(path) if numbered else []
 
             def write() -> None:
@@ -400,7 +400,7 @@ class TrainLoop:
         slowest = self.averages[max(self.averages, key=float)]
         score = self.validate(slowest.state_dict(), self.step) if self.validate else None
         if score is None:
-            return agreed(False)
+            return any_rank(False)
         first = score._fields[0]
         better = score[0] > self.best.get(first, -1.0)
         if better:
@@ -412,7 +412,7 @@ class TrainLoop:
             logger.logkv(f"val_{name}", value)
         with progress.external_write_mode(sys.stdout):
             logger.dumpkvs()
-        return agreed(better)
+        return any_rank(better)
 
     def _no_longer_better(self) -> bool:
         """Whether ``patience`` validations in a row brought nothing, in the first process."""
@@ -439,7 +439,7 @@ class TrainLoop:
         logger.logkv("samples", self.step * self.options.batch_size * world_size())
         logger.logkv("lr", self.optimizer.param_groups[0]["lr"])
         logger.logkv("memory_gib", memory_gib(self.device))
-        means = self.log.means(self.parameters, gathered)
+        means = self.log.means(self.parameters, all_gather)
         for name, value in means.items():
             logger.logkv(name, value)
         if self.last_step and "steps_per_s" in means:

@@ -47,7 +47,7 @@ def cut(args: argparse.Namespace) -> None:
         blank_slices=args.blank_slices == "True",
         normalise=args.normalise,
     )
-    plan = slicing.Plan(reading, dtype=args.dtype, train=args.train, seed=args.seed)
+    plan = slicing.SlicingPlan(reading, dtype=args.dtype, train=args.train, seed=args.seed)
     dataset = slicing.open_volumes(args.src, reading)
     jobs = slicing.plan_jobs(dataset, args.out, plan)
     slicing.sweep(args.out)

@@ -89,7 +89,7 @@ def refuse_occupied(out: Path) -> None:
             f"--out {out}",
             found=", ".join(found[:3]) + (" ..." if len(found) > 3 else ""),
             expected="a new or empty folder",
-            mend="Name another folder or empty this one.",
+            hint="Name another folder or empty this one.",
         )
 
 

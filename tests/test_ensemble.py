@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from guided_diffusion.ensemble import (
     FUSIONS,
-    MEASURES,
+    UNCERTAINTIES,
     disagreement,
     entropy,
     mean,
@@ -176,10 +176,10 @@ def test_variance_and_entropy_by_hand():
     assert float(quarter) == pytest.approx(2 - 0.75 * math.log2(3))
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", UNCERTAINTIES)
 @given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_measures_keep_to_their_range(name, rows):
-    measure, members = MEASURES[name], raters(*rows)
+    measure, members = UNCERTAINTIES[name], raters(*rows)
     values = measure.rule(members)
     assert bool((values >= 0).all()) and bool((values <= measure.most).all())
     torch.testing.assert_close(values, measure.rule(members.flip(0)))

@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.data.batches import stream
-from guided_diffusion.data.datasets import Frame, Framed, SegmentationDataset
+from guided_diffusion.data.batches import training_batches
+from guided_diffusion.data.datasets import Frame, ResizedDataset, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
 
@@ -365,7 +365,7 @@ def test_refused_in_one_line_that_names_the_file(
 
 def read_all(dataset: SegmentationDataset) -> list[int]:
     """The foreground pixels of every case, by the network's eyes."""
-    framed = Framed(dataset, Frame(24))
+    framed = ResizedDataset(dataset, Frame(24))
     cases = [framed[index] for index in range(len(framed))]
     for case in cases:
         assert case.image.isfinite().all() and case.mask is not None
@@ -519,7 +519,9 @@ def test_what_breaks_while_the_run_goes_on_is_one_message(
 ) -> None:
     for stem in "abcd":
         pair(tmp_path, stem)
-    batches = stream(Framed(open_dataset(tmp_path), Frame(16)), 1, seed=0, workers=workers)
+    batches = training_batches(
+        ResizedDataset(open_dataset(tmp_path), Frame(16)), 1, seed=0, workers=workers
+    )
     assert isinstance(next(batches).image, torch.Tensor)
     for path in (tmp_path / "images").iterdir():
         damage(path)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoint import LATEST, Checkpoint, load_checkpoint, save_checkpoint
-from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.segmenter import Draws, Segmenter
 
 FEW = ("--steps", 2, "--num_ensemble", 2)
@@ -230,7 +230,7 @@ def test_seeds_and_steps_change_masks(trained: Path, brats: Path, tmp_path: Path
 # ------------------------------------------------------------------------------ samplers
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Plan:
+def planned(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> SamplingPlan:
     """Run the sampling script with a network that is never asked, and return its plan."""
     plans = []
 

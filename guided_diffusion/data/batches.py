@@ -43,7 +43,7 @@ def collate(cases: Sequence[Case]) -> Batch:
                 f"case {case.name}",
                 found=f"{size_text(case.image)} for the network",
                 expected=f"{size_text(first.image)} as case {first.name}",
-                mend="A crop needs pictures of one size: pass --crop none to resize them instead.",
+                hint="A crop needs pictures of one size: pass --crop none to resize them instead.",
             )
     masks = [case.mask for case in cases if case.mask is not None]
     labels = [case.label for case in cases if case.label is not None]
@@ -55,7 +55,7 @@ def collate(cases: Sequence[Case]) -> Batch:
     )
 
 
-class Lesson(NamedTuple):
+class TrainingBatch(NamedTuple):
     """What a batch teaches: ``x0`` [B, K, H, W] in [0, 1] under a ``condition`` [B, C, H, W].
 
     ``y``: class labels int64 [B] of what is class-conditional.
@@ -66,24 +66,24 @@ class Lesson(NamedTuple):
     y: Tensor | None = None
 
 
-def masks_of_images(batch: Batch) -> Lesson:
+def prepare_masks(batch: Batch) -> TrainingBatch:
     """Segmentation: masks are diffused, and images are their condition."""
     if batch.mask is None:
         raise ValueError("a training batch needs masks")
-    return Lesson(batch.mask, batch.image)
+    return TrainingBatch(batch.mask, batch.image)
 
 
-def images_alone(batch: Batch) -> Lesson:
+def prepare_images(batch: Batch) -> TrainingBatch:
     """Generation: images are diffused, and nothing is their condition."""
-    return Lesson(batch.image, batch.image[:, :0])
+    return TrainingBatch(batch.image, batch.image[:, :0])
 
 
-def labelled_images(batch: Batch) -> Lesson:
+def prepare_labelled_images(batch: Batch) -> TrainingBatch:
     """Generation by class, and classification."""
-    return Lesson(batch.image, batch.image[:, :0], batch.label)
+    return TrainingBatch(batch.image, batch.image[:, :0], batch.label)
 
 
-def stream(
+def training_batches(
     dataset: Dataset[Case],
     batch_size: int,
     *,

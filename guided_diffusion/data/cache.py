@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from guided_diffusion.data.datasets import Case, Framed
+from guided_diffusion.data.datasets import Case, ResizedDataset
 
 GIB = 2**30
 
 
-class Remembered(Dataset[Case]):
+class CachedDataset(Dataset[Case]):
     """A framed data set that decodes each case once, as far as ``most_bytes`` on disk allow.
 
     Cases come back bit for bit, without their affine, which training has no use for. The room is
@@ -37,7 +37,7 @@ class Remembered(Dataset[Case]):
     """
 
     def __init__(
-        self, dataset: Framed, *, most_bytes: int = 2 * GIB, directory: Path | None = None
+        self, dataset: ResizedDataset, *, most_bytes: int = 2 * GIB, directory: Path | None = None
     ) -> None:
         self.dataset = dataset
         self.most_bytes = most_bytes

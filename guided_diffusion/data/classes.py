@@ -92,7 +92,7 @@ class Classes:
                 source,
                 found=f"fractional labels from {values.min():g} to {values.max():g}",
                 expected=f"whole numbers, of {FLAG} {self}",
-                mend="Was an image given as the mask, or the label map interpolated?",
+                hint="Was an image given as the mask, or the label map interpolated?",
             )
         self._require_declared({int(value) for value in found}, source)
         return np.stack([np.isin(stored, labels) for labels in self.labels]).astype(np.float32)
@@ -105,7 +105,7 @@ class Classes:
                 source,
                 found=f"label {', '.join(map(str, strange[:5]))}, which no class declares",
                 expected=f"0 or a label of {FLAG} {self}",
-                mend=f"Give it a class, as in {FLAG} {self},{strange[0]}, or add it to one, as in "
+                hint=f"Give it a class, as in {FLAG} {self},{strange[0]}, or add it to one, as in "
                 f"{FLAG} {self.names[0]}={'+'.join(map(str, (*self.labels[0], strange[0])))},...",
             )
         if len(found & set(self.either)) > 1:
@@ -113,7 +113,7 @@ class Classes:
                 source,
                 found=f"the labels {' and '.join(map(str, sorted(self.either)))} together",
                 expected="one of them, the enhancing tumour",
-                mend=f"Write the regions out, as in {FLAG} WT=1+2+3,TC=1+3,ET=3,cavity=4.",
+                hint=f"Write the regions out, as in {FLAG} WT=1+2+3,TC=1+3,ET=3,cavity=4.",
             )
 
     def masks(self, soft: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -151,7 +151,7 @@ def find_classes(text: str) -> Classes | None:
     twice = [name for name in names if [n.lower() for n in names].count(name.lower()) > 1]
     same = [one for one, two in combinations(map(set, labels), 2) if one == two]
     if twice or same:
-        raise _unreadable(text, f"{twice[0]} twice" if twice else f"{_plus(same[0])} twice")
+        raise _invalid_classes(text, f"{twice[0]} twice" if twice else f"{_plus(same[0])} twice")
     if not any(BRATS.get(name) == own for name, own in pairs):
         return Classes(names, labels)
     known = {label for own in labels for label in own}
@@ -165,22 +165,22 @@ def _read_item(item: str, text: str) -> tuple[str, tuple[int, ...]]:
         return item.upper(), BRATS[item.upper()]
     match = _ITEM.fullmatch(item)
     if match is None:
-        raise _unreadable(text, repr(item))
+        raise _invalid_classes(text, repr(item))
     labels = tuple(int(label) for label in match["labels"].split("+"))
     if not all(0 < label <= MOST for label in labels) or len(set(labels)) < len(labels):
-        raise _unreadable(text, repr(item))
+        raise _invalid_classes(text, repr(item))
     if match["name"] is None and len(labels) > 1:
-        raise _unreadable(text, f"{item!r}, a class without a name")
+        raise _invalid_classes(text, f"{item!r}, a class without a name")
     return match["name"] or str(labels[0]), labels
 
 
-def _unreadable(text: str, found: str) -> UserError:
+def _invalid_classes(text: str, found: str) -> UserError:
     return UserError(
         FLAG,
         found=f"{found} in {text!r}",
         expected=f"labels from 1 to {MOST}, the regions {', '.join(BRATS)}, or named sums of "
         "labels, each once, separated by commas",
-        mend=f"Write for example {FLAG} 1,2,4 or {FLAG} WT,TC,ET or {FLAG} core=1+4,oedema=2.",
+        hint=f"Write for example {FLAG} 1,2,4 or {FLAG} WT,TC,ET or {FLAG} core=1+4,oedema=2.",
     )
 
 
@@ -221,7 +221,7 @@ def recorded_classes(folder: Path) -> Classes | None:
             path,
             found=f"a record that cannot be read ({error})",
             expected="the classes that sampling noted",
-            mend="Sample again, or remove the file and name the classes with " + FLAG + ".",
+            hint="Sample again, or remove the file and name the classes with " + FLAG + ".",
         ) from error
 
 

@@ -3,7 +3,7 @@
 The contract comes first: :class:`Case` (one picture with its mask), :class:`Entry` (the files
 behind it) and :class:`SegmentationDataset`, which the loaders of the floor above fill, one layout
 each. Then :class:`Frame`, the one place where pictures and masks are cropped or resized and
-brought back. Called by the loaders, by training (through :class:`Framed`) and by prediction
+brought back. Called by the loaders, by training (through :class:`ResizedDataset`) and by prediction
 (:meth:`Frame.restore`).
 """
 
@@ -187,7 +187,7 @@ def _require_unique(directory: Path, sorted_names: Sequence[str]) -> None:
             directory,
             found=f"more than one case with the id {listing(twice)}",
             expected="one case per id",
-            mend="Rename one of the files, or move it to another folder.",
+            hint="Rename one of the files, or move it to another folder.",
             cases=twice,
         )
         refuse(error)
@@ -199,14 +199,14 @@ def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: i
             entry.images[0],
             found=f"{image.shape[0]} image channels",
             expected=f"{channels} as in the rest of the set",
-            mend="Convert the picture, or remove it from the set.",
+            hint="Convert the picture, or remove it from the set.",
         )
     if mask is not None and mask.shape[-2:] != image.shape[-2:]:
         raise UserError(
             entry.mask,
             found=f"a mask of {size_text(mask)} for an image of {size_text(image)}",
             expected=f"the size of its image {entry.images[0]}",
-            mend="Export image and mask at the same size.",
+            hint="Export image and mask at the same size.",
         )
 
 
@@ -228,7 +228,7 @@ class Frame:
                 "--image_size / --crop",
                 found=f"image_size {self.image_size}, crop {self.crop}",
                 expected="a positive size and a crop of 0 or more pixels",
-                mend="Give a size such as --image_size 256.",
+                hint="Give a size such as --image_size 256.",
             )
 
     def fit_image(self, image: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class Frame:
                 "--crop",
                 found=f"a map of {size_text(soft)} for a picture of {size[0]} x {size[1]}",
                 expected=f"a picture {border} pixels larger than the map on both axes",
-                mend="Use the crop that the checkpoint was trained with.",
+                hint="Use the crop that the checkpoint was trained with.",
             )
         return functional.pad(soft, (self.crop,) * 4)
 
@@ -281,7 +281,7 @@ class Frame:
                 "--crop",
                 found=f"a picture of {height} x {width}",
                 expected=f"more than {2 * self.crop} pixels on both axes",
-                mend="Pass --crop none to resize instead.",
+                hint="Pass --crop none to resize instead.",
             )
         return image[..., self.crop : height - self.crop, self.crop : width - self.crop]
 
@@ -305,7 +305,7 @@ def auto_frame(
     """
     if crop not in CROPS:
         raise UserError(
-            "--crop", found=repr(crop), expected=f"one of {', '.join(CROPS)}", mend="Pick one."
+            "--crop", found=repr(crop), expected=f"one of {', '.join(CROPS)}", hint="Pick one."
         )
     as_wolleb = (
         layout == "BRATS"
@@ -317,7 +317,7 @@ def auto_frame(
     return Frame(image_size, WOLLEB_CROP if cropped else 0)
 
 
-class Framed(Dataset[Case]):
+class ResizedDataset(Dataset[Case]):
     """A data set seen through a frame: every case at the network's size, its mask in {0, 1}.
 
     Where two classes that exclude each other cover half of a pixel each, the first one has it.

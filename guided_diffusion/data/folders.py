@@ -32,7 +32,7 @@ def open_folder(directory: str | os.PathLike[str]) -> Path:
         folder,
         found="a file" if folder.exists() else "nothing there",
         expected="a folder of images and masks",
-        mend="Pass the folder that holds the data set.",
+        hint="Pass the folder that holds the data set.",
     )
 
 
@@ -46,14 +46,14 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
     pending = [os.fspath(directory)]
     while pending:
         root = pending.pop()
-        folders, files, place = _listed(root)
+        folders, files, place = _folder_contents(root)
         if place not in seen:
             seen.add(place)
             yield Path(root), files
             pending += [f"{root}/{name}" for name in reversed(folders)]
 
 
-def _listed(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
+def _folder_contents(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
     """The visible folders and files in a folder, sorted, and which folder of the disk it is."""
     folders: list[str] = []
     files: list[str] = []
@@ -68,7 +68,7 @@ def _listed(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
             root,
             found=f"a folder that cannot be listed ({error.strerror})",
             expected="a readable folder",
-            mend="Change its permissions, or move it out of the data set.",
+            hint="Change its permissions, or move it out of the data set.",
         ) from error
     return sorted(folders), sorted(files), (stat.st_dev, stat.st_ino)
 
@@ -164,7 +164,7 @@ def image_files(folder: Path) -> dict[str, Path]:
                 folder,
                 found=f"{found[stem].name} and {name}",
                 expected="one file per stem",
-                mend="Rename or remove one of them.",
+                hint="Rename or remove one of them.",
             )
             refuse(error)
         found[stem] = folder / name

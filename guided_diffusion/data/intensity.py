@@ -62,7 +62,7 @@ def normalised(values: Array, levels: Levels, how: str) -> Array:
         "--normalise",
         found=repr(how),
         expected=f"one of {', '.join(NORMALISATIONS)}",
-        mend="Leave it out for the layout's own.",
+        hint="Leave it out for the layout's own.",
     )
 
 

@@ -47,7 +47,7 @@ def unreadable(path: Path, error: BaseException, kind: str) -> UserError:
         path,
         found=f"a file that cannot be read ({why})",
         expected=f"a {kind}",
-        mend="Restore it from the source, or take the case out of the set.",
+        hint="Restore it from the source, or take the case out of the set.",
     )
 
 
@@ -110,7 +110,7 @@ def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
             path,
             found=f"a volume of {' x '.join(map(str, values.shape))}",
             expected="a two-dimensional slice",
-            mend="Cut volumes into slices; whole volumes are read in the BRATS layout only.",
+            hint="Cut volumes into slices; whole volumes are read in the BRATS layout only.",
         )
     return values, affine
 
@@ -128,7 +128,7 @@ def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Pa
             path,
             found=f"an affine of other axes or spacing ({codes})",
             expected=f"the axes and spacing of {other.name} ({wanted_codes})",
-            mend="Resample all files of a case onto one grid.",
+            hint="Resample all files of a case onto one grid.",
         )
 
 
@@ -142,7 +142,7 @@ def label_mask(path: Path, values: Array) -> Array:
         path,
         found=f"fractional labels from {values.min():g} to {values.max():g}",
         expected="whole label numbers, or a soft mask in [0, 1]",
-        mend="Was an image given as the mask, or the label map interpolated?",
+        hint="Was an image given as the mask, or the label map interpolated?",
     )
 
 
@@ -198,7 +198,7 @@ def _require_opaque(path: Path, picture: Image.Image) -> None:
                 path,
                 found="a mask with transparent and opaque parts",
                 expected="a mask that is told by its grey values",
-                mend="Save it in black and white, without an alpha channel.",
+                hint="Save it in black and white, without an alpha channel.",
             )
 
 
@@ -209,7 +209,7 @@ def _require_lossless(path: Path, picture: Image.Image, values: Array) -> None:
             path,
             found=f"a JPEG mask whose brightest value is {round(values.max() * 255)}",
             expected="white for the foreground in a JPEG",
-            mend="Save label maps as PNG.",
+            hint="Save label maps as PNG.",
         )
 
 
@@ -278,7 +278,7 @@ def _decoded(path: Path) -> Image.Image:
                 path,
                 found="a file of several pictures",
                 expected="one picture per file",
-                mend="Split it into single pictures.",
+                hint="Split it into single pictures.",
             )
         try:
             picture.load()
@@ -308,7 +308,7 @@ def _levels(path: Path, picture: Image.Image) -> Array:
             path,
             found=f"values from {values.min():g} to {values.max():g}",
             expected=f"values from 0 to {white}",
-            mend="Scale the picture, or store it with 8 or 16 bits.",
+            hint="Scale the picture, or store it with 8 or 16 bits.",
         )
     return np.asarray(values / np.float32(white), dtype=np.float32)
 
@@ -320,7 +320,7 @@ def _one_channel(path: Path, values: Array, expected: str) -> Array:
             path,
             found="a coloured picture",
             expected=expected,
-            mend="Convert it, or check that images and masks were not swapped.",
+            hint="Convert it, or check that images and masks were not swapped.",
         )
     return np.ascontiguousarray(values[..., 0])
 
@@ -331,5 +331,5 @@ def _require_finite(path: Path, values: Array) -> None:
             path,
             found="NaN or infinite values" if values.size else "no pixels",
             expected="finite numbers",
-            mend="Repair the file, or take the case out of the set.",
+            hint="Repair the file, or take the case out of the set.",
         )

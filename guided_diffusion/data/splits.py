@@ -34,7 +34,7 @@ def read_split(path: str | Path) -> dict[str, str]:
             file,
             found=f"a split that cannot be read ({error})",
             expected="a text file in UTF-8",
-            mend="Check the path given to --split.",
+            hint="Check the path given to --split.",
         ) from error
 
     parts: dict[str, str] = {}
@@ -54,7 +54,7 @@ def _read_line(place: str, text: str) -> tuple[str, str]:
             place,
             found=repr(text),
             expected=f"'<case or patient id> <part>' with a part of {', '.join(PARTS)}",
-            mend="Correct the line.",
+            hint="Correct the line.",
         )
     return name.strip(), part
 
@@ -73,7 +73,7 @@ def part_of_cases(dataset: SegmentationDataset, path: str | Path) -> list[str]:
             path,
             found=f"ids that {dataset.directory} does not have: {listing(sorted(strangers))}",
             expected=f"cases or patients of the folder, such as {listing(ids[0], most=2)}",
-            mend="Correct the ids, or pass the folder that the split was made for.",
+            hint="Correct the ids, or pass the folder that the split was made for.",
             cases=strangers,
         )
         refuse(error)
@@ -98,7 +98,7 @@ def _require_one_side(path: Path, who: str, sides: set[str]) -> None:
             path,
             found=f"{who} in {' and in '.join(sorted(sides))}",
             expected="every case and every patient on one side only",
-            mend="Keep all cases of a patient in one part.",
+            hint="Keep all cases of a patient in one part.",
         )
         refuse(error)
 
@@ -120,7 +120,7 @@ def narrowed(dataset: SegmentationDataset, path: str | Path, part: str) -> Segme
             path,
             found=f"no case for {part}",
             expected=f"lines that end in {part}",
-            mend=f"Name the cases or patients of {part}.",
+            hint=f"Name the cases or patients of {part}.",
         )
     nowhere = parts.count("")
     unnamed = f"; {nowhere} cases are in no part" if nowhere else ""

@@ -147,7 +147,7 @@ def part_folder(src_dir: str | Path, part: str) -> Path:
         "--src_dir",
         found=f"no folder {' or '.join(PARTS[part])} in {folder}",
         expected="training/ and validate/ (or validation/), each with normal/ and tumor/",
-        mend="Pass the folder above training/.",
+        hint="Pass the folder above training/.",
     )
 
 
@@ -159,7 +159,7 @@ def require_both(dataset: LabelledImages) -> None:
                 dataset.directory / name,
                 found="no image",
                 expected="pictures or NIfTI slices of this class",
-                mend="Both classes need images to train on: one alone tells nothing.",
+                hint="Both classes need images to train on: one alone tells nothing.",
             )
 
 
@@ -171,7 +171,7 @@ def _classified(folder: Path) -> dict[str, dict[str, Path]]:
             folder,
             found="no image in normal/ or tumor/",
             expected="normal/ and tumor/ with the images of either class",
-            mend="Sort the images into the two folders.",
+            hint="Sort the images into the two folders.",
         )
     return {name: pictures.get(name, {}) for name in CLASSES}
 
@@ -183,7 +183,7 @@ def _require_images(folder: Path, masks: dict[str, Path], tumours: dict[str, Pat
             folder / "seg",
             found=f"{len(lonely)} masks without an image in tumor/: {listing(lonely)}",
             expected="masks with the stems of tumour images",
-            mend="Rename the files so that each mask has its image's stem, or remove the masks.",
+            hint="Rename the files so that each mask has its image's stem, or remove the masks.",
             cases=lonely,
         )
         refuse(error)
@@ -196,7 +196,7 @@ def _require_masks(folder: Path, masks: dict[str, Path], tumours: dict[str, Path
             folder / "tumor",
             found=f"{len(lonely)} images without a mask in seg/: {listing(lonely)}",
             expected="a mask for every tumour, to train on masks",
-            mend="Add the masks; training on labels alone (train_tumor_ddfm.py) needs none.",
+            hint="Add the masks; training on labels alone (train_tumor_ddfm.py) needs none.",
             cases=lonely,
         )
         refuse(error)
@@ -282,7 +282,7 @@ def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
             "--fold",
             found=fold,
             expected=f"0 to {len(splits) - 1}, the folds of {path}",
-            mend="Leave --fold away for the first.",
+            hint="Leave --fold away for the first.",
         ) from error
     except (*UNREADABLE, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
         raise unreadable(
@@ -293,7 +293,7 @@ def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
             path,
             found=f"no file for {' and '.join(parts)} in fold {fold}",
             expected="names of .npy files",
-            mend="Choose another --fold.",
+            hint="Choose another --fold.",
         )
     return names
 
@@ -307,7 +307,7 @@ def _found_files(folder: Path, names: Iterable[str]) -> list[Path]:
             folder,
             found=f"no file {listing(missing)}",
             expected="every file that splits.pkl names",
-            mend="Check --src_dir and --data_folder.",
+            hint="Check --src_dir and --data_folder.",
         )
     return [found[name] for name in sorted({Path(name).name for name in wanted})]
 
@@ -322,7 +322,7 @@ def _read_array(path: Path) -> np.ndarray:
             path,
             found=f"an array of shape {values.shape}",
             expected="[slices, 2, H, W]: images and label maps",
-            mend="Restore it from the source, or take it out of splits.pkl.",
+            hint="Restore it from the source, or take it out of splits.pkl.",
         )
     return values
 

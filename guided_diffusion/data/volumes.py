@@ -36,7 +36,7 @@ from guided_diffusion.data.readers import (
     unreadable,
 )
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import make_folder, whole
+from guided_diffusion.files import atomic_write, make_folder
 
 MEMORY = 2**30
 Stamp = tuple[int, int]
@@ -153,7 +153,7 @@ class VolumeDataset(SegmentationDataset):
                 path,
                 found=f"a grid of {_grid_text(volume.voxels.shape)}",
                 expected=f"{_grid_text(grid.voxels.shape)} as {entry.images[0].name}",
-                mend="Export all files of a case on one grid.",
+                hint="Export all files of a case on one grid.",
             )
         require_same_axes(path, volume.affine, grid.affine, other=entry.images[0])
         with _reading(path):
@@ -188,7 +188,7 @@ def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
     own = bare.with_name(f"{bare.stem}-{os.getpid()}.nii")
     if bare != path:
         facts.unlink(missing_ok=True)
-        with whole(own, mend="Free some space, or choose another --cache_dir.") as part:
+        with atomic_write(own, hint="Free some space, or choose another --cache_dir.") as part:
             _gunzip(path, part)
             values, _ = _read_volume(part, shown=path)
         own.replace(bare)
@@ -198,7 +198,7 @@ def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
     known = {"stamp": list(stamp), "levels": measure(values), "source": str(path)}
     known["constant"] = sorted(constant_planes(values))
     written = facts.with_name(f"{facts.stem}-{os.getpid()}.json")
-    with whole(written) as part:
+    with atomic_write(written) as part:
         part.write_text(json.dumps(known), encoding="utf-8")
     written.replace(facts)
     return known
@@ -266,7 +266,7 @@ def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Ent
             "--slices",
             found=":".join("" if end is None else str(end) for end in reading.slices),
             expected=f"some of the {shape[2]} slices of {volume.images[0]}",
-            mend="Count from 0, the end left out: 80:129 leaves 49 of 155.",
+            hint="Count from 0, the end left out: 80:129 leaves 49 of 155.",
         )
     blank: frozenset[int] = frozenset()
     if not reading.blank_slices:
@@ -283,7 +283,7 @@ def require_volume(path: Path, shape: tuple[int, ...]) -> None:
             path,
             found=f"{len(shape)} axes ({_grid_text(shape)})",
             expected="a volume of three axes",
-            mend="Keep slices, volumes and time series in data sets of their own.",
+            hint="Keep slices, volumes and time series in data sets of their own.",
         )
 
 

@@ -18,7 +18,7 @@ from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset, rea
 from guided_diffusion.dist_util import rank, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter, batched
-from guided_diffusion.inference.trajectory import Film
+from guided_diffusion.inference.trajectory import Trajectory
 
 Failures = dict[str, str]
 """Why a case could not be segmented, by its name."""
@@ -61,7 +61,7 @@ def _results(
     """Segment cases together; where that fails, one by one, noting those that fail alone."""
     try:
         cases = [dataset[index] for index in indices]
-        film = Film(segmenter, cases[0].name, show=_show) if logger.watched() else None
+        film = Trajectory(segmenter, cases[0].name, show=_show) if logger.watched() else None
         results = segmenter.segment(cases, film)
     except (UserError, OSError, RuntimeError, ValueError) as error:
         results, why = [], (str(error).splitlines() or [repr(error)])[0]
@@ -75,7 +75,7 @@ def _results(
             yield from _results(segmenter, dataset, [index], failures)
 
 
-def _show(film: Film) -> None:
+def _show(film: Trajectory) -> None:
     logger.picture("sampling", film.picture(), film.calls)
 
 
@@ -85,5 +85,5 @@ def failure_of(failures: Failures) -> UserError:
         f"{len(failures)} of the cases",
         found="; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
         expected="readable cases that fit the model and its device",
-        mend="All others are finished: mend these and run the same command again.",
+        hint="All others are finished: mend these and run the same command again.",
     )

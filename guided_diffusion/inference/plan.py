@@ -21,7 +21,7 @@ from guided_diffusion.schedule import NoiseLevel
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """How masks are drawn.
 
     Attributes:
@@ -86,7 +86,7 @@ def make_plan(
     *,
     device: torch.device,
     own: bool,
-) -> Plan:
+) -> SamplingPlan:
     """Settle how masks are drawn."""
     sampler = sampler_of(options)
     clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
@@ -94,7 +94,7 @@ def make_plan(
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
         sampler += "_singlestep"
     keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
-    return Plan(
+    return SamplingPlan(
         sampler=sampler,
         levels=tuple(levels),
         options=keywords.get(sampler, {"order": options.order}),
@@ -131,7 +131,7 @@ def sampling_levels(
             "--steps" if options.steps else "--diffusion_steps",
             found=count,
             expected=f"between 1 and {total}, the number of trained times",
-            mend="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
+            hint="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
         )
     if sampler not in ("ddpm", "ddim"):
         levels = solver_levels(

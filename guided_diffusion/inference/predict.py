@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from guided_diffusion.data.datasets import Case, SegmentationDataset
-from guided_diffusion.dist_util import agreed, rank
+from guided_diffusion.dist_util import any_rank, rank
 from guided_diffusion.files import Background, make_folder
 from guided_diffusion.inference.cases import Failures, drawn, failure_of, share_of
 from guided_diffusion.inference.record import Record, note_classes, row_of, say_what_to_look_at
 from guided_diffusion.inference.rendering import area_columns, draw_strip
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter
-from guided_diffusion.inference.volume_writer import Stacks
+from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
 from guided_diffusion.report.pictures import write_picture
 
@@ -47,7 +47,7 @@ def segment(
     entries = dataset.entries[: num_samples or None]
     note_classes(out_dir, segmenter.classes)
     record = Record(out_dir, fingerprint, area_columns(segmenter.classes))
-    stacks = Stacks(out_dir, fingerprint, entries)
+    stacks = VolumeWriter(out_dir, fingerprint, entries)
     todo = [
         index
         for index, entry in enumerate(entries)
@@ -82,7 +82,7 @@ def segment(
     finally:
         writer.wait()
     record.end()
-    failed = agreed(bool(failures))
+    failed = any_rank(bool(failures))
     if rank() == 0 and not failed:
         stacks.clear()
     names = [entry.name for entry in entries]

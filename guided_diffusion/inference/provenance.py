@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import whole
+from guided_diffusion.files import atomic_write
 
 RECORD = "sampling.json"
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pillow")
@@ -67,7 +67,7 @@ def note_sampling(
         "options": dict(options),
         "versions": versions(),
     }
-    with whole(folder / RECORD) as part:
+    with atomic_write(folder / RECORD) as part:
         part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
@@ -80,7 +80,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def described(folder: Path) -> dict[str, str]:
+def describe_run(folder: Path) -> dict[str, str]:
     """What was run, as labels and texts for people: the sampling, if noted, and this scoring."""
     note = read_note(folder)
     return {

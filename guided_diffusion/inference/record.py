@@ -19,11 +19,11 @@ from guided_diffusion.data.datasets import Case, Frame
 from guided_diffusion.data.folders import listing
 from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import whole
+from guided_diffusion.files import atomic_write
 from guided_diffusion.inference.rendering import measured
 from guided_diffusion.inference.segmenter import Segmentation
 
-DOUBTFUL = 0.5
+MOST_DISAGREEMENT = 0.5
 """A mean pairwise 1 - Dice of the members above which a case is pointed out."""
 
 
@@ -33,7 +33,7 @@ def say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
     if doubtful:
         logger.log(
             f"look at {listing(doubtful)}: of their members some are empty, some cover the whole "
-            f"picture, or they disagree by more than {DOUBTFUL}"
+            f"picture, or they disagree by more than {MOST_DISAGREEMENT}"
         )
     empty = [name for name in names if name in record.rows and _is_empty(record.rows[name])]
     if empty:
@@ -49,7 +49,7 @@ def say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
 def _is_doubtful(row: dict[str, Any]) -> bool:
     some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
     full = int(row.get("full_members") or 0) > 0
-    return some_empty or full or float(row["disagreement"]) > DOUBTFUL
+    return some_empty or full or float(row["disagreement"]) > MOST_DISAGREEMENT
 
 
 def _is_empty(row: dict[str, Any]) -> bool:
@@ -134,7 +134,7 @@ class Record:
 
     def _write(self) -> None:
         """Write all rows, sorted by name; the file appears whole."""
-        with whole(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows[name] for name in sorted(self.rows))
@@ -164,7 +164,7 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
             out_dir,
             found=f"results of {_called(earlier)}",
             expected=f"a new folder, or one with results of {_called(classes)}",
-            mend="Choose another --out_dir.",
+            hint="Choose another --out_dir.",
         )
     barrier()  # every process has read what the first one now writes
     if rank():
@@ -172,7 +172,7 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
     if classes is None:
         path.unlink(missing_ok=True)
     elif earlier != classes:
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(record_text(classes) + "\n", encoding="utf-8")
 
 

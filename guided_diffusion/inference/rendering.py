@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guided_diffusion.data.classes import Classes, each
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.ensemble import MEASURES, disagreement
+from guided_diffusion.ensemble import UNCERTAINTIES, disagreement
 from guided_diffusion.inference.segmenter import Segmentation
 from guided_diffusion.report.canvas import Pixels
 from guided_diffusion.report.pictures import class_overlay, overlay, strip
@@ -37,11 +37,11 @@ def measured(result: Segmentation) -> dict[str, Any]:
         **{f"area{end}": int(masks[k].sum()) for k, end in each(result.classes)},
         "area": int(masks.any(dim=0).sum()),
         "disagreement": round(sum(apart) / len(apart), 4),
-        "uncertainty": round(float(doubt(result).mean()), 6),
+        "uncertainty": round(float(combined_uncertainty(result).mean()), 6),
     }
 
 
-def doubt(result: Segmentation) -> Tensor:
+def combined_uncertainty(result: Segmentation) -> Tensor:
     """The uncertainty [H, W]: of declared classes the largest."""
     return result.uncertainty if result.classes is None else result.uncertainty.amax(dim=0)
 
@@ -82,8 +82,8 @@ def _stretched(channel: Tensor) -> Tensor:
 
 def draw_overlay(case: Case, result: Segmentation) -> Pixels:
     """Image, truth, fused mask and uncertainty side by side, uint8 [h, w, 3]."""
-    image, unsure = case.image.numpy(), doubt(result).numpy()
-    scale, members = (result.measure, MEASURES[result.measure].most), len(result.members)
+    image, unsure = case.image.numpy(), combined_uncertainty(result).numpy()
+    scale, members = (result.measure, UNCERTAINTIES[result.measure].most), len(result.members)
     truth = None if case.mask is None else (case.mask >= 0.5).numpy()
     if result.classes is None:
         truth = None if truth is None else truth[0]

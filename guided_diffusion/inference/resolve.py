@@ -44,5 +44,5 @@ def refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:
             "--coarse",
             found=options.coarse,
             expected="none, for the plain network has no coarse mask",
-            mend="Leave --coarse away.",
+            hint="Leave --coarse away.",
         )

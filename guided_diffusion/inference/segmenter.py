@@ -19,22 +19,22 @@ from torch import Tensor
 
 from guided_diffusion.checkpoint import (
     Checkpoint,
-    adopted,
-    lacking_note,
+    adapt_weights,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    missing_weights_note,
 )
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import WOLLEB_CROP, Case, Frame, scaled
 from guided_diffusion.data.folders import split_name
 from guided_diffusion.data.readers import read_image_file
-from guided_diffusion.dist_util import autocast, compiling, describe, dev, place
-from guided_diffusion.ensemble import FUSIONS, MEASURES, blend_coarse
+from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
+from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
-from guided_diffusion.inference.plan import Plan, make_plan
+from guided_diffusion.inference.plan import SamplingPlan, make_plan
 from guided_diffusion.inference.resolve import refuse_coarse, trained_flags
 from guided_diffusion.nn import AttentionBlock
 from guided_diffusion.options.flags import fill
@@ -47,7 +47,7 @@ from guided_diffusion.options.segmentation import (
 )
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, MemberNoise, member_seed
 from guided_diffusion.schedule import NoiseLevel
-from guided_diffusion.script_util import create_gaussian_diffusion, create_model, million
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
 
 Item = TypeVar("Item")
@@ -65,7 +65,7 @@ class Segmentation(NamedTuple):
             coarse mask first, as the plan says. Their spread is measured before that.
         uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
         classes: what the channels are; None where everything is one class.
-        measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
+        measure: a name of :data:`guided_diffusion.ensemble.UNCERTAINTIES`.
         coarse: the condition network's own mask, soft, float32 [H, W] in [0, 1]; None where the
             network has none.
     """
@@ -95,7 +95,7 @@ class Segmentation(NamedTuple):
         return torch.from_numpy(self.classes.label_map(self.fused.numpy()))
 
 
-Note = Callable[[Tensor, NoiseLevel, Prediction], object]
+StepCallback = Callable[[Tensor, NoiseLevel, Prediction], object]
 """Told of every network evaluation: the noisy masks, their level, and what was predicted."""
 
 
@@ -132,7 +132,7 @@ class Segmenter:
         diffusion: GaussianDiffusion,
         *,
         frame: Frame,
-        plan: Plan,
+        plan: SamplingPlan,
         source: str = "",
         classes: Classes | None = None,
         normalise: str = "none",
@@ -184,7 +184,7 @@ class Segmenter:
         process = create_gaussian_diffusion(diffusion, network.version)
         net = create_model(network, diffusion, classes)
         refuse_coarse(options, network)
-        checkpoint, lacking = adopted(checkpoint, net)
+        checkpoint, lacking = adapt_weights(checkpoint, net)
         weights, which = checkpoint.choose(options.weights)
         load_weights(net, weights, path)
 
@@ -195,8 +195,8 @@ class Segmenter:
         if not own:
             source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
         if lacking:
-            source += f"; {lacking_note(lacking)}"
-        net = place(net, device, compile=plan.compile)
+            source += f"; {missing_weights_note(lacking)}"
+        net = place_model(net, device, compile=plan.compile)
         normalise = trained.get("normalise", "auto")
         return cls(
             net,
@@ -210,11 +210,11 @@ class Segmenter:
 
     def __str__(self) -> str:
         plan = self.plan
+        coarse = "" if plan.coarse == "none" else f"coarse mask: {plan.coarse}, "
         return (
-            f"{self.source}; {million(self.net)} on {describe(self.device)}, {plan.precision}; "
-            f"{plan.num_ensemble} masks a case by {plan.sampler}, {plan.evaluations} evaluations "
-            f"each, {'' if plan.coarse == 'none' else f'coarse mask: {plan.coarse}, '}"
-            f"fused by {plan.fusion}, seed {plan.seed}"
+            f"{self.source}; {parameter_count(self.net)} on {describe(self.device)}, "
+            f"{plan.precision}; {plan.num_ensemble} masks a case by {plan.sampler}, "
+            f"{plan.evaluations} evaluations each, {coarse}fused by {plan.fusion}, seed {plan.seed}"
         )
 
     @property
@@ -259,11 +259,13 @@ class Segmenter:
                 name or "image",
                 found=f"shape {tuple(pixels.shape)}",
                 expected=f"[{channels}, H, W], the channels of training",
-                mend="Stack the channels first.",
+                hint="Stack the channels first.",
             )
         return self.segment([Case(pixels, None, name or "image")])[0]
 
-    def segment(self, cases: Sequence[Case], note: Note | None = None) -> list[Segmentation]:
+    def segment(
+        self, cases: Sequence[Case], note: StepCallback | None = None
+    ) -> list[Segmentation]:
         """Segment cases of any size: bring them to the network's, draw, bring back, fuse.
 
         ``note`` is told of every network evaluation.
@@ -287,7 +289,7 @@ class Segmenter:
                 case.name,
                 found=f"masks that are not finite, in {plan.precision}",
                 expected="numbers",
-                mend="Use --precision fp32; scripts/check_data.py looks at the images.",
+                hint="Use --precision fp32; scripts/check_data.py looks at the images.",
             )
 
         def restored(mask: Tensor) -> Tensor:
@@ -301,13 +303,15 @@ class Segmenter:
         return Segmentation(
             members=own,
             fused=FUSIONS[plan.fusion](blended),
-            uncertainty=MEASURES[plan.measure].rule(own),
+            uncertainty=UNCERTAINTIES[plan.measure].rule(own),
             classes=self.classes,
             measure=plan.measure,
             coarse=None if coarse is None else restored(coarse),
         )
 
-    def draw(self, images: Tensor, names: Sequence[str], note: Note | None = None) -> Tensor:
+    def draw(
+        self, images: Tensor, names: Sequence[str], note: StepCallback | None = None
+    ) -> Tensor:
         """Draw the members of some cases: :meth:`draw_with_coarse` without the coarse masks."""
         return self.draw_with_coarse(images, names, note).members
 
@@ -330,7 +334,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def draw_with_coarse(
-        self, images: Tensor, names: Sequence[str], note: Note | None = None
+        self, images: Tensor, names: Sequence[str], note: StepCallback | None = None
     ) -> Draws:
         """Draw the members of some cases, all as one batch as far as ``batch_size`` allows.
 
@@ -351,7 +355,7 @@ class Segmenter:
             of_case = torch.tensor([case for case, _ in chunk], device=self.device)
             rows_of = condition.rows(of_case)
             denoise = self.diffusion.denoiser(self.net, rows_of, clip=plan.clip)
-            watched = _Watched(denoise, note)
+            watched = _Observed(denoise, note)
             x = plan.temperature * noise(torch.empty(len(chunk), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
@@ -364,10 +368,10 @@ class Segmenter:
         return Draws(torch.cat(drawn).unflatten(0, by_case), coarse)
 
 
-class _Watched:
+class _Observed:
     """A denoiser that keeps the coarse mask of its last call and tells ``note`` of every one."""
 
-    def __init__(self, denoise: Denoiser, note: Note | None) -> None:
+    def __init__(self, denoise: Denoiser, note: StepCallback | None) -> None:
         self.denoise, self.note = denoise, note
         self.coarse: Tensor | None = None
 

@@ -17,7 +17,7 @@ from guided_diffusion.report.pictures import strip
 from guided_diffusion.schedule import NoiseLevel
 
 
-class Film:
+class Trajectory:
     """Notes the first mask that a segmenter draws: its :data:`guided_diffusion.segmenter.Note`.
 
     Args:
@@ -33,7 +33,7 @@ class Film:
         title: str,
         *,
         frames: int = 6,
-        show: Callable[[Film], object] = bool,
+        show: Callable[[Trajectory], object] = bool,
     ) -> None:
         self.diffusion = segmenter.diffusion
         self.title = title

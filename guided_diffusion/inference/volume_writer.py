@@ -19,12 +19,12 @@ import numpy as np
 
 from guided_diffusion.data.datasets import Entry
 from guided_diffusion.data.readers import nifti_shape
-from guided_diffusion.files import whole
+from guided_diffusion.files import atomic_write
 
 KINDS = ("output_ens", "mask", "uncertainty")
 
 
-class Stacks:
+class VolumeWriter:
     """The volumes of one run, written as ``<volume>_<kind>.nii.gz`` for the :data:`KINDS`.
 
     Args:
@@ -61,7 +61,7 @@ class Stacks:
         """Put one slice by: a map [..., H, W] for each of the :data:`KINDS`."""
         path = self._slice(entry)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             np.savez(part, **{kind: maps[kind] for kind in KINDS})  # type: ignore[arg-type]
         self.missing[entry.volume] -= 1
 
@@ -87,7 +87,7 @@ class Stacks:
         for position, plane in planes.items():
             values[:, :, position] = np.moveaxis(plane, (-2, -1), (0, 1))
 
-        with whole(self._path(volume, kind)) as part:
+        with atomic_write(self._path(volume, kind)) as part:
             nib.save(_like(source, values.astype(like.dtype), note=self.fingerprint), part)
 
     def _written(self, volume: str, kind: str) -> Any:

@@ -16,9 +16,9 @@ import numpy as np
 
 from guided_diffusion.data.classes import each
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.ensemble import MEASURES
-from guided_diffusion.files import whole
-from guided_diffusion.inference.rendering import doubt, draw_overlay, soft_maps
+from guided_diffusion.ensemble import UNCERTAINTIES
+from guided_diffusion.files import atomic_write
+from guided_diffusion.inference.rendering import combined_uncertainty, draw_overlay, soft_maps
 from guided_diffusion.inference.segmenter import Segmentation
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import write_picture
@@ -38,7 +38,7 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
     one = result.classes is None
     pictures = {
         "mask": soft_png(result.mask.float()) if one else result.labels.numpy(),
-        "uncertainty": soft_png(doubt(result) / MEASURES[result.measure].most),
+        "uncertainty": soft_png(combined_uncertainty(result) / UNCERTAINTIES[result.measure].most),
         **{kind: soft_png(values) for kind, values in soft_maps(result)},
         "overlay": draw_overlay(case, result),
     }
@@ -56,7 +56,7 @@ def write_nifti(out_dir: Path, case: Case, result: Segmentation) -> None:
     for kind, values in maps_of(result).items():
         if values.ndim == 3:
             values = np.moveaxis(values, 0, -1)[:, :, None]
-        with whole(out_dir / f"{case.name}_{kind}.nii.gz") as part:
+        with atomic_write(out_dir / f"{case.name}_{kind}.nii.gz") as part:
             nib.save(nib.Nifti1Image(values, case.affine), part)
 
 
@@ -65,7 +65,7 @@ def maps_of(result: Segmentation) -> dict[str, np.ndarray]:
     return {
         "output_ens": result.fused.numpy(),
         "mask": result.labels.numpy(),
-        "uncertainty": doubt(result).numpy(),
+        "uncertainty": combined_uncertainty(result).numpy(),
     }
 
 

@@ -26,7 +26,7 @@ STEP = 2 ** (len(WIDTHS) - 1)
 _SLOPE = 0.01
 
 
-class Reading(NamedTuple):
+class Highlights(NamedTuple):
     """What the highway makes of an image.
 
     Attributes:
@@ -96,7 +96,7 @@ class Highway(nn.Module):
             raise ValueError(f"an image of {tuple(image.shape[-2:])} cannot be halved 5 times")
         return cast(Tensor, self.conv_blocks_context[0](image))
 
-    def forward(self, first: Tensor, features: Sequence[Tensor] = ()) -> Reading:
+    def forward(self, first: Tensor, features: Sequence[Tensor] = ()) -> Highlights:
         """Go down and up again.
 
         Args:
@@ -117,7 +117,7 @@ class Highway(nn.Module):
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = narrow(merge(torch.cat([x, skips.pop()], dim=1)))
             decoded.append(x)
-        return Reading(decoded, bottleneck, self.seg_outputs[0](x).float().sigmoid())
+        return Highlights(decoded, bottleneck, self.seg_outputs[0](x).float().sigmoid())
 
     def gate(self, x: Tensor, feature: Tensor, level: int) -> Tensor:
         """Let the main network's feature weigh a map [B, C, h, w], by place and by channel.

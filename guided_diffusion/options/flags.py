@@ -67,7 +67,7 @@ def fill(group: type[Group], values: dict[str, Any]) -> Group:
                 f"--{name}",
                 found=value,
                 expected="a finite number" if endless else bounds,
-                mend=f"Leave --{name} away for its default.",
+                hint=f"Leave --{name} away for its default.",
             )
     return group(**chosen)
 
@@ -90,7 +90,7 @@ def refuse_contradictions(typed: dict[str, Any], trained: dict[str, Any], path: 
                 f"--{name}",
                 found=value,
                 expected=f"{trained[name]!r}, which {path} was trained with",
-                mend=f"Leave --{name} away: a checkpoint brings its own options.",
+                hint=f"Leave --{name} away: a checkpoint brings its own options.",
             )
 
 
@@ -103,7 +103,7 @@ def numbers(flag: str, text: str, kind: type = int) -> list[Any]:
             f"--{flag}",
             found=repr(text),
             expected="numbers separated by commas",
-            mend=f"Write for example --{flag} 1,2.",
+            hint=f"Write for example --{flag} 1,2.",
         ) from None
 
 
@@ -115,7 +115,7 @@ def slice_range(text: str) -> tuple[int | None, int | None]:
             "--slices",
             found=repr(text),
             expected="first:end, counted from 0, the end left out",
-            mend="Write for example --slices 80:129, or 80:-26.",
+            hint="Write for example --slices 80:129, or 80:-26.",
         )
     first, end = (int(part) if part else None for part in match.groups())
     return first, end

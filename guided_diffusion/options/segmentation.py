@@ -357,6 +357,6 @@ def settle_precision(run: Run, typed: dict[str, Any]) -> Run:
             "--precision",
             found=f"{run.precision} with --use_fp16 True",
             expected="only one of the two",
-            mend="Leave --use_fp16 away.",
+            hint="Leave --use_fp16 away.",
         )
     return replace(run, precision="fp16") if run.use_fp16 else run

@@ -35,7 +35,7 @@ class Axis(NamedTuple):
         return min(1.0, max(0.0, (value - self.low) / span)) if span else 0.0
 
 
-class Frame(NamedTuple):
+class Plot(NamedTuple):
     """The two axes of a figure, and what it is called."""
 
     title: str
@@ -52,7 +52,7 @@ def _up() -> int:
     return HEIGHT - TOP - BOTTOM
 
 
-def figure(frame: Frame, *parts: str) -> str:
+def figure(frame: Plot, *parts: str) -> str:
     """The whole figure: axes, and the parts on them."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(frame.title)}">'
@@ -60,7 +60,7 @@ def figure(frame: Frame, *parts: str) -> str:
     )
 
 
-def _axes(frame: Frame) -> str:
+def _axes(frame: Plot) -> str:
     floor, end = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for mark in frame.up.marks:
@@ -83,7 +83,7 @@ def _axes(frame: Frame) -> str:
     )
 
 
-def bars(frame: Frame, counts: Sequence[int]) -> str:
+def bars(frame: Plot, counts: Sequence[int]) -> str:
     """Bars of equal width over the whole axis, each with its count for a pointer that rests."""
     step = (frame.across.high - frame.across.low) / max(1, len(counts))
     drawn = []
@@ -99,7 +99,7 @@ def bars(frame: Frame, counts: Sequence[int]) -> str:
     return "".join(drawn)
 
 
-def curve(frame: Frame, points: Sequence[Point], kind: str) -> str:
+def curve(frame: Plot, points: Sequence[Point], kind: str) -> str:
     """A line through the points; ``kind`` is its class in the style: one, two or quiet."""
     if not points:
         return ""
@@ -107,7 +107,7 @@ def curve(frame: Frame, points: Sequence[Point], kind: str) -> str:
     return f'<polyline class="curve {kind}" points="{placed}"/>'
 
 
-def dots(frame: Frame, points: Sequence[Point], names: Sequence[str]) -> str:
+def dots(frame: Plot, points: Sequence[Point], names: Sequence[str]) -> str:
     """A dot for each point, with its name for a pointer that rests."""
     drawn = []
     for point, name in zip(points, names, strict=True):
@@ -117,7 +117,7 @@ def dots(frame: Frame, points: Sequence[Point], names: Sequence[str]) -> str:
     return "".join(drawn)
 
 
-def upright(frame: Frame, value: float, label: str) -> str:
+def upright(frame: Plot, value: float, label: str) -> str:
     """A vertical line at a value of the axis across, with its label."""
     x, top = frame.at((value, frame.up.high))
     end = x > WIDTH * 0.7
@@ -167,7 +167,7 @@ def _histogram(rows: Sequence[CaseScore]) -> str:
         return ""
     counts = np.histogram(dice, bins=20, range=(0, 1))[0].tolist()
     marks = round_marks(max(counts))
-    frame = Frame("Histogram of Dice", Axis("Dice"), Axis("cases", 0, marks[-1], marks))
+    frame = Plot("Histogram of Dice", Axis("Dice"), Axis("cases", 0, marks[-1], marks))
     middle = float(np.median(dice))
     median = upright(frame, middle, f"median {middle:.3f}")
     return figure(frame, bars(frame, counts), median)
@@ -175,7 +175,7 @@ def _histogram(rows: Sequence[CaseScore]) -> str:
 
 def _reliability(part: Summary) -> str:
     bins = part["calibration"]["curve"]
-    frame = Frame("Reliability curve", Axis("fused probability"), Axis("share of foreground"))
+    frame = Plot("Reliability curve", Axis("fused probability"), Axis("share of foreground"))
     points = [(bin["probability"], bin["frequency"]) for bin in bins]
     return figure(
         frame,
@@ -190,7 +190,7 @@ def _sparsification(part: Summary) -> str:
     if not measured["removed"]:
         return ""
     marks = round_marks(max(measured["error"]) * 100)
-    frame = Frame(
+    frame = Plot(
         "Sparsification curve",
         Axis("share of pixels taken away"),
         Axis("errors left, %", 0, marks[-1], marks),
@@ -211,6 +211,6 @@ def _scatter(rows: Sequence[CaseScore]) -> str:
     if not known:
         return ""
     marks = round_marks(max(doubt for doubt, _, _ in known))
-    frame = Frame("Uncertainty and Dice", Axis("uncertainty", 0, marks[-1], marks), Axis("Dice"))
+    frame = Plot("Uncertainty and Dice", Axis("uncertainty", 0, marks[-1], marks), Axis("Dice"))
     points: list[Point] = [(doubt, dice) for doubt, dice, _ in known]
     return figure(frame, dots(frame, points, [name for _, _, name in known]))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import whole
+from guided_diffusion.files import atomic_write
 
 Points = tuple[list[float], list[float]]
 INK, QUIET, GRID = "#1c2430", "#6b7482", "#e4e7ec"
@@ -85,7 +85,7 @@ def draw_curves(log: Path, picture: Path) -> bool:
         draw(axes)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    with whole(picture) as part:
+    with atomic_write(picture) as part:
         figure.savefig(part, format="png")
     return True
 

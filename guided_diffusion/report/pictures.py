@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from guided_diffusion.files import ROOM, whole
+from guided_diffusion.files import ROOM, atomic_write
 from guided_diffusion.report.canvas import (
     BACKGROUND,
     CLASSES,
@@ -47,13 +47,13 @@ STD: Scale = ("std", 0.5)
 """What a map of doubt shows, and its largest value: the standard deviation of values in [0, 1]."""
 
 
-def write_picture(path: Path, pixels: Pixels, *, mend: str = ROOM) -> None:
+def write_picture(path: Path, pixels: Pixels, *, hint: str = ROOM) -> None:
     """Write a picture as PNG; it appears whole.
 
     Raises:
         UserError: it cannot be written.
     """
-    with whole(path, mend=mend) as part:
+    with atomic_write(path, hint=hint) as part:
         Image.fromarray(pixels).save(part, format="PNG")
 
 

@@ -101,7 +101,7 @@ def _subtitle(evaluation: Evaluation) -> str:
 
 def _data(evaluation: Evaluation, rows: Sequence[tuple[str, CaseScore]]) -> str:
     """What the page's script needs, as JSON that no case's name can end."""
-    pictured = set(chosen([row.dice for _, row in rows]))
+    pictured = set(choose_pictured([row.dice for _, row in rows]))
     by_case = {case[0].name: case for case in evaluation.cases}
     names = list(evaluation.scores)
     entries: list[dict[str, Any]] = []
@@ -123,7 +123,7 @@ def _data(evaluation: Evaluation, rows: Sequence[tuple[str, CaseScore]]) -> str:
     return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def chosen(dice: Sequence[float | None], most: int = MOST_PICTURES) -> list[int]:
+def choose_pictured(dice: Sequence[float | None], most: int = MOST_PICTURES) -> list[int]:
     """Which cases get a picture: all, or the worst, the best and an even spread between them.
 
     Those without a Dice come last.

@@ -152,7 +152,7 @@ class TensorBoardSink:
                 "--tensorboard",
                 found="no TensorBoard",
                 expected="the package tensorboard",
-                mend="Run python -m pip install tensorboard, or leave --tensorboard away.",
+                hint="Run python -m pip install tensorboard, or leave --tensorboard away.",
             ) from None
         self.writer = SummaryWriter(str(folder))
 

@@ -10,7 +10,7 @@ from guided_diffusion.scoring.case_scores import CaseScore
 from guided_diffusion.scoring.evaluate import Evaluation
 from guided_diffusion.scoring.summary import Summary
 
-MEASURES = {
+METRIC_LABELS = {
     "dice": "Dice",
     "iou": "IoU",
     "precision": "Precision",
@@ -25,7 +25,7 @@ MEASURES = {
     "dice_best": "Best member, Dice to raters",
 }
 COLUMNS = ("dice", "iou", "precision", "sensitivity", "hd95", "surface_dice", "uncertainty")
-SHORT = {**MEASURES, "surface_dice": "Surface", "uncertainty": "Uncertainty"}
+SHORT = {**METRIC_LABELS, "surface_dice": "Surface", "uncertainty": "Uncertainty"}
 MASKS = {
     "fused": "Fused, as stored",
     "member": "Single members",
@@ -70,7 +70,7 @@ def headline(evaluation: Evaluation) -> str:
         found = part["scores_lesion"].get(key)
         if found and found["mean"] is not None:
             digits = 1 if key == "hd95" else 3
-            label = _label(key, summary["distances"], MEASURES)
+            label = _label(key, summary["distances"], METRIC_LABELS)
             cells.append(_figure_cell(number(found["mean"], digits), label, _range(found, digits)))
     if "classes" not in summary:
         error, worth = part["calibration"]["error"], part["uncertainty"]
@@ -106,7 +106,7 @@ def class_tables(name: str, part: Summary) -> str:
         )
         + _table(
             f"Masks of the ensemble{of_class}, cases with a lesion",
-            ("", "Dice", "IoU", "Sensitivity", _label("hd95", part["distances"], MEASURES)),
+            ("", "Dice", "IoU", "Sensitivity", _label("hd95", part["distances"], METRIC_LABELS)),
             _mask_rows(part),
         )
         + _table(
@@ -120,13 +120,13 @@ def class_tables(name: str, part: Summary) -> str:
 def _score_rows(part: Summary) -> list[list[str]]:
     everywhere, lesion = part["scores"], part["scores_lesion"]
     rows = []
-    for key in MEASURES:
+    for key in METRIC_LABELS:
         if key in everywhere and key in lesion and lesion[key]["mean"] is not None:
             digits = 2 if key in ("hd95", "assd") else 4
             of_lesion = lesion[key]
             rows.append(
                 [
-                    _label(key, part["distances"], MEASURES),
+                    _label(key, part["distances"], METRIC_LABELS),
                     number(of_lesion["mean"], digits),
                     _range(of_lesion, digits),
                     number(of_lesion["median"], digits),

@@ -207,9 +207,9 @@ def _of_size(mask: Mask, source: Source, size: tuple[int, ...], first: Source) -
     if mask.shape != size:
         raise UserError(
             source.path,
-            found=f"a mask of {size_text(mask.shape)}",
-            expected=f"{size_text(size)} as in {first.path.name}",
-            mend="The folder holds files of two runs: sample into an empty folder.",
+            found=f"a mask of {pixels_text(mask.shape)}",
+            expected=f"{pixels_text(size)} as in {first.path.name}",
+            hint="The folder holds files of two runs: sample into an empty folder.",
         )
     return mask
 
@@ -362,14 +362,14 @@ def _read_truth(
     elif values.min() < 0 or values.max() > 1:
         fault = f"values from {values.min():g} to {values.max():g}"
     elif size and values.shape[1:] != size:
-        fault = f"a rater's mask of {size_text(values.shape[1:])}"
+        fault = f"a rater's mask of {pixels_text(values.shape[1:])}"
 
     if fault:
         raise UserError(
             f"truth of case {name}",
             found=fault,
-            expected=f"a mask of {size_text(size)}" if size else "one mask with values in [0, 1]",
-            mend="Repair this file in --raters." if size else "Repair this file in --out_pth.",
+            expected=f"a mask of {pixels_text(size)}" if size else "one mask with values in [0, 1]",
+            hint="Repair this file in --raters." if size else "Repair this file in --out_pth.",
         )
     return values
 
@@ -380,6 +380,6 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def size_text(size: Sequence[int]) -> str:
+def pixels_text(size: Sequence[int]) -> str:
     """'240 x 224' for a message."""
     return " x ".join(str(length) for length in size)

@@ -19,7 +19,7 @@ from guided_diffusion.scoring.intervals import compare
 from guided_diffusion.scoring.tables import write_text
 
 Comparison = dict[str, Any]
-MEASURES = ("dice", "iou", "precision", "sensitivity", "hd95", "assd", "surface_dice")
+COMPARED_METRICS = ("dice", "iou", "precision", "sensitivity", "hd95", "assd", "surface_dice")
 EXTREMES = 5
 
 
@@ -49,7 +49,7 @@ def compare_folders(first: Evaluation, second: Evaluation) -> Comparison:
         "units": "patients" if groups else "cases",
         "measures": {},
     }
-    for key in MEASURES:
+    for key in COMPARED_METRICS:
         before, after = ([_value(rows[case], key) for case in keys] for rows in (one, two))
         paired = compare(before, after, groups)
         found["measures"][key] = {
@@ -109,11 +109,11 @@ def _unpaired(
         "--compare",
         found=f"{len(names)} cases in {place} alone ({shown})",
         expected=f"the same cases and classes in {first.folder} and {second.folder}",
-        mend="Sample the missing cases, or name an --out_pth without their truths.",
+        hint="Sample the missing cases, or name an --out_pth without their truths.",
     )
 
 
-def report(found: Comparison) -> str:
+def comparison_text(found: Comparison) -> str:
     """The table that is printed."""
     head = f"{'second less first':<24}{'difference':>11}{'95 % interval':>22}{'p':>9}"
     lines = [head + f"{'higher':>8}{'lower':>7}"]
@@ -134,13 +134,13 @@ def report(found: Comparison) -> str:
             f"over {found['units']}",
             "",
             *lines,
-            *_listed("worst in the second", found["worst"]),
-            *_listed("best in the second", found["best"]),
+            *_names_text("worst in the second", found["worst"]),
+            *_names_text("best in the second", found["best"]),
         ]
     )
 
 
-def _listed(title: str, rows: Iterable[Comparison]) -> list[str]:
+def _names_text(title: str, rows: Iterable[Comparison]) -> list[str]:
     lines = [
         f"  {row['name']} {row.get('class', '')}".rstrip()
         + f"  Dice {row['first']:.4f} -> {row['second']:.4f}"

@@ -123,7 +123,7 @@ def _cases(
                 folder,
                 found=f"other cases of class {end[1:]} than of class {ends[0][1:]}",
                 expected="a file of each class for every case",
-                mend="Sample again: finished cases are kept.",
+                hint="Sample again: finished cases are kept.",
             )
     return list(zip(*by_class, strict=True))
 
@@ -144,7 +144,7 @@ def pair_cases(
             folder,
             found="no prediction",
             expected=f"files named <case>_output_ens{end}.png directly in it",
-            mend="Give --inp_pth the folder that segmentation_sample.py wrote (its --out_dir).",
+            hint="Give --inp_pth the folder that segmentation_sample.py wrote (its --out_dir).",
         )
 
     common = sorted(predicted.keys() & truths.keys())
@@ -166,9 +166,9 @@ def _with_raters(
         if missing := names - rater.keys():
             raise UserError(
                 "--raters",
-                found=f"no mask of rater {number} for {_listed(missing)}",
+                found=f"no mask of rater {number} for {_cases_text(missing)}",
                 expected="a mask of every rater for every case",
-                mend="Complete the folder, or leave it out.",
+                hint="Complete the folder, or leave it out.",
             )
     return [
         tuple(file._replace(raters=tuple(rater[file.name] for rater in raters)) for file in case)
@@ -277,20 +277,20 @@ def _unpaired(folder: Path, predicted: Iterable[str], true: Iterable[str]) -> Us
     missing, surplus = set(true) - set(predicted), set(predicted) - set(true)
     parts = []
     if missing:
-        parts.append(f"no prediction for {_listed(missing)}")
+        parts.append(f"no prediction for {_cases_text(missing)}")
     if surplus:
-        parts.append(f"no truth for {_listed(surplus)}")
+        parts.append(f"no truth for {_cases_text(surplus)}")
 
     common = len(set(true) & set(predicted))
     if common:
-        mend = f"Complete the folders, or score the {common} common cases with --partial True."
+        hint = f"Complete the folders, or score the {common} common cases with --partial True."
     else:
-        mend = "Not one case is on both sides: check that --out_pth is the data that was sampled."
+        hint = "Not one case is on both sides: check that --out_pth is the data that was sampled."
     expected = "one prediction <case>_output_ens.png per truth"
-    return UserError(folder, found="; ".join(parts), expected=expected, mend=mend)
+    return UserError(folder, found="; ".join(parts), expected=expected, hint=hint)
 
 
-def _listed(names: Iterable[str], most: int = 10) -> str:
+def _cases_text(names: Iterable[str], most: int = 10) -> str:
     """'3 cases (a, b, c)', with the first ten names at most."""
     listed = sorted(names)
     shown = ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
@@ -300,11 +300,11 @@ def _listed(names: Iterable[str], most: int = 10) -> str:
 def folder_of(path: str | Path | None, flag: str) -> Path:
     """The folder a flag names, or a UserError that says what is wrong with it."""
     if path is None or not str(path):
-        found, mend = "nothing", f"Add {flag} with a folder."
+        found, hint = "nothing", f"Add {flag} with a folder."
     elif not Path(path).exists():
-        found, mend = f"{path}, which does not exist", "Check the path."
+        found, hint = f"{path}, which does not exist", "Check the path."
     elif not Path(path).is_dir():
-        found, mend = f"{path}, which is a file", "Give the folder it lies in."
+        found, hint = f"{path}, which is a file", "Give the folder it lies in."
     else:
         return Path(path)
-    raise UserError(flag, found=found, expected="a folder", mend=mend)
+    raise UserError(flag, found=found, expected="a folder", hint=hint)

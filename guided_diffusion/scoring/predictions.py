@@ -139,7 +139,7 @@ def read_soft(path: Path) -> Mask:
             deep = picture.mode.startswith("I")
             levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error, "an image with one grey mask") from error
+        raise _unreadable_prediction(path, error, "an image with one grey mask") from error
     soft: Mask = levels / np.float32(65535 if deep else 255)
     return last_panel(soft) if path.suffix.lower() in (".jpg", ".jpeg") else soft
 
@@ -170,17 +170,17 @@ def read_tensor(path: Path) -> Mask:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except NO_TENSOR as error:
-        raise _unreadable(path, error, "a tensor with one mask") from error
+        raise _unreadable_prediction(path, error, "a tensor with one mask") from error
     if not isinstance(loaded, torch.Tensor) or loaded.ndim < 2 or not loaded.numel():
         shape = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
-        raise _unreadable(path, ValueError(f"it holds {shape}"), "a tensor [..., H, W]")
+        raise _unreadable_prediction(path, ValueError(f"it holds {shape}"), "a tensor [..., H, W]")
     mask = loaded.reshape(-1, *loaded.shape[-2:])[-1].float()
     if not torch.isfinite(mask).all():
         raise UserError(
             path,
             found="NaN or infinite values",
             expected="a soft mask of finite numbers",
-            mend="Sample this case again, or remove the file.",
+            hint="Sample this case again, or remove the file.",
         )
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
@@ -188,15 +188,17 @@ def read_tensor(path: Path) -> Mask:
 def _read_nifti(path: Path, axes: int) -> Mask:
     mask = label_mask(path, read_nifti(path)[0])
     if mask.ndim != axes:
-        raise _unreadable(path, ValueError(f"it has {mask.ndim} axes"), f"a mask of {axes} axes")
+        raise _unreadable_prediction(
+            path, ValueError(f"it has {mask.ndim} axes"), f"a mask of {axes} axes"
+        )
     return mask
 
 
-def _unreadable(path: Path, error: BaseException, expected: str) -> UserError:
+def _unreadable_prediction(path: Path, error: BaseException, expected: str) -> UserError:
     why = " ".join(str(error).split())[:200] or type(error).__name__
     return UserError(
         path,
         found=f"a file that cannot be read ({why})",
         expected=expected,
-        mend="Sample this case again, or remove the file.",
+        hint="Sample this case again, or remove the file.",
     )

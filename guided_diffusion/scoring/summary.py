@@ -32,7 +32,7 @@ from guided_diffusion.scoring.intervals import LEVEL, describe
 from guided_diffusion.scoring.patients import PatientScore, summarise_patients
 
 Summary = dict[str, Any]
-MEASURES = (*MaskScore._fields, "dice_between", "energy_distance", "dice_best")
+METRICS = (*MaskScore._fields, "dice_between", "energy_distance", "dice_best")
 """The columns of ``scores.csv`` that are described."""
 SIZES = ("small", "medium", "large")
 
@@ -131,15 +131,15 @@ def summarise(scores: ClassScores, scoring: Scoring) -> Summary:
 def _described(rows: Sequence[CaseScore], scores: ClassScores) -> Summary:
     """Mean, median, deviation and interval of every measure that is there."""
     groups = scores.groups(rows)
-    values = {key: [getattr(row, key) for row in rows] for key in MEASURES}
+    values = {key: [getattr(row, key) for row in rows] for key in METRICS}
     return {
-        key: described(of_key, groups)
+        key: describe_values(of_key, groups)
         for key, of_key in values.items()
         if any(value is not None for value in of_key)
     }
 
 
-def described(
+def describe_values(
     values: Sequence[float | None], groups: Sequence[str] | None = None
 ) -> dict[str, float | int | None]:
     """A description as JSON has it: what is no number is null."""
@@ -164,7 +164,7 @@ def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
             "smallest": third[0].size,
             "largest": third[-1].size,
             **{
-                key: described([getattr(row, key) for row in third], scores.groups(third))
+                key: describe_values([getattr(row, key) for row in third], scores.groups(third))
                 for key in ("dice", "iou", "hd95", "surface_dice")
             },
         }
@@ -232,7 +232,7 @@ def noted(folder: Path) -> Summary:
     }
 
 
-def report(summary: Summary) -> str:
+def summary_text(summary: Summary) -> str:
     """The text that the scoring script prints: the parents' two lines, then our own table."""
     mean = ", mean of classes" if "classes" in summary else ""
     rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]

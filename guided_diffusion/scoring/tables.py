@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from guided_diffusion.files import whole
+from guided_diffusion.files import atomic_write
 from guided_diffusion.scoring.case_scores import CaseScore, MaskScore
 from guided_diffusion.scoring.patients import PatientScore
 from guided_diffusion.scoring.summary import ClassScores, Summary
@@ -60,5 +60,7 @@ def _class_column(rows: Mapping[str, object], name: str) -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a table into the result folder, whole or not at all."""
-    with whole(path, mend="Change the permissions, or copy the predictions elsewhere.") as part:
+    with atomic_write(
+        path, hint="Change the permissions, or copy the predictions elsewhere."
+    ) as part:
         part.write_text(text, encoding="utf-8")

@@ -187,7 +187,7 @@ def _look_at_all(looks: _Looks, workers: int) -> Iterator[Look]:
             progress.update(len(group))
 
 
-def report(findings: Findings) -> str:
+def findings_text(findings: Findings) -> str:
     """Everything found, for a person: a line for each fact, then the problems."""
     lines: list[str] = []
     if findings.dataset is not None:
@@ -323,7 +323,7 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     subtitle = f"{dataset.layout}  ·  {len(tiles)} of {len(dataset)} cases"
     title = "/".join(dataset.directory.resolve().parts[-2:])
     page = contact_sheet(tiles, title=title, subtitle=subtitle)
-    write_picture(path, page, mend="Choose another --out.")
+    write_picture(path, page, hint="Choose another --out.")
     return len(tiles)
 
 

@@ -30,7 +30,7 @@ class Grid(NamedTuple):
 
 
 # --- random fields ------------------------------------------------------------------------------
-def stream(seed: int, patient: int, name: str) -> np.random.Generator:
+def random_stream(seed: int, patient: int, name: str) -> np.random.Generator:
     """Return the random stream of one named ingredient, independent of all other ingredients."""
     return np.random.Generator(np.random.PCG64([seed, patient, zlib.crc32(name.encode())]))
 

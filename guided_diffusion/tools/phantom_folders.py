@@ -16,7 +16,7 @@ import numpy as np
 from skimage.io import imsave
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.tools.phantom_fields import FIELD_OF_VIEW, Array, stream
+from guided_diffusion.tools.phantom_fields import FIELD_OF_VIEW, Array, random_stream
 from guided_diffusion.tools.phantom_skin import Skin, make_skin
 from guided_diffusion.tools.phantoms import MODALITIES, Patient, make_patient
 
@@ -72,7 +72,7 @@ def spread(numbers: Array, count: int, *, kind: str) -> list[int]:
             "--slices",
             found=f"a need for {count} slices {kind}",
             expected=f"at most {len(numbers)}, all that this patient has",
-            mend="Ask for fewer slices or a larger size.",
+            hint="Ask for fewer slices or a larger size.",
         )
     return [int(numbers[(2 * i + 1) * len(numbers) // (2 * count)]) for i in range(count)]
 
@@ -138,7 +138,7 @@ def write_brats_volumes(
         part = "training" if patient in train else "testing"
         case = f"BraTS20_Training_{patient + 1:03d}"
         stem = f"{part}/{case}/{case}_{{}}.nii.gz"
-        gains = stream(seed, patient, "gain").uniform(250, 700, len(MODALITIES))
+        gains = random_stream(seed, patient, "gain").uniform(250, 700, len(MODALITIES))
 
         save = partial(save_nifti, voxel_mm=phantom.voxel_mm)
         for gain, (name, image) in zip(gains, phantom.modalities.items(), strict=True):
@@ -169,7 +169,7 @@ def write_isic(
     names = {"2023": isic_2023, "2025": isic_2025}
     if generation not in names:
         raise UserError(
-            "generation", found=repr(generation), expected=sorted(names), mend="Name one of these."
+            "generation", found=repr(generation), expected=sorted(names), hint="Name one of these."
         )
     tables: dict[Path, list[str]] = {}
     train, _ = split_patients(patients, training)

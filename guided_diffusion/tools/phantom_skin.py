@@ -20,9 +20,9 @@ from guided_diffusion.tools.phantom_fields import (
     Grid,
     blobs,
     ramp,
+    random_stream,
     sample_grid,
     smooth_field,
-    stream,
 )
 from guided_diffusion.tools.phantoms import Lesion, make_lesion, rater_panel
 
@@ -89,7 +89,7 @@ def make_skin(seed: int, number: int, *, size: int = 128, raters: int = 0) -> Sk
     The picture always spans the same field, so another size shows the same lesion coarser or
     finer. A pure function of its arguments.
     """
-    draw = partial(stream, seed, number)
+    draw = partial(random_stream, seed, number)
     grid = sample_grid((size, size))
     place = draw("skin place")
     centre, radius = place.uniform(-25, 25, 2), place.uniform(32, 62)

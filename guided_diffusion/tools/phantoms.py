@@ -23,9 +23,9 @@ from guided_diffusion.tools.phantom_fields import (
     blob,
     blobs,
     ramp,
+    random_stream,
     sample_grid,
     smooth_field,
-    stream,
 )
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -154,7 +154,7 @@ def vessels(rng: np.random.Generator, grid: Grid) -> Field:
 
 def anatomy(seed: int, patient: int, grid: Grid) -> tuple[Field, dict[str, Field]]:
     """Return depth (mm) and the amount in [0, 1] of each healthy tissue, in painting order."""
-    draw = partial(stream, seed, patient)
+    draw = partial(random_stream, seed, patient)
     depth = brain_depth(draw("outline"), grid)
     fluid = fluid_distance(draw("folds"), grid, depth)
     ventricle = ventricles(draw("ventricles"), grid)
@@ -227,9 +227,9 @@ def rater_panel(
 
     The drawn rater is one of the first `PANEL`, whatever number of masks is asked for.
     """
-    drawn = int(stream(seed, patient, "rater drawn").integers(1, PANEL + 1))
+    drawn = int(random_stream(seed, patient, "rater drawn").integers(1, PANEL + 1))
     masks = {
-        r: rater_labels(stream(seed, patient, f"rater {r}"), grid, lesion)
+        r: rater_labels(random_stream(seed, patient, f"rater {r}"), grid, lesion)
         for r in {drawn, *range(1, raters + 1)}
     }
     return masks[drawn], tuple(masks[r] for r in range(1, raters + 1))
@@ -284,11 +284,11 @@ def render(
     seed: int, patient: int, grid: Grid, *, amounts: dict[str, Field], inside: Array
 ) -> dict[str, Array]:
     """Return the four modalities of the painted tissues, name -> float32 in [0, 1]."""
-    jitter = stream(seed, patient, "contrast").uniform(-0.04, 0.04, (len(CONTRAST), 4))
+    jitter = random_stream(seed, patient, "contrast").uniform(-0.04, 0.04, (len(CONTRAST), 4))
     images = {}
     for m, name in enumerate(MODALITIES):
         painted = paint(amounts, modality=m, jitter=jitter)
-        acquired = acquire(stream(seed, patient, name), grid, painted)
+        acquired = acquire(random_stream(seed, patient, name), grid, painted)
         images[name] = scale_slices(acquired, inside)
     return images
 
@@ -328,8 +328,8 @@ def make_patient(
     full = sample_grid(shape)
     grid, corner = brain_box(full)
     depth, tissue = anatomy(seed, patient, grid)
-    centre, radius = lesion_place(stream(seed, patient, "place"))
-    lesion = make_lesion(stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
+    centre, radius = lesion_place(random_stream(seed, patient, "place"))
+    lesion = make_lesion(random_stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
 
     inside = depth > 0
     put = partial(place, shape=shape, corner=corner)

@@ -30,11 +30,11 @@ from guided_diffusion.data.readers import Affine, Array
 from guided_diffusion.data.splits import PARTS, read_split
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import make_folder, whole
+from guided_diffusion.files import atomic_write, make_folder
 
 
 @dataclass(frozen=True)
-class Plan:
+class SlicingPlan:
     """What is cut: how volumes are read, how slices are stored, and how patients are divided.
 
     Attributes:
@@ -55,10 +55,10 @@ class Plan:
                 "--dtype",
                 found=f"uint8 with --normalise {self.reading.normalise}",
                 expected="values in [0, 1], as minmax and percentile give",
-                mend="Pass --dtype float32.",
+                hint="Pass --dtype float32.",
             )
         if not 0 <= self.train <= 1:
-            raise UserError("--train", found=self.train, expected="0 to 1", mend="Try 0.8.")
+            raise UserError("--train", found=self.train, expected="0 to 1", hint="Try 0.8.")
 
 
 class Job(NamedTuple):
@@ -75,7 +75,7 @@ class Job(NamedTuple):
             yield entry, self.folder / f"{number:06d}"
 
 
-def plan_jobs(dataset: VolumeDataset, out: Path, plan: Plan) -> list[Job]:
+def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]:
     """One job per volume, in the order of the split file, which is written if it is not there.
 
     ``volumes.json`` remembers which numbers a volume's slices have, so that volumes may be added,
@@ -98,12 +98,12 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: Plan) -> list[Job]:
                 slices[0].images[0],
                 found="a volume that has changed since its slices were cut",
                 expected="the volume of before",
-                mend="Choose another --out, so that old and new slices do not mix.",
+                hint="Choose another --out, so that old and new slices do not mix.",
             )
         free = max(free, row[0] + row[1])
         patient = slices[0].patient
         jobs.append(Job(out / parts[patient], order[patient], slices, row[0]))
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return jobs
 
@@ -124,7 +124,7 @@ def open_volumes(src: Path, reading: Reading) -> VolumeDataset:
         src,
         found="two-dimensional slices",
         expected="volumes of three axes",
-        mend="Slices can be trained on as they are.",
+        hint="Slices can be trained on as they are.",
     )
 
 
@@ -197,7 +197,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
             folder,
             found=f"that it cannot be written ({error})",
             expected="room and permission to write",
-            mend="Free some space; the same command continues.",
+            hint="Free some space; the same command continues.",
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -215,12 +215,12 @@ def _save(path: Path, values: Array, affine: Affine | None, dtype: str) -> None:
     nib.save(image, path)
 
 
-def _read_or_write_split(path: Path, patients: Sequence[str], plan: Plan) -> dict[str, str]:
+def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan) -> dict[str, str]:
     """The part of each patient, in the file's order; a file of other settings is refused."""
     settings = f"# {_settings(plan)}"
     if not path.exists():
         parts = divide(patients, train=plan.train, seed=plan.seed)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             lines = [settings, *(f"{patient} {side}" for patient, side in parts.items())]
             part.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return parts
@@ -232,7 +232,7 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: Plan) -> dic
             path,
             found=f"slices cut with other settings ({written[2:]})",
             expected=settings[2:],
-            mend="Choose another --out, or the settings of before.",
+            hint="Choose another --out, or the settings of before.",
         )
     parts = read_split(path)
     strangers = sorted(set(patients) - parts.keys())
@@ -241,7 +241,7 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: Plan) -> dic
             path,
             found=f"no line for {', '.join(strangers[:5])}",
             expected="one line per patient, such as '<patient> training'",
-            mend="Add the lines at the end.",
+            hint="Add the lines at the end.",
         )
     return parts
 
@@ -253,7 +253,7 @@ def divide(patients: Sequence[str], *, train: float, seed: int) -> dict[str, str
     return {patient: "training" if patient in training else "testing" for patient in patients}
 
 
-def _settings(plan: Plan) -> str:
+def _settings(plan: SlicingPlan) -> str:
     reading = plan.reading
     first, end = ("" if bound is None else bound for bound in reading.slices)
     blank = "" if reading.blank_slices else ", no blank slices"

@@ -14,7 +14,7 @@ from guided_diffusion.dist_util import describe, rank, total_gib
 from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import numbers
 from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptions, TrainingOptions
-from guided_diffusion.script_util import channel_multipliers, create_model, million
+from guided_diffusion.script_util import channel_multipliers, create_model, parameter_count
 
 LARGE_GIB = 8.0
 """Training that holds more than this before any activation is told so before it is built."""
@@ -34,15 +34,15 @@ def check_size(
     averages = len(options.ema_rate.split(","))
     needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
     says = (
-        f"{million(net)}: weights, gradients, AdamW's moments and averages take {needed:.1f} GiB "
-        "while a checkpoint is written, before any activation"
+        f"{parameter_count(net)}: weights, gradients, AdamW's moments and averages take "
+        f"{needed:.1f} GiB while a checkpoint is written, before any activation"
     )
     if needed > total_gib(device):
         raise UserError(
             "the network",
             found=says,
             expected=f"at most the {total_gib(device):.1f} GiB of {describe(device)}",
-            mend="Use a larger device, or lower --num_channels or --num_res_blocks.",
+            hint="Use a larger device, or lower --num_channels or --num_res_blocks.",
         )
     if needed > LARGE_GIB and rank() == 0:
         logger.log(says)

@@ -43,7 +43,7 @@ def settled(options: Training, typed: dict[str, Any]) -> Training:
             "--ema_rate",
             found=repr(options.ema_rate),
             expected="decay rates from 0 to 1, separated by commas",
-            mend="Leave --ema_rate away for 0.9999.",
+            hint="Leave --ema_rate away for 0.9999.",
         )
     graphs = typed.get("compile") in ("reduce-overhead", "max-autotune")
     if graphs and options.microbatch > 0 and torch.cuda.is_available():
@@ -51,7 +51,7 @@ def settled(options: Training, typed: dict[str, Any]) -> Training:
             "--compile",
             found=f"{typed['compile']} with --microbatch {options.microbatch}",
             expected="default, where gradients are added up: a replayed graph overwrites them",
-            mend="Use --compile default, or leave --microbatch away.",
+            hint="Use --compile default, or leave --microbatch away.",
         )
     if options.lr_anneal_steps and "max_steps" not in typed:
         return replace(options, max_steps=options.lr_anneal_steps)
@@ -109,7 +109,7 @@ def held_out_cases(
             "--patience",
             found=watch.patience,
             expected="cases to validate on",
-            mend="Name them with --val_dir, or leave --patience away.",
+            hint="Name them with --val_dir, or leave --patience away.",
         )
     else:
         return None
@@ -118,6 +118,6 @@ def held_out_cases(
             "--val_dir",
             found=f"{held_out.channels} channels",
             expected=f"{dataset.channels}, those of {dataset.directory}",
-            mend="Validate on data like that of training.",
+            hint="Validate on data like that of training.",
         )
     return held_out

@@ -22,10 +22,10 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.inference.plan import Plan, make_plan
+from guided_diffusion.inference.plan import SamplingPlan, make_plan
 from guided_diffusion.inference.rendering import draw_overlay
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter
-from guided_diffusion.inference.trajectory import Film
+from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, WatchOptions
 from guided_diffusion.report.canvas import Pixels
 from guided_diffusion.report.pictures import write_picture
@@ -71,7 +71,7 @@ class Validation:
     def __call__(self, weights: Weights, step: int) -> Score | None:
         """Score weights; the pictures of the last call are replaced."""
         self.segmenter.net.load_state_dict(weights)
-        film = film_of(self.segmenter, self.cases[0])
+        film = draw_trajectory(self.segmenter, self.cases[0])
         logger.picture("sampling", film, step)
         if self.folder is None:
             return None
@@ -98,9 +98,9 @@ def score_of(case: Case, result: Segmentation) -> Score:
     return Score(*(float(np.mean([rule(c) for c in counts])) for rule in (dice, iou)))
 
 
-def film_of(segmenter: Segmenter, case: Case) -> Pixels:
+def draw_trajectory(segmenter: Segmenter, case: Case) -> Pixels:
     """How the first mask of a case comes to be, uint8 [h, w, 3]."""
-    film = Film(segmenter, case.name)
+    film = Trajectory(segmenter, case.name)
     image = segmenter.frame.fit(case).image
     segmenter.draw(image[None], [case.name], note=film)
     return film.picture()
@@ -121,14 +121,14 @@ def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
                 dataset.directory,
                 found=f"no mask for {case.name}",
                 expected="a labelled data set to validate on",
-                mend="Leave --val_dir away, or name a folder with masks.",
+                hint="Leave --val_dir away, or name a folder with masks.",
             )
     return cases
 
 
 def validation_plan(
     watch: WatchOptions, run: RunOptions, diffusion: GaussianDiffusion, device: torch.device
-) -> Plan:
+) -> SamplingPlan:
     """How the masks of a validation are drawn: two a case, in few evaluations."""
     steps = min(watch.val_steps, len(diffusion.kept))
     sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import make_folder, whole
+from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
 from guided_diffusion.options.flags import fill
@@ -107,13 +107,13 @@ def _write_images(images: torch.Tensor, classes: torch.Tensor | None, folder: Pa
     if classes is not None:
         arrays.append(classes.numpy())
     path = folder / f"samples_{'x'.join(map(str, arrays[0].shape))}.npz"
-    with whole(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, *arrays)
     tiles = [
         Tile(image.numpy(), None, f"{i}" if classes is None else f"{i}: class {int(classes[i])}")
         for i, image in enumerate(images[:SHOWN])
     ]
-    with whole(path.with_suffix(".png")) as part:
+    with atomic_write(path.with_suffix(".png")) as part:
         Image.fromarray(contact_sheet(tiles, title=path.stem)).save(part, format="PNG")
     logger.log(f"written: {path}, {path.with_suffix('.png')}")
 
@@ -141,14 +141,14 @@ def segment_weakly(typed: dict[str, Any]) -> None:
                 dataset.directory,
                 found=f"images of {dataset.channels} channels",
                 expected=f"{trained.net.in_channels}, which {trained.source} was trained on",
-                mend="Use images like those of training.",
+                hint="Use images like those of training.",
             )
     if model and classifier and classifier.image_size != model.net.image_size:
         raise UserError(
             classifier.source,
             found=f"a classifier of {classifier.image_size} pixels",
             expected=f"{model.net.image_size}, the size of {model.source}",
-            mend="Train both networks with one --img_size.",
+            hint="Train both networks with one --img_size.",
         )
     folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
     segment_images(segmenter, dataset, folder)

@@ -24,7 +24,7 @@ def noise_aware(net: Callable[[Tensor, Tensor], Tensor], diffusion: GaussianDiff
     """Make a classifier that is told the time into one that is told the level."""
 
     def classify(x: Tensor, level: NoiseLevel) -> Tensor:
-        return net(x, torch.full((len(x),), diffusion.told(level.t), device=x.device))
+        return net(x, torch.full((len(x),), diffusion.scale_timestep(level.t), device=x.device))
 
     return classify
 
@@ -90,7 +90,7 @@ def classification_losses(
         y: Tensor,
     ) -> dict[str, Tensor]:
         x_t = diffusion.schedule.add_noise(x0, t, eps) if noised else x0
-        told = (t if noised else 0 * t).to(x0.device) * diffusion.told(1.0)
+        told = (t if noised else 0 * t).to(x0.device) * diffusion.scale_timestep(1.0)
         logits = net(x_t, told).float()
         return {
             "loss": functional.cross_entropy(logits, y, reduction="none"),

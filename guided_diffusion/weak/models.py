@@ -21,7 +21,7 @@ from guided_diffusion.checkpoint import (
     load_checkpoint,
     load_weights,
 )
-from guided_diffusion.dist_util import dev, place
+from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
 from guided_diffusion.inference.resolve import trained_flags
@@ -119,7 +119,7 @@ def load_image_model(
     load_weights(net, chosen, path)
     device = dev(typed.get("gpu_dev", "0"))
     return ImageModel(
-        net=place(net, device).eval().requires_grad_(False),
+        net=place_model(net, device).eval().requires_grad_(False),
         diffusion=process,
         clip=process.mask_range if clip else None,
         source=f"{path}: {which}",
@@ -145,7 +145,7 @@ def load_classifier(typed: dict[str, Any], *, folder: str, weights: str = "ema")
     load_weights(net, chosen, path)
     device = dev(typed.get("gpu_dev", "0"))
     return ClassifierModel(
-        net=place(net, device).eval().requires_grad_(False),
+        net=place_model(net, device).eval().requires_grad_(False),
         diffusion=create_gaussian_diffusion(fill(ImageDiffusionOptions, flags)),
         image_size=options.image_size,
         source=f"{path}: {which}",
@@ -194,5 +194,5 @@ def _other(path: Path, expected: str, script: str) -> UserError:
         path,
         found="a network of another kind",
         expected=expected,
-        mend=f"Train one with {script}, or correct the path.",
+        hint=f"Train one with {script}, or correct the path.",
     )

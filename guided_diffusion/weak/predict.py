@@ -26,7 +26,7 @@ from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case, Frame
 from guided_diffusion.data.tumorloader import LabelledImages, TumourImages
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import make_folder, whole
+from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.record import Record
 from guided_diffusion.options.weak import WeakOptions
@@ -36,7 +36,7 @@ from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.evaluate import evaluate
-from guided_diffusion.scoring.summary import report
+from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.weak.maps import (
     Map,
     Mask,
@@ -170,7 +170,7 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
             model.source,
             found="a diffusion without classes",
             expected="one that was trained with --class_cond True",
-            mend="Train one, or use --method gradcam.",
+            hint="Train one, or use --method gradcam.",
         )
     last = len(model.diffusion.schedule) - 1
     if options.level > last:
@@ -178,7 +178,7 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
             "--level",
             found=options.level,
             expected=f"at most {last}, the last trained time",
-            mend="Choose a lower level.",
+            hint="Choose a lower level.",
         )
     if options.method == "counterfactual":
         count = min(options.steps, options.level + 1)
@@ -190,7 +190,7 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
             "--steps",
             found=f"{options.steps} steps of {options.stride} from level {options.level}",
             expected="an end at time 0 or above",
-            mend="Take fewer steps, a smaller --stride or a higher --level.",
+            hint="Take fewer steps, a smaller --stride or a higher --level.",
         )
     branches = range(options.level, end - 1, -options.stride)
     return model.diffusion.schedule.levels(branches, end=None)
@@ -268,7 +268,7 @@ def _write(folder: Path, case: Case, heat: Map, mask: Mask, truth: Tensor | None
         "overlay": map_overlay(case.image.numpy(), true, mask, heat, name=case.name),
     }
     for kind, pixels in pictures.items():
-        with whole(folder / f"{case.name}_{kind}.png") as part:
+        with atomic_write(folder / f"{case.name}_{kind}.png") as part:
             Image.fromarray(pixels).save(part, format="PNG")
 
 
@@ -281,7 +281,7 @@ def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
     truths: Path | None = dataset.directory
     if not isinstance(dataset, TumourImages):
         truths = _written_truths(dataset, folder)
-    lines = [report(evaluate(folder, truths, partial=True))]
+    lines = [summary_text(evaluate(folder, truths, partial=True))]
     counts = [
         _empty_truth(path)
         for name, label in dataset.labels.items()
@@ -291,7 +291,7 @@ def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
         left = sum(count.empty_prediction for count in counts)
         mean = float(np.mean([metrics.specificity(count) for count in counts]))
         found = {"normal": len(counts), "left_empty": left, "specificity": mean}
-        with whole(folder / "normal.json") as part:
+        with atomic_write(folder / "normal.json") as part:
             part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         lines.append(
             f"normal images: {left} of {len(counts)} left empty, specificity {mean:.4f} by pixel"
@@ -311,6 +311,6 @@ def _written_truths(dataset: LabelledImages, folder: Path) -> Path:
         path = truths / f"{entry.name}.png"
         mask = dataset.read_mask(entry)
         if mask is not None and not path.exists():
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 Image.fromarray(soft_png(mask[0])).save(part, format="PNG")
     return truths

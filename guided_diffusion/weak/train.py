@@ -14,8 +14,14 @@ from typing import Any
 import torch
 
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import LATEST, Checkpoint, Weights, call_also, load_weights
-from guided_diffusion.data.batches import Batch, Lesson, collate, images_alone, labelled_images
+from guided_diffusion.checkpoint import LATEST, Checkpoint, Weights, link_as, load_weights
+from guided_diffusion.data.batches import (
+    Batch,
+    TrainingBatch,
+    collate,
+    prepare_images,
+    prepare_labelled_images,
+)
 from guided_diffusion.data.datasets import Frame
 from guided_diffusion.data.tumorloader import (
     LabelledImages,
@@ -26,7 +32,7 @@ from guided_diffusion.data.tumorloader import (
     part_folder,
     require_both,
 )
-from guided_diffusion.dist_util import describe, dev, launch, place, rank, setup_dist
+from guided_diffusion.dist_util import describe, dev, launch, place_model, rank, setup_dist
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
 from guided_diffusion.options.flags import fill, recorded, refuse_contradictions
@@ -49,7 +55,7 @@ from guided_diffusion.script_util import (
     create_classifier,
     create_gaussian_diffusion,
     create_model,
-    million,
+    parameter_count,
 )
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.resolve import checkpoint_to_resume, overwriting_notes, settled
@@ -86,7 +92,7 @@ def open_labelled(flags: dict[str, Any], part: str) -> LabelledImages:
             found=f"{'all' if any(dataset.labels.values()) else 'none'} of {len(dataset)} slices "
             f"with the label {source.class_index}",
             expected="slices with it and without it",
-            mend="Choose another label.",
+            hint="Choose another label.",
         )
     return dataset
 
@@ -111,13 +117,13 @@ def train_images(typed: dict[str, Any]) -> None:
         load_weights(net, start.model, path)
     folder = Path(run.out_dir).expanduser()
     loop = _loop(
-        place(net, device),
+        place_model(net, device),
         create_gaussian_diffusion(diffusion),
         Pictures(dataset, Frame(network.image_size)),
         options,
         run,
         recorded={**recorded(network, diffusion), "of_images": True},
-        lesson=labelled_images if network.class_cond else images_alone,
+        lesson=prepare_labelled_images if network.class_cond else prepare_images,
         alias=folder / DIFFUSION,
     )
     _run(loop, dataset, start, path, dead_flags(TRAIN_IMAGES, typed))
@@ -152,17 +158,17 @@ def train_classifier(typed: dict[str, Any]) -> None:
     process, frame = create_gaussian_diffusion(diffusion), Frame(network.image_size)
     validate = None
     if kept and rank() == 0:
-        copy = place(create_classifier(**vars(network)), device)
+        copy = place_model(create_classifier(**vars(network)), device)
         judged = Pictures(dataset, frame, kept)
         validate = accuracy_on(judged, copy, process, noised=options.noised, seed=run.seed)
     loop = _loop(
-        place(net, device),
+        place_model(net, device),
         process,
         Pictures(dataset, frame, learned),
         options,
         run,
         recorded=recorded(network, diffusion),
-        lesson=labelled_images,
+        lesson=prepare_labelled_images,
         alias=top / CLASSIFIER,
         losses=classification_losses(process, noised=options.noised),
         watch=WatchOptions(val_interval=options.eval_interval),
@@ -234,7 +240,7 @@ def _loop(
     run: WeakRunOptions,
     *,
     recorded: dict[str, Any],
-    lesson: Callable[[Batch], Lesson],
+    lesson: Callable[[Batch], TrainingBatch],
     alias: Path,
     losses: Losses | None = None,
     watch: WatchOptions | None = None,
@@ -246,13 +252,13 @@ def _loop(
             "--batch_size",
             found=options.batch_size,
             expected=f"at most {len(pictures)}, all images there are to train on",
-            mend="Use smaller batches, or more images.",
+            hint="Use smaller batches, or more images.",
         )
     folder = Path(run.out_dir).expanduser()
 
     def after_save() -> None:
         if (folder / LATEST).exists():  # not yet, where only the best has been written
-            call_also(folder / LATEST, alias)
+            link_as(folder / LATEST, alias)
         draw_curves(folder / "progress.csv", folder / "curves.png")
 
     return TrainLoop(
@@ -291,7 +297,7 @@ def _run(
         logger.log(note)
     logger.log(
         f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal; "
-        f"{million(loop.net)} on {describe(loop.device)}, {run.precision}; "
+        f"{parameter_count(loop.net)} on {describe(loop.device)}, {run.precision}; "
         f"steps {loop.step} to {loop.last_step or 'no end'}"
     )
     loop.run_loop()
@@ -303,5 +309,5 @@ def _require_channels(channels: int, dataset: LabelledImages, flag: str) -> None
             flag,
             found=channels,
             expected=f"{dataset.channels}, the channels of {dataset.directory}",
-            mend=f"Leave {flag} away, or use data with the channels of training.",
+            hint=f"Leave {flag} away, or use data with the channels of training.",
         )

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import stream
+from guided_diffusion.data.batches import training_batches
 from guided_diffusion.data.datasets import Case
 
 STILL = Augmentation(flip=0, degrees=0, scale=0, gamma=0, noise=0)
@@ -116,7 +116,9 @@ def test_a_case_follows_from_seed_and_place_alone(first: int, workers: int) -> N
     """With any number of workers, and resumed at any step."""
 
     def batches(count: int, **options: int) -> list[Tensor]:
-        found = islice(stream(Blobs(), 2, seed=7, augmentation=Augmentation(), **options), count)
+        found = islice(
+            training_batches(Blobs(), 2, seed=7, augmentation=Augmentation(), **options), count
+        )
         return [torch.cat([batch.image.flatten(), batch.mask.flatten()]) for batch in found]
 
     for one, other in zip(
@@ -127,7 +129,7 @@ def test_a_case_follows_from_seed_and_place_alone(first: int, workers: int) -> N
 
 def test_another_epoch_and_another_seed_give_other_cases() -> None:
     def images(seed: int) -> list[Tensor]:
-        batches = islice(stream(Blobs(), 1, seed=seed, augmentation=Augmentation()), 10)
+        batches = islice(training_batches(Blobs(), 1, seed=seed, augmentation=Augmentation()), 10)
         return [image for batch in batches for image in batch.image]
 
     found = [*images(1), *images(2)]
@@ -135,6 +137,6 @@ def test_another_epoch_and_another_seed_give_other_cases() -> None:
 
 
 def test_off_means_untouched() -> None:
-    batch = next(stream(Blobs(), 5, seed=0))
+    batch = next(training_batches(Blobs(), 5, seed=0))
     for image, name in zip(batch.image, batch.names, strict=True):
         assert torch.equal(image, blobs(seed=int(name[-1])).image)

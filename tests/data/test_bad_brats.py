@@ -242,9 +242,9 @@ BAD: list[tuple[Callable[[Path], None], str, str]] = [
 
 
 @pytest.mark.parametrize("kept", ["memory", "disk"])
-@pytest.mark.parametrize(("build", "found", "mend"), BAD, ids=[row[0].__name__ for row in BAD])
+@pytest.mark.parametrize(("build", "found", "hint"), BAD, ids=[row[0].__name__ for row in BAD])
 def test_bad_files_are_named(
-    tmp_path: Path, kept: str, build: Callable[[Path], None], found: str, mend: str
+    tmp_path: Path, kept: str, build: Callable[[Path], None], found: str, hint: str
 ) -> None:
     data = tmp_path / "data"
     build(data)
@@ -256,7 +256,7 @@ def test_bad_files_are_named(
             dataset[index]
     message = str(caught.value)
     assert message.startswith(str(data)) and "\n" not in message
-    assert found in message and mend in message.split(", expected ")[-1]
+    assert found in message and hint in message.split(", expected ")[-1]
 
 
 @pytest.mark.parametrize("kept", ["memory", "disk"])

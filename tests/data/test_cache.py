@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.data.batches import stream
-from guided_diffusion.data.cache import Remembered
-from guided_diffusion.data.datasets import Frame, Framed
+from guided_diffusion.data.batches import training_batches
+from guided_diffusion.data.cache import CachedDataset
+from guided_diffusion.data.datasets import Frame, ResizedDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
 
@@ -30,9 +30,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def remembered(folder: Path, **options: int) -> Remembered:
-    framed = Framed(open_dataset(folder / "data"), Frame(16))
-    return Remembered(framed, directory=folder, **options)
+def remembered(folder: Path, **options: int) -> CachedDataset:
+    framed = ResizedDataset(open_dataset(folder / "data"), Frame(16))
+    return CachedDataset(framed, directory=folder, **options)
 
 
 def test_cases_are_equal_and_decoded_once(folder: Path) -> None:
@@ -50,9 +50,9 @@ def test_cases_are_equal_and_decoded_once(folder: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_processes_share_it(folder: Path, workers: int) -> None:
     cases = remembered(folder)
-    epoch = list(islice(stream(cases, 2, seed=0, workers=workers), 3))
+    epoch = list(islice(training_batches(cases, 2, seed=0, workers=workers), 3))
     assert len(list(cases.folder.glob("*.npy"))) == 6
-    plain = list(islice(stream(cases.dataset, 2, seed=0), 3))
+    plain = list(islice(training_batches(cases.dataset, 2, seed=0), 3))
     for one, other in zip(epoch, plain, strict=True):
         assert one.names == other.names
         assert torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)
@@ -101,7 +101,7 @@ def test_the_folder_goes_with_the_run_but_not_with_a_copy(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_disappears_during_the_run_is_one_message(folder: Path, workers: int) -> None:
-    batches = stream(remembered(folder, most_bytes=0), 2, seed=0, workers=workers)
+    batches = training_batches(remembered(folder, most_bytes=0), 2, seed=0, workers=workers)
     next(batches)
     for path in (folder / "data/masks").iterdir():
         path.unlink()

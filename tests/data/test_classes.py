@@ -15,7 +15,7 @@ from conftest import DIFFUSION, NETWORK, contents, refused, script, succeeded
 from PIL import Image
 
 from guided_diffusion.data.classes import Classes, find_classes, record_text, recorded_classes
-from guided_diffusion.data.datasets import Case, Frame, Framed, Reading
+from guided_diffusion.data.datasets import Case, Frame, Reading, ResizedDataset
 from guided_diffusion.data.readers import read_mask_file
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.record import note_classes
@@ -23,7 +23,7 @@ from guided_diffusion.inference.segmenter import Segmentation, Segmenter
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.report.pictures import class_overlay
 from guided_diffusion.scoring.evaluate import evaluate_all
-from guided_diffusion.scoring.summary import report
+from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.script_util import create_model_and_diffusion
 
 LABELS = np.array([[0, 1, 2, 4], [4, 2, 1, 0]], np.uint8)
@@ -183,7 +183,7 @@ def test_a_pixel_that_two_classes_halve_goes_to_the_first(tmp_path: Path) -> Non
     save(tmp_path / "masks" / "a.png", np.tile(np.array([1, 2], np.uint8), (2, 1)))
     for text, expected in (("1,2", 1), ("a=1+3,b=2+3", 2)):
         dataset = open_dataset(tmp_path, reading=Reading(classes=classes_of(text)))
-        mask = Framed(dataset, Frame(1))[0].mask
+        mask = ResizedDataset(dataset, Frame(1))[0].mask
         assert mask is not None and mask.sum() == expected
 
 
@@ -427,7 +427,7 @@ def test_scores_of_classes_by_hand(by_hand: Path) -> None:
         ("b", "1", "0", "0"),
         ("b", "2", "0", "8"),
     ]
-    lines = report(summary).splitlines()
+    lines = summary_text(summary).splitlines()
     assert [line.split()[-2:] for line in lines if line.startswith("Dice of")] == [
         ["1.0000", "1.0000"],
         ["0.5000", "1.0000"],

@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 
 from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D, modality_of
 from guided_diffusion.data.batches import collate
-from guided_diffusion.data.datasets import Case, Frame, Framed, Reading, auto_frame, readable
+from guided_diffusion.data.datasets import (
+    Case,
+    Frame,
+    Reading,
+    ResizedDataset,
+    auto_frame,
+    readable,
+)
 from guided_diffusion.data.folders import safe_name, split_name
 from guided_diffusion.data.readers import read_mask_file, read_picture
 from guided_diffusion.errors import UserError
@@ -468,7 +475,7 @@ def test_cases_of_different_size_are_batched(tmp_path: Path) -> None:
     write_pair(tmp_path, "a")
     write_picture(tmp_path / "images/b.png", colour(20, 30))
     write_picture(tmp_path / "masks/b.png", grey_mask(20, 30))
-    framed = Framed(open_dataset(tmp_path), Frame(16))
+    framed = ResizedDataset(open_dataset(tmp_path), Frame(16))
 
     (batch,) = DataLoader(framed, batch_size=2, collate_fn=collate)
 
@@ -716,17 +723,17 @@ MALFORMED: list[tuple[Callable[[Path], None], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("build", "found", "mend"), MALFORMED, ids=[row[0].__name__ for row in MALFORMED]
+    ("build", "found", "hint"), MALFORMED, ids=[row[0].__name__ for row in MALFORMED]
 )
 def test_bad_folders_name_the_file_and_the_mend(
-    tmp_path: Path, build: Callable[[Path], None], found: str, mend: str
+    tmp_path: Path, build: Callable[[Path], None], found: str, hint: str
 ) -> None:
     build(tmp_path)
     with pytest.raises(UserError) as caught:
         _every_case(tmp_path)
     message = str(caught.value)
     assert message.startswith(str(tmp_path)) and "\n" not in message
-    assert found in message and mend in message.split(", expected ")[-1]
+    assert found in message and hint in message.split(", expected ")[-1]
 
 
 @pytest.mark.parametrize(

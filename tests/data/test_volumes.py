@@ -29,18 +29,18 @@ from torch.utils.data import DataLoader
 
 from guided_diffusion.bratsloader import BRATSDataset3D
 from guided_diffusion.data.batches import collate
-from guided_diffusion.data.datasets import Entry, Frame, Framed, Reading
+from guided_diffusion.data.datasets import Entry, Frame, Reading, ResizedDataset
 from guided_diffusion.data.intensity import measure, normalised
-from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.predict import segment
 from guided_diffusion.inference.segmenter import Segmentation
-from guided_diffusion.inference.volume_writer import Stacks
+from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.layouts import open_masks
 from guided_diffusion.schedule import CLEAN
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.evaluate import evaluate
 from guided_diffusion.scoring.patients import score_patients, summarise_patients
-from guided_diffusion.scoring.summary import report
+from guided_diffusion.scoring.summary import summary_text
 
 # --------------------------------------------------------------------------- decoded once, bounded
 
@@ -107,12 +107,12 @@ def test_memory_is_bounded_and_a_process_starts_empty(tmp_path: Path) -> None:
 def test_reading_processes_share_the_cache(tmp_path: Path) -> None:
     data, reading = write_volumes(tmp_path / "data"), Reading(cache_dir=tmp_path / "cache")
     loader = DataLoader(
-        Framed(BRATSDataset3D(data, reading=reading), Frame(8)),
+        ResizedDataset(BRATSDataset3D(data, reading=reading), Frame(8)),
         batch_size=5,
         num_workers=2,
         collate_fn=collate,
     )
-    expected = Framed(BRATSDataset3D(data), Frame(8))
+    expected = ResizedDataset(BRATSDataset3D(data), Frame(8))
     batches = list(loader)
     assert torch.equal(batches[1].image[3], expected[8].image)
     assert len(list((tmp_path / "cache").iterdir())) == 2 * 10
@@ -126,7 +126,7 @@ class Painter:
 
     classes = None
     frame = Frame(8)
-    plan = Plan("ddpm", (CLEAN, CLEAN), batch_size=4, num_ensemble=2)
+    plan = SamplingPlan("ddpm", (CLEAN, CLEAN), batch_size=4, num_ensemble=2)
 
     def segment(self, cases: list, note: object = None) -> list:
         results = []
@@ -206,8 +206,8 @@ def test_a_run_that_is_killed_anywhere_loses_no_slice(
         return step
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Stacks, "keep", dying(Stacks.keep))
-        patch.setattr(Stacks, "_write_kind", dying(Stacks._write_kind))
+        patch.setattr(VolumeWriter, "keep", dying(VolumeWriter.keep))
+        patch.setattr(VolumeWriter, "_write_kind", dying(VolumeWriter._write_kind))
         segment(Painter(), BRATSDataset3D(data), out, fingerprint="f")
     segment(Painter(), BRATSDataset3D(data), out, fingerprint="f")
 
@@ -229,7 +229,7 @@ def test_stacks_of_several_channels(tmp_path: Path) -> None:
     source = save(tmp_path / "a_t1.nii.gz", solid("t1"))
     entries = [Entry(f"a_slice{z:03d}", (source,), None, z) for z in range(DEPTH)]
     planes = np.random.default_rng(0).random((DEPTH, 3, *SIZE)).astype(np.float32)
-    stacks = Stacks(tmp_path, "f", entries)
+    stacks = VolumeWriter(tmp_path, "f", entries)
     stacks.expect(entries)
     for entry, plane in zip(entries, planes, strict=True):
         stacks.keep(entry, {"output_ens": plane, "mask": plane[0], "uncertainty": plane})
@@ -278,7 +278,7 @@ def test_scoring_says_dice_per_patient(tmp_path: Path) -> None:
     assert (summary["patients"], summary["dice_patient"]) == (2, pytest.approx((1 / 2 + 1) / 2))
     assert summary["dice"] == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert json.loads((out / "summary.json").read_text())["patients"] == 2
-    assert "Dice of 2 patients" in report(summary) and "0.7500" in report(summary)
+    assert "Dice of 2 patients" in summary_text(summary) and "0.7500" in summary_text(summary)
     with (out / "patients.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["patient"], row["cases"], row["fn"]) for row in rows] == [

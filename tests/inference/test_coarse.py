@@ -25,10 +25,10 @@ from guided_diffusion.checkpoint import (
 )
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.datasets import Case, Frame
-from guided_diffusion.dist_util import place
+from guided_diffusion.dist_util import place_model
 from guided_diffusion.ensemble import BLENDS, blend_coarse, mean
 from guided_diffusion.errors import UserError
-from guided_diffusion.inference.plan import Plan
+from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.losses import COARSE_LOSSES, binary_cross_entropy, soft_dice_loss
 from guided_diffusion.nn import Output
@@ -81,7 +81,7 @@ def loop_of(version: str, folder: Path, *, precision: str = "fp32", **options: A
     flags = {name: options.pop(name) for name in ("coarse_loss",) if name in options}
     net, diffusion = create_model_and_diffusion(**SMALL, version=version, **flags)
     return TrainLoop(
-        place(net, torch.device("cpu")),
+        place_model(net, torch.device("cpu")),
         diffusion,
         dataset=Squares(),
         schedule_sampler=create_named_schedule_sampler("uniform", 50),
@@ -228,7 +228,7 @@ def segmenter_of(version: str, **plan: Any) -> Segmenter:
     levels = tuple(diffusion.schedule.levels([49, 30, 10]))
     settings = {"num_ensemble": 3, "batch_size": 4, **plan}
     fill(net)
-    return Segmenter(net, diffusion, frame=Frame(32), plan=Plan("ddim", levels, **settings))
+    return Segmenter(net, diffusion, frame=Frame(32), plan=SamplingPlan("ddim", levels, **settings))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -459,7 +459,7 @@ def test_bare_weights_continue_with_what_their_optimiser_had(tmp_path: Path) -> 
     lacking = [name for name in names if name.startswith(drawn)]
     kept = [index for index, name in enumerate(names) if name not in lacking]
     state = written.training["optimizer"]["state"]
-    theirs = {place: state[index] for place, index in enumerate(kept)}
+    theirs = {place_model: state[index] for place_model, index in enumerate(kept)}
     moments = {**written.training["optimizer"], "state": theirs}
     start = type(written)(options={}, step=2, model=written.model, training={"optimizer": moments})
     loop = loop_of("1", tmp_path, max_steps=3)

@@ -24,7 +24,7 @@ from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference import cases
-from guided_diffusion.inference.plan import Plan, sampling_levels
+from guided_diffusion.inference.plan import SamplingPlan, sampling_levels
 from guided_diffusion.inference.predict import segment
 from guided_diffusion.inference.record import Record
 from guided_diffusion.inference.segmenter import Draws, Segmenter
@@ -118,7 +118,7 @@ def make_segmenter(sampler: str = "ddim", *, frame: Frame | None = None, **plan:
         net,
         diffusion,
         frame=frame or Frame(16),
-        plan=Plan(name, tuple(levels), options, **settings),
+        plan=SamplingPlan(name, tuple(levels), options, **settings),
     )
 
 

@@ -7,8 +7,8 @@ from conftest import refused, script
 from golden.fill import fill
 from torch import nn
 
-from guided_diffusion.checkpoint import Checkpoint, adopted, load_weights
-from guided_diffusion.dist_util import place
+from guided_diffusion.checkpoint import Checkpoint, adapt_weights, load_weights
+from guided_diffusion.dist_util import place_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.networks.highway import (
     BatchNorm32,
@@ -76,12 +76,12 @@ def test_weights_of_both_years_load_and_lack_nothing_that_matters(gates):
     """What the parents draw anew in each call has mean zero; its expectation stands in for it."""
     source, net = small("1"), small("1")
     weights = published_weights(source, gates=gates)
-    adopted = net.adopt(weights)
-    added = {name for name in adopted if name not in weights}
+    adapt_weights = net.adopt(weights)
+    added = {name for name in adapt_weights if name not in weights}
     assert {name.split(".")[0] for name in added} == {"highway_embedding"} | (
         set() if gates else {"hwm"}
     )
-    load_weights(net, adopted, "published.pt")
+    load_weights(net, adapt_weights, "published.pt")
 
     image, mask, t = inputs()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_training_goes_on_from_weights_without_gates():
     bare = Checkpoint(options={}, step=0, model=published_weights(net, gates=False), ema={})
 
     def gradient(*, training):
-        completed, lacking = adopted(bare, net, training=training)
+        completed, lacking = adapt_weights(bare, net, training=training)
         assert len(lacking) == len(completed.model) - len(bare.model) > 2
         load_weights(net, completed.model, "published.pt")
         net.train().zero_grad()
@@ -128,8 +128,8 @@ def test_training_goes_on_from_weights_without_gates():
 
 def test_filters_of_another_image_size_are_interpolated_on_loading():
     large, net = small("1", image_size=64, attention_resolutions="16"), small("1")
-    adopted = net.adopt(large.state_dict())
-    load_weights(net, adopted, "published.pt")
+    adapt_weights = net.adopt(large.state_dict())
+    load_weights(net, adapt_weights, "published.pt")
     wide = large.hwm.ffparser[0].complex_weight
     assert torch.equal(net.hwm.ffparser[0].complex_weight, wide[:, ::2, ::2])
 
@@ -192,8 +192,8 @@ def test_a_gate_by_the_formula():
     with torch.no_grad():
         net.ffparser[0].complex_weight.copy_(torch.tensor([1.0, 0.0]))
         g = torch.einsum("oi,bihw->bohw", a.weight[..., 0, 0], feature)
-        place = torch.einsum("i,bihw->bhw", b.weight[0, :, 0, 0], g)[:, None]
-        expected = x * place * g.flatten(2).mean(-1)[..., None, None]
+        place_model = torch.einsum("i,bihw->bhw", b.weight[0, :, 0, 0], g)[:, None]
+        expected = x * place_model * g.flatten(2).mean(-1)[..., None, None]
         torch.testing.assert_close(net.gate(x, feature, 0), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -401,7 +401,7 @@ def test_the_memory_order_of_convolutions_changes_nothing(version):
     net = small(version)
     with torch.no_grad():
         expected = predict(net, *inputs())
-        placed = predict(place(net, torch.device("cpu")), *inputs())
+        placed = predict(place_model(net, torch.device("cpu")), *inputs())
     torch.testing.assert_close(placed.raw, expected.raw, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(placed.coarse, expected.coarse, rtol=1e-4, atol=1e-4)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from guided_diffusion.report import charts
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import image_panel, overlay
-from guided_diffusion.report.report import chosen, page, write_report
+from guided_diffusion.report.report import choose_pictured, page, write_report
 from guided_diffusion.report.thumbnails import SIDE, layers, outline
 from guided_diffusion.scoring.evaluate import evaluate_all
 
@@ -101,14 +101,14 @@ def test_a_report_of_300_cases_is_small(scored):
 
 
 def test_which_cases_are_pictured():
-    assert chosen([0.5] * 5) == [0, 1, 2, 3, 4]
+    assert choose_pictured([0.5] * 5) == [0, 1, 2, 3, 4]
     dice = [k / 1000 for k in range(1000)]
-    some = chosen(dice, 30)
+    some = choose_pictured(dice, 30)
     assert len(some) == 30
     assert some[:10] == list(range(10)) and some[-10:] == list(range(990, 1000))
     assert max(np.diff(some)) < 120
-    assert 7 not in chosen([None if k == 7 else k / 50 for k in range(50)], 6)
-    assert chosen([None, 0.5, None, 0.4], 3) == [0, 1, 3]
+    assert 7 not in choose_pictured([None if k == 7 else k / 50 for k in range(50)], 6)
+    assert choose_pictured([None, 0.5, None, 0.4], 3) == [0, 1, 3]
 
 
 # ------------------------------------------------------------------------------------- its parts
@@ -161,7 +161,7 @@ def test_round_marks(most, marks):
 
 
 def test_a_figure_by_hand():
-    frame = charts.Frame("a <title>", charts.Axis("x"), charts.Axis("y", 0, 10, (0, 10)))
+    frame = charts.Plot("a <title>", charts.Axis("x"), charts.Axis("y", 0, 10, (0, 10)))
     left, floor = frame.at((0, 0))
     right, top = frame.at((1, 10))
     assert frame.at((0.5, 5)) == pytest.approx(((left + right) / 2, (floor + top) / 2), abs=0.1)

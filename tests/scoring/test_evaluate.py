@@ -18,7 +18,7 @@ from guided_diffusion.scoring import evaluate as evaluation
 from guided_diffusion.scoring.case_scores import resize
 from guided_diffusion.scoring.evaluate import evaluate
 from guided_diffusion.scoring.predictions import read_soft
-from guided_diffusion.scoring.summary import report
+from guided_diffusion.scoring.summary import summary_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "env"
 
@@ -60,7 +60,7 @@ def test_golden_folder_by_the_parents_arithmetic(tmp_path):
         scores = [float(row["parent_iou"]), float(row["parent_dice"])]
         assert scores == pytest.approx(expected["per_image"][case], abs=1e-6)
 
-    first, second = report(summary).splitlines()[:2]
+    first, second = summary_text(summary).splitlines()[:2]
     assert float(first.removeprefix("iou is ")) == summary["parent_iou"]
     assert float(second.removeprefix("dice is ")) == summary["parent_dice"]
 
@@ -92,7 +92,7 @@ def test_files_that_are_written(folders):
 
 
 def test_report_is_aligned_and_states_the_rule(folders):
-    lines = report(evaluate(*folders)).splitlines()
+    lines = summary_text(evaluate(*folders)).splitlines()
     table = lines[3:9]
     words = ["at", "Dice", "IoU", "HD95,", "surface", "cases"]
     assert [line.split()[0] for line in table] == words
@@ -108,7 +108,7 @@ def test_nothing_but_empty_truths(tmp_path):
     summary = evaluate(tmp_path / "pred", tmp_path / "gt")
     assert (summary["dice"], summary["dice_lesion"]) == (1.0, None)
     assert json.loads((tmp_path / "pred" / "summary.json").read_text())["dice_lesion"] is None
-    assert "-" in report(summary).splitlines()[4].split()
+    assert "-" in summary_text(summary).splitlines()[4].split()
 
 
 def test_the_prediction_goes_to_the_size_of_the_truth(tmp_path):
@@ -138,7 +138,7 @@ def test_members_are_scored_one_by_one(folders):
     assert row["members"] == "3"
     assert float(row["dice_member"]) == pytest.approx((1 + 0 + 2 / 3) / 3)
     assert summary["dice_member"] == pytest.approx((1 + 0 + 2 / 3) / 3)
-    assert "single members" in report(summary)
+    assert "single members" in summary_text(summary)
 
 
 def test_png_wins_over_jpg_and_other_files_are_left_alone(folders):

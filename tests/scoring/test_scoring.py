@@ -18,7 +18,7 @@ from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.scoring.case_scores import Scoring
 from guided_diffusion.scoring.evaluate import evaluate, evaluate_all
 from guided_diffusion.scoring.predictions import find_predictions, last_panel, read_soft
-from guided_diffusion.scoring.summary import report
+from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.scoring.surface import surface_distances
 
 SQUARE = np.zeros((16, 16), dtype=np.float32)
@@ -173,7 +173,7 @@ def test_the_rule_for_empty_masks_is_chosen_and_printed(tmp_path, rule, dice, co
     assert summary["dice"] == pytest.approx(dice)
     assert summary["scores"]["dice"]["number"] == counted
     assert summary["dice_lesion"] == 1
-    assert report(summary).splitlines()[-1] == f"empty masks: {summary['empty_rule']}"
+    assert summary_text(summary).splitlines()[-1] == f"empty masks: {summary['empty_rule']}"
     assert [row["dice"] != "" for row in rows(pair[0] / "scores.csv")].count(True) == counted
 
 

@@ -17,10 +17,10 @@ from guided_diffusion.tools import phantom_folders, phantom_skin, phantoms
 from guided_diffusion.tools.phantom_fields import (
     Grid,
     ramp,
+    random_stream,
     sample_grid,
     smooth_field,
     spline_weights,
-    stream,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,14 +74,14 @@ def test_spline_weights_sum_to_one_and_reproduce_a_line():
 
 def test_field_has_mean_zero_and_variance_one():
     grid = sample_grid((40, 40, 26))
-    fields = [smooth_field(stream(0, p, "any"), grid, spacing=12) for p in range(20)]
+    fields = [smooth_field(random_stream(0, p, "any"), grid, spacing=12) for p in range(20)]
     assert abs(np.mean(fields)) < 0.03
     assert np.std(fields) == pytest.approx(1, abs=0.05)
 
 
 def test_field_is_the_same_at_every_resolution():
     coarse, fine = (
-        smooth_field(stream(3, 1, "any"), sample_grid(s), spacing=20)
+        smooth_field(random_stream(3, 1, "any"), sample_grid(s), spacing=20)
         for s in ((80, 80), (240, 240))
     )
     np.testing.assert_allclose(coarse, fine[1::3, 1::3], atol=1e-12)
@@ -141,7 +141,7 @@ def test_rater_labels_are_nested_level_sets():
         level, level - 3.5, np.full_like(level, 3.0), np.full_like(level, 1e-9)
     )
     grid = Grid((np.arange(14.0), np.zeros(1), np.zeros(1)), (1.0, 1.0, 1.0))
-    labels = phantoms.rater_labels(stream(0, 0, "rater"), grid, lesion)
+    labels = phantoms.rater_labels(random_stream(0, 0, "rater"), grid, lesion)
     assert np.delete(labels.ravel(), 4).tolist() == [0] * 4 + [2] * 3 + [4] * 3 + [1] * 3
     assert labels.dtype == np.uint8
 

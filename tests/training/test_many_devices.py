@@ -263,7 +263,7 @@ def test_processes_that_start_at_different_steps_are_refused(
     quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each node with a folder of its own: only the first has the checkpoint to go on from."""
-    monkeypatch.setattr(train_util, "gathered", lambda values: torch.cat([values, values + 7]))
+    monkeypatch.setattr(train_util, "all_gather", lambda values: torch.cat([values, values + 7]))
     with pytest.raises(UserError, match=r"--out_dir.*\[0, 7\]"):
         make_loop(tmp_path, max_steps=1).run_loop()
     assert not list(tmp_path.glob("*.pt"))

@@ -24,7 +24,7 @@ from PIL import Image
 from guided_diffusion.checkpoint import latest_checkpoint, load_checkpoint
 from guided_diffusion.data.classes import RECORD
 from guided_diffusion.data.datasets import Frame
-from guided_diffusion.ensemble import MEASURES, squared_mean
+from guided_diffusion.ensemble import UNCERTAINTIES, squared_mean
 from guided_diffusion.files import make_folder
 from guided_diffusion.inference.segmenter import Draws, Segmenter
 from guided_diffusion.options.flags import fill
@@ -297,7 +297,7 @@ def test_what_medsegdiff_calls_staple() -> None:
 
 
 def test_the_map_of_doubt_is_the_one_asked_for(brats: Path, trained: Path, tmp_path: Path) -> None:
-    for name, measure in MEASURES.items():
+    for name, measure in UNCERTAINTIES.items():
         out = tmp_path / name
         arguments = [*sampling(brats / "testing", trained, out), "--uncertainty", name]
         succeeded(script("segmentation_sample", *arguments))

@@ -228,7 +228,7 @@ def test_jobs_come_one_after_the_other_and_their_errors_arrive() -> None:
         seen.append("slow")
 
     def failing() -> None:
-        raise UserError("a", found="b", expected="c", mend="d.")
+        raise UserError("a", found="b", expected="c", hint="d.")
 
     background.wait()
     background.start(slow)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import LATEST, load_checkpoint, load_weights
-from guided_diffusion.data.batches import Batch, collate, stream
+from guided_diffusion.data.batches import Batch, collate, training_batches
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -477,7 +477,7 @@ def test_a_finished_run_is_left_at_its_step(brats: Path, trained: Path, tmp_path
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 9])
 def test_every_case_comes_once_in_an_epoch(batch_size: int) -> None:
-    batches = list(islice(stream(Discs(6), batch_size, seed=1), 18))
+    batches = list(islice(training_batches(Discs(6), batch_size, seed=1), 18))
     assert all(len(batch.names) == batch_size for batch in batches)
     names = [name for batch in batches for name in batch.names]
     epochs = [names[start : start + 6] for start in range(0, len(names) - 5, 6)]
@@ -488,7 +488,7 @@ def test_every_case_comes_once_in_an_epoch(batch_size: int) -> None:
 
 def test_the_order_is_the_seeds() -> None:
     def names(seed: int) -> list[list[str]]:
-        return [batch.names for batch in islice(stream(Discs(9), 2, seed=seed), 9)]
+        return [batch.names for batch in islice(training_batches(Discs(9), 2, seed=seed), 9)]
 
     assert names(1) == names(1)
     assert names(1) != names(2)
@@ -497,19 +497,19 @@ def test_the_order_is_the_seeds() -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_starts_anywhere(workers: int) -> None:
-    whole = [batch.names for batch in islice(stream(Discs(7), 3, seed=1), 12)]
+    whole = [batch.names for batch in islice(training_batches(Discs(7), 3, seed=1), 12)]
     for first in (1, 2, 5, 11):
-        rest = stream(Discs(7), 3, seed=1, first_step=first, workers=workers)
+        rest = training_batches(Discs(7), 3, seed=1, first_step=first, workers=workers)
         assert [batch.names for batch in islice(rest, 12 - first)] == whole[first:]
 
 
 def test_orders_are_evenly_mixed() -> None:
-    first = Counter(next(stream(Discs(4), 1, seed=seed)).names[0] for seed in range(200))
+    first = Counter(next(training_batches(Discs(4), 1, seed=seed)).names[0] for seed in range(200))
     assert len(first) == 4 and min(first.values()) > 25
 
 
 def test_the_last_image_is_as_good_as_the_others(tmp_path: Path) -> None:
-    batch = next(stream(Discs(3), 3, seed=1))
+    batch = next(training_batches(Discs(3), 3, seed=1))
     for image, name in zip(batch.image, batch.names, strict=True):
         assert_close(image, Discs()[int(name.removeprefix("disc"))].image, rtol=0, atol=0)
 

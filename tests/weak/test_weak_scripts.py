@@ -22,7 +22,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from guided_diffusion.checkpoint import load_checkpoint, save_checkpoint
-from guided_diffusion.data.batches import collate, images_alone, labelled_images
+from guided_diffusion.data.batches import collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.datasets import Frame
 from guided_diffusion.data.tumorloader import (
     Pictures,
@@ -231,10 +231,10 @@ def test_masks_are_never_read_for_training_on_labels(own_data: Path) -> None:
 def test_what_is_diffused_and_what_is_its_condition(weak_data: Path) -> None:
     pictures = Pictures(TumourImages(weak_data / "training"), Frame(16))
     batch = collate([pictures[i] for i in range(3)])
-    assert images_alone(batch).y is None
-    for lesson in (images_alone(batch), labelled_images(batch)):
+    assert prepare_images(batch).y is None
+    for lesson in (prepare_images(batch), prepare_labelled_images(batch)):
         assert torch.equal(lesson.x0, batch.image) and lesson.condition.shape == (3, 0, 16, 16)
-    assert torch.equal(labelled_images(batch).y, torch.tensor(pictures.labels[:3]))
+    assert torch.equal(prepare_labelled_images(batch).y, torch.tensor(pictures.labels[:3]))
 
 
 @pytest.mark.parametrize(("share", "patients"), [(0.0, 0), (0.01, 1), (0.5, 3)])
