@@ -70,7 +70,7 @@ def main() -> None:
 
 def segmented(flags: dict[str, Any]) -> tuple[list[Segmentation], list[float], float]:
     """All cases' segmentations, the Dice of those with a lesion, and the seconds of one mask."""
-    dataset, segmenter = load_segmenter(flags)
+    dataset, segmenter = load_segmenter(**flags)
     cases = [dataset[index] for index in range(len(dataset))]
     if segmenter.plan.compile:
         segmenter.warm_up(cases[0])

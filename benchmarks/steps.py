@@ -76,7 +76,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|")
         rows = []
         for setting in arguments.settings or SETTINGS:
-            dataset, segmenter = load_segmenter(flags(setting, arguments))
+            dataset, segmenter = load_segmenter(**flags(setting, arguments))
             cases = [case for case in map(dataset.__getitem__, range(len(dataset))) if lesion(case)]
             rows.append(measure(segmenter, cases[: arguments.cases or None], setting, arguments))
             print(rows[-1], flush=True)

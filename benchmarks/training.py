@@ -92,7 +92,7 @@ def main() -> None:
             started = time.perf_counter()
             loop.save()
             stalls.append(time.perf_counter() - started)
-            loop.writer.wait()
+            loop.checkpoints.writer.wait()
             whole = time.perf_counter() - started
         step = statistics.median(seconds["this suite, fp32"])
         print(
@@ -168,7 +168,7 @@ def bare_step(loop: TrainLoop, precision: str) -> Callable[[], None]:
 
     def step() -> None:
         with autocast(loop.device, precision):
-            terms = loop.diffusion.training_losses(loop.whole, x0, t, eps=eps, condition=image)
+            terms = loop.diffusion.training_losses(loop.model, x0, t, eps=eps, condition=image)
             terms["loss"].mean().backward()
         for parameter in loop.parameters:
             parameter.grad = None

@@ -230,7 +230,7 @@ def plan_of(
     sampling = SamplingOptions(
         sampler="dpm_solver++", steps=key["evaluations"], num_ensemble=key["members"]
     )
-    return make_plan(sampling, RunOptions(), diffusion, {}, device=device, own=True)
+    return make_plan(sampling, RunOptions(), diffusion, device=device, own=True)
 
 
 def score(segmenter: Segmenter, testing: SegmentationDataset, cases: int) -> dict[str, float]:

@@ -248,11 +248,11 @@ def _cut(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     return value
 
 
-def trained_as(start: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint says of its training; of bare weights the version is all that shows."""
-    if start.options:
-        return {**LATER, **start.options}
-    return {"version": version_of(start.model)}
+def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flags of training that a checkpoint records; bare weights show their version only."""
+    if checkpoint.options:
+        return {**LATER, **checkpoint.options}
+    return {"version": version_of(checkpoint.model)}
 
 
 def adapt_weights(

@@ -1,225 +1,85 @@
-"""The composition root: what the three scripts do once their flags are read.
+"""Every command of the suite: its flags, its help, and what it does once the flags are read.
 
-The one place that knows every name: :func:`train`, :func:`sample` and :func:`score` wire options,
-data, networks and verbs together, and refuse what does not fit.
+``guided-diffusion NAME``, ``python -m guided_diffusion NAME`` and the script of a command are the
+same code. Nothing heavy is imported before the flags are read, so that ``-h`` answers at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from guided_diffusion import logger
-from guided_diffusion.checkpoint import (
-    Checkpoint,
-    adapt_weights,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    missing_weights_note,
-    trained_as,
-)
-from guided_diffusion.data.cache import GIB, CachedDataset
-from guided_diffusion.data.datasets import ResizedDataset, SegmentationDataset, read_as, readable
-from guided_diffusion.data.splits import narrowed, part_of_cases
-from guided_diffusion.dist_util import describe, dev, launch, place_model, rank, setup_dist
-from guided_diffusion.inference.plan import sampler_of
-from guided_diffusion.inference.predict import segment
-from guided_diffusion.inference.provenance import describe_run, note_sampling
-from guided_diffusion.inference.resolve import trained_flags
-from guided_diffusion.inference.segmenter import Segmenter
-from guided_diffusion.layouts import create_reading, open_dataset, plainly
-from guided_diffusion.options.flags import fill, recorded, refuse_contradictions
+from guided_diffusion.errors import UserError, exit_on_user_error
+from guided_diffusion.options.flags import Flags, did_you_mean
+from guided_diffusion.options.parser import parse
 from guided_diffusion.options.segmentation import (
     SAMPLE,
+    SCORE,
     TRAIN,
     DataOptions,
-    DiffusionOptions,
     RunOptions,
-    SampleDataOptions,
-    SamplingOptions,
     ScoringOptions,
-    TrainingOptions,
-    WatchOptions,
-    dead_flags,
-    settle_precision,
 )
-from guided_diffusion.options.tools import CheckOptions
-from guided_diffusion.report.curves import draw_curves
-from guided_diffusion.report.report import write_report
-from guided_diffusion.report.sinks import VisdomSink, open_sinks, page_of
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.scoring.case_scores import Scoring
-from guided_diffusion.scoring.compare import compare_folders, comparison_text
-from guided_diffusion.scoring.evaluate import Evaluation, evaluate_all
-from guided_diffusion.scoring.summary import summary_text
-from guided_diffusion.script_util import (
-    create_gaussian_diffusion,
-    create_model,
-    frame_for,
-    network_for,
-    parameter_count,
+from guided_diffusion.options.tools import (
+    CHECK,
+    PHANTOMS,
+    SLICES,
+    CheckOptions,
+    PhantomOptions,
+    SlicingOptions,
 )
-from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
-from guided_diffusion.train_util import TrainLoop
-from guided_diffusion.training.estimates import attention_notes, check_size
-from guided_diffusion.training.resolve import (
-    checkpoint_to_resume,
-    overwriting_notes,
-    settled,
-    training_data,
+from guided_diffusion.options.weak import (
+    SAMPLE_IMAGES,
+    SEGMENT_WEAKLY,
+    TRAIN_CLASSIFIER,
+    TRAIN_IMAGES,
 )
-from guided_diffusion.training.validation import make_validation, validation_notes, validation_plan
+
+if TYPE_CHECKING:
+    from guided_diffusion.data.datasets import SegmentationDataset
+    from guided_diffusion.inference.segmenter import Segmenter
+    from guided_diffusion.scoring.evaluate import Evaluation
 
 
-def train(typed: dict[str, Any]) -> None:
-    """Train on a data set: what ``segmentation_train.py`` does with the flags typed."""
-    options = settled(fill(TrainingOptions, typed), typed)
-    run, watch = settle_precision(fill(RunOptions, typed), typed), fill(WatchOptions, typed)
-    launch(run.multi_gpu)
+def train(flags: Flags) -> None:
+    """Train a diffusion model that segments images."""
+    from guided_diffusion.train_util import run_training
+    from guided_diffusion.training.resolve import resolve_training
+
+    run_training(resolve_training(flags))
+
+
+def sample(flags: Flags) -> None:
+    """Draw ensembles of masks from a trained model and fuse them."""
+    from guided_diffusion.dist_util import launch, setup_dist
+    from guided_diffusion.inference.predict import run_sampling
+    from guided_diffusion.inference.resolve import resolve_sampling
+
+    launch(flags.group(RunOptions).multi_gpu, flags.command)
     setup_dist()
-    path, start = checkpoint_to_resume(options, run)
-    trained = trained_as(start) if start else {}
-    refuse_contradictions(plainly(typed), trained, path)
-    flags = {**typed, **trained}
-    dataset, held_out = training_data(flags, watch)
-    network = network_for(dataset, flags, path)
-    diffusion = fill(DiffusionOptions, flags)
-    frame, crop = frame_for(dataset, network, flags, case=dataset[0])
-
-    device = dev(run.gpu_dev)
-    check_size(network, diffusion, options, classes=dataset.classes, device=device)
-    torch.manual_seed(run.seed)
-    net = create_model(network, diffusion, dataset.classes)
-    lacking: list[str] = []
-    if start:
-        start, lacking = adapt_weights(start, net, training=True)
-        load_weights(net, start.model, path)
-    process = create_gaussian_diffusion(diffusion, network.version)
-    sinks = open_sinks(watch, run) if rank() == 0 else []
-    validation = None
-    if held_out or sinks:
-        copy = place_model(create_model(network, diffusion, dataset.classes), device)
-        plan = validation_plan(watch, run, process, device)
-        segmenter = Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes)
-        validation = make_validation(segmenter, dataset, held_out, watch, run)
-    out_dir = Path(run.out_dir).expanduser()
-    loop = TrainLoop(
-        place_model(net, device, compile=run.compile),
-        process,
-        dataset=CachedDataset(
-            ResizedDataset(dataset, frame), most_bytes=round(options.cache_gib * GIB)
-        ),
-        schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, len(process.kept)),
-        options=options,
-        run=run,
-        recorded={
-            **recorded(network, replace(diffusion, coarse_loss=process.coarse_loss)),
-            "crop": crop,
-            "mask_labels": str(dataset.classes or ""),
-            **read_as(dataset),
-        },
-        watch=watch,
-        validate=validation,
-        after_save=lambda: draw_curves(out_dir / "progress.csv", out_dir / "curves.png"),
-    )
-
-    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=sinks)
-    if start:
-        loop.restore(start, path=path, lacking=lacking)
-        logger.log(f"resuming {path} at step {start.step}")
-    if lacking:
-        logger.log(missing_weights_note(lacking, training=True))
-    attention = attention_notes(network) if "attention_resolutions" in typed else []
-    for note in [
-        *overwriting_notes(run, start),
-        *dead_flags(TRAIN, typed, vars(network)),
-        *attention,
-        *dataset.notes,
-        *validation_notes(validation),
-    ]:
-        logger.log(note)
-    logger.log(
-        f"{dataset}; {parameter_count(net)} on {describe(device)}, {run.precision}; "
-        f"steps {loop.step} to {loop.last_step or 'no end'}"
-    )
-    try:
-        loop.run_loop()
-    finally:
-        for sink in sinks:
-            sink.close()
+    run_sampling(resolve_sampling(flags))
 
 
-def sample(typed: dict[str, Any]) -> None:
-    """Draw, fuse and write masks: what ``segmentation_sample.py`` does with the flags typed."""
-    options, run = fill(SamplingOptions, typed), fill(RunOptions, typed)
-    launch(run.multi_gpu)
-    setup_dist()
-    sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
-    logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
-    dataset, segmenter, checkpoint = _loaded(typed)
-    version = trained_as(checkpoint)["version"]
-    settled = {**vars(options), "sampler": sampler_of(options), "version": version}
-    dead = dead_flags(SAMPLE, typed, settled)
-    for note in [*dead, *dataset.notes, str(dataset), str(segmenter)]:
-        logger.log(note)
-    out_dir, fingerprint = Path(run.out_dir).expanduser(), _fingerprint(segmenter, dataset)
-    names = segment(
-        segmenter,
-        dataset,
-        out_dir,
-        fingerprint=fingerprint,
-        num_samples=options.num_samples,
-        debug=options.debug,
-    )
-    for sink in sinks:
-        sink.close()
-    if rank() == 0:
-        note_sampling(
-            out_dir,
-            fingerprint,
-            model=str(segmenter),
-            seed=segmenter.plan.seed,
-            options=checkpoint.options,
-        )
-    end = "_<class>" if segmenter.classes else ""
-    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
-    kinds += ([] if version == "plain" else [f"coarse{end}"]) + ["debug"] * options.debug
-    files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
-    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
+def load_segmenter(**flags: Any) -> tuple[SegmentationDataset, Segmenter]:
+    """Open the data and the model that flags of sampling name."""
+    from guided_diffusion.inference.resolve import resolve_sampling
+    from guided_diffusion.inference.segmenter import Segmenter
+
+    setup = resolve_sampling(Flags.of(SAMPLE, **flags))
+    assert setup.dataset is not None
+    return setup.dataset, Segmenter.from_setup(setup)
 
 
-def load_segmenter(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter]:
-    """Open the data and the model that the sampling flags name, and see that they fit."""
-    return _loaded(typed)[:2]
+def score(flags: Flags) -> None:
+    """Score predicted masks against the ground truth."""
+    from guided_diffusion.inference.provenance import describe_run
+    from guided_diffusion.report.report import write_report
+    from guided_diffusion.scoring.compare import compare_folders, comparison_text
+    from guided_diffusion.scoring.summary import summary_text
 
-
-def _loaded(typed: dict[str, Any]) -> tuple[SegmentationDataset, Segmenter, Checkpoint]:
-    """Both, and the checkpoint itself."""
-    path = latest_checkpoint(typed.get("model_path", ""))
-    checkpoint = load_checkpoint(path)
-    typed = plainly(typed)
-    flags = trained_flags(checkpoint, typed, path)
-    data = fill(SampleDataOptions, typed)
-    reading = create_reading(fill(DataOptions, flags))
-    dataset = open_dataset(data.data_dir, data_name=data.data_name, test=True, reading=reading)
-    if data.split:
-        dataset = narrowed(dataset, data.split, "testing")
-    network = network_for(dataset, flags, path if checkpoint.options else None)
-    case = next(readable(dataset, range(len(dataset))), None) or dataset[0]
-    frame, _ = frame_for(dataset, network, flags, case=case)
-    segmenter = Segmenter.build(checkpoint, path, network=network, frame=frame, flags=typed)
-    return dataset, segmenter, checkpoint
-
-
-def score(typed: dict[str, Any]) -> None:
-    """Score masks against the truth: what ``segmentation_env.py`` does with the flags typed."""
-    options = fill(ScoringOptions, typed)
+    options = flags.group(ScoringOptions)
     if options.compare:
         first, second = (_scored(options, folder) for folder in options.compare)
         print(comparison_text(compare_folders(first, second)))
@@ -238,6 +98,9 @@ def score(typed: dict[str, Any]) -> None:
 
 def _scored(options: ScoringOptions, folder: str) -> Evaluation:
     """Score one folder as the flags say."""
+    from guided_diffusion.scoring.case_scores import Scoring
+    from guided_diffusion.scoring.evaluate import evaluate_all
+
     return evaluate_all(
         folder,
         options.out_pth,
@@ -248,16 +111,15 @@ def _scored(options: ScoringOptions, folder: str) -> Evaluation:
     )
 
 
-def check(typed: dict[str, Any]) -> None:
-    """Look at a folder: what ``check_data.py`` does with the flags typed; problems exit with 2."""
-    data, options = fill(DataOptions, typed), fill(CheckOptions, typed)
+def check(flags: Flags) -> None:
+    """Look at a data set as training would, and list everything that is wrong with it."""
+    from guided_diffusion.data.splits import part_of_cases
+    from guided_diffusion.layouts import open_data
+    from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
+
+    data, options = flags.group(DataOptions), flags.group(CheckOptions)
     findings = look_at(
-        lambda: open_dataset(
-            data.data_dir,
-            data_name=data.data_name,
-            test=not options.labelled,
-            reading=create_reading(data),
-        ),
+        lambda: open_data(data, test=not options.labelled),
         image_size=options.image_size,
         crop=data.crop,
         workers=options.num_workers,
@@ -271,7 +133,246 @@ def check(typed: dict[str, Any]) -> None:
         sys.exit(2)
 
 
-def _fingerprint(segmenter: Segmenter, dataset: SegmentationDataset) -> str:
-    """Everything that the masks depend on, the way images are read included."""
-    text = f"{segmenter.fingerprint} {read_as(dataset)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def slices(flags: Flags) -> None:
+    """Cut a folder of BraTS volumes into the two-dimensional layout, divided by patient."""
+    from guided_diffusion.tools.commands import run_slicing
+
+    _require(flags, "src", "out")
+    for line in run_slicing(flags.group(SlicingOptions)):
+        print(line)
+
+
+def phantoms(flags: Flags) -> None:
+    """Write a folder of seeded phantoms in one of the layouts that the data sets have."""
+    from guided_diffusion.tools.commands import write_phantoms
+
+    _require(flags, "out")
+    write_phantoms(flags.group(PhantomOptions), given=flags.given.keys())
+
+
+def weak_train(flags: Flags) -> None:
+    """Train a diffusion model of images that are labelled as a whole."""
+    from guided_diffusion.train_util import run_training
+    from guided_diffusion.weak.train import resolve_images
+
+    run_training(resolve_images(flags))
+
+
+def weak_classifier(flags: Flags) -> None:
+    """Train a classifier of noisy images that are labelled as a whole."""
+    from guided_diffusion.train_util import run_training
+    from guided_diffusion.weak.train import resolve_classifier
+
+    run_training(resolve_classifier(flags))
+
+
+def weak_sample(flags: Flags) -> None:
+    """Draw images from noise, with --guided led by a classifier."""
+    from guided_diffusion.weak.commands import draw_images
+
+    draw_images(flags)
+
+
+def weak_segment(flags: Flags) -> None:
+    """Segment images from their labels alone, and score the masks."""
+    from guided_diffusion.weak.commands import segment_weakly
+
+    segment_weakly(flags)
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        run: what it does; its docstring is the command's summary.
+        groups: its option groups.
+        scripts: the scripts that are this command.
+        basic: the flags that ``-h`` shows, separated by blanks.
+        examples: of its flags.
+    """
+
+    run: Callable[[Flags], None]
+    groups: tuple[type, ...]
+    scripts: tuple[str, ...]
+    basic: str
+    examples: tuple[str, str]
+
+    @property
+    def summary(self) -> str:
+        """What the command does, in one sentence."""
+        return self.run.__doc__ or ""
+
+
+_SMALL = "--image_size 64 --num_channels 32 --batch_size 8 --max_steps 500"
+
+COMMANDS = {
+    "train": Command(
+        train,
+        TRAIN,
+        ("segmentation_train",),
+        "data_dir out_dir mask_labels image_size num_channels batch_size lr max_steps "
+        "save_interval val_dir resume augment num_workers precision multi_gpu",
+        (
+            f"--data_dir data/training --out_dir results/first {_SMALL}",
+            "--data_dir data/training --out_dir results/first --resume auto --max_steps 1000",
+        ),
+    ),
+    "sample": Command(
+        sample,
+        SAMPLE,
+        ("segmentation_sample",),
+        "model_path data_dir out_dir num_ensemble sampler steps fusion uncertainty "
+        "num_samples batch_size seed multi_gpu",
+        (
+            "--model_path results/first --data_dir data/testing --dpm_solver True --steps 10",
+            "--model_path results/first --sampler ddim --steps 50 --num_ensemble 10",
+        ),
+    ),
+    "score": Command(
+        score,
+        SCORE,
+        ("segmentation_env",),
+        "inp_pth out_pth partial mask_labels empty tolerance raters compare report",
+        (
+            "--inp_pth results/first --out_pth data/testing",
+            "--compare results/first results/second --out_pth data/testing",
+        ),
+    ),
+    "check": Command(
+        check,
+        CHECK,
+        ("check_data",),
+        "data_dir data_name image_size mask_labels labelled split out",
+        (
+            "--data_dir data/training --out sheet.png",
+            "--data_dir data/testing --labelled False",
+        ),
+    ),
+    "slices": Command(
+        slices,
+        SLICES,
+        ("brats_slices",),
+        "src out slices blank_slices modalities normalise dtype train seed workers",
+        (
+            "--src BraTS20 --out slices",
+            "--src BraTS20 --out slices --modalities flair,t1ce --slices 60:120",
+        ),
+    ),
+    "phantoms": Command(
+        phantoms,
+        PHANTOMS,
+        ("make_phantoms",),
+        "out layout patients slices size raters generation split seed",
+        ("--out phantoms", "--out phantoms --layout isic --patients 40 --raters 3"),
+    ),
+    "weak-train": Command(
+        weak_train,
+        TRAIN_IMAGES,
+        ("train_tumor_ddfm", "train_2d_ddfm"),
+        "src_dir out_dir class_cond image_size num_channels batch_size lr max_steps "
+        "save_interval resume num_workers",
+        (
+            "--src_dir data/weak --save_dir results/weak --class_cond True",
+            "--src_dir data/weak --save_dir results/weak --class_cond True --resume auto",
+        ),
+    ),
+    "weak-classifier": Command(
+        weak_classifier,
+        TRAIN_CLASSIFIER,
+        ("classifier_tumor_train", "classifier_train"),
+        "src_dir out_dir model_type image_size classifier_width batch_size lr max_steps "
+        "held_out num_workers",
+        (
+            "--src_dir data/weak --save_dir results/weak",
+            "--src_dir data/weak --save_dir results/weak --model_type resnet50",
+        ),
+    ),
+    "weak-sample": Command(
+        weak_sample,
+        SAMPLE_IMAGES,
+        ("image_tumor_sample", "classifier_tumor_sample"),
+        "out_dir model_path classifier_path guided classifier_scale class_index "
+        "num_samples steps use_ddim seed",
+        (
+            "--save_dir results/weak --num_samples 16",
+            "--save_dir results/weak --guided --classifier_scale 10",
+        ),
+    ),
+    "weak-segment": Command(
+        weak_segment,
+        SEGMENT_WEAKLY,
+        ("image_p_seg",),
+        "src_dir out_dir method label level steps tau guided classifier_scale num_samples "
+        "results_dir",
+        (
+            "--src_dir data/weak --save_dir results/weak",
+            "--src_dir data/weak --save_dir results/weak --method gradcam",
+        ),
+    ),
+}
+
+
+def main(name: str = "", argv: Sequence[str] | None = None) -> None:
+    """Run a command, by its own name or that of one of its scripts.
+
+    Without a name the first argument is the command. Bad input ends with exit code 2.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    with exit_on_user_error():
+        if "--about" in words:
+            print(_about())
+            return
+        program = f"python scripts/{name}.py" if name else "guided-diffusion"
+        if not name:
+            if not words or words[0] in ("-h", "--help"):
+                print(_overview())
+                return
+            name = words.pop(0)
+            program += f" {name}"
+        of_script = {script: own for own, it in COMMANDS.items() for script in it.scripts}
+        name = of_script.get(name, name)
+        if name not in COMMANDS:
+            raise UserError(name, "there is no such command", did_you_mean(name, COMMANDS, "-h"))
+        command = COMMANDS[name]
+        command.run(
+            parse(
+                command.groups,
+                words,
+                command=name,
+                program=program,
+                summary=command.summary,
+                basic=command.basic.split(),
+                examples=[f"{program} {example}" for example in command.examples],
+            )
+        )
+
+
+def _overview() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: guided-diffusion COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "guided-diffusion COMMAND -h shows the flags; --about shows version, torch and device.",
+        ]
+    )
+
+
+def _about() -> str:
+    """Version, torch and device."""
+    import torch
+
+    from guided_diffusion import __version__
+    from guided_diffusion.dist_util import describe, dev
+
+    return f"guided-diffusion {__version__}, torch {torch.__version__}, {describe(dev())}"
+
+
+def _require(flags: Flags, *names: str) -> None:
+    """Raise a UserError for the first flag that was not given."""
+    for name in names:
+        if not flags.get(name):
+            raise UserError(f"--{name}", "is missing", f"Name a folder with --{name}.")

@@ -12,9 +12,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -140,31 +141,40 @@ def any_rank(wish: bool) -> bool:
     return bool(all_gather(torch.tensor([wish])).any()) if dist.is_initialized() else wish
 
 
-def launch(multi_gpu: str) -> None:
-    """Start one process for each of the devices ``0,1,2``, then exit as they do.
+def launch(multi_gpu: str, command: Sequence[str]) -> None:
+    """Start a command once for each of the devices ``0,1,2``, then exit as those processes do.
 
     Does nothing without devices, or inside a process that was started so.
+
+    Args:
+        multi_gpu: indices of CUDA devices, separated by commas.
+        command: name and arguments, as ``python -m guided_diffusion`` takes them.
 
     Raises:
         UserError: devices that this machine does not have.
     """
     if not multi_gpu or "LOCAL_RANK" in os.environ:
         return
-    devices = multi_gpu.split(",")
+    devices = [device.strip() for device in multi_gpu.split(",")]
     count = torch.cuda.device_count()
-    if not all(device.strip().isdecimal() and int(device) < count for device in devices):
+    if not all(device.isdecimal() and int(device) < count for device in devices):
         raise UserError(
-            "--multi_gpu",
-            found=multi_gpu,
-            expected=f"indices below {count}, the CUDA devices of this machine",
-            hint="Name devices that nvidia-smi lists; without any, leave --multi_gpu away.",
+            f"--multi_gpu {multi_gpu}",
+            f"this machine has {count} CUDA devices, numbered from 0",
+            "Name devices that nvidia-smi lists; without any, omit --multi_gpu.",
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc_per_node={len(devices)}", *sys.argv]
+    processes = [f"--nproc_per_node={len(devices)}", "-m", "guided_diffusion"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    chosen = [visible[int(device)] if any(visible) else device.strip() for device in devices]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
-    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    chosen = [visible[int(device)] if any(visible) else device for device in devices]
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": ",".join(chosen),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run([*torchrun, *processes, *command], env=environment, check=False)
+    sys.exit(done.returncode)
 
 
 def dev(gpu_dev: str = "0") -> torch.device:

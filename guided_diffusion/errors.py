@@ -7,6 +7,7 @@ exit code 2. Any other exception that escapes is a bug in this package and keeps
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -81,3 +82,13 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def python_names() -> Iterator[None]:
+    """Let messages speak of parameters, ``steps``, where a command speaks of flags, ``--steps``."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"--(?=[a-z])", "", str(error)),)
+        raise

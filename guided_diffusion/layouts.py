@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,11 +29,12 @@ from guided_diffusion.data.folders import (
     subfolder,
 )
 from guided_diffusion.data.readers import Array, class_masks, nifti_shape, read_mask_file
+from guided_diffusion.data.splits import narrowed
 from guided_diffusion.data.tumorloader import TumourImages, is_classified
 from guided_diffusion.data.volumes import VolumeStore
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
-from guided_diffusion.options.flags import slice_range
+from guided_diffusion.options.flags import Flags, slice_range
 from guided_diffusion.options.segmentation import DataOptions
 
 Loader = Callable[[Path, bool, Reading], SegmentationDataset]
@@ -266,15 +266,22 @@ def create_reading(data: DataOptions) -> Reading:
     )
 
 
-def spelled(typed: dict[str, Any]) -> dict[str, Any]:
-    """The typed flags, with the classes spelled as a checkpoint does."""
-    classes = find_classes(typed.get("mask_labels", ""))
-    return typed if classes is None else {**typed, "mask_labels": str(classes)}
+def open_data(data: DataOptions, *, part: str = "", test: bool = False) -> SegmentationDataset:
+    """Open what the flags name: all of it, or with ``--split`` the cases of one part.
+
+    ``test`` accepts cases without masks. Raises what :func:`open_dataset` raises.
+    """
+    dataset = open_dataset(
+        data.data_dir, data_name=data.data_name, test=test, reading=create_reading(data)
+    )
+    return narrowed(dataset, data.split, part) if data.split and part else dataset
 
 
-def plainly(typed: dict[str, Any]) -> dict[str, Any]:
-    """The typed flags, with modalities and classes called as a checkpoint calls them."""
-    typed = spelled(typed)
-    if not typed.get("modalities"):
-        return typed
-    return {**typed, "modalities": ",".join(find_modalities(typed["modalities"]))}
+def normalise_flags(flags: Flags) -> Flags:
+    """Write the given modalities and classes as a checkpoint records them."""
+    classes = find_classes(flags.given.get("mask_labels", ""))
+    if classes is not None:
+        flags = flags.with_given(mask_labels=str(classes))
+    if names := flags.given.get("modalities"):
+        flags = flags.with_given(modalities=",".join(find_modalities(names)))
+    return flags

@@ -21,7 +21,7 @@ from guided_diffusion.networks.highway import STEP
 from guided_diffusion.networks.medsegdiff import AnchoredUNet, HighwayUNet
 from guided_diffusion.networks.medsegdiff_v2 import SpectrumUNet
 from guided_diffusion.networks.resnet import ResNet50
-from guided_diffusion.options.flags import fill, numbers
+from guided_diffusion.options.flags import Flags, numbers
 from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.weak import ClassifierOptions
 from guided_diffusion.respace import space_timesteps
@@ -55,7 +55,8 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
         TypeError: a name that is no flag of network or diffusion.
     """
     classes = find_classes(flags.pop("mask_labels", ""))
-    network, diffusion = fill(NetworkOptions, flags), fill(DiffusionOptions, flags)
+    given = Flags(given=flags)
+    network, diffusion = given.group(NetworkOptions), given.group(DiffusionOptions)
     unknown = flags.keys() - vars(network).keys() - vars(diffusion).keys()
     if unknown:
         raise TypeError(f"no such network or diffusion flag: {', '.join(sorted(unknown))}")
@@ -301,37 +302,38 @@ def parameter_count(net: torch.nn.Module) -> str:
     )
 
 
-def network_for(
-    dataset: SegmentationDataset, flags: dict[str, Any], path: Path | None
-) -> NetworkOptions:
-    """The network for a data set's channels; refuse what cannot segment it."""
+def network_for(dataset: SegmentationDataset, flags: Flags, path: Path | None) -> NetworkOptions:
+    """Choose the network for a data set's channels and classes.
+
+    ``path`` is the checkpoint whose network has to fit, if there is one.
+
+    Raises:
+        UserError: the channels do not fit, or ``--class_cond`` is asked for.
+    """
     masks = count_masks(dataset.classes)
     expected = dataset.channels + masks
-    if flags.get("in_ch", expected) != expected:
+    if (in_ch := flags.get("in_ch", expected)) != expected:
+        needs = f"{expected}: {dataset.channels} of the images and {masks} of the noisy mask"
         raise UserError(
-            path or "--in_ch",
-            found=f"a network of {flags['in_ch']} input channels",
-            expected=f"{expected}: {dataset.channels} of the images in {dataset.directory} "
-            f"and {'the noisy mask' if masks == 1 else f'{masks} noisy masks'}",
-            hint="Use data with the channels of training." if path else "Leave --in_ch away.",
+            path or f"--in_ch {in_ch}",
+            f"a network of {in_ch} input channels does not fit {dataset.directory}, which needs "
+            f"{needs}",
+            "Use data with the channels of training." if path else "Omit --in_ch.",
         )
     if flags.get("class_cond"):
         raise UserError(
-            "--class_cond",
-            found="True",
-            expected="False",
-            hint="Segmentation has no class labels to condition on.",
+            "--class_cond True", "segmentation has no class labels to condition on", "Omit it."
         )
-    return fill(NetworkOptions, {**flags, "in_ch": expected})
+    return flags.with_resolved(in_ch=expected).group(NetworkOptions)
 
 
 def frame_for(
-    dataset: SegmentationDataset, network: NetworkOptions, flags: dict[str, Any], *, case: Case
+    dataset: SegmentationDataset, network: NetworkOptions, crop: str, *, case: Case
 ) -> tuple[Frame, str]:
-    """How cases of the size of this one reach the network's, and what a checkpoint calls that.
+    """Choose how cases of the size of ``case`` reach the network's, and what a checkpoint records.
 
     Raises:
-        UserError: the size does not suit.
+        UserError: the size does not suit the network.
     """
     height, width = case.image.shape[-2:]
     frame = auto_frame(
@@ -339,7 +341,7 @@ def frame_for(
         (height, width),
         version=network.version,
         image_size=network.image_size,
-        crop=flags.get("crop", "auto"),
+        crop=crop,
     )
     if frame.crop:
         refuse_uneven_crop(network, (height - 2 * frame.crop, width - 2 * frame.crop))

@@ -1,8 +1,8 @@
 """The training loop: finite, resumable, and a pure function of its seed.
 
 Nothing random outlives a step. What the loop draws at step n (images, times, noise, dropout)
-follows from the seed and n alone, so a run that is resumed repeats the uninterrupted one bit for
-bit on a CPU, whatever the number of reading processes. Wired by ``runs``.
+follows from the seed and n alone, so a resumed run repeats the uninterrupted one bit for bit on a
+CPU, whatever the number of reading processes.
 """
 
 from __future__ import annotations
@@ -19,46 +19,41 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import (
-    BEST,
-    Checkpoint,
-    numbered_checkpoints,
-    save_checkpoint,
-    step_of,
-)
+from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import Batch, TrainingBatch, mix, prepare_masks, training_batches
+from guided_diffusion.data.batches import (
+    Batch,
+    TrainingBatch,
+    mix,
+    prepare_masks,
+    training_batches,
+)
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import (
     all_gather,
     all_gather_object,
     any_rank,
     autocast,
-    barrier,
     compiling,
-    launched,
+    describe,
     memory_gib,
     no_sync,
     rank,
-    side_stream,
     world_size,
     wrap_ddp,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import Background
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
-from guided_diffusion.nn import Output
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions, WatchOptions
-from guided_diffusion.resample import ScheduleSampler
-from guided_diffusion.training.checkpoints import copied, fitted_moments, on_cpu
-from guided_diffusion.training.ema import ExponentialAverage, plain
+from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
+from guided_diffusion.script_util import parameter_count
+from guided_diffusion.training.checkpoints import CheckpointManager
+from guided_diffusion.training.ema import ExponentialAverage
+from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.stop_signal import StopSignal
-from guided_diffusion.training.validation import Validate
-from guided_diffusion.unet import UNetModel
-
-ECHO = 5.0
-"""Seconds within which a launcher may repeat a signal that this process has had already."""
+from guided_diffusion.training.validation import BestScore, Validate
+from guided_diffusion.unet import EncodeAndPredict, UNetModel
 
 
 class TrainLoop:
@@ -74,11 +69,11 @@ class TrainLoop:
         schedule_sampler: draws the times.
         options: of the loop.
         run: folder, seed and precision.
-        recorded: the flags a checkpoint has to remember.
+        recorded: the flags that checkpoints record.
         watch: when it is validated, and when that ends it.
         validate: scores averaged weights; called in the first process alone.
         after_save: called in the background once a checkpoint is written.
-        lesson: what a batch teaches.
+        prepare_batch: says what of a batch is diffused, and under which condition.
         losses: scores ``net`` itself; None for the diffusion's, of a U-Net that encodes the
             condition.
     """
@@ -96,28 +91,23 @@ class TrainLoop:
         watch: WatchOptions | None = None,
         validate: Validate | None = None,
         after_save: Callable[[], object] = bool,
-        lesson: Callable[[Batch], TrainingBatch] = prepare_masks,
+        prepare_batch: Callable[[Batch], TrainingBatch] = prepare_masks,
         losses: Losses | None = None,
     ) -> None:
         self.net = net
-        self.whole = wrap_ddp(net if losses else _Whole(net))
-        self.lesson = lesson
+        self.model = wrap_ddp(net if losses else EncodeAndPredict(cast(UNetModel, net)))
+        self.prepare_batch = prepare_batch
         self.losses = losses
         self.diffusion = diffusion
         self.dataset = dataset
         self.schedule_sampler = schedule_sampler
         self.options = options
         self.run = run
-        self.recorded = recorded
         self.watch = watch or WatchOptions()
         self.validate = validate
-        self.after_save = after_save
-        self.folder = Path(run.out_dir).expanduser()
         self.step = 0
         self.bad_steps = 0
-        self.best: dict[str, Any] = {"step": 0, "since": 0}
-        self.own: list[Path] = []
-        self.writer = Background()
+        self.best = BestScore()
 
         self.device = next(net.parameters()).device
         self.parameters = list(net.parameters())
@@ -133,6 +123,17 @@ class TrainLoop:
             rate: ExponentialAverage(net, float(rate)) for rate in options.ema_rate.split(",")
         }
         self.log = StepLog(len(diffusion.schedule))
+        self.checkpoints = CheckpointManager(
+            Path(run.out_dir).expanduser(),
+            net=net,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            averages=self.averages,
+            schedule_sampler=schedule_sampler,
+            recorded=recorded,
+            keep=options.keep,
+            after_save=after_save,
+        )
         self._set_rate()
 
     @property
@@ -142,41 +143,18 @@ class TrainLoop:
         return min((limit for limit in limits if limit > 0), default=0)
 
     def restore(
-        self, checkpoint: Checkpoint, *, path: Path | None = None, lacking: Collection[str] = ()
+        self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
     ) -> None:
         """Continue from a checkpoint whose weights the network already has.
 
         Args:
             checkpoint: the state.
-            path: its file; in the run's own folder the numbered ones up to its step are the run's.
-            lacking: parameters that whoever wrote its optimiser did not have: they start anew.
+            path: its file, if it has one.
+            missing: parameters that its optimiser did not have.
         """
         self.step = checkpoint.step
-        if path and path.resolve().parent == self.folder.resolve():
-            files = numbered_checkpoints(self.folder)
-            self.own = [file for file in files if step_of(file) <= self.step]
-        for rate, average in self.averages.items():
-            average.load(checkpoint.ema.get(rate, checkpoint.model))
-        if new := [rate for rate in self.averages if rate not in checkpoint.ema]:
-            logger.log(
-                f"--ema_rate {','.join(new)}: the checkpoint has no such average, it starts from "
-                "the present weights"
-            )
-        state = checkpoint.training
-        self.best = state.get("best", self.best)
-        if state.get("scaler"):  # empty where nothing was scaled
-            self.scaler.load_state_dict(state["scaler"])
-        own = self.schedule_sampler.state_dict()
-        history = state.get("schedule_sampler", own)
-        if history.keys() == own.keys():
-            self.schedule_sampler.load_state_dict(history)
-        else:
-            logger.log("--schedule_sampler is not the checkpoint's: its history starts anew")
-        if state:
-            names = [name for name, _ in self.net.named_parameters()]
-            known = [index for index, name in enumerate(names) if name not in lacking]
-            moments = fitted_moments(state["optimizer"]["state"], self.parameters, known)
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.best = BestScore(checkpoint.training.get("best", {}))
+        self.checkpoints.restore(checkpoint, path=path, missing=missing)
         self._set_rate()
 
     def run_loop(self) -> Path:
@@ -188,10 +166,9 @@ class TrainLoop:
         starts = all_gather(torch.tensor([self.step])).tolist()
         if len(set(starts)) > 1:
             raise UserError(
-                "--out_dir",
-                found=f"{self.folder}, from which the processes continue at steps {starts}",
-                expected="one folder that all nodes share",
-                hint="Put it on a file system that every node sees.",
+                f"--out_dir {self.checkpoints.folder}",
+                f"the processes would continue from different steps, {starts}",
+                "Use a folder on a file system that all nodes share.",
             )
         batches = training_batches(
             self.dataset,
@@ -203,10 +180,10 @@ class TrainLoop:
             rank=rank(),
             world_size=world_size(),
         )
-        start, total = self.step, self.last_step
+        start, total, patience = self.step, self.last_step, self.watch.patience
         hidden = True if rank() else None
-        bar = tqdm(initial=self.step, total=total or None, unit="step", disable=hidden)
-        with StopSignal(echo=ECHO if launched() else 0.0) as stop:
+        bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
+        with StopSignal() as stop:
             with bar as progress:
                 while not any_rank(bool(stop.wanted)) and (not total or self.step < total):
                     batch, compiles = next(batches), self.run.compile and self.step == start
@@ -215,20 +192,20 @@ class TrainLoop:
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
-                    if self.step % self.options.log_interval == 0 or self.step == total:
+                    if self._due(self.options.log_interval) or self.step == total:
                         progress.set_postfix(loss=f"{loss:.4f}")
                         self._write_log(progress)
-                    better = self._validation(progress)
+                    better = self._validate(progress)
                     if self._due(self.options.save_interval) and self.step != total:
                         self.save(best=better)
                     elif better:
                         self.save(best=True, numbered=False)
-                    if self.watch.patience and any_rank(self._no_longer_better()):
+                    if patience and any_rank(self.best.is_stale(patience, self.step)):
                         break
             if stop.wanted:
                 logger.log(f"stopped by {stop.wanted} at step {self.step}; --resume auto continues")
             path = self.save()
-            self.writer.wait()
+            self.checkpoints.wait()
             return path
 
     def run_step(self, batch: Batch) -> Tensor:
@@ -262,10 +239,10 @@ class TrainLoop:
         Returns:
             The mean weighted loss, a scalar tensor.
         """
-        lesson = self.lesson(batch)
-        condition = lesson.condition.to(self.device, non_blocking=True)
-        x0 = self.diffusion.to_range(lesson.x0.to(self.device, non_blocking=True))
-        y = None if lesson.y is None else lesson.y.to(self.device, non_blocking=True)
+        prepared = self.prepare_batch(batch)
+        condition = prepared.condition.to(self.device, non_blocking=True)
+        x0 = self.diffusion.to_range(prepared.x0.to(self.device, non_blocking=True))
+        y = None if prepared.y is None else prepared.y.to(self.device, non_blocking=True)
         positions, weights, eps = self._draw(x0.shape)
         t = torch.tensor(self.diffusion.kept)[positions]
         eps = eps.to(self.device, non_blocking=True)
@@ -278,9 +255,9 @@ class TrainLoop:
         for rows in parts:
             chosen = rows.to(self.device)
             last = rows is parts[-1]
-            with autocast(self.device, self.run.precision), no_sync(self.whole, not last):
+            with autocast(self.device, self.run.precision), no_sync(self.model, not last):
                 terms = scored_by(
-                    self.whole,
+                    self.model,
                     x0[chosen],
                     t[rows],
                     eps=eps[chosen],
@@ -328,71 +305,27 @@ class TrainLoop:
             return False
         self.bad_steps += 1
         if self.bad_steps >= self.options.max_bad_steps:
+            cases = ", ".join(chain(*all_gather_object(batch.names)))
             raise UserError(
                 f"step {self.step}",
-                found=f"a gradient that is not finite, {self.bad_steps} times in a row, last for "
-                f"the cases {', '.join(chain(*all_gather_object(batch.names)))}",
-                expected="finite losses",
-                hint="Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py "
-                "looks at the images. The last checkpoint is intact.",
+                f"the gradient was not finite {self.bad_steps} times in a row, last for the cases "
+                f"{cases}",
+                "Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py looks at "
+                "the images. The last checkpoint is intact.",
             )
         return False
 
     def save(self, *, best: bool = False, numbered: bool = True) -> Path:
-        """Write a checkpoint of the present state, in the background; the first process does.
-
-        Args:
-            best: make it the best one, too.
-            numbered: give it its number and make it the latest.
-
-        Raises:
-            UserError: the checkpoint before this one could not be written.
-        """
-        path = self.folder / (f"savedmodel{self.step:06d}.pt" if numbered else BEST)
-        if rank() == 0:
-            training = {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "schedule_sampler": self.schedule_sampler.state_dict(),
-                **({"best": self.best} if self.best["step"] else {}),
-            }
-            state = Checkpoint(
-                options=self.recorded,
-                step=self.step,
-                model=plain(self.net.state_dict()),
-                ema={rate: average.state_dict() for rate, average in self.averages.items()},
-                training=copied(training),
-            )
-            reading = side_stream(self.device)
-            drop = self._surplus(path) if numbered else []
-
-            def write() -> None:
-                with reading:
-                    kept = Checkpoint(**on_cpu(vars(state)))
-                save_checkpoint(self.folder, kept, drop=drop, best=best, numbered=numbered)
-                logger.log(f"saved {path}")
-                self.after_save()
-
-            self.writer.start(write)
-        barrier()
-        return path
-
-    def _surplus(self, path: Path) -> list[Path]:
-        """The run's numbered checkpoints that ``keep`` has no room for beside a new one.
-
-        What an earlier run has left in the folder is not the run's, and stays.
-        """
-        own = [*(file for file in self.own if file != path), path]
-        self.own = own[-self.options.keep :]
-        return own[: -self.options.keep]
+        """Write a checkpoint of the present state: see :meth:`CheckpointManager.save`."""
+        return self.checkpoints.save(self.step, self.best.state, is_best=best, numbered=numbered)
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _validation(self, progress: tqdm[Any]) -> bool:
-        """Score the slowest average where it is time to, and tell whether it is the best so far.
+    def _validate(self, progress: tqdm[Any]) -> bool:
+        """Score the slowest average where it is due, and say whether it is the best so far.
 
-        The first process does; all hear of it.
+        The first process scores; all get the answer.
         """
         interval = self.watch.val_interval or self.options.save_interval
         if not (self._due(interval) or self.step == self.last_step):
@@ -401,30 +334,12 @@ class TrainLoop:
         score = self.validate(slowest.state_dict(), self.step) if self.validate else None
         if score is None:
             return any_rank(False)
-        first = score._fields[0]
-        better = score[0] > self.best.get(first, -1.0)
-        if better:
-            self.best = {first: score[0], "step": self.step, "since": 0}
-        else:
-            self.best = self.best | {"since": self.best["since"] + 1}
         logger.logkv("step", self.step)
         for name, value in score._asdict().items():
             logger.logkv(f"val_{name}", value)
         with progress.external_write_mode(sys.stdout):
             logger.dumpkvs()
-        return any_rank(better)
-
-    def _no_longer_better(self) -> bool:
-        """Whether ``patience`` validations in a row brought nothing, in the first process."""
-        patience, since = self.watch.patience, self.best["since"]
-        over = rank() == 0 and 0 < patience <= since
-        if over:
-            what, value = next(iter(self.best.items()))
-            logger.log(
-                f"stopped at step {self.step}: the last {since} validations were not better "
-                f"than {what} {value:.4f} of step {self.best['step']}, kept as {BEST}"
-            )
-        return over
+        return any_rank(self.best.update(score, self.step))
 
     def _set_rate(self) -> None:
         """Set the learning rate of the step to come: warm-up, then linear annealing."""
@@ -449,12 +364,37 @@ class TrainLoop:
             logger.dumpkvs()
 
 
-class _Whole(torch.nn.Module):
-    """Image and noisy mask to prediction in one call, so that gradients can be shared."""
-
-    def __init__(self, net: torch.nn.Module) -> None:
-        super().__init__()
-        self.net = cast(UNetModel, net)
-
-    def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
-        return cast(Output, self.net(x, t, self.net.encode(image), y))
+def run_training(setup: TrainSetup) -> Path:
+    """Announce a run, restore what it continues, and train; returns the last checkpoint."""
+    run, diffusion = setup.run, setup.diffusion
+    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=setup.sinks)
+    loop = TrainLoop(
+        setup.net,
+        diffusion,
+        dataset=setup.dataset,
+        schedule_sampler=create_named_schedule_sampler(
+            setup.options.schedule_sampler, len(diffusion.kept)
+        ),
+        options=setup.options,
+        run=run,
+        recorded=setup.recorded,
+        watch=setup.watch,
+        validate=setup.validate,
+        after_save=setup.after_save,
+        prepare_batch=setup.prepare_batch,
+        losses=setup.losses,
+    )
+    if setup.start:
+        loop.restore(setup.start, path=setup.path, missing=setup.missing)
+        logger.log(f"resuming {setup.path} at step {setup.start.step}")
+    for note in setup.notes:
+        logger.log(note)
+    logger.log(
+        f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, {run.precision}; "
+        f"steps {loop.step} to {loop.last_step or 'no end'}"
+    )
+    try:
+        return loop.run_loop()
+    finally:
+        for sink in setup.sinks:
+            sink.close()

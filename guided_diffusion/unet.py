@@ -231,3 +231,16 @@ def _expanding_path(
                 )
             blocks.append(TimestepEmbedSequential(*layers))
     return nn.ModuleList(blocks)
+
+
+class EncodeAndPredict(nn.Module):
+    """From image and noisy mask to prediction in one call, as distributed training needs it."""
+
+    def __init__(self, net: UNetModel) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
+        """Predict as :meth:`UNetModel.forward`, for ``image`` [B, C, H, W]."""
+        output: Output = self.net(x, t, self.net.encode(image), y)
+        return output

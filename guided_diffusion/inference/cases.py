@@ -1,24 +1,26 @@
-"""From images to fused masks: draw ensembles, fuse them, and write a result folder.
+"""One loop over cases, for supervised and weak segmentation alike.
 
-:class:`Segmenter` draws: mask i of case c depends on the seed, c and i alone, for any batch size,
-order or device. :func:`segment` walks a data set through it and writes the files of every case,
-whole or not at all, skipping cases that an earlier run with the same settings has finished; slices
-of volumes are put together again by ``restack``. Wired by ``runs``.
+Cases are drawn together, written in the background and recorded once their files are in place. A
+group that fails is tried again case by case; what fails alone is named at the end.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from guided_diffusion import logger
-from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset, readable
-from guided_diffusion.dist_util import rank, world_size
+from guided_diffusion.data.datasets import Entry
+from guided_diffusion.dist_util import any_rank, rank, world_size
 from guided_diffusion.errors import UserError
-from guided_diffusion.inference.segmenter import Segmentation, Segmenter, batched
-from guided_diffusion.inference.trajectory import Trajectory
+from guided_diffusion.files import Background
+from guided_diffusion.inference.record import Record
+from guided_diffusion.inference.segmenter import batched
+
+Result = TypeVar("Result")
 
 Failures = dict[str, str]
 """Why a case could not be segmented, by its name."""
@@ -36,54 +38,85 @@ def share_of(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
     ]
 
 
-def drawn(
-    segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int], failures: Failures
-) -> Iterator[tuple[list[tuple[int, Case, Segmentation]], float]]:
-    """Segment cases batch by batch under a progress bar; the number is the seconds of each."""
-    plan = segmenter.plan
-    if plan.compile and (first := next(readable(dataset, indices), None)):
-        logger.log(f"compiled in {segmenter.warm_up(first):.0f} s")
-    with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
-        for some in batched(indices, plan.cases):
-            started = time.perf_counter()
-            results = list(_results(segmenter, dataset, some, failures))
-            yield results, (time.perf_counter() - started) / len(some)
+def run_cases(
+    entries: Sequence[Entry],
+    indices: Sequence[int],
+    record: Record,
+    *,
+    draw: Callable[[Sequence[int]], Sequence[Result]],
+    write: Callable[[int, Result, float], dict[str, Any]],
+    together: int,
+    after: Callable[[], object] = bool,
+    evaluations: int = 0,
+) -> bool:
+    """Draw, write and record cases under a progress bar.
 
-            progress.update(len(some))
-            drawn = progress.n * plan.num_ensemble * plan.evaluations
-            rate = drawn / max(progress.format_dict["elapsed"], 1e-9)
-            progress.set_postfix_str(f"{rate:.0f} evaluations/s")
+    Args:
+        entries: all cases of the folder.
+        indices: the entries that this process draws.
+        record: gets a row per case, and is closed at the end.
+        draw: makes the results of some entries, by index.
+        write: writes one result, given its index and the seconds it took; returns its row.
+        together: entries that are drawn at a time.
+        after: called once a case is recorded.
+        evaluations: network evaluations of a case, to show the speed; 0 where nobody counts them.
 
+    Returns:
+        Whether all cases of all processes are done.
 
-def _results(
-    segmenter: Segmenter, dataset: SegmentationDataset, indices: Sequence[int], failures: Failures
-) -> Iterator[tuple[int, Case, Segmentation]]:
-    """Segment cases together; where that fails, one by one, noting those that fail alone."""
+    Raises:
+        UserError: some of this process's cases failed; all others are finished.
+    """
+    failures: Failures = {}
+
+    def keep(results: Sequence[tuple[int, Result]], seconds: float) -> None:
+        for index, result in results:
+            record.add({"name": entries[index].name, **write(index, result, seconds)})
+            after()
+
+    writer = Background()
     try:
-        cases = [dataset[index] for index in indices]
-        film = Trajectory(segmenter, cases[0].name, show=_show) if logger.watched() else None
-        results = segmenter.segment(cases, film)
+        with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
+            for some in batched(indices, together):
+                started = time.perf_counter()
+                results = list(draw_or_note(draw, some, entries, failures))
+                writer.start(partial(keep, results, (time.perf_counter() - started) / len(some)))
+
+                progress.update(len(some))
+                if evaluations:
+                    elapsed = max(progress.format_dict["elapsed"], 1e-9)
+                    rate = progress.n * evaluations / elapsed
+                    progress.set_postfix_str(f"{rate:.0f} evaluations/s")
+    finally:
+        writer.wait()
+    record.end()
+    all_done = not any_rank(bool(failures))
+    if failures:
+        raise UserError(
+            f"{len(failures)} of the cases",
+            "; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
+            "All others are finished: repair these, and run the same command again.",
+        )
+    return all_done
+
+
+def draw_or_note(
+    draw: Callable[[Sequence[int]], Sequence[Result]],
+    indices: Sequence[int],
+    entries: Sequence[Entry],
+    failures: Failures,
+) -> Iterator[tuple[int, Result]]:
+    """Draw cases together; where that fails, one by one, noting those that fail alone."""
+    results: Sequence[Result] = []
+    try:
+        results = draw(indices)
     except (UserError, OSError, RuntimeError, ValueError) as error:
-        results, why = [], (str(error).splitlines() or [repr(error)])[0]
+        why = (str(error).splitlines() or [repr(error)])[0]
     # The error is gone by now, and with it the memory of what it interrupted.
     if results:
-        yield from zip(indices, cases, results, strict=True)
+        yield from zip(indices, results, strict=True)
     elif len(indices) == 1:
-        failures[dataset.names[indices[0]]] = why
+        failures[entries[indices[0]].name] = why
     else:
         for index in indices:
-            yield from _results(segmenter, dataset, [index], failures)
-
-
-def _show(film: Trajectory) -> None:
-    logger.picture("sampling", film.picture(), film.calls)
-
-
-def failure_of(failures: Failures) -> UserError:
-    """Make the error that names the cases that failed, and why."""
-    return UserError(
-        f"{len(failures)} of the cases",
-        found="; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
-        expected="readable cases that fit the model and its device",
-        hint="All others are finished: mend these and run the same command again.",
-    )
+            yield from draw_or_note(draw, [index], entries, failures)

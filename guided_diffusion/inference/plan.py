@@ -1,8 +1,4 @@
-"""How masks are drawn: the plan that flags and a checkpoint settle, before anything is drawn.
-
-A checkpoint says what was trained; the flags say which sampler walks how many levels, how many
-masks a case has and how they are fused. ``segmenter`` draws by the plan.
-"""
+"""How masks are drawn: sampler, noise levels, size and fusion of the ensemble, fixed beforehand."""
 
 from __future__ import annotations
 
@@ -82,15 +78,19 @@ def make_plan(
     options: SamplingOptions,
     run: RunOptions,
     diffusion: GaussianDiffusion,
-    typed: dict[str, Any],
     *,
     device: torch.device,
     own: bool,
+    respacing: str = "",
 ) -> SamplingPlan:
-    """Settle how masks are drawn."""
+    """Make the plan of a run.
+
+    ``own`` checkpoints clip to the range they were trained with, others' weights to [-1, 1];
+    ``respacing`` is a ``--timestep_respacing``.
+    """
     sampler = sampler_of(options)
     clip = (diffusion.mask_range if own else (-1.0, 1.0)) if options.clip_denoised else None
-    levels = sampling_levels(diffusion, sampler, options, typed)
+    levels = sampling_levels(diffusion, sampler, options, respacing=respacing)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
         sampler += "_singlestep"
     keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
@@ -112,39 +112,41 @@ def make_plan(
 
 
 def sampling_levels(
-    diffusion: GaussianDiffusion, sampler: str, options: SamplingOptions, typed: dict[str, Any]
+    diffusion: GaussianDiffusion,
+    sampler: str,
+    options: SamplingOptions,
+    *,
+    respacing: str = "",
 ) -> list[NoiseLevel]:
-    """Choose the levels of a run among the trained times.
+    """Choose the noise levels of a run among the trained times.
 
-    ``--steps`` counts evaluations and wins; then ``--timestep_respacing``, then a typed
-    ``--diffusion_steps``; else DDPM and DDIM visit every trained time and the solvers 50.
+    ``options.steps`` counts evaluations and wins over ``respacing``. Without either, DDPM and DDIM
+    visit every trained time and the solvers 50.
 
     Raises:
         UserError: more evaluations than trained times, or fewer than 1.
     """
     schedule, trained = diffusion.schedule, diffusion.kept
-    total = len(trained)
-    spec = typed.get("timestep_respacing", "")
-    count = options.steps or (0 if spec else typed.get("diffusion_steps", 0))
+    total, count = len(trained), options.steps
     if not 0 <= count <= total:
         raise UserError(
-            "--steps" if options.steps else "--diffusion_steps",
-            found=count,
-            expected=f"between 1 and {total}, the number of trained times",
-            hint="Ask for fewer evaluations; --trained_steps states the schedule of bare weights.",
+            f"--steps {count}",
+            f"the network was trained at {total} times",
+            f"Ask for 1 to {total} evaluations with --steps or --diffusion_steps; "
+            "--trained_steps states the schedule length of bare weights.",
         )
     if sampler not in ("ddpm", "ddim"):
         levels = solver_levels(
             schedule.thinned(trained),
-            count or len(space_timesteps(total, spec or [min(50, total)])),
+            count or len(space_timesteps(total, respacing or [min(50, total)])),
             order=options.order,
             method=options.method if sampler.startswith("dpm_solver") else "multistep",
             skip_type=options.skip_type,
         )
         places = range(-1, total)
-        told = np.interp([level.t for level in levels], places, [-1, *trained])
-        return [level._replace(t=float(t)) for level, t in zip(levels, told, strict=True)]
+        times = np.interp([level.t for level in levels], places, [-1, *trained])
+        return [level._replace(t=float(t)) for level, t in zip(levels, times, strict=True)]
     if count == 1:
         return schedule.levels([trained[-1]])
-    visited = space_timesteps(total, [count] if count else spec)
+    visited = space_timesteps(total, [count] if count else respacing)
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])

@@ -1,27 +1,69 @@
-"""From images to fused masks: draw ensembles, fuse them, and write a result folder.
+"""From images to a folder of fused masks: the loop over cases, for a data set and a segmenter.
 
-:class:`Segmenter` draws: mask i of case c depends on the seed, c and i alone, for any batch size,
-order or device. :func:`segment` walks a data set through it and writes the files of every case,
-whole or not at all, skipping cases that an earlier run with the same settings has finished; slices
-of volumes are put together again by ``restack``. Wired by ``runs``.
+The files of every case appear whole or not at all; cases that an earlier run with the same settings
+has finished are kept. Slices of volumes are put together again by :mod:`volume_writer`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from guided_diffusion.data.datasets import Case, SegmentationDataset
-from guided_diffusion.dist_util import any_rank, rank
-from guided_diffusion.files import Background, make_folder
-from guided_diffusion.inference.cases import Failures, drawn, failure_of, share_of
+from guided_diffusion import logger
+from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as, readable
+from guided_diffusion.dist_util import rank
+from guided_diffusion.files import make_folder
+from guided_diffusion.inference.cases import run_cases, share_of
+from guided_diffusion.inference.provenance import note_sampling
 from guided_diffusion.inference.record import Record, note_classes, row_of, say_what_to_look_at
 from guided_diffusion.inference.rendering import area_columns, draw_strip
+from guided_diffusion.inference.resolve import SampleSetup
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
 from guided_diffusion.report.pictures import write_picture
+from guided_diffusion.report.sinks import VisdomSink, page_of
+
+
+def run_sampling(setup: SampleSetup) -> None:
+    """Announce a run of sampling, segment its data, and note what was done beside the results."""
+    options, run, dataset = setup.options, setup.run, setup.dataset
+    assert dataset is not None
+    sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
+    logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
+    segmenter = Segmenter.from_setup(setup)
+    for note in [*setup.notes, str(dataset), str(segmenter)]:
+        logger.log(note)
+    out_dir = Path(run.out_dir).expanduser()
+    text = f"{segmenter.fingerprint} {read_as(dataset)}"
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    names = segment(
+        segmenter,
+        dataset,
+        out_dir,
+        fingerprint=fingerprint,
+        num_samples=options.num_samples,
+        debug=options.debug,
+    )
+    for sink in sinks:
+        sink.close()
+    if rank() == 0:
+        note_sampling(
+            out_dir,
+            fingerprint,
+            model=str(segmenter),
+            seed=segmenter.plan.seed,
+            options=setup.trained.checkpoint.options,
+        )
+    end = "_<class>" if segmenter.classes else ""
+    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
+    kinds += [] if setup.network.version == "plain" else [f"coarse{end}"]
+    kinds += ["debug"] * options.debug
+    files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
+    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
 
 
 def segment(
@@ -42,52 +84,67 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         debug: write a strip of all that there is to see of each case as well.
+
+    Raises:
+        UserError: some cases failed; all others are finished.
     """
+    # What is left to do, and this process's share of it.
     make_folder(out_dir)
     entries = dataset.entries[: num_samples or None]
+    names = [entry.name for entry in entries]
     note_classes(out_dir, segmenter.classes)
     record = Record(out_dir, fingerprint, area_columns(segmenter.classes))
-    stacks = VolumeWriter(out_dir, fingerprint, entries)
+    volumes = VolumeWriter(out_dir, fingerprint, entries)
     todo = [
         index
         for index, entry in enumerate(entries)
-        if not record.finished(entry.name) or (entry.volume and not stacks.holds(entry))
+        if not record.finished(entry.name) or (entry.volume and not volumes.holds(entry))
     ]
-    record.begin([entries[index].name for index in todo], of=len(entries))
-
+    record.begin([names[index] for index in todo], of=len(entries))
     mine = share_of(todo, entries)
     others = {entries[i].volume for i in todo} if rank() == 0 else {e.volume for e in entries}
     own = {entries[index].volume for index in mine}
-    stacks.expect((entries[index] for index in mine), elsewhere=others - own)
-    stacks.write()
-    failures: Failures = {}
+    volumes.expect((entries[index] for index in mine), elsewhere=others - own)
+    volumes.write()
 
-    def keep(some: Sequence[tuple[int, Case, Segmentation]], seconds: float) -> None:
-        for index, case, result in some:
-            write_case(out_dir, case, result)
-            if debug:
-                pixels = draw_strip(case, result, channels=dataset.modalities)
-                write_picture(out_dir / f"{case.name}_debug.png", pixels)
-            if entries[index].volume:
-                stacks.keep(entries[index], maps_of(result))
-            elif case.affine is not None:
-                write_nifti(out_dir, case, result)
-            record.add(row_of(case, result, seconds, segmenter.frame))
-            stacks.write()
+    def draw(indices: Sequence[int]) -> list[tuple[Case, Segmentation]]:
+        cases = [dataset[index] for index in indices]
+        shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.watched() else None
+        return list(zip(cases, segmenter.segment(cases, shown), strict=True))
 
-    writer = Background()
+    def write(index: int, drawn: tuple[Case, Segmentation], seconds: float) -> dict[str, Any]:
+        case, result = drawn
+        write_case(out_dir, case, result)
+        if debug:
+            pixels = draw_strip(case, result, channels=dataset.modalities)
+            write_picture(out_dir / f"{case.name}_debug.png", pixels)
+        if entries[index].volume:
+            volumes.keep(entries[index], maps_of(result))
+        elif case.affine is not None:
+            write_nifti(out_dir, case, result)
+        return row_of(case, result, seconds, segmenter.frame)
+
+    plan = segmenter.plan
+    if plan.compile and (first := next(readable(dataset, mine), None)):
+        logger.log(f"compiled in {segmenter.warm_up(first):.0f} s")
     try:
-        for some, seconds in drawn(segmenter, dataset, mine, failures):
-            writer.start(partial(keep, some, seconds))
+        all_done = run_cases(
+            entries,
+            mine,
+            record,
+            draw=draw,
+            write=write,
+            after=volumes.write,
+            together=plan.cases,
+            evaluations=plan.num_ensemble * plan.evaluations,
+        )
     finally:
-        writer.wait()
-    record.end()
-    failed = any_rank(bool(failures))
-    if rank() == 0 and not failed:
-        stacks.clear()
-    names = [entry.name for entry in entries]
-    if rank() == 0:
-        say_what_to_look_at(record, names)
-    if failures:
-        raise failure_of(failures)
+        if rank() == 0:
+            say_what_to_look_at(record, names)
+    if rank() == 0 and all_done:
+        volumes.clear()
     return names
+
+
+def _show(trajectory: Trajectory) -> None:
+    logger.picture("sampling", trajectory.picture(), trajectory.calls)

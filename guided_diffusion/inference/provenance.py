@@ -1,7 +1,7 @@
 """What was run, noted where it was: ``sampling.json`` beside the masks, read back by the report.
 
 The note is rewritten only when the settings change, so that a repeated run leaves the folder as it
-was. Called by ``runs``.
+was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ def command() -> str:
     """The command line of this process, as a shell would take it."""
     program, *flags = sys.argv
     script = Path(program)
-    return shlex.join(["python", str(Path(script.parent.name, script.name)), *flags])
+    if script.name == "__main__.py":
+        return shlex.join(["python", "-m", script.parent.name, *flags])
+    if script.suffix == ".py":
+        return shlex.join(["python", str(Path(script.parent.name, script.name)), *flags])
+    return shlex.join([script.stem, *flags])
 
 
 def now() -> str:

@@ -1,10 +1,4 @@
-"""From images to fused masks: draw ensembles, fuse them, and write a result folder.
-
-:class:`Segmenter` draws: mask i of case c depends on the seed, c and i alone, for any batch size,
-order or device. :func:`segment` walks a data set through it and writes the files of every case,
-whole or not at all, skipping cases that an earlier run with the same settings has finished; slices
-of volumes are put together again by ``restack``. Wired by ``runs``.
-"""
+"""What a result folder knows of its cases: ``predictions.csv``, and ``classes.json``."""
 
 from __future__ import annotations
 
@@ -28,25 +22,25 @@ MOST_DISAGREEMENT = 0.5
 
 
 def say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
-    """Name the cases of this run whose members are doubtful, and what else lies in the folder."""
-    doubtful = [name for name in names if name in record.rows and _is_doubtful(record.rows[name])]
-    if doubtful:
+    """Name the cases of this run whose members disagree, and what else lies in the folder."""
+    uncertain = [name for name in names if name in record.rows and _is_uncertain(record.rows[name])]
+    if uncertain:
         logger.log(
-            f"look at {listing(doubtful)}: of their members some are empty, some cover the whole "
+            f"look at {listing(uncertain)}: some of their members are empty or cover the whole "
             f"picture, or they disagree by more than {MOST_DISAGREEMENT}"
         )
     empty = [name for name in names if name in record.rows and _is_empty(record.rows[name])]
     if empty:
         logger.log(f"nothing is found in any member of {listing(empty)}")
-    strangers = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
-    if strangers:
+    others = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
+    if others:
         logger.log(
-            f"{strangers} cases in {record.out_dir} are of other settings; they stay, and would be "
+            f"{others} cases in {record.out_dir} have other settings; they stay, and would be "
             "scored together with these"
         )
 
 
-def _is_doubtful(row: dict[str, Any]) -> bool:
+def _is_uncertain(row: dict[str, Any]) -> bool:
     some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
     full = int(row.get("full_members") or 0) > 0
     return some_empty or full or float(row["disagreement"]) > MOST_DISAGREEMENT
@@ -62,7 +56,6 @@ def row_of(case: Case, result: Segmentation, seconds: float, frame: Frame) -> di
     """Make a case's row of ``predictions.csv``."""
     found = frame.seen(result.members >= 0.5).flatten(1)
     return {
-        "name": case.name,
         "members": len(result.members),
         **measured(result),
         "empty_members": int((~found.any(1)).sum()),

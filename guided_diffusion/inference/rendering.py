@@ -1,7 +1,6 @@
-"""What a result folder holds of declared classes: their soft maps, areas, overlay and record.
+"""A result per class: soft maps, areas, uncertainty and overlay.
 
-Where everything is one class, each function gives what it always was: one map without a class in
-its name. Called by ``predict``.
+Where everything is one class, each function gives a single map without a class in its name.
 """
 
 from __future__ import annotations

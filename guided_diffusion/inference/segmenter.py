@@ -1,7 +1,6 @@
-"""From images to ensembles of masks: a trained network, ready to draw.
+"""A trained network that turns images into ensembles of masks.
 
-A plan says how masks are drawn, a :class:`Segmenter` draws them: mask i of case c depends on the
-seed, c and i alone, for any batch size, order or device. ``predict`` walks a data set through it.
+Mask i of case c depends on the seed, c and i alone, for any batch size, order or device.
 """
 
 from __future__ import annotations
@@ -18,33 +17,24 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from guided_diffusion.checkpoint import (
-    Checkpoint,
     adapt_weights,
-    latest_checkpoint,
-    load_checkpoint,
     load_weights,
     missing_weights_note,
 )
 from guided_diffusion.data.batches import collate
-from guided_diffusion.data.classes import Classes, find_classes
-from guided_diffusion.data.datasets import WOLLEB_CROP, Case, Frame, scaled
+from guided_diffusion.data.classes import Classes
+from guided_diffusion.data.datasets import Case, Frame, scaled
 from guided_diffusion.data.folders import split_name
 from guided_diffusion.data.readers import read_image_file
 from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
 from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, python_names
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
 from guided_diffusion.inference.plan import SamplingPlan, make_plan
-from guided_diffusion.inference.resolve import refuse_coarse, trained_flags
+from guided_diffusion.inference.resolve import SampleSetup, resolve_sampling
 from guided_diffusion.nn import AttentionBlock
-from guided_diffusion.options.flags import fill
-from guided_diffusion.options.segmentation import (
-    DiffusionOptions,
-    NetworkOptions,
-    RunOptions,
-    SamplingOptions,
-    settle_precision,
-)
+from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, MemberNoise, member_seed
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
@@ -96,7 +86,7 @@ class Segmentation(NamedTuple):
 
 
 StepCallback = Callable[[Tensor, NoiseLevel, Prediction], object]
-"""Told of every network evaluation: the noisy masks, their level, and what was predicted."""
+"""Called with every network evaluation: the noisy masks, their level, and the prediction."""
 
 
 class Draws(NamedTuple):
@@ -152,60 +142,54 @@ class Segmenter:
 
         Args:
             path: of the checkpoint.
-            flags: those of ``segmentation_sample.py`` by name, such as ``sampler="dpm_solver++"``,
-                ``steps=10``, ``num_ensemble=5``, ``seed=10``; for bare weights also the network's.
+            flags: those of ``segmentation_sample.py`` that concern the model and the drawing, by
+                name, such as ``sampler="dpm_solver++"``, ``steps=10``, ``num_ensemble=5``,
+                ``seed=10``; for bare weights also the network's.
 
         Raises:
-            UserError: no checkpoint there, or flags that contradict it.
+            UserError: no checkpoint there, an unknown flag or value, or one that contradicts the
+                checkpoint.
         """
-        path = latest_checkpoint(path)
-        checkpoint = load_checkpoint(path)
-        trained = trained_flags(checkpoint, flags, path)
-        crop = WOLLEB_CROP if trained.get("crop") == "wolleb" else 0
-        network = fill(NetworkOptions, trained)
-        frame = Frame(network.image_size, crop)
-        return cls.build(checkpoint, path, network=network, frame=frame, flags=flags)
+        with python_names():
+            given = Flags.of(SAMPLE, without=ONLY_OF_FOLDERS, **flags)
+            return cls.from_setup(resolve_sampling(given, model=path))
 
     @classmethod
-    def build(
-        cls,
-        checkpoint: Checkpoint,
-        path: Path,
-        *,
-        network: NetworkOptions,
-        frame: Frame,
-        flags: dict[str, Any],
-    ) -> Segmenter:
-        """Build what a checkpoint holds, ready to draw as the flags say."""
-        options = fill(SamplingOptions, flags)
-        run = settle_precision(fill(RunOptions, flags), flags)
-        trained = trained_flags(checkpoint, flags, path)
-        diffusion, classes = fill(DiffusionOptions, trained), find_classes(trained["mask_labels"])
-        process = create_gaussian_diffusion(diffusion, network.version)
-        net = create_model(network, diffusion, classes)
-        refuse_coarse(options, network)
-        checkpoint, lacking = adapt_weights(checkpoint, net)
-        weights, which = checkpoint.choose(options.weights)
-        load_weights(net, weights, path)
+    def from_setup(cls, setup: SampleSetup) -> Segmenter:
+        """Build the network of a set-up, ready to draw.
 
-        device = dev(run.gpu_dev)
-        own = bool(checkpoint.options)
-        plan = make_plan(options, run, process, flags, device=device, own=own)
-        source = f"{path}: {which}"
-        if not own:
-            source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
-        if lacking:
-            source += f"; {missing_weights_note(lacking)}"
-        net = place_model(net, device, compile=plan.compile)
-        normalise = trained.get("normalise", "auto")
-        return cls(
-            net,
+        Raises:
+            UserError: weights that do not fit the network, or a plan that the network cannot have.
+        """
+        process = create_gaussian_diffusion(setup.diffusion, setup.network.version)
+        net = create_model(setup.network, setup.diffusion, setup.classes)
+        trained = setup.trained
+        checkpoint, missing = adapt_weights(trained.checkpoint, net)
+        weights, which = checkpoint.choose(setup.options.weights)
+        load_weights(net, weights, trained.path)
+
+        device = dev(setup.run.gpu_dev)
+        plan = make_plan(
+            setup.options,
+            setup.run,
             process,
-            frame=frame,
+            device=device,
+            own=trained.is_own,
+            respacing=setup.respacing,
+        )
+        source = f"{trained.path}: {which}"
+        if not trained.is_own:
+            source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
+        if missing:
+            source += f"; {missing_weights_note(missing)}"
+        return cls(
+            place_model(net, device, compile=plan.compile),
+            process,
+            frame=setup.frame,
             plan=plan,
             source=source,
-            classes=classes,
-            normalise="none" if normalise == "auto" else normalise,
+            classes=setup.classes,
+            normalise=setup.normalise,
         )
 
     def __str__(self) -> str:
@@ -257,21 +241,20 @@ class Segmenter:
         if pixels.ndim != 3 or len(pixels) != channels:
             raise UserError(
                 name or "image",
-                found=f"shape {tuple(pixels.shape)}",
-                expected=f"[{channels}, H, W], the channels of training",
-                hint="Stack the channels first.",
+                f"its shape is {tuple(pixels.shape)}, that of training is [{channels}, H, W]",
+                "Put the channels first.",
             )
         return self.segment([Case(pixels, None, name or "image")])[0]
 
     def segment(
-        self, cases: Sequence[Case], note: StepCallback | None = None
+        self, cases: Sequence[Case], callback: StepCallback | None = None
     ) -> list[Segmentation]:
         """Segment cases of any size: bring them to the network's, draw, bring back, fuse.
 
-        ``note`` is told of every network evaluation.
+        ``callback`` is called with every network evaluation.
         """
         batch = collate([self.frame.fit(case) for case in cases])
-        drawn = self.draw_with_coarse(batch.image, batch.names, note)
+        drawn = self.draw_with_coarse(batch.image, batch.names, callback)
         return [
             self.finish(case, members, None if drawn.coarse is None else drawn.coarse[index])
             for index, (case, members) in enumerate(zip(cases, drawn.members, strict=True))
@@ -287,9 +270,8 @@ class Segmenter:
         if not members.isfinite().all():
             raise UserError(
                 case.name,
-                found=f"masks that are not finite, in {plan.precision}",
-                expected="numbers",
-                hint="Use --precision fp32; scripts/check_data.py looks at the images.",
+                f"the drawn masks are not finite in {plan.precision}",
+                "Use --precision fp32; scripts/check_data.py looks at the images.",
             )
 
         def restored(mask: Tensor) -> Tensor:
@@ -310,10 +292,10 @@ class Segmenter:
         )
 
     def draw(
-        self, images: Tensor, names: Sequence[str], note: StepCallback | None = None
+        self, images: Tensor, names: Sequence[str], callback: StepCallback | None = None
     ) -> Tensor:
         """Draw the members of some cases: :meth:`draw_with_coarse` without the coarse masks."""
-        return self.draw_with_coarse(images, names, note).members
+        return self.draw_with_coarse(images, names, callback).members
 
     def warm_up(self, case: Case) -> float:
         """Compile, or tune, for cases of the size of this one; the seconds that it took.
@@ -334,14 +316,14 @@ class Segmenter:
 
     @torch.inference_mode()
     def draw_with_coarse(
-        self, images: Tensor, names: Sequence[str], note: StepCallback | None = None
+        self, images: Tensor, names: Sequence[str], callback: StepCallback | None = None
     ) -> Draws:
         """Draw the members of some cases, all as one batch as far as ``batch_size`` allows.
 
         Args:
             images: at the network's size, float32 [B, C, h, w].
             names: of the B cases; they seed the noise.
-            note: told of every network evaluation.
+            callback: called with every network evaluation.
         """
         plan = self.plan
         with autocast(self.device, plan.precision):
@@ -349,37 +331,37 @@ class Segmenter:
         shape = (self.net.mask_channels, *images.shape[-2:])
         rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
         drawn, seen = [], []
-        for whole in batched(rows, plan.inputs if plan.compile else plan.batch_size):
-            chunk = padded(whole, plan.inputs) if plan.compile else whole
+        for rows_of_batch in batched(rows, plan.inputs if plan.compile else plan.batch_size):
+            chunk = padded(rows_of_batch, plan.inputs) if plan.compile else rows_of_batch
             noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
             of_case = torch.tensor([case for case, _ in chunk], device=self.device)
             rows_of = condition.rows(of_case)
             denoise = self.diffusion.denoiser(self.net, rows_of, clip=plan.clip)
-            watched = _Observed(denoise, note)
+            observed = _Observed(denoise, callback)
             x = plan.temperature * noise(torch.empty(len(chunk), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
-                x0 = SAMPLERS[plan.sampler](watched, x, plan.levels, **options)
-            drawn.append(self.diffusion.from_range(x0[: len(whole)]).float().cpu())
-            if watched.coarse is not None:
-                seen.append(watched.coarse[: len(whole)].float().cpu())
+                x0 = SAMPLERS[plan.sampler](observed, x, plan.levels, **options)
+            drawn.append(self.diffusion.from_range(x0[: len(rows_of_batch)]).float().cpu())
+            if observed.coarse is not None:
+                seen.append(observed.coarse[: len(rows_of_batch)].float().cpu())
         by_case = (len(images), plan.num_ensemble)
         coarse = torch.cat(seen).unflatten(0, by_case).mean(dim=1) if seen else None
         return Draws(torch.cat(drawn).unflatten(0, by_case), coarse)
 
 
 class _Observed:
-    """A denoiser that keeps the coarse mask of its last call and tells ``note`` of every one."""
+    """A denoiser that keeps the coarse mask of its last call and hands every one to a callback."""
 
-    def __init__(self, denoise: Denoiser, note: StepCallback | None) -> None:
-        self.denoise, self.note = denoise, note
+    def __init__(self, denoise: Denoiser, callback: StepCallback | None) -> None:
+        self.denoise, self.callback = denoise, callback
         self.coarse: Tensor | None = None
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         prediction = self.denoise(x, level)
         self.coarse = prediction.coarse
-        if self.note:
-            self.note(x, level, prediction)
+        if self.callback:
+            self.callback(x, level, prediction)
         return prediction
 
 

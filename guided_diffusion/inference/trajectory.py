@@ -1,6 +1,6 @@
-"""How a mask comes to be: states of the reverse process, noted while it runs, and drawn.
+"""How a mask comes to be: states of the reverse process, kept while it runs, and drawn.
 
-Validation keeps such a picture of one case; prediction shows it live to whoever watches.
+Validation keeps such a picture of one case; sampling shows it live on a sink.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from guided_diffusion.schedule import NoiseLevel
 
 
 class Trajectory:
-    """Notes the first mask that a segmenter draws: its :data:`guided_diffusion.segmenter.Note`.
+    """Keeps states of the first mask that a segmenter draws, as a step callback.
 
     Args:
-        segmenter: whose next draw is filmed.
+        segmenter: whose next draw is kept.
         title: the case.
-        frames: states to note, evenly spread over all evaluations.
-        show: called after every noted state.
+        frames: states to keep, evenly spread over all evaluations.
+        show: called after every kept state.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Trajectory:
         self.states: list[tuple[float, Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, level: NoiseLevel, prediction: Prediction) -> None:
-        """Note the first row of a network evaluation, if its turn has come."""
+        """Keep the first row of a network evaluation, if its turn has come."""
         if self.calls in self.wanted:
             self.states.append((level.t, self._grey(x), self._grey(prediction.x0)))
             self.show(self)
         self.calls += 1
 
     def picture(self) -> Pixels:
-        """The noisy masks in the upper row, below each what the network takes it for.
+        """Draw the noisy masks in the upper row, below each the predicted clean mask.
 
         Returns:
             uint8 [h, w, 3].

@@ -3,7 +3,6 @@
 Slices wait on disk, exactly as drawn, until the last one of their volume is there; then they are
 put at their places in a volume with the source's affine and header, and removed. A run may be
 killed at any point: what waits is found again, and a volume that is extended keeps what it has.
-Called by ``predict``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""From images to fused masks: draw ensembles, fuse them, and write a result folder.
-
-:class:`Segmenter` draws: mask i of case c depends on the seed, c and i alone, for any batch size,
-order or device. :func:`segment` walks a data set through it and writes the files of every case,
-whole or not at all, skipping cases that an earlier run with the same settings has finished; slices
-of volumes are put together again by ``restack``. Wired by ``runs``.
-"""
+"""The files of one case: pictures as PNG, and NIfTI with the case's own affine."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
-"""Every flag of every script, as frozen dataclasses: one per concern, field name = flag name.
+"""What a flag is, and the flags of one command: declared once, checked once, read as options.
 
-A field carries its own default, help line and choices, so nothing is listed twice. Names, types,
-bool rule and defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the
-deviations in the changelog. No torch here: ``--help`` has to answer at once.
+A flag is a field of a frozen dataclass: its name is the flag's name, and its metadata hold the help
+line, the choices and the limits. :class:`Flags` are the values of a command's flags, the given ones
+apart from those that a checkpoint or the data decided. No torch here: ``-h`` answers at once.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+import operator
 import re
-from collections.abc import Sequence
-from dataclasses import field, fields
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar, get_type_hints
 
 from guided_diffusion.errors import UserError
 
@@ -31,10 +33,19 @@ def flag(
     most: float = math.inf,
     words: str = "",
 ) -> Any:
-    """Declare a flag: ``dead`` says why it does nothing, ``run`` that no checkpoint binds it.
+    """Declare a flag as a dataclass field.
 
-    Numbers are refused outside ``least`` to ``most``, and none but finite ones is taken; a
-    ``switch`` alone means True; ``words`` names the several values it takes.
+    Args:
+        default: its value where nothing is given.
+        help: one line, without the default.
+        choices: the only values that it takes.
+        alias: a second spelling, dashes included.
+        dead: why the flag is accepted but has no effect.
+        run: it belongs to a run; no checkpoint records it.
+        switch: given without a value it means True.
+        least: smallest number that is allowed.
+        most: largest number that is allowed; only finite ones are.
+        words: names of the values, for a flag that takes several.
     """
     metadata = {
         "help": help,
@@ -50,30 +61,132 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
-def fill(group: type[Group], values: dict[str, Any]) -> Group:
-    """Make one group's options from flags by name; the others are left alone.
+@dataclass(frozen=True)
+class Flags:
+    """The values of a command's flags.
 
-    Raises:
-        UserError: a number that the flag cannot have.
+    Attributes:
+        groups: the option groups that the command has.
+        given: what the user gave, by name.
+        resolved: what a checkpoint or the data decided, by name; it wins over ``given``.
+        command: the command's name and its arguments, to start it again in other processes.
     """
-    known = {entry.name: entry.metadata for entry in fields(group)}  # type: ignore[arg-type]
-    chosen = {name: value for name, value in values.items() if name in known}
-    for name, value in chosen.items():
-        least, most = known[name]["least"], known[name]["most"]
-        endless = isinstance(value, float) and not math.isfinite(value)
-        if endless or (isinstance(value, int | float) and not least <= value <= most):
-            bounds = f"{least} to {most}" if most < math.inf else f"{least} or more"
+
+    groups: tuple[type, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, groups: Sequence[type], *, without: Collection[str] = (), **values: Any) -> Flags:
+        """Take flags from Python, all those of the groups but for some.
+
+        Raises:
+            UserError: a name that no group has, or a value of another kind or outside the choices.
+        """
+        known = {
+            entry.name: (group, entry)
+            for group in groups
+            for entry in _fields(group)
+            if entry.name not in without
+        }
+        given = {}
+        for name, value in values.items():
+            if name not in known:
+                raise UserError(name, "no such flag", did_you_mean(name, known, "docs/cli.md"))
+            group, entry = known[name]
+            try:
+                given[name] = _CONVERSIONS[get_type_hints(group)[name]](value)
+            except (TypeError, ValueError):
+                kind = get_type_hints(group)[name].__name__
+                raise UserError(f"--{name}", f"{value!r} is no {kind}", f"Give a {kind}.") from None
+            choices = entry.metadata["choices"]
+            if choices and given[name] not in choices:
+                known_choices = ", ".join(repr(choice) for choice in choices)
+                raise UserError(f"--{name}", f"{value!r} is not a choice", f"Use {known_choices}.")
+        return cls(tuple(groups), given)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a flag's value if it was given or resolved, else ``default``."""
+        return self.resolved.get(name, self.given.get(name, default))
+
+    def group(self, kind: type[Group]) -> Group:
+        """Make the options of one group; other flags are passed over.
+
+        Raises:
+            UserError: a number outside the flag's limits, or one that is not finite.
+        """
+        values = {**self.given, **self.resolved}
+        chosen = {e.name: values[e.name] for e in _fields(kind) if e.name in values}
+        for entry in _fields(kind):
+            value = chosen.get(entry.name)
+            least, most = entry.metadata["least"], entry.metadata["most"]
+            if isinstance(value, float) and not math.isfinite(value):
+                problem = "must be a finite number"
+            elif isinstance(value, int | float) and not least <= value <= most:
+                limits = f"between {least} and {most}" if most < math.inf else f"{least} or more"
+                problem = f"must be {limits}"
+            else:
+                continue
             raise UserError(
-                f"--{name}",
-                found=value,
-                expected="a finite number" if endless else bounds,
-                hint=f"Leave --{name} away for its default.",
+                f"--{entry.name} {value}", problem, f"Omit it for the default, {entry.default}."
             )
-    return group(**chosen)
+        return kind(**chosen)
+
+    def with_given(self, **values: Any) -> Flags:
+        """Return these flags with some of the given values in another spelling."""
+        return replace(self, given={**self.given, **values})
+
+    def with_resolved(self, **values: Any) -> Flags:
+        """Return these flags with further values that a checkpoint or the data decided."""
+        return replace(self, resolved={**self.resolved, **values})
+
+    def refuse_contradictions(
+        self, trained: Mapping[str, Any], path: object, *, passing: Collection[str] = ()
+    ) -> None:
+        """Compare the given flags, all but ``passing``, with what a checkpoint records.
+
+        Raises:
+            UserError: for the first flag that differs.
+        """
+        for name, value in self.given.items():
+            if name in passing:
+                continue
+            if name in trained and value not in (trained[name], "auto"):
+                was = "''" if trained[name] == "" else trained[name]
+                raise UserError(
+                    f"--{name} {value}",
+                    f"contradicts {was}, which {path} was trained with",
+                    f"Omit --{name}: a checkpoint brings its own options.",
+                )
+
+
+def _fields(group: type) -> tuple[Any, ...]:
+    return fields(group)
+
+
+def _as_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+_CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
+    bool: _as_bool,
+    int: operator.index,
+    float: float,
+    str: str,
+}
+
+
+def did_you_mean(word: str, known: Iterable[str], listing: str) -> str:
+    """Suggest the nearest of the known words, else say where all are listed."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"{listing} lists them all."
 
 
 def recorded(*options: Any) -> dict[str, Any]:
-    """Return what a checkpoint remembers of these groups: all but what belongs to a run."""
+    """Return what a checkpoint records of these groups: all but what belongs to a run."""
     return {
         entry.name: getattr(group, entry.name)
         for group in options
@@ -82,28 +195,15 @@ def recorded(*options: Any) -> dict[str, Any]:
     }
 
 
-def refuse_contradictions(typed: dict[str, Any], trained: dict[str, Any], path: object) -> None:
-    """Raise a UserError for the first typed flag that differs from what a checkpoint records."""
-    for name, value in typed.items():
-        if name in trained and value not in (trained[name], "auto"):
-            raise UserError(
-                f"--{name}",
-                found=value,
-                expected=f"{trained[name]!r}, which {path} was trained with",
-                hint=f"Leave --{name} away: a checkpoint brings its own options.",
-            )
-
-
 def numbers(flag: str, text: str, kind: type = int) -> list[Any]:
     """Read a comma-separated list of numbers, as ``--channel_mult 1,2,4`` has it."""
     try:
         return [kind(part) for part in text.split(",")] if text else []
     except ValueError:
         raise UserError(
-            f"--{flag}",
-            found=repr(text),
-            expected="numbers separated by commas",
-            hint=f"Write for example --{flag} 1,2.",
+            f"--{flag} {text!r}",
+            "is not a list of numbers",
+            f"Separate them by commas, as in --{flag} 1,2.",
         ) from None
 
 
@@ -112,10 +212,9 @@ def slice_range(text: str) -> tuple[int | None, int | None]:
     match = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", text or ":")
     if match is None:
         raise UserError(
-            "--slices",
-            found=repr(text),
-            expected="first:end, counted from 0, the end left out",
-            hint="Write for example --slices 80:129, or 80:-26.",
+            f"--slices {text!r}",
+            "is not first:end, counted from 0, the end left out",
+            "Write for example --slices 80:129, or 80:-26.",
         )
     first, end = (int(part) if part else None for part in match.groups())
     return first, end

@@ -1,33 +1,127 @@
-"""Every flag of every script, as frozen dataclasses: one per concern, field name = flag name.
+"""The command line: argparse filled from option groups, with one message for every mistake.
 
-A field carries its own default, help line and choices, so nothing is listed twice. Names, types,
-bool rule and defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the
-deviations in the changelog. No torch here: ``--help`` has to answer at once.
+Flags are accepted with ``-`` for ``_``. ``-h`` shows the basic ones, ``--help_all`` all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
+from guided_diffusion.options.flags import Flags, did_you_mean
+
 
 def parse(
-    description: str, groups: Sequence[type], argv: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Read a command line and return the flags that were typed, by name.
+    groups: Sequence[type],
+    argv: Sequence[str],
+    *,
+    command: str = "",
+    program: str = "",
+    summary: str = "",
+    examples: Sequence[str] = (),
+    basic: Sequence[str] = (),
+) -> Flags:
+    """Read a command line.
 
-    Raises:
-        UserError: an unknown flag, a missing value, or a value of the wrong kind.
+    Args:
+        groups: the option groups of the command.
+        argv: its arguments.
+        command: its name, kept in the flags.
+        program: what the user typed before the arguments, for the help.
+        summary: one sentence for the help.
+        examples: command lines for the help.
+        basic: names of the flags that ``-h`` shows; ``--help_all`` shows all.
+
+    An unknown flag, a missing value or one of the wrong kind ends the process with exit code 2.
     """
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS)
+    words = _glue_negative_values([_underscored(word) for word in argv])
+    parser = _Parser(
+        prog=program or None,
+        usage="%(prog)s [flags]",
+        description=summary,
+        epilog="\n  ".join(["examples:", *map(_broken, examples)]) if examples else None,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+        add_help=False,
+    )
+    entries = {entry.name: (group, entry) for group in groups[::-1] for entry in fields(group)}
+    shown = [] if "--help_all" in words else [name for name in basic if name in entries]
+    if shown:
+        section = parser.add_argument_group("basic flags")
+        for name in shown:
+            _add_flag(section, *entries.pop(name))
     for group in groups:
-        _add_group(parser, group)
-    return vars(parser.parse_args(_glue_negative_values(sys.argv[1:] if argv is None else argv)))
+        title = (group.__doc__ or "").split("\n")[0].rstrip(".")
+        section = parser.add_argument_group(None if shown else title)
+        for entry in fields(group):
+            if entries.get(entry.name, (None,))[0] is group:
+                _add_flag(section, *entries.pop(entry.name), hidden=bool(shown))
+    about = parser.add_argument_group("help")
+    about.add_argument("-h", "--help", action="help", help="show the basic flags")
+    about.add_argument("--help_all", action="help", help="show all flags")
+    about.add_argument("--about", action="store_true", help="show version, torch and device")
+    return Flags(tuple(groups), vars(parser.parse_args(words)), command=(command, *argv))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one message."""
+
+    @property
+    def known(self) -> Iterable[str]:
+        """Every spelling of every flag."""
+        return self._option_string_actions
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        hint = did_you_mean(unknown[1] if unknown else "", self.known, "--help_all")
+        print(f"error: {message}. {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with the flags' texts in one column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+
+def _add_flag(section: Any, group: type, entry: Any, *, hidden: bool = False) -> None:
+    """Add one flag to a section of the parser."""
+    info, kind = entry.metadata, get_type_hints(group)[entry.name]
+    words = info["words"]
+    section.add_argument(
+        *filter(None, (f"--{entry.name}", info["alias"])),
+        nargs="?" if info["switch"] else len(words) or None,
+        const=True if info["switch"] else None,
+        dest=entry.name,
+        type=str2bool if kind is bool else str if words else kind,
+        choices=info["choices"] or None,
+        metavar=None if info["choices"] else words or kind.__name__.upper(),
+        help=argparse.SUPPRESS if hidden else help_line(entry).replace("%", "%%"),
+    )
+
+
+def help_line(entry: Any) -> str:
+    """What the help says of a flag: its meaning, its default, and whether it has an effect."""
+    info = entry.metadata
+    shown = "" if entry.default in ("", None, ()) else f" (default: {entry.default})"
+    return info["help"] + shown + (f"; no effect: {info['dead']}" if info["dead"] else "")
+
+
+def _broken(command: str) -> str:
+    """Break a command line before a flag where it grows longer than a screen is wide."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) > 74:
+            lines[-1] += " \\"
+            lines.append("    " + part)
+        else:
+            lines[-1] += " " * bool(lines[-1]) + part
+    return "\n  ".join(lines)
 
 
 def str2bool(text: str) -> bool:
@@ -43,44 +137,10 @@ def str2bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"boolean value expected, found {text!r}{hint}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one message."""
-
-    @property
-    def known(self) -> Iterable[str]:
-        """Every spelling of every flag."""
-        return self._option_string_actions
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        close = difflib.get_close_matches(unknown[1] if unknown else "", self.known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "--help lists all flags."
-        print(f"error: {message}. {hint}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _add_group(parser: _Parser, group: type) -> None:
-    """Add a group's flags; one that an earlier group has is not added again."""
-    hints = get_type_hints(group)
-    section = parser.add_argument_group((group.__doc__ or "").split("\n")[0])
-    for entry in fields(group):
-        info, kind = entry.metadata, hints[entry.name]
-        if f"--{entry.name}" in parser.known:
-            continue
-        names = [f"--{entry.name}", *([info["alias"]] if info["alias"] else [])]
-        words = info["words"]
-        shown = "" if entry.default in ("", None, ()) else f" (default: {entry.default})"
-        dead = f"; no effect: {info['dead']}" if info["dead"] else ""
-        section.add_argument(
-            *names,
-            nargs="?" if info["switch"] else len(words) or None,
-            const=True if info["switch"] else None,
-            dest=entry.name,
-            type=str2bool if kind is bool else str if words else kind,
-            choices=info["choices"] or None,
-            metavar=None if info["choices"] else words or kind.__name__.upper(),
-            help=(info["help"] + shown + dead).replace("%", "%%"),
-        )
+def _underscored(word: str) -> str:
+    """Let ``--num-ensemble`` pass for ``--num_ensemble``."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if re.match(r"--\w", word) else word
 
 
 def _glue_negative_values(argv: Sequence[str]) -> list[str]:

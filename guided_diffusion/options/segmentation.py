@@ -1,18 +1,18 @@
-"""Every flag of every script, as frozen dataclasses: one per concern, field name = flag name.
+"""The flags of training, sampling and scoring, one frozen dataclass per concern.
 
-A field carries its own default, help line and choices, so nothing is listed twice. Names, types,
-bool rule and defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the
-deviations in the changelog. No torch here: ``--help`` has to answer at once.
+A field carries its own default, help line and choices, so nothing is listed twice. Names, types and
+defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the deviations that
+docs/migration.md lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.options.flags import flag
+from guided_diffusion.options.flags import Flags, flag
 
 DPM_SOLVERS = ("dpm_solver", "dpm_solver++")
 SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
@@ -20,7 +20,7 @@ SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The network's shape; recorded in the checkpoint."""
+    """The network's architecture; recorded in the checkpoint."""
 
     version: str = flag(
         "plain",
@@ -62,7 +62,7 @@ class DiffusionOptions:
     learn_sigma: bool = flag(False, "learn the variance of the reverse process")
     predict_xstart: bool = flag(False, "predict the clean mask instead of the noise")
     use_kl: bool = flag(False, "train on the variational bound")
-    rescale_timesteps: bool = flag(False, "tell the network t * 1000 / T")
+    rescale_timesteps: bool = flag(False, "give the network t * 1000 / T as the timestep")
     rescale_learned_sigmas: bool = flag(False, "weigh the bound by T / 1000 in the hybrid loss")
     mask_range: str = flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
     predict_v: bool = flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
@@ -82,7 +82,9 @@ class DataOptions:
     """Where the images are and how they reach the network's size."""
 
     data_dir: str = flag("./data/training", "folder with the data set", run=True)
-    data_name: str = flag("", "layout: BRATS, ISIC, KVASIR, CUSTOM; empty: recognised", run=True)
+    data_name: str = flag(
+        "", "layout: BRATS, ISIC, TUMOR, CUSTOM or KVASIR; empty: recognised", run=True
+    )
     split: str = flag(
         "",
         "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir",
@@ -134,7 +136,7 @@ class RunOptions:
     out_dir: str = flag("./results/", "folder for everything that is written")
     seed: int = flag(10, "seed of everything random", least=-(2**63), most=2**63 - 1)
     gpu_dev: str = flag("0", "index of the CUDA device")
-    multi_gpu: str = flag("", "CUDA devices to share the work, as in 0,1,2", alias="--multi-gpu")
+    multi_gpu: str = flag("", "CUDA devices to share the work, as in 0,1,2")
     use_fp16: bool = flag(False, "the same as --precision fp16")
     precision: str = flag(
         "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
@@ -170,11 +172,14 @@ class TrainingOptions:
     save_interval: int = flag(5000, "steps between two checkpoints", least=1)
     resume_checkpoint: str = flag("", "checkpoint, or folder of one, to continue from")
     resume: str = flag(
-        "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
+        "",
+        "auto: continue from the latest checkpoint in out_dir, if any",
+        choices=("", "auto"),
     )
     num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
     augment: bool = flag(
-        False, "flip, turn, scale and re-light the training images at random; masks follow"
+        False,
+        "flip, turn, scale and re-light the training images at random; masks follow",
     )
     cache_gib: float = flag(
         2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
@@ -192,13 +197,16 @@ class WatchOptions:
     """How a training run is validated and watched."""
 
     val_dir: str = flag(
-        "", "labelled data set to validate on; empty: the validation part of --split, if any"
+        "",
+        "labelled data set to validate on; empty: the validation part of --split, if any",
     )
     val_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
     val_cases: int = flag(16, "cases of validation, evenly spread; 0: all", least=0)
     val_steps: int = flag(5, "network evaluations per mask in validation", least=1)
     patience: int = flag(
-        0, "stop after so many validations in a row without a better Dice; 0: never", least=0
+        0,
+        "stop after so many validations in a row without a better Dice; 0: never",
+        least=0,
     )
     tensorboard: bool = flag(False, "write TensorBoard's event files into out_dir as well")
     visdom: int = flag(
@@ -243,7 +251,7 @@ class SamplingOptions:
     )
     uncertainty: str = flag(
         "std",
-        "the map of doubt: std or variance of the members, or entropy (bits) of their mean",
+        "uncertainty map: std or variance of the members, or entropy (bits) of their mean",
         choices=("std", "variance", "entropy"),
     )
     coarse: str = flag(
@@ -253,7 +261,7 @@ class SamplingOptions:
         choices=("none", "blend", "mean", "logit", "only"),
     )
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+    trained_steps: int = flag(0, "schedule length of bare weights; 0: 1000", least=0)
     debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
     visdom: int = flag(
         0,
@@ -271,7 +279,8 @@ class ScoringOptions:
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
     partial: bool = flag(False, "score the cases that both folders hold")
     mask_labels: str = flag(
-        "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
+        "",
+        "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says",
     )
     empty: str = flag(
         "match",
@@ -289,7 +298,9 @@ class ScoringOptions:
     )
     raters: str = flag("", "folders with the masks of several raters, separated by commas")
     compare: tuple[str, ...] = flag(
-        (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
+        (),
+        "two folders of masks to compare on the same cases, instead of inp_pth",
+        words="A B",
     )
     report: bool = flag(True, "write report.html beside the scores")
 
@@ -324,25 +335,28 @@ TRAIN = (
 )
 SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
 SCORE = (ScoringOptions,)
+ONLY_OF_FOLDERS = (
+    *("data_dir", "data_name", "split", "slices", "blank_slices", "cache_dir"),
+    *("out_dir", "multi_gpu", "model_path", "num_samples", "debug", "visdom"),
+)
+"""Flags of sampling that concern a data set and its results, not the model or one image."""
 
 
-def dead_flags(
-    groups: Iterable[type], typed: dict[str, Any], settled: Mapping[str, Any] = {}
-) -> list[str]:
-    """Say, for every typed flag that does nothing, why.
+def dead_flags(flags: Flags, outcome: Mapping[str, Any] = {}) -> list[str]:
+    """Say of every given flag that has no effect why it has none.
 
-    ``settled`` is what came of the flags that :data:`ONLY` asks about, as far as they are there.
+    ``outcome`` holds the final values of flags that :data:`ONLY` asks about, as far as known.
     """
     dead = [
         f"--{entry.name} has no effect: {entry.metadata['dead']}"
-        for group in groups
+        for group in flags.groups
         for entry in fields(group)
-        if entry.name in typed and entry.metadata["dead"]
+        if entry.name in flags.given and entry.metadata["dead"]
     ]
     idle = [
-        f"--{name} has no effect with --{other} {settled[other]}"
+        f"--{name} has no effect with --{other} {outcome[other]}"
         for name, (other, values) in ONLY.items()
-        if typed.get(name, False) is not False and settled.get(other, values[0]) not in values
+        if flags.given.get(name, False) is not False and outcome.get(other, values[0]) not in values
     ]
     return dead + idle
 
@@ -350,13 +364,17 @@ def dead_flags(
 Run = TypeVar("Run", bound=RunOptions)
 
 
-def settle_precision(run: Run, typed: dict[str, Any]) -> Run:
-    """Let ``--use_fp16`` mean ``--precision fp16``; refuse another one beside it."""
-    if run.use_fp16 and typed.get("precision", "fp16") != "fp16":
+def run_options(flags: Flags, kind: type[Run]) -> Run:
+    """Make the options of a run, in which ``--use_fp16`` means ``--precision fp16``.
+
+    Raises:
+        UserError: another precision is given as well.
+    """
+    run = flags.group(kind)
+    if run.use_fp16 and flags.get("precision", "fp16") != "fp16":
         raise UserError(
-            "--precision",
-            found=f"{run.precision} with --use_fp16 True",
-            expected="only one of the two",
-            hint="Leave --use_fp16 away.",
+            f"--precision {run.precision}",
+            "contradicts --use_fp16 True, which means --precision fp16",
+            "Omit --use_fp16.",
         )
     return replace(run, precision="fp16") if run.use_fp16 else run

@@ -1,9 +1,4 @@
-"""Every flag of every script, as frozen dataclasses: one per concern, field name = flag name.
-
-A field carries its own default, help line and choices, so nothing is listed twice. Names, types,
-bool rule and defaults are those of Diffusion-based-Segmentation and MedSegDiff, except for the
-deviations in the changelog. No torch here: ``--help`` has to answer at once.
-"""
+"""The flags of the tools around data: checking a folder, slicing volumes, writing phantoms."""
 
 from __future__ import annotations
 
@@ -26,4 +21,49 @@ class CheckOptions:
     )
 
 
+@dataclass(frozen=True)
+class SlicingOptions:
+    """How volumes are cut into slices."""
+
+    src: str = flag("", "folder of volumes, one folder per case")
+    out: str = flag("", "folder to write; the same command continues")
+    slices: str = flag("80:129", "axial slices, from 0, end left out")
+    blank_slices: bool = flag(True, "keep slices whose image is constant")
+    modalities: str = flag("", "channels, as in flair,t1ce; empty: all there are")
+    normalise: str = flag(
+        "minmax",
+        "intensities of a volume",
+        choices=("none", "minmax", "percentile", "zscore"),
+    )
+    dtype: str = flag("uint8", "type of the images", choices=("uint8", "float32"))
+    train: float = flag(0.8, "share of patients for training", least=0, most=1)
+    seed: int = flag(0, "seed of the division into parts")
+    workers: int = flag(0, "processes; 0: one per core", least=0)
+
+
+@dataclass(frozen=True)
+class PhantomOptions:
+    """What phantoms are written."""
+
+    out: str = flag("", "folder to write; must be absent or empty")
+    layout: str = flag(
+        "brats2d",
+        "file layout",
+        choices=("brats2d", "brats3d", "isic", "weak"),
+    )
+    seed: int = flag(0, "seed of all phantoms", least=0)
+    patients: int = flag(31, "patients, or ISIC pictures", least=1)
+    slices: int = flag(
+        0,
+        "slices per patient, of brats3d the depth; 0: 4, weak 3, brats3d 155",
+        least=0,
+    )
+    size: int = flag(0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0)
+    raters: int = flag(0, "also write the masks of this many raters", least=0)
+    generation: str = flag("2025", "isic: which CSV layout", choices=("2023", "2025"))
+    split: float = flag(0.8, "share of patients for training", least=0, most=1)
+
+
 CHECK = (DataOptions, CheckOptions)
+SLICES = (SlicingOptions,)
+PHANTOMS = (PhantomOptions,)

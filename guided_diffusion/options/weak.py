@@ -60,7 +60,7 @@ class ImageNetworkOptions(NetworkOptions):
 class ImageDiffusionOptions(DiffusionOptions):
     """The diffusion of images; recorded in the checkpoint."""
 
-    rescale_timesteps: bool = flag(True, "tell the networks t * 1000 / T")
+    rescale_timesteps: bool = flag(True, "give the networks t * 1000 / T as the timestep")
     rescale_learned_sigmas: bool = flag(True, "weigh the bound by T / 1000 in the hybrid loss")
     mask_range: str = flag(
         "-1,1", "values of black and white in diffusion; 0,1 for weights of the published code"
@@ -91,9 +91,11 @@ class ClassifierOptions:
         "how maps become one vector",
         choices=("adaptive", "attention", "spatial", "spatial_v2"),
     )
-    classifier_told_time: bool = flag(True, "tell a ResNet the time; theirs has to guess it")
+    classifier_told_time: bool = flag(
+        True, "condition the ResNet on the timestep; the published one is not"
+    )
     classifier_use_fp16: bool = flag(
-        False, "compute in half precision", dead="--precision says so for all networks", run=True
+        False, "compute in half precision", dead="--precision sets it for all networks", run=True
     )
 
 
@@ -105,7 +107,10 @@ class ImageTrainingOptions(TrainingOptions):
     log_interval: int = flag(10, "steps between two lines of the log", least=1)
     save_interval: int = flag(1000, "steps between two checkpoints", least=1)
     num_workers: int = flag(
-        0, "processes that read data; 0: the training process itself", least=0, alias="--workers"
+        0,
+        "processes that read data; 0: the training process itself",
+        least=0,
+        alias="--workers",
     )
     sigma_small: bool = flag(
         False, "the smaller variance in sampling", dead="training does not depend on it"
@@ -114,7 +119,7 @@ class ImageTrainingOptions(TrainingOptions):
         False, "share the work", dead="torchrun or --multi_gpu share it", switch=True
     )
     cache_gib: float = flag(
-        0.0, "room for decoded images", dead="they are small, and read each time"
+        0.0, "room for decoded images", dead="images are small, and read each time"
     )
 
 
@@ -130,7 +135,10 @@ class ClassifierTrainingOptions(ImageTrainingOptions):
     noised: bool = flag(True, "train on noisy images; False: on clean ones")
     eval_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
     held_out: float = flag(
-        0.1, "share of the training patients kept for validation; 0: none", least=0, most=0.9
+        0.1,
+        "share of the training patients kept for validation; 0: none",
+        least=0,
+        most=0.9,
     )
     val_data_dir: str = flag("", "validation data", dead="--held_out says what is kept")
 
@@ -152,7 +160,8 @@ class ImageSamplingOptions:
 
     model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
     classifier_path: str = flag(
-        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
+        "",
+        "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
     )
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
@@ -164,7 +173,7 @@ class ImageSamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean image at every evaluation")
     sigma_small: bool = flag(False, "the smaller of DDPM's two variances")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+    trained_steps: int = flag(0, "schedule length of bare weights; 0: 1000", least=0)
     dataset: str = flag("brats", "name of the data set", dead="the checkpoint knows its channels")
     src_dir: str = flag("", "folder of the data", dead="images are drawn from noise")
 
@@ -184,13 +193,17 @@ class WeakOptions:
     classifier_scale: float = flag(10.0, "strength of the classifier's guidance", least=0)
     model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
     classifier_path: str = flag(
-        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
+        "",
+        "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
     )
     level: int = flag(400, "Q, the time to which images are noised", least=0)
     steps: int = flag(10, "R, steps of each branch, or of the whole reconstruction", least=1)
     stride: int = flag(1, "trained times between two steps of the branches", least=1)
     tau: float = flag(
-        0.95, "share of the lesion's embedding in the second branch's", least=0, most=0.9999
+        0.95,
+        "share of the lesion's embedding in the second branch's",
+        least=0,
+        most=0.9999,
     )
     noises: int = flag(1, "draws of the noise whose maps are averaged", least=1)
     difference: str = flag(
@@ -209,8 +222,8 @@ class WeakOptions:
     fill_holes: bool = flag(False, "fill the holes of masks")
     label: str = flag(
         "truth",
-        "who tells which images to segment: truth, the folders; classifier; tumor: all of them. "
-        "The others get empty masks",
+        "which images are segmented: truth, those in the tumor folder; classifier, those that it "
+        "calls positive; tumor, all. The others get empty masks",
         choices=("truth", "classifier", "tumor"),
     )
     part: str = flag("validation", "images to segment", choices=("validation", "training"))
@@ -218,23 +231,23 @@ class WeakOptions:
     num_samples: int = flag(0, "images to segment, evenly spread; 0: all", least=0)
     batch_size: int = flag(8, "images at a time", least=1)
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = flag(0, "schedule length of weights that do not say; 0: 1000", least=0)
+    trained_steps: int = flag(0, "schedule length of bare weights; 0: 1000", least=0)
 
 
 @dataclass(frozen=True)
 class UnusedOptions:
     """What the published script of segmentation accepts and segmentation has no use for."""
 
-    schedule_sampler: str = flag("uniform", "how times are drawn", dead="it is of training")
-    lr: float = flag(1e-4, "learning rate", dead="it is of training")
-    weight_decay: float = flag(0.0, "weight decay", dead="it is of training")
-    lr_anneal_steps: int = flag(0, "steps of annealing", dead="it is of training")
+    schedule_sampler: str = flag("uniform", "how times are drawn", dead="only training has it")
+    lr: float = flag(1e-4, "learning rate", dead="only training has it")
+    weight_decay: float = flag(0.0, "weight decay", dead="only training has it")
+    lr_anneal_steps: int = flag(0, "steps of annealing", dead="only training has it")
     microbatch: int = flag(-1, "images in one pass", dead="--batch_size says it")
     ema_rate: str = flag("0.9999", "decay of the averages", dead="--weights chooses them")
-    log_interval: int = flag(10, "steps between lines", dead="it is of training")
-    save_interval: int = flag(10, "steps between checkpoints", dead="it is of training")
-    resume_checkpoint: str = flag("", "checkpoint to continue", dead="it is of training")
-    fp16_scale_growth: float = flag(1e-3, "growth of the loss scale", dead="it is of training")
+    log_interval: int = flag(10, "steps between lines", dead="only training has it")
+    save_interval: int = flag(10, "steps between checkpoints", dead="only training has it")
+    resume_checkpoint: str = flag("", "checkpoint to continue", dead="only training has it")
+    fp16_scale_growth: float = flag(1e-3, "growth of the loss scale", dead="only training has it")
     num_workers: int = flag(
         8, "processes that read data", dead="this process reads", alias="--workers"
     )

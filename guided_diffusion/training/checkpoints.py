@@ -1,15 +1,158 @@
-"""Averaged weights, and copies of weights that stay as they are while training goes on.
-
-Called by ``train_util``.
-"""
+"""The checkpoints of a run: written in the background, counted, and restored bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from guided_diffusion import logger
+from guided_diffusion.checkpoint import (
+    BEST,
+    Checkpoint,
+    numbered_checkpoints,
+    save_checkpoint,
+    step_of,
+)
+from guided_diffusion.dist_util import barrier, rank, side_stream
+from guided_diffusion.files import Background
+from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.training.ema import ExponentialAverage, plain
+
+
+class CheckpointManager:
+    """Saves and restores what a run consists of, all but its step number.
+
+    Args:
+        folder: of the run.
+        net: that is trained.
+        optimizer: of its parameters, in their order.
+        scaler: of the loss.
+        averages: of the parameters, by their ``--ema_rate``.
+        schedule_sampler: with its history.
+        recorded: the flags that a checkpoint records.
+        keep: how many numbered checkpoints stay; 0 for all.
+        after_save: called in the background once a checkpoint is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        net: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        averages: Mapping[str, ExponentialAverage],
+        schedule_sampler: ScheduleSampler,
+        recorded: dict[str, Any],
+        keep: int = 0,
+        after_save: Callable[[], object] = bool,
+    ) -> None:
+        self.folder = folder
+        self.net = net
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.averages = averages
+        self.schedule_sampler = schedule_sampler
+        self.recorded = recorded
+        self.keep = keep
+        self.after_save = after_save
+        self.own: list[Path] = []
+        self.writer = Background()
+
+    def save(
+        self, step: int, best: Mapping[str, Any], *, is_best: bool = False, numbered: bool = True
+    ) -> Path:
+        """Write the present state in the background; the first process does.
+
+        Args:
+            step: steps that were taken.
+            best: the best validation so far, empty before the first one.
+            is_best: make it the best checkpoint, too.
+            numbered: give it its number and make it the latest.
+
+        Raises:
+            UserError: the checkpoint before this one could not be written.
+        """
+        path = self.folder / (f"savedmodel{step:06d}.pt" if numbered else BEST)
+        if rank() == 0:
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "schedule_sampler": self.schedule_sampler.state_dict(),
+                **({"best": dict(best)} if best else {}),
+            }
+            state = Checkpoint(
+                options=self.recorded,
+                step=step,
+                model=plain(self.net.state_dict()),
+                ema={rate: average.state_dict() for rate, average in self.averages.items()},
+                training=copied(training),
+            )
+            reading = side_stream(next(self.net.parameters()).device)
+            drop = self._surplus(path) if numbered else []
+
+            def write() -> None:
+                with reading:
+                    kept = Checkpoint(**on_cpu(vars(state)))
+                save_checkpoint(self.folder, kept, drop=drop, best=is_best, numbered=numbered)
+                logger.log(f"saved {path}")
+                self.after_save()
+
+            self.writer.start(write)
+        barrier()
+        return path
+
+    def wait(self) -> None:
+        """Wait for the last checkpoint; raises what kept it from being written."""
+        self.writer.wait()
+
+    def restore(
+        self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
+    ) -> None:
+        """Continue from a checkpoint whose weights the network already has.
+
+        Args:
+            checkpoint: the state.
+            path: its file; in the run's folder, numbered files up to its step belong to the run.
+            missing: parameters that its optimiser did not have; their moments start from zero.
+        """
+        if path and path.resolve().parent == self.folder.resolve():
+            files = numbered_checkpoints(self.folder)
+            self.own = [file for file in files if step_of(file) <= checkpoint.step]
+        for rate, average in self.averages.items():
+            average.load(checkpoint.ema.get(rate, checkpoint.model))
+        if new := [rate for rate in self.averages if rate not in checkpoint.ema]:
+            logger.log(
+                f"--ema_rate {','.join(new)}: the checkpoint has no such average, it starts from "
+                "the present weights"
+            )
+        state = checkpoint.training
+        if state.get("scaler"):  # empty where nothing was scaled
+            self.scaler.load_state_dict(state["scaler"])
+        own = self.schedule_sampler.state_dict()
+        history = state.get("schedule_sampler", own)
+        if history.keys() == own.keys():
+            self.schedule_sampler.load_state_dict(history)
+        else:
+            logger.log("--schedule_sampler is not the checkpoint's: its history starts anew")
+        if state:
+            names, parameters = zip(*self.net.named_parameters(), strict=True)
+            known = [index for index, name in enumerate(names) if name not in missing]
+            moments = fitted_moments(state["optimizer"]["state"], parameters, known)
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+    def _surplus(self, path: Path) -> list[Path]:
+        """List the run's numbered checkpoints that go once ``path`` is written.
+
+        What an earlier run has left in the folder does not belong to the run, and stays.
+        """
+        own = [*(file for file in self.own if file != path), path]
+        self.own = own[-self.keep :]
+        return own[: -self.keep]
 
 
 def copied(value: Any) -> Any:

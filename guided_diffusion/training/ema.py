@@ -1,7 +1,4 @@
-"""Averaged weights, and copies of weights that stay as they are while training goes on.
-
-Called by ``train_util``.
-"""
+"""Exponential moving averages of the weights, with a warm-up of the decay."""
 
 from __future__ import annotations
 

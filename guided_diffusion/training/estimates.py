@@ -1,8 +1,4 @@
-"""The composition root: what the three scripts do once their flags are read.
-
-The one place that knows every name: :func:`train`, :func:`sample` and :func:`score` wire options,
-data, networks and verbs together, and refuse what does not fit.
-"""
+"""What training will take in memory, and which attention it will have, before anything is built."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptio
 from guided_diffusion.script_util import channel_multipliers, create_model, parameter_count
 
 LARGE_GIB = 8.0
-"""Training that holds more than this before any activation is told so before it is built."""
+"""Training that holds more than this, activations aside, is announced before it is built."""
 
 
 def check_size(
@@ -40,9 +36,8 @@ def check_size(
     if needed > total_gib(device):
         raise UserError(
             "the network",
-            found=says,
-            expected=f"at most the {total_gib(device):.1f} GiB of {describe(device)}",
-            hint="Use a larger device, or lower --num_channels or --num_res_blocks.",
+            f"{says}, more than the {total_gib(device):.1f} GiB of {describe(device)}",
+            "Use a larger device, or lower --num_channels or --num_res_blocks.",
         )
     if needed > LARGE_GIB and rank() == 0:
         logger.log(says)

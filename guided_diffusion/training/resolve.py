@@ -1,59 +1,247 @@
-"""Whether flags, checkpoint and data belong together, and what follows from them.
+"""From flags to all that a run of training needs.
 
-A checkpoint brings the flags it was trained with, the data brings its channels and classes; a typed
-flag that contradicts either is refused. Called by ``runs``.
+A checkpoint that is continued brings the flags it was trained with, the data bring their channels
+and classes; a given flag that contradicts either is refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.utils.data import Dataset
 
 from guided_diffusion.checkpoint import (
     LATEST,
     Checkpoint,
+    adapt_weights,
     latest_checkpoint,
+    link_as,
     load_checkpoint,
+    load_weights,
+    missing_weights_note,
+    recorded_flags,
     with_companions,
 )
-from guided_diffusion.data.datasets import Reading, SegmentationDataset
+from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
+from guided_diffusion.data.cache import GIB, CachedDataset
+from guided_diffusion.data.datasets import Case, ResizedDataset, SegmentationDataset, read_as
 from guided_diffusion.data.splits import narrowed, read_split
-from guided_diffusion.dist_util import rank
+from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
 from guided_diffusion.errors import UserError
-from guided_diffusion.layouts import create_reading, open_dataset
-from guided_diffusion.options.flags import fill, numbers
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
+from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.layouts import normalise_flags, open_data
+from guided_diffusion.options.flags import Flags, numbers, recorded
 from guided_diffusion.options.segmentation import (
     DataOptions,
+    DiffusionOptions,
     RunOptions,
     TrainingOptions,
     WatchOptions,
+    dead_flags,
+    run_options,
+)
+from guided_diffusion.report.curves import draw_curves
+from guided_diffusion.report.sinks import TensorBoardSink, VisdomSink, open_sinks
+from guided_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_model,
+    frame_for,
+    network_for,
+)
+from guided_diffusion.training.estimates import attention_notes, check_size
+from guided_diffusion.training.validation import (
+    Validate,
+    make_validation,
+    validation_notes,
+    validation_plan,
 )
 
 Training = TypeVar("Training", bound=TrainingOptions)
 
 
-def settled(options: Training, typed: dict[str, Any]) -> Training:
-    """Where only ``--lr_anneal_steps`` is typed, it says when to stop; refuse what cannot be."""
+@dataclass(frozen=True)
+class TrainSetup:
+    """All that a run of training needs.
+
+    Attributes:
+        net: on its device, with the weights that the run continues.
+        diffusion: what is predicted, and how it is scored.
+        dataset: cases at the network's size.
+        options: of the loop.
+        run: folder, seed and precision.
+        watch: when it is validated, and when that ends it.
+        recorded: the flags that checkpoints record.
+        data: the data in words, for the log.
+        start: the checkpoint that is continued, and ``path`` its file; None for a new run.
+        missing: parameters that bare weights lacked.
+        prepare_batch: says what of a batch is diffused, and under which condition.
+        losses: scores the network itself; None for the diffusion's.
+        validate: scores averaged weights.
+        alias: a second name for the latest checkpoint.
+        sinks: where else the run is shown.
+        notes: what is to be said before it starts.
+    """
+
+    net: torch.nn.Module
+    diffusion: GaussianDiffusion
+    dataset: Dataset[Case]
+    options: TrainingOptions
+    run: RunOptions
+    recorded: dict[str, Any]
+    data: str
+    watch: WatchOptions = field(default_factory=WatchOptions)
+    start: Checkpoint | None = None
+    path: Path | None = None
+    missing: Sequence[str] = ()
+    prepare_batch: Callable[[Batch], TrainingBatch] = prepare_masks
+    losses: Losses | None = None
+    validate: Validate | None = None
+    alias: Path | None = None
+    sinks: Sequence[VisdomSink | TensorBoardSink] = ()
+    notes: Sequence[str] = ()
+
+    def after_save(self) -> None:
+        """Draw the curves, and give the latest checkpoint its second name, if it has one."""
+        folder = Path(self.run.out_dir).expanduser()
+        if self.alias and (folder / LATEST).exists():  # not where only the best has been written
+            link_as(folder / LATEST, self.alias)
+        draw_curves(folder / "progress.csv", folder / "curves.png")
+
+
+class Beginning(NamedTuple):
+    """What is known before the data are opened: options, and the checkpoint to continue, if any.
+
+    ``flags`` are resolved by what that checkpoint records.
+    """
+
+    flags: Flags
+    options: Any
+    run: RunOptions
+    path: Path | None
+    start: Checkpoint | None
+
+
+def begin(
+    flags: Flags, training: type[Training], kind: type[RunOptions], *, subfolder: str = ""
+) -> Beginning:
+    """Check options, join the other processes, and find what to continue.
+
+    ``subfolder`` of ``--out_dir`` is where the run works.
+
+    Raises:
+        UserError: options that no run can have, or that contradict the checkpoint.
+    """
+    options, run = training_options(flags, training), run_options(flags, kind)
+    run = replace(run, out_dir=str(Path(run.out_dir) / subfolder)) if subfolder else run
+    launch(run.multi_gpu, flags.command)
+    setup_dist()
+    path, start = checkpoint_to_resume(options, run)
+    if start:
+        trained = recorded_flags(start)
+        normalise_flags(flags).refuse_contradictions(trained, path)
+        flags = flags.with_resolved(**trained)
+    return Beginning(flags, options, run, path, start)
+
+
+def resolve_training(flags: Flags) -> TrainSetup:
+    """Make the set-up of a segmentation run.
+
+    Raises:
+        UserError: flags, data and checkpoint that do not belong together.
+    """
+    given = flags
+    flags, options, run, path, start = begin(flags, TrainingOptions, RunOptions)
+    watch, data = flags.group(WatchOptions), flags.group(DataOptions)
+
+    # The data: cases to train on, and those to validate on.
+    dataset = open_data(data)
+    held_out = held_out_cases(watch, data, dataset) if rank() == 0 else None
+    if data.split:
+        dataset = narrowed(dataset, data.split, "training")
+
+    # The network and its diffusion.
+    network = network_for(dataset, flags, path)
+    options_of_diffusion = flags.group(DiffusionOptions)
+    frame, crop = frame_for(dataset, network, data.crop, case=dataset[0])
+    device = dev(run.gpu_dev)
+    check_size(network, options_of_diffusion, options, classes=dataset.classes, device=device)
+    torch.manual_seed(run.seed)
+    net = create_model(network, options_of_diffusion, dataset.classes)
+    missing: list[str] = []
+    if start:
+        start, missing = adapt_weights(start, net, training=True)
+        load_weights(net, start.model, path)
+    process = create_gaussian_diffusion(options_of_diffusion, network.version)
+
+    # Validation, by a copy of the network.
+    sinks = open_sinks(watch, run) if rank() == 0 else []
+    validation = None
+    if held_out or sinks:
+        copy = place_model(create_model(network, options_of_diffusion, dataset.classes), device)
+        plan = validation_plan(watch, run, process, device)
+        segmenter = Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes)
+        validation = make_validation(segmenter, dataset, held_out, watch, run)
+
+    resized = ResizedDataset(dataset, frame)
+    return TrainSetup(
+        net=place_model(net, device, compile=run.compile),
+        diffusion=process,
+        dataset=CachedDataset(resized, most_bytes=round(options.cache_gib * GIB)),
+        options=options,
+        run=run,
+        recorded={
+            **recorded(network, replace(options_of_diffusion, coarse_loss=process.coarse_loss)),
+            "crop": crop,
+            "mask_labels": str(dataset.classes or ""),
+            **read_as(dataset),
+        },
+        data=str(dataset),
+        watch=watch,
+        start=start,
+        path=path,
+        missing=missing,
+        validate=validation,
+        sinks=sinks,
+        notes=[
+            *([missing_weights_note(missing, training=True)] if missing else []),
+            *overwriting_notes(run, start),
+            *dead_flags(given, vars(network)),
+            *(attention_notes(network) if "attention_resolutions" in given.given else []),
+            *dataset.notes,
+            *validation_notes(validation),
+        ],
+    )
+
+
+def training_options(flags: Flags, kind: type[Training]) -> Training:
+    """Make the options of the loop, which ``--lr_anneal_steps`` alone ends as well.
+
+    Raises:
+        UserError: options that no loop can have.
+    """
+    options = flags.group(kind)
     rates = numbers("ema_rate", options.ema_rate, float)
     if not rates or not all(0 <= rate <= 1 for rate in rates):
         raise UserError(
-            "--ema_rate",
-            found=repr(options.ema_rate),
-            expected="decay rates from 0 to 1, separated by commas",
-            hint="Leave --ema_rate away for 0.9999.",
+            f"--ema_rate {options.ema_rate!r}",
+            "decay rates lie between 0 and 1, separated by commas",
+            "Omit it for 0.9999.",
         )
-    graphs = typed.get("compile") in ("reduce-overhead", "max-autotune")
+    mode = flags.get("compile")
+    graphs = mode in ("reduce-overhead", "max-autotune")
     if graphs and options.microbatch > 0 and torch.cuda.is_available():
         raise UserError(
-            "--compile",
-            found=f"{typed['compile']} with --microbatch {options.microbatch}",
-            expected="default, where gradients are added up: a replayed graph overwrites them",
-            hint="Use --compile default, or leave --microbatch away.",
+            f"--compile {mode}",
+            f"does not work with --microbatch {options.microbatch}: a replayed CUDA graph "
+            "overwrites the gradients that are added up",
+            "Use --compile default, or omit --microbatch.",
         )
-    if options.lr_anneal_steps and "max_steps" not in typed:
+    if options.lr_anneal_steps and "max_steps" not in flags.given:
         return replace(options, max_steps=options.lr_anneal_steps)
     return options
 
@@ -61,7 +249,7 @@ def settled(options: Training, typed: dict[str, Any]) -> Training:
 def checkpoint_to_resume(
     options: TrainingOptions, run: RunOptions
 ) -> tuple[Path | None, Checkpoint | None]:
-    """Find what to continue from: a named checkpoint, or, with resume auto, the folder's own."""
+    """Find what to continue from: a named checkpoint, or, with resume auto, the folder's latest."""
     own = Path(run.out_dir).expanduser() / LATEST
     if options.resume_checkpoint:
         path = latest_checkpoint(options.resume_checkpoint, flag="--resume_checkpoint")
@@ -83,41 +271,31 @@ def overwriting_notes(run: RunOptions, start: Checkpoint | None) -> list[str]:
     return [f"{own} exists and will be overwritten; --resume auto would continue it"]
 
 
-def training_data(
-    flags: dict[str, Any], watch: WatchOptions
-) -> tuple[SegmentationDataset, SegmentationDataset | None]:
-    """Open the cases to train on, and those to validate on, if any."""
-    data = fill(DataOptions, flags)
-    reading = create_reading(data)
-    dataset = open_dataset(data.data_dir, data_name=data.data_name, reading=reading)
-    held_out = held_out_cases(watch, data, dataset, reading) if rank() == 0 else None
-    if data.split:
-        dataset = narrowed(dataset, data.split, "training")
-    return dataset, held_out
-
-
 def held_out_cases(
-    watch: WatchOptions, data: DataOptions, dataset: SegmentationDataset, reading: Reading
+    watch: WatchOptions, data: DataOptions, dataset: SegmentationDataset
 ) -> SegmentationDataset | None:
-    """The cases to validate on: a folder's, else the validation part of the split, if any."""
+    """Open the cases to validate on: a folder's, else the validation part of the split, if any.
+
+    Raises:
+        UserError: there are none although ``--patience`` needs them, or they do not fit.
+    """
     if watch.val_dir:
-        held_out = open_dataset(watch.val_dir, data_name=data.data_name, test=True, reading=reading)
+        held_out = open_data(replace(data, data_dir=watch.val_dir), test=True)
     elif data.split and "validation" in read_split(data.split).values():
         held_out = narrowed(dataset, data.split, "validation")
     elif watch.patience:
         raise UserError(
-            "--patience",
-            found=watch.patience,
-            expected="cases to validate on",
-            hint="Name them with --val_dir, or leave --patience away.",
+            f"--patience {watch.patience}",
+            "there are no cases to validate on",
+            "Name them with --val_dir, or omit --patience.",
         )
     else:
         return None
     if held_out.channels != dataset.channels:
         raise UserError(
-            "--val_dir",
-            found=f"{held_out.channels} channels",
-            expected=f"{dataset.channels}, those of {dataset.directory}",
-            hint="Validate on data like that of training.",
+            f"--val_dir {held_out.directory}",
+            f"its images have {held_out.channels} channels, those of {dataset.directory} have "
+            f"{dataset.channels}",
+            "Validate on data like that of training.",
         )
     return held_out

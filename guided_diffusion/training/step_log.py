@@ -1,6 +1,6 @@
 """What the steps of training report, collected until a line of the log is written.
 
-Nothing here waits for the device before that. Called by ``train_util``.
+Nothing here waits for the device before that.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""SIGTERM and Ctrl-C as a wish that a loop can see, so that it ends between two steps.
-
-Called by ``train_util``.
-"""
+"""SIGTERM and Ctrl-C as a wish that a loop can see, so that it ends between two steps."""
 
 from __future__ import annotations
 
 import signal
 import time
+
+from guided_diffusion.dist_util import launched
+
+LAUNCHER_ECHO = 5.0
+"""Seconds within which a launcher may repeat a signal that this process has had already."""
 
 
 class StopSignal:
@@ -17,9 +19,9 @@ class StopSignal:
     got, after SLURM has sent it to every process of the step.
     """
 
-    def __init__(self, *, echo: float = 0.0) -> None:
+    def __init__(self, *, echo: float | None = None) -> None:
         self.wanted = ""
-        self.echo = echo
+        self.echo = (LAUNCHER_ECHO if launched() else 0.0) if echo is None else echo
         self.first: dict[int, float] = {}
 
     def __enter__(self) -> StopSignal:

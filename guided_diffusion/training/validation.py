@@ -1,24 +1,24 @@
-"""How good a run is while it trains: a few cases, segmented with averaged weights in a few steps.
+"""Validation while a run trains: a few cases, segmented with averaged weights in a few steps.
 
 The network that is trained is left alone: a copy is given the weights. All noise comes from
-generators of its own, so that a run with validation draws what it would have drawn without. Built
-by ``runs`` and called by ``train_util``.
+separate generators, so that a run with validation draws what it would have drawn without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import Weights
+from guided_diffusion.checkpoint import BEST, Weights
 from guided_diffusion.data.datasets import Case, SegmentationDataset
+from guided_diffusion.dist_util import rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -48,6 +48,44 @@ class Accuracy(NamedTuple):
 
 Validate = Callable[[Weights, int], Score | Accuracy | None]
 """Scores the weights of a step, the first value decides; None where there is nothing to score."""
+
+
+class BestScore:
+    """The best validation of a run, and how many validations have come since.
+
+    ``state`` is what a checkpoint keeps: the score by its name, ``step`` and ``since``; empty
+    before the first validation.
+    """
+
+    def __init__(self, state: Mapping[str, Any] = {}) -> None:
+        self.state = dict(state)
+
+    def update(self, score: Score | Accuracy, step: int) -> bool:
+        """Take in a validation, whose first value decides, and return whether it is the best."""
+        name = score._fields[0]
+        better = score[0] > self.state.get(name, -1.0)
+        if better:
+            self.state = {name: score[0], "step": step, "since": 0}
+        else:
+            self.state["since"] += 1
+        return better
+
+    def is_stale(self, patience: int, step: int) -> bool:
+        """Return whether so many validations in a row were not better; say so where they were not.
+
+        Only the first process knows; it has validated.
+        """
+        since = self.state.get("since", 0)
+        if rank() or not 0 < patience <= since:
+            return False
+        name, value = next(iter(self.state.items()))
+        logger.log(
+            f"stopped at step {step}: the last {since} validations were not better than "
+            f"{name} {value:.4f} of step {self.state['step']}, kept as {BEST}"
+        )
+        return True
+
+
 SHOWN = 4
 """Cases whose overlays a sink is shown."""
 
@@ -71,12 +109,12 @@ class Validation:
     def __call__(self, weights: Weights, step: int) -> Score | None:
         """Score weights; the pictures of the last call are replaced."""
         self.segmenter.net.load_state_dict(weights)
-        film = draw_trajectory(self.segmenter, self.cases[0])
-        logger.picture("sampling", film, step)
+        trajectory = draw_trajectory(self.segmenter, self.cases[0])
+        logger.picture("sampling", trajectory, step)
         if self.folder is None:
             return None
         make_folder(self.folder)
-        write_picture(self.folder / "sampling.png", film)
+        write_picture(self.folder / "sampling.png", trajectory)
         scores = []
         for case in self.cases:
             (result,) = self.segmenter.segment([case])
@@ -100,10 +138,10 @@ def score_of(case: Case, result: Segmentation) -> Score:
 
 def draw_trajectory(segmenter: Segmenter, case: Case) -> Pixels:
     """How the first mask of a case comes to be, uint8 [h, w, 3]."""
-    film = Trajectory(segmenter, case.name)
+    trajectory = Trajectory(segmenter, case.name)
     image = segmenter.frame.fit(case).image
-    segmenter.draw(image[None], [case.name], note=film)
-    return film.picture()
+    segmenter.draw(image[None], [case.name], callback=trajectory)
+    return trajectory.picture()
 
 
 def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
@@ -119,9 +157,8 @@ def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
         if case.mask is None:
             raise UserError(
                 dataset.directory,
-                found=f"no mask for {case.name}",
-                expected="a labelled data set to validate on",
-                hint="Leave --val_dir away, or name a folder with masks.",
+                f"{case.name} has no mask, which validation needs",
+                "Omit --val_dir, or name a folder with masks.",
             )
     return cases
 
@@ -133,7 +170,7 @@ def validation_plan(
     steps = min(watch.val_steps, len(diffusion.kept))
     sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
     uncompiled = replace(run, compile="")
-    return make_plan(sampling, uncompiled, diffusion, {}, device=device, own=True)
+    return make_plan(sampling, uncompiled, diffusion, device=device, own=True)
 
 
 def make_validation(

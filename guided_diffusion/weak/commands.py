@@ -1,34 +1,31 @@
-"""The composition root of weak supervision: what its scripts do once both networks are trained.
+"""What the commands of weak supervision do once both networks are trained.
 
-:func:`draw_images` looks at what the diffusion learned, :func:`segment_weakly` makes and scores
-masks.
+:func:`draw_images` shows what the diffusion learned, :func:`segment_weakly` makes and scores masks.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
-from guided_diffusion.options.flags import fill
+from guided_diffusion.inference.resolve import chosen_steps
+from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import SamplingOptions, dead_flags
 from guided_diffusion.options.weak import (
-    SAMPLE_IMAGES,
-    SEGMENT_WEAKLY,
     ImageSamplingOptions,
+    SourceOptions,
     WeakOptions,
     WeakRunOptions,
 )
-from guided_diffusion.report.pictures import Tile, contact_sheet
+from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
 from guided_diffusion.sampling import SAMPLERS, MemberNoise, member_seed
 from guided_diffusion.weak.models import (
     ClassifierModel,
@@ -43,28 +40,29 @@ SHOWN = 60
 """Drawn images on the contact sheet."""
 
 
-def draw_images(typed: dict[str, Any]) -> None:
-    """Draw images from noise: what ``image_tumor_sample.py`` and its guided twin do.
+def draw_images(flags: Flags) -> None:
+    """Draw images from noise.
 
     Image i depends on the seed and i alone. Written: ``samples_NxHxWxC.npz`` (``arr_0`` uint8
     [N, H, W, C], ``arr_1`` the classes int64 [N] where there are any) and a contact sheet.
     """
-    options, run = fill(ImageSamplingOptions, typed), fill(WeakRunOptions, typed)
+    options, run = flags.group(ImageSamplingOptions), flags.group(WeakRunOptions)
     logger.configure()
-    for note in dead_flags(SAMPLE_IMAGES, typed, vars(options)):
+    for note in dead_flags(flags, vars(options)):
         logger.log(note)
     model = load_image_model(
-        typed, folder=run.out_dir, weights=options.weights, clip=options.clip_denoised
+        flags, folder=run.out_dir, weights=options.weights, clip=options.clip_denoised
     )
     classifier = (
-        load_classifier(typed, folder=run.out_dir, weights=options.weights)
+        load_classifier(flags, folder=run.out_dir, weights=options.weights)
         if options.guided
         else None
     )
     eta = 1.0 if options.sigma_small and not options.use_ddim else 0.0
     sampler = "ddim" if options.use_ddim or eta else "ddpm"
-    plan = SamplingOptions(steps=options.steps)
-    levels = sampling_levels(model.diffusion, sampler, plan, typed)
+    wanted = SamplingOptions(steps=chosen_steps(flags, options.steps))
+    respacing = flags.given.get("timestep_respacing", "")
+    levels = sampling_levels(model.diffusion, sampler, wanted, respacing=respacing)
     logger.log(f"{model.source}; {options.num_samples} images by {sampler}")
 
     names = [f"image{i:05d}" for i in range(options.num_samples)]
@@ -94,7 +92,7 @@ def _denoiser(
     *,
     scale: float,
 ) -> Denoiser:
-    """The denoiser of images like ``x``, of their classes as far as the networks know any."""
+    """Make the denoiser of images like ``x``, of their classes as far as the networks know any."""
     y = classes.to(x.device)
     denoise = model.denoiser(x.shape, y if model.net.num_classes else None)
     return classifier.guiding(denoise, y, scale=scale) if classifier else denoise
@@ -113,42 +111,41 @@ def _write_images(images: torch.Tensor, classes: torch.Tensor | None, folder: Pa
         Tile(image.numpy(), None, f"{i}" if classes is None else f"{i}: class {int(classes[i])}")
         for i, image in enumerate(images[:SHOWN])
     ]
-    with atomic_write(path.with_suffix(".png")) as part:
-        Image.fromarray(contact_sheet(tiles, title=path.stem)).save(part, format="PNG")
+    write_picture(path.with_suffix(".png"), contact_sheet(tiles, title=path.stem))
     logger.log(f"written: {path}, {path.with_suffix('.png')}")
 
 
-def segment_weakly(typed: dict[str, Any]) -> None:
-    """Make masks of labelled images, and score them: what ``image_p_seg.py`` does."""
-    options, run = fill(WeakOptions, typed), fill(WeakRunOptions, typed)
+def segment_weakly(flags: Flags) -> None:
+    """Make masks of labelled images, and score them."""
+    options, run = flags.group(WeakOptions), flags.group(WeakRunOptions)
     method = options.method or ("cg-cdm" if options.guided else "cdm")
     options = replace(options, method=method, guided=options.guided or method == "cg-cdm")
     logger.configure()
-    for note in dead_flags(SEGMENT_WEAKLY, typed):
+    for note in dead_flags(flags):
         logger.log(note)
-    dataset = open_labelled(typed, options.part)
+    dataset = open_labelled(flags.group(SourceOptions), options.part)
     model = classifier = None
     if method not in ("gradcam", "otsu"):
-        model = load_image_model(typed, folder=run.out_dir, weights=options.weights)
+        model = load_image_model(flags, folder=run.out_dir, weights=options.weights)
         logger.log(model.source)
     if options.guided or method == "gradcam" or options.label == "classifier":
-        classifier = load_classifier(typed, folder=run.out_dir, weights=options.weights)
+        classifier = load_classifier(flags, folder=run.out_dir, weights=options.weights)
         logger.log(classifier.source)
     segmenter = WeakSegmenter(options, model, classifier, seed=run.seed)
     for trained in (model, classifier):
         if trained and trained.net.in_channels != dataset.channels:
             raise UserError(
                 dataset.directory,
-                found=f"images of {dataset.channels} channels",
-                expected=f"{trained.net.in_channels}, which {trained.source} was trained on",
-                hint="Use images like those of training.",
+                f"its images have {dataset.channels} channels, {trained.source} was trained on "
+                f"{trained.net.in_channels}",
+                "Use images like those of training.",
             )
     if model and classifier and classifier.image_size != model.net.image_size:
         raise UserError(
             classifier.source,
-            found=f"a classifier of {classifier.image_size} pixels",
-            expected=f"{model.net.image_size}, the size of {model.source}",
-            hint="Train both networks with one --img_size.",
+            f"the classifier works at {classifier.image_size} pixels, {model.source} at "
+            f"{model.net.image_size}",
+            "Train both networks with one --img_size.",
         )
     folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
     segment_images(segmenter, dataset, folder)

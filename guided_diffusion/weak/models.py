@@ -1,15 +1,15 @@
 """Trained diffusions of images and classifiers, found, loaded and put on their device.
 
-Checkpoints of this suite describe themselves. Bare weights of the improved- and guided-diffusion
-family, the weak-supervision seed's among them, tell their channels and classes by their shapes; the
-rest is as the flags say. Called by ``weak_runs``.
+Checkpoints of this suite describe themselves. Of bare weights of the improved- and guided-diffusion
+family, those of Hu et al. (2023) among them, the shapes give channels and classes; the rest is as
+the flags say.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,16 +18,15 @@ from guided_diffusion.checkpoint import (
     LATEST,
     Weights,
     latest_checkpoint,
-    load_checkpoint,
     load_weights,
 )
 from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
-from guided_diffusion.inference.resolve import trained_flags
+from guided_diffusion.inference.resolve import Trained, load_trained
 from guided_diffusion.networks.classifier import EncoderUNetModel
 from guided_diffusion.networks.resnet import ResNet50
-from guided_diffusion.options.flags import fill
+from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.weak import (
     ClassifierOptions,
     ImageDiffusionOptions,
@@ -39,6 +38,7 @@ from guided_diffusion.weak.guidance import Classify, guide, noise_aware
 
 DIFFUSION, CLASSIFIER = "model.pt", "classifier_model.pt"
 """What the published scripts call the two networks' latest weights in ``save_dir``."""
+Net = TypeVar("Net", bound=torch.nn.Module)
 _HEADS = ("fc.weight", "out.2.c_proj.weight", "out.3.weight", "out.2.weight")
 
 
@@ -87,7 +87,7 @@ class ClassifierModel:
 
     @property
     def at_level(self) -> Classify:
-        """The classifier, told the level."""
+        """The classifier, conditioned on the noise level."""
         return noise_aware(self.net, self.diffusion)
 
     def guiding(self, denoise: Denoiser, y: Tensor, *, scale: float) -> Denoiser:
@@ -96,64 +96,62 @@ class ClassifierModel:
 
 
 def load_image_model(
-    typed: dict[str, Any], *, folder: str, weights: str = "ema", clip: bool = True
+    flags: Flags, *, folder: str, weights: str = "ema", clip: bool = True
 ) -> ImageModel:
     """Load the diffusion that ``--model_path`` names, else that of ``folder``.
 
     Raises:
         UserError: no checkpoint there, or one of something else.
     """
-    path = _model_file(typed.get("model_path") or folder, DIFFUSION, "--model_path")
-    checkpoint = load_checkpoint(path)
-    flags = trained_flags(checkpoint, typed, path)
-    own = bool(checkpoint.options)
-    if own and not flags.get("of_images"):
+    where = flags.get("model_path") or folder
+    trained = load_trained(_model_file(where, DIFFUSION, "--model_path"), flags)
+    path, known = trained.path, trained.flags
+    if trained.is_own and not known.get("of_images"):
         raise _other(path, "a diffusion of images", "scripts/train_tumor_ddfm.py")
-    if not own:
-        flags |= _shapes_of_unet(checkpoint.model)
-    network = fill(ImageNetworkOptions, flags)
-    options = fill(ImageDiffusionOptions, flags)
+    if not trained.is_own:
+        known = known.with_resolved(**_shapes_of_unet(trained.checkpoint.model))
+    network = known.group(ImageNetworkOptions)
+    options = known.group(ImageDiffusionOptions)
     process = create_gaussian_diffusion(options)
     net = create_model(network, options, of_images=True)
-    chosen, which = checkpoint.choose(weights)
-    load_weights(net, chosen, path)
-    device = dev(typed.get("gpu_dev", "0"))
     return ImageModel(
-        net=place_model(net, device).eval().requires_grad_(False),
+        net=_placed(net, trained, weights, flags),
         diffusion=process,
         clip=process.mask_range if clip else None,
-        source=f"{path}: {which}",
+        source=f"{path}: {trained.checkpoint.choose(weights)[1]}",
     )
 
 
-def load_classifier(typed: dict[str, Any], *, folder: str, weights: str = "ema") -> ClassifierModel:
+def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> ClassifierModel:
     """Load the classifier that ``--classifier_path`` names, else that of ``folder``.
 
     Raises:
         UserError: no checkpoint there, or one of something else.
     """
-    path = _model_file(typed.get("classifier_path") or folder, CLASSIFIER, "--classifier_path")
-    checkpoint = load_checkpoint(path)
-    flags = trained_flags(checkpoint, typed, path)
-    if checkpoint.options and "model_type" not in checkpoint.options:
+    where = flags.get("classifier_path") or folder
+    trained = load_trained(_model_file(where, CLASSIFIER, "--classifier_path"), flags)
+    path, known = trained.path, trained.flags
+    if trained.is_own and "model_type" not in trained.checkpoint.options:
         raise _other(path, "a classifier of images", "scripts/classifier_tumor_train.py")
-    if not checkpoint.options:
-        flags |= _shapes_of_classifier(checkpoint.model, path)
-    options = fill(ClassifierOptions, flags)
-    net = create_classifier(**vars(options))
-    chosen, which = checkpoint.choose(weights)
-    load_weights(net, chosen, path)
-    device = dev(typed.get("gpu_dev", "0"))
+    if not trained.is_own:
+        known = known.with_resolved(**_shapes_of_classifier(trained.checkpoint.model, path))
+    options = known.group(ClassifierOptions)
     return ClassifierModel(
-        net=place_model(net, device).eval().requires_grad_(False),
-        diffusion=create_gaussian_diffusion(fill(ImageDiffusionOptions, flags)),
+        net=_placed(create_classifier(**vars(options)), trained, weights, flags),
+        diffusion=create_gaussian_diffusion(known.group(ImageDiffusionOptions)),
         image_size=options.image_size,
-        source=f"{path}: {which}",
+        source=f"{path}: {trained.checkpoint.choose(weights)[1]}",
     )
 
 
+def _placed(net: Net, trained: Trained, weights: str, flags: Flags) -> Net:
+    """Fill a network with the chosen weights, and bring it to its device for inference."""
+    load_weights(net, trained.checkpoint.choose(weights)[0], trained.path)
+    return place_model(net, dev(flags.get("gpu_dev", "0"))).eval().requires_grad_(False)
+
+
 def _model_file(path: str, published: str, flag: str) -> Path:
-    """A checkpoint, or in a folder the one that has the published name, else the latest."""
+    """Find a checkpoint, or in a folder the one with the published name, else the latest."""
     named = Path(path).expanduser() / published
     latest = Path(path).expanduser() / LATEST
     use_named = named.is_file() and (published == CLASSIFIER or not latest.is_file())
@@ -161,7 +159,7 @@ def _model_file(path: str, published: str, flag: str) -> Path:
 
 
 def _shapes_of_unet(weights: Weights) -> dict[str, Any]:
-    """Flags that the shapes of bare weights tell."""
+    """Flags that the shapes of bare weights imply."""
     stem, head = weights.get("input_blocks.0.0.weight"), weights.get("out.2.weight")
     if stem is None or head is None:
         return {}
@@ -173,7 +171,7 @@ def _shapes_of_unet(weights: Weights) -> dict[str, Any]:
 
 
 def _shapes_of_classifier(weights: Weights, path: Path) -> dict[str, Any]:
-    """Flags that the names and shapes of bare weights tell."""
+    """Flags that the names and shapes of bare weights imply."""
     if "output_blocks.0.0.in_layers.0.weight" in weights:
         raise _other(path, "a classifier of images", "scripts/classifier_tumor_train.py")
     resnet = "fc.weight" in weights
@@ -190,9 +188,4 @@ def _shapes_of_classifier(weights: Weights, path: Path) -> dict[str, Any]:
 
 
 def _other(path: Path, expected: str, script: str) -> UserError:
-    return UserError(
-        path,
-        found="a network of another kind",
-        expected=expected,
-        hint=f"Train one with {script}, or correct the path.",
-    )
+    return UserError(path, f"is not {expected}", f"Train one with {script}, or correct the path.")

@@ -1,26 +1,22 @@
 """From image-level labels to masks on disk: choose a map, cut it, write it, score it.
 
-A :class:`WeakSegmenter` makes the maps of some images; :func:`segment_images` walks a data set
-through it, skipping cases that an earlier run with the same settings has finished;
-:func:`score_masks` hands the folder to the evaluation that scores every other result. Wired by
-``weak_runs``.
+A :class:`WeakSegmenter` makes the maps of some images; :func:`segment_images` takes a data set
+through it, and :func:`score_masks` hands the folder to the evaluation of every other result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case, Frame
@@ -28,10 +24,11 @@ from guided_diffusion.data.tumorloader import LabelledImages, TumourImages
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.inference.cases import run_cases
 from guided_diffusion.inference.record import Record
 from guided_diffusion.options.weak import WeakOptions
 from guided_diffusion.report.canvas import soft_png
-from guided_diffusion.report.pictures import map_overlay
+from guided_diffusion.report.pictures import map_overlay, write_picture
 from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
@@ -168,17 +165,13 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
     if not model.net.num_classes:
         raise UserError(
             model.source,
-            found="a diffusion without classes",
-            expected="one that was trained with --class_cond True",
-            hint="Train one, or use --method gradcam.",
+            "the diffusion was trained without classes",
+            "Train one with --class_cond True, or use --method gradcam.",
         )
     last = len(model.diffusion.schedule) - 1
     if options.level > last:
         raise UserError(
-            "--level",
-            found=options.level,
-            expected=f"at most {last}, the last trained time",
-            hint="Choose a lower level.",
+            f"--level {options.level}", f"the last trained time is {last}", "Choose a lower level."
         )
     if options.method == "counterfactual":
         count = min(options.steps, options.level + 1)
@@ -187,10 +180,10 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
     end = options.level - options.steps * options.stride
     if end < 0:
         raise UserError(
-            "--steps",
-            found=f"{options.steps} steps of {options.stride} from level {options.level}",
-            expected="an end at time 0 or above",
-            hint="Take fewer steps, a smaller --stride or a higher --level.",
+            f"--steps {options.steps}",
+            f"{options.steps} steps of {options.stride} from level {options.level} end below time "
+            "0",
+            "Take fewer steps, a smaller --stride or a higher --level.",
         )
     branches = range(options.level, end - 1, -options.stride)
     return model.diffusion.schedule.levels(branches, end=None)
@@ -202,47 +195,52 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
     ``<name>_mask.png`` and ``<name>_output_ens.png`` (the mask, 0 and 255), ``<name>_heat.png``
     (the map in its own range), ``<name>_overlay.png``, and a row of ``predictions.csv``. Finished
     cases of the same settings are kept.
+
+    Raises:
+        UserError: some cases failed; all others are finished.
     """
     make_folder(folder, flag="--results_dir")
     record = Record(folder, segmenter.fingerprint, ("label",))
     total, wanted = len(dataset), segmenter.options.num_samples
-    chosen = range(total) if not wanted else [i * total // wanted for i in range(wanted)]
-    todo = [i for i in chosen if not record.finished(dataset.names[i])]
-    record.begin([dataset.names[i] for i in todo], of=len(chosen))
-    size = segmenter.options.batch_size
-    with tqdm(total=len(todo), unit="image", disable=None) as progress:
-        for start in range(0, len(todo), size):
-            rows = todo[start : start + size]
-            for index, row in zip(rows, _segmented(segmenter, dataset, rows, folder), strict=True):
-                record.add({"name": dataset.names[index], "members": 1, **row})
-            progress.update(len(rows))
-    record.end()
-    logger.log(f"{len(chosen)} images in {folder}: <name>_mask.png, _heat.png, _overlay.png")
+    chosen = [i * total // wanted for i in range(wanted)] if wanted else range(total)
+    entries = [dataset.entries[i] for i in chosen]
+    todo = [i for i, entry in enumerate(entries) if not record.finished(entry.name)]
+    record.begin([entries[i].name for i in todo], of=len(entries))
+
+    def draw(indices: Sequence[int]) -> list[Drawn]:
+        return _draw(segmenter, [dataset.picture(chosen[i]) for i in indices])
+
+    def write(index: int, drawn: Drawn, seconds: float) -> dict[str, Any]:
+        _write(folder, drawn, dataset.read_mask(entries[index]))
+        area = int(drawn.mask.sum())
+        return {"members": 1, "area": area, "label": drawn.label, "seconds": round(seconds, 4)}
+
+    together = segmenter.options.batch_size
+    run_cases(entries, todo, record, draw=draw, write=write, together=together)
+    logger.log(f"{len(entries)} images in {folder}: <name>_mask.png, _heat.png, _overlay.png")
 
 
-def _segmented(
-    segmenter: WeakSegmenter, dataset: LabelledImages, indices: Sequence[int], folder: Path
-) -> Iterator[dict[str, Any]]:
-    """Segment and write some cases; the rows of their record."""
-    started = time.perf_counter()
-    cases = [dataset.picture(index) for index in indices]
-    sizes = {tuple(case.image.shape[-2:]) for case in cases}
-    if segmenter.size is None and len(sizes) > 1:
-        for index in indices:
-            yield from _segmented(segmenter, dataset, [index], folder)
-        return
+class Drawn(NamedTuple):
+    """A case, whether it was segmented (1) or left empty (0), its map and its mask [H, W]."""
+
+    case: Case
+    label: int
+    heat: Map
+    mask: Mask
+
+
+def _draw(segmenter: WeakSegmenter, cases: Sequence[Case]) -> list[Drawn]:
+    """Segment some cases; of one size together, else one by one."""
+    if segmenter.size is None and len({case.image.shape for case in cases}) > 1:
+        return [drawn for case in cases for drawn in _draw(segmenter, [case])]
     frame = Frame(segmenter.size) if segmenter.size else None
     images = torch.stack([frame.fit_image(case.image) if frame else case.image for case in cases])
     labels = segmenter.labels(images, [case.label or 0 for case in cases])
     maps = segmenter.differences(images, [case.name for case in cases])
-    results = []
-    for case, label, difference in zip(cases, labels, maps, strict=True):
-        results.append(_cut(segmenter.options, case, label, difference, frame))
-    seconds = round((time.perf_counter() - started) / len(cases), 4)
-    for index, case, label, (heat, mask) in zip(indices, cases, labels, results, strict=True):
-        truth = dataset.read_mask(dataset.entries[index])
-        _write(folder, case, heat, mask, truth)
-        yield {"area": int(mask.sum()), "label": label, "seconds": seconds}
+    return [
+        Drawn(case, label, *_cut(segmenter.options, case, label, difference, frame))
+        for case, label, difference in zip(cases, labels, maps, strict=True)
+    ]
 
 
 def _cut(
@@ -259,7 +257,8 @@ def _cut(
     return heat, mask_of(heat, largest=largest, fill_holes=options.fill_holes)
 
 
-def _write(folder: Path, case: Case, heat: Map, mask: Mask, truth: Tensor | None) -> None:
+def _write(folder: Path, drawn: Drawn, truth: Tensor | None) -> None:
+    case, _, heat, mask = drawn
     true = None if truth is None else (truth[0] >= 0.5).numpy()
     pictures = {
         "mask": soft_png(mask),
@@ -268,8 +267,7 @@ def _write(folder: Path, case: Case, heat: Map, mask: Mask, truth: Tensor | None
         "overlay": map_overlay(case.image.numpy(), true, mask, heat, name=case.name),
     }
     for kind, pixels in pictures.items():
-        with atomic_write(folder / f"{case.name}_{kind}.png") as part:
-            Image.fromarray(pixels).save(part, format="PNG")
+        write_picture(folder / f"{case.name}_{kind}.png", pixels)
 
 
 def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:

@@ -1,23 +1,20 @@
-"""The wiring of training in weak supervision: a diffusion of images, a classifier of noisy ones.
+"""Training in weak supervision: a diffusion of images, and a classifier of noisy ones.
 
-:func:`train_images` and :func:`train_classifier` run the training loop of segmentation on images
-and their labels. Called by the scripts.
+Both are trained by the loop of segmentation; here their set-ups are made from flags and data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from guided_diffusion import logger
-from guided_diffusion.checkpoint import LATEST, Checkpoint, Weights, link_as, load_weights
+from guided_diffusion.checkpoint import Weights, load_weights
 from guided_diffusion.data.batches import (
     Batch,
-    TrainingBatch,
     collate,
     prepare_images,
     prepare_labelled_images,
@@ -32,14 +29,12 @@ from guided_diffusion.data.tumorloader import (
     part_folder,
     require_both,
 )
-from guided_diffusion.dist_util import describe, dev, launch, place_model, rank, setup_dist
+from guided_diffusion.dist_util import dev, place_model, rank
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
-from guided_diffusion.options.flags import fill, recorded, refuse_contradictions
-from guided_diffusion.options.segmentation import WatchOptions, dead_flags, settle_precision
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.options.flags import Flags, recorded
+from guided_diffusion.options.segmentation import WatchOptions, dead_flags
 from guided_diffusion.options.weak import (
-    TRAIN_CLASSIFIER,
-    TRAIN_IMAGES,
     ClassifierOptions,
     ClassifierTrainingOptions,
     ImageDiffusionOptions,
@@ -48,31 +43,94 @@ from guided_diffusion.options.weak import (
     SourceOptions,
     WeakRunOptions,
 )
-from guided_diffusion.report.curves import draw_curves
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.sampling import MemberNoise, member_seed
-from guided_diffusion.script_util import (
-    create_classifier,
-    create_gaussian_diffusion,
-    create_model,
-    parameter_count,
-)
-from guided_diffusion.train_util import TrainLoop
-from guided_diffusion.training.resolve import checkpoint_to_resume, overwriting_notes, settled
-from guided_diffusion.training.validation import Accuracy, Validate
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
+from guided_diffusion.training.resolve import Beginning, TrainSetup, begin, overwriting_notes
+from guided_diffusion.training.validation import Accuracy
 from guided_diffusion.weak.guidance import classification_losses
 from guided_diffusion.weak.models import CLASSIFIER, DIFFUSION
 
 ARRAY_PARTS = {"training": ("train", "val"), "validation": ("test",)}
 
 
-def open_labelled(flags: dict[str, Any], part: str) -> LabelledImages:
+def resolve_images(flags: Flags) -> TrainSetup:
+    """Make the set-up of training a diffusion of images.
+
+    Raises:
+        UserError: flags, data and checkpoint that do not belong together.
+    """
+    begun = begin(flags, ImageTrainingOptions, WeakRunOptions)
+    dataset = open_labelled(begun.flags.group(SourceOptions), "training")
+    network = _following(begun.flags, in_ch=dataset.channels).group(ImageNetworkOptions)
+    _require_channels(network.in_ch, dataset, "--in_ch")
+    diffusion = begun.flags.group(ImageDiffusionOptions)
+
+    torch.manual_seed(begun.run.seed)
+    net = create_model(network, diffusion, of_images=True)
+    return _set_up(
+        begun,
+        net,
+        dataset=dataset,
+        pictures=Pictures(dataset, Frame(network.image_size)),
+        diffusion=create_gaussian_diffusion(diffusion),
+        recorded={**recorded(network, diffusion), "of_images": True},
+        prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,
+        alias=Path(begun.run.out_dir).expanduser() / DIFFUSION,
+        notes=dead_flags(flags),
+    )
+
+
+def resolve_classifier(flags: Flags) -> TrainSetup:
+    """Make the set-up of training a classifier of noisy images.
+
+    It works in ``<save_dir>/classifier``, so that it can share ``save_dir`` with the diffusion.
+
+    Raises:
+        UserError: flags, data and checkpoint that do not belong together.
+    """
+    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, subfolder="classifier")
+    options, run = begun.options, begun.run
+    if options.anneal_lr and options.max_steps:
+        begun = begun._replace(options=replace(options, lr_anneal_steps=options.max_steps))
+    dataset = open_labelled(begun.flags.group(SourceOptions), "training")
+    learned, kept = held_out(dataset, options.held_out, seed=run.seed)
+    following = _following(begun.flags, in_channel=dataset.channels, num_classes=2)
+    network, diffusion = following.group(ClassifierOptions), following.group(ImageDiffusionOptions)
+    _require_channels(network.in_channel, dataset, "--in_channel")
+
+    torch.manual_seed(run.seed)
+    net = create_classifier(**vars(network))
+    process, frame = create_gaussian_diffusion(diffusion), Frame(network.image_size)
+    validate, notes = None, dead_flags(flags)
+    if kept:
+        patients = {dataset.entries[i].patient or dataset.names[i] for i in kept}
+        notes.append(f"validation on {len(kept)} images of {len(patients)} patients, held out")
+    if kept and rank() == 0:
+        copy = place_model(create_classifier(**vars(network)), dev(run.gpu_dev))
+        judged = Pictures(dataset, frame, kept)
+        validate = accuracy_on(judged, copy, process, noised=options.noised, seed=run.seed)
+    return _set_up(
+        begun,
+        net,
+        dataset=dataset,
+        pictures=Pictures(dataset, frame, learned),
+        diffusion=process,
+        recorded=recorded(network, diffusion),
+        prepare_batch=prepare_labelled_images,
+        alias=Path(run.out_dir).expanduser().parent / CLASSIFIER,
+        losses=classification_losses(process, noised=options.noised),
+        watch=WatchOptions(val_interval=options.eval_interval),
+        validate=validate,
+        notes=notes,
+    )
+
+
+def open_labelled(source: SourceOptions, part: str) -> LabelledImages:
     """Open a part, ``training`` or ``validation``, of what ``--src_dir`` names.
 
     Raises:
         UserError: nothing that can be read there, or a class without images to train on.
     """
-    source = fill(SourceOptions, flags)
     folder = Path(source.src_dir).expanduser()
     if not (folder / "splits.pkl").exists():
         images = TumourImages(part_folder(folder, part), test_flag=True)
@@ -87,98 +145,14 @@ def open_labelled(flags: dict[str, Any], part: str) -> LabelledImages:
         class_index=source.class_index,
     )
     if len(set(dataset.labels.values())) < 2:
+        share = "all" if any(dataset.labels.values()) else "none"
         raise UserError(
-            "--class_index",
-            found=f"{'all' if any(dataset.labels.values()) else 'none'} of {len(dataset)} slices "
-            f"with the label {source.class_index}",
-            expected="slices with it and without it",
-            hint="Choose another label.",
+            f"--class_index {source.class_index}",
+            f"{share} of {len(dataset)} slices have this label; slices with it and without it are "
+            "needed",
+            "Choose another label.",
         )
     return dataset
-
-
-def train_images(typed: dict[str, Any]) -> None:
-    """Train a diffusion of images: what ``train_tumor_ddfm.py`` does with the flags typed."""
-    options = settled(fill(ImageTrainingOptions, typed), typed)
-    run = settle_precision(fill(WeakRunOptions, typed), typed)
-    launch(run.multi_gpu)
-    setup_dist()
-    path, start = checkpoint_to_resume(options, run)
-    flags = {**typed, **_agreeing(typed, start.options if start else {}, path)}
-    dataset = open_labelled(flags, "training")
-    network = fill(ImageNetworkOptions, {"in_ch": dataset.channels, **flags})
-    _require_channels(network.in_ch, dataset, "--in_ch")
-    diffusion = fill(ImageDiffusionOptions, flags)
-
-    device = dev(run.gpu_dev)
-    torch.manual_seed(run.seed)
-    net = create_model(network, diffusion, of_images=True)
-    if start:
-        load_weights(net, start.model, path)
-    folder = Path(run.out_dir).expanduser()
-    loop = _loop(
-        place_model(net, device),
-        create_gaussian_diffusion(diffusion),
-        Pictures(dataset, Frame(network.image_size)),
-        options,
-        run,
-        recorded={**recorded(network, diffusion), "of_images": True},
-        lesson=prepare_labelled_images if network.class_cond else prepare_images,
-        alias=folder / DIFFUSION,
-    )
-    _run(loop, dataset, start, path, dead_flags(TRAIN_IMAGES, typed))
-
-
-def train_classifier(typed: dict[str, Any]) -> None:
-    """Train a classifier of noisy images: what ``classifier_tumor_train.py`` does.
-
-    It works in ``<save_dir>/classifier``, so that it can share ``save_dir`` with the diffusion.
-    """
-    options = settled(fill(ClassifierTrainingOptions, typed), typed)
-    if options.anneal_lr and options.max_steps:
-        options = replace(options, lr_anneal_steps=options.max_steps)
-    run = settle_precision(fill(WeakRunOptions, typed), typed)
-    launch(run.multi_gpu)
-    setup_dist()
-    top = Path(run.out_dir).expanduser()
-    run = replace(run, out_dir=str(top / "classifier"))
-    path, start = checkpoint_to_resume(options, run)
-    flags = {**typed, **_agreeing(typed, start.options if start else {}, path)}
-    dataset = open_labelled(flags, "training")
-    learned, kept = held_out(dataset, options.held_out, seed=run.seed)
-    given = {"in_channel": dataset.channels, "num_classes": 2, **flags}
-    network, diffusion = fill(ClassifierOptions, given), fill(ImageDiffusionOptions, flags)
-    _require_channels(network.in_channel, dataset, "--in_channel")
-
-    device = dev(run.gpu_dev)
-    torch.manual_seed(run.seed)
-    net = create_classifier(**vars(network))
-    if start:
-        load_weights(net, start.model, path)
-    process, frame = create_gaussian_diffusion(diffusion), Frame(network.image_size)
-    validate = None
-    if kept and rank() == 0:
-        copy = place_model(create_classifier(**vars(network)), device)
-        judged = Pictures(dataset, frame, kept)
-        validate = accuracy_on(judged, copy, process, noised=options.noised, seed=run.seed)
-    loop = _loop(
-        place_model(net, device),
-        process,
-        Pictures(dataset, frame, learned),
-        options,
-        run,
-        recorded=recorded(network, diffusion),
-        lesson=prepare_labelled_images,
-        alias=top / CLASSIFIER,
-        losses=classification_losses(process, noised=options.noised),
-        watch=WatchOptions(val_interval=options.eval_interval),
-        validate=validate,
-    )
-    notes = dead_flags(TRAIN_CLASSIFIER, typed)
-    if kept:
-        patients = {dataset.entries[i].patient or dataset.names[i] for i in kept}
-        notes.append(f"validation on {len(kept)} images of {len(patients)} patients, held out")
-    _run(loop, dataset, start, path, notes)
 
 
 def accuracy_on(
@@ -226,88 +200,48 @@ def accuracy_on(
     return validate
 
 
-def _agreeing(typed: dict[str, Any], trained: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    """What a checkpoint was trained with, none of which the typed flags may contradict."""
-    refuse_contradictions(typed, trained, path)
-    return trained
-
-
-def _loop(
-    net: torch.nn.Module,
-    diffusion: GaussianDiffusion,
-    pictures: Pictures,
-    options: ImageTrainingOptions,
-    run: WeakRunOptions,
-    *,
-    recorded: dict[str, Any],
-    lesson: Callable[[Batch], TrainingBatch],
-    alias: Path,
-    losses: Losses | None = None,
-    watch: WatchOptions | None = None,
-    validate: Validate | None = None,
-) -> TrainLoop:
-    """Wire a training loop; ``alias`` is the published name of its latest checkpoint."""
-    if len(pictures) < options.batch_size:
-        raise UserError(
-            "--batch_size",
-            found=options.batch_size,
-            expected=f"at most {len(pictures)}, all images there are to train on",
-            hint="Use smaller batches, or more images.",
-        )
-    folder = Path(run.out_dir).expanduser()
-
-    def after_save() -> None:
-        if (folder / LATEST).exists():  # not yet, where only the best has been written
-            link_as(folder / LATEST, alias)
-        draw_curves(folder / "progress.csv", folder / "curves.png")
-
-    return TrainLoop(
-        net,
-        diffusion,
-        dataset=pictures,
-        schedule_sampler=create_named_schedule_sampler(
-            options.schedule_sampler, len(diffusion.kept)
-        ),
-        options=options,
-        run=run,
-        recorded=recorded,
-        watch=watch,
-        validate=validate,
-        after_save=after_save,
-        lesson=lesson,
-        losses=losses,
-    )
-
-
-def _run(
-    loop: TrainLoop,
-    dataset: LabelledImages,
-    start: Checkpoint | None,
-    path: Path | None,
-    notes: list[str],
-) -> None:
-    """Say what is trained on what, and train it."""
-    run = loop.run
-    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0)
-    if start:
-        loop.restore(start, path=path)
-        logger.log(f"resuming {path} at step {start.step}")
-    positive = sum(dataset.labels.values())
-    for note in [*overwriting_notes(run, start), *notes, *dataset.notes]:
-        logger.log(note)
-    logger.log(
-        f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal; "
-        f"{parameter_count(loop.net)} on {describe(loop.device)}, {run.precision}; "
-        f"steps {loop.step} to {loop.last_step or 'no end'}"
-    )
-    loop.run_loop()
+def _following(flags: Flags, **values: int) -> Flags:
+    """Add what the data say, where the flags do not say it themselves."""
+    return flags.with_resolved(**{name: flags.get(name, own) for name, own in values.items()})
 
 
 def _require_channels(channels: int, dataset: LabelledImages, flag: str) -> None:
     if channels != dataset.channels:
         raise UserError(
-            flag,
-            found=channels,
-            expected=f"{dataset.channels}, the channels of {dataset.directory}",
-            hint=f"Leave {flag} away, or use data with the channels of training.",
+            f"{flag} {channels}",
+            f"the images in {dataset.directory} have {dataset.channels} channels",
+            f"Omit {flag}, or use data with the channels of training.",
         )
+
+
+def _set_up(
+    begun: Beginning,
+    net: torch.nn.Module,
+    *,
+    dataset: LabelledImages,
+    pictures: Pictures,
+    notes: Sequence[str],
+    **rest: Any,
+) -> TrainSetup:
+    """Make a set-up of what both networks have in common, and of the rest."""
+    options, run, start = begun.options, begun.run, begun.start
+    if len(pictures) < options.batch_size:
+        raise UserError(
+            f"--batch_size {options.batch_size}",
+            f"there are only {len(pictures)} images to train on",
+            "Use smaller batches, or more images.",
+        )
+    if start:
+        load_weights(net, start.model, begun.path)
+    positive = sum(dataset.labels.values())
+    return TrainSetup(
+        net=place_model(net, dev(run.gpu_dev)),
+        dataset=pictures,
+        options=options,
+        run=run,
+        data=f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal",
+        start=start,
+        path=begun.path,
+        notes=[*overwriting_notes(run, start), *notes, *dataset.notes],
+        **rest,
+    )

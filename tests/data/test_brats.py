@@ -215,7 +215,7 @@ def test_no_slice_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["80", "a:b", "1:2:3", "80-129"])
 def test_slices_that_are_no_range(text: str) -> None:
-    with pytest.raises(UserError, match=r"--slices: found .* Write for example --slices 80:129"):
+    with pytest.raises(UserError, match=r"--slices .*: is not first:end.* example --slices 80:129"):
         slice_range(text)
 
 
@@ -268,8 +268,8 @@ def test_modalities_and_scale_are_recorded_and_used(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--modalities", "t1ce,flair"), "--modalities: found t1ce,flair, expected 'flair,t1ce'"),
-        (("--normalise", "none"), "--normalise: found none, expected 'zscore'"),
+        (("--modalities", "t1ce,flair"), "--modalities t1ce,flair: contradicts flair,t1ce"),
+        (("--normalise", "none"), "--normalise none: contradicts zscore"),
     ],
 )
 def test_what_is_recorded_cannot_be_contradicted(

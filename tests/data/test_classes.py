@@ -333,17 +333,17 @@ def test_a_checkpoint_knows_its_classes(model: Path, brats: Path, tmp_path: Path
     assert result.uncertainty.shape == (3, 20, 24) and result.labels.shape == (20, 24)
     assert result.classes == classes_of("1,2,4")
     assert Segmenter.load(model, mask_labels=" 1, 2,4").classes == result.classes
-    with pytest.raises(UserError, match="mask_labels: found WT,TC,ET, expected '1,2,4'"):
+    with pytest.raises(UserError, match="mask_labels WT,TC,ET: contradicts 1,2,4"):
         Segmenter.load(model, mask_labels="WT,TC,ET")
 
     data = ["--data_dir", brats / "training", "--out_dir", tmp_path]
     resume = ["--resume_checkpoint", model, "--mask_labels", "1,2", "--max_steps", 3]
     error = refused(script("segmentation_train", *data, *TRAIN, *resume))
-    assert "found 1,2, expected '1,2,4'" in error
+    assert "1,2: contradicts 1,2,4" in error
 
 
 def test_a_model_of_one_class_is_no_model_of_three(trained: Path) -> None:
-    with pytest.raises(UserError, match="mask_labels: found 1,2,4, expected ''"):
+    with pytest.raises(UserError, match="mask_labels 1,2,4: contradicts ''"):
         Segmenter.load(trained, mask_labels="1,2,4")
     segmenter = Segmenter.load(trained, steps=2, sampler="ddim", num_ensemble=2)
     result = segmenter.segment([Case(torch.rand(4, 16, 16), None, "a")])[0]

@@ -23,7 +23,7 @@ from guided_diffusion.data.datasets import Case, Entry, Frame, SegmentationDatas
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError
-from guided_diffusion.inference import cases
+from guided_diffusion.inference.cases import draw_or_note
 from guided_diffusion.inference.plan import SamplingPlan, sampling_levels
 from guided_diffusion.inference.predict import segment
 from guided_diffusion.inference.record import Record
@@ -151,19 +151,17 @@ def test_the_same_weights_read_in_another_way_are_other_settings(other: dict[str
 
 def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
     """An error's traceback holds the tensors of the call: on a full device the retry would fail."""
-    segmenter, held = make_segmenter(), []
+    held: list[Any] = []
 
-    def full(cases: Sequence[Case], note: object = None) -> list[Any]:
+    def full(indices: Sequence[int]) -> list[int]:
         assert not any(tensor() is not None for tensor in held), "the first try is still in memory"
         tensor = torch.zeros(8)
         held.append(weakref.ref(tensor))
-        if len(cases) > 1:
+        if len(indices) > 1:
             raise RuntimeError("out of memory")
-        return [None]
+        return list(indices)
 
-    segmenter.segment = full  # type: ignore[method-assign]
-    found = list(cases._results(segmenter, shelf(2), [0, 1], {}))
-    assert [index for index, *_ in found] == [0, 1]
+    assert list(draw_or_note(full, [0, 1], shelf(2).entries, {})) == [(0, 0), (1, 1)]
 
 
 def test_a_member_that_fills_what_was_seen_is_full(tmp_path: Path) -> None:
@@ -186,7 +184,7 @@ def test_solvers_stay_among_the_trained_times(respacing: str, skip_type: str) ->
     kept, schedule = diffusion.kept, diffusion.schedule
     for steps in (1, 2, 10, 20):
         options = SamplingOptions(steps=steps, skip_type=skip_type)
-        levels = sampling_levels(diffusion, "dpm_solver++", options, {})
+        levels = sampling_levels(diffusion, "dpm_solver++", options)
         assert len(levels) == steps + 1 and levels[-1].sigma == 0
         assert levels[0].t == pytest.approx(kept[-1])
         assert min(level.t for level in levels[:-1]) >= kept[0]
@@ -603,7 +601,7 @@ def test_a_case_that_fails_is_told_at_the_end(error: type[Exception], tmp_path: 
                 raise error("no mask of that")
             return super().segment(cases, note)
 
-    with pytest.raises(UserError, match="1 of the cases: found case1: no mask of that"):
+    with pytest.raises(UserError, match="1 of the cases: case1: no mask of that"):
         segment(Choosy(make_segmenter()), shelf(3), tmp_path, fingerprint="f")
     assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["case0", "case2"]
 

@@ -15,7 +15,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.networks.classifier import POOLS, EncoderUNetModel
 from guided_diffusion.networks.resnet import ResNet50
 from guided_diffusion.nn import timestep_embedding
-from guided_diffusion.options.flags import fill as fill_options
+from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import DiffusionOptions
 from guided_diffusion.options.weak import ImageNetworkOptions
 from guided_diffusion.script_util import create_classifier, create_model
@@ -47,8 +47,8 @@ def build(kind, flags):
         return EncoderUNetModel(**flags)
     if kind == "classifier":
         return create_classifier(**flags)
-    diffusion = fill_options(DiffusionOptions, flags)
-    return create_model(fill_options(ImageNetworkOptions, flags), diffusion, of_images=True)
+    diffusion = Flags(given=flags).group(DiffusionOptions)
+    return create_model(Flags(given=flags).group(ImageNetworkOptions), diffusion, of_images=True)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -394,7 +394,7 @@ def test_resampling_layers_halve_and_double():
         ({"num_channels": 48}, "--num_channels: found 48, which makes a level 48 channels wide"),
         ({"num_channels": 16}, "--num_channels: found 16"),
         ({"channel_mult": "1,1.7"}, "which makes a level 217.6 channels wide"),
-        ({"channel_mult": "1;2"}, "--channel_mult: found '1;2', expected numbers"),
+        ({"channel_mult": "1;2"}, "--channel_mult '1;2': is not a list of numbers"),
         ({"attention_resolutions": "0"}, "--attention_resolutions: found 0"),
         ({"mask_range": "1,0"}, "--mask_range: found 1,0, expected two rising numbers"),
     ],

@@ -118,9 +118,9 @@ def test_slicing_in_processes_names_the_volume(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (("--normalise", "zscore"), "--dtype: found uint8 with --normalise zscore"),
-        (("--train", 2), "--train: found 2.0, expected 0 to 1"),
+        (("--train", 2), "--train 2.0: must be between 0 and 1"),
         (("--slices", "9:12"), "--slices: found 9:12, expected some of the 5 slices"),
-        (("--slices", "x"), "--slices: found 'x'"),
+        (("--slices", "x"), "--slices 'x': is not first:end"),
         (("--modalities", "dwi"), "--modalities: found 'dwi'"),
     ],
 )

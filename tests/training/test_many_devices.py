@@ -19,8 +19,9 @@ from guided_diffusion import logger, train_util
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
 from guided_diffusion.dist_util import launch, setup_dist
 from guided_diffusion.errors import UserError
+from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import TrainingOptions
-from guided_diffusion.training.resolve import settled
+from guided_diffusion.training.resolve import training_options
 
 PROGRAM = """
 import sys
@@ -182,7 +183,7 @@ def test_every_process_names_the_cases_of_all(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(SPOILED, encoding="utf-8")
     two_processes(tmp_path / "program.py", tmp_path)
     one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
-    assert "for the cases disc0, disc1, disc2, disc3," in one and one == other
+    assert "for the cases disc0, disc1, disc2, disc3." in one and one == other
 
 
 VERSIONS = """
@@ -245,7 +246,7 @@ def test_devices_are_counted_among_those_one_was_given(
     seen = []
 
     def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
-        seen.append((env["CUDA_VISIBLE_DEVICES"], "--nproc_per_node=2" in command))
+        seen.append((env["CUDA_VISIBLE_DEVICES"], command[command.index("--standalone") + 1 :]))
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -254,9 +255,10 @@ def test_devices_are_counted_among_those_one_was_given(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started = ["--nproc_per_node=2", "-m", "guided_diffusion", "train", "--lr", "1"]
     with pytest.raises(SystemExit) as left:
-        launch("1, 0")
-    assert left.value.code == 3 and seen == [(chosen, True)]
+        launch("1, 0", ["train", "--lr", "1"])
+    assert left.value.code == 3 and seen == [(chosen, started)]
 
 
 def test_processes_that_start_at_different_steps_are_refused(
@@ -270,9 +272,12 @@ def test_processes_that_start_at_different_steps_are_refused(
 
 
 def test_replayed_graphs_and_added_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    options, typed = TrainingOptions(microbatch=2), {"compile": "reduce-overhead"}
-    assert settled(options, typed) == options, "without CUDA there are no graphs"
+    def resolved(mode: str) -> int:
+        given = {"microbatch": 2, "compile": mode}
+        return training_options(Flags(given=given), TrainingOptions).microbatch
+
+    assert resolved("reduce-overhead") == 2, "without CUDA there are no graphs"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert settled(options, {"compile": "default"}) == options
+    assert resolved("default") == 2
     with pytest.raises(UserError, match="--microbatch 2"):
-        settled(options, typed)
+        resolved("reduce-overhead")

@@ -185,7 +185,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         loop.run_step(batch_of(2))
     assert not path.exists()
     gate.set()
-    loop.writer.wait()
+    loop.checkpoints.writer.wait()
     saved = load_checkpoint(path)
     assert saved.step == 1
     assert equal(saved.model, then), "what is written is the state of its step"
@@ -215,7 +215,7 @@ def test_what_training_holds_while_a_checkpoint_is_written(
     most = (held() - before) / 2**30
     gate.set()
     with pytest.raises(UserError):
-        loop.writer.wait()
+        loop.checkpoints.writer.wait()
     count = sum(parameter.numel() for parameter in loop.parameters)
     assert most == pytest.approx(training_gib(count, len(loop.averages)), rel=0.02)
 
@@ -392,7 +392,7 @@ def test_what_another_run_left_is_kept(quiet: None, tmp_path: Path) -> None:
     assert steps() == [0, 2, 3, 5000, 6000]
 
     elsewhere = make_loop(tmp_path / "new", max_steps=5, save_interval=1, keep=1)
-    elsewhere.folder.mkdir()
+    elsewhere.checkpoints.folder.mkdir()
     resumed(elsewhere, tmp_path / "savedmodel000003.pt").run_loop()
     assert steps() == [0, 2, 3, 5000, 6000]
 

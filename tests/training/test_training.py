@@ -302,10 +302,10 @@ def test_another_schedule_sampler_starts_its_history_anew(
 def test_a_checkpoint_that_scaled_no_loss_continues_where_one_is_scaled(tmp_path: Path) -> None:
     path = make_loop(tmp_path, max_steps=2).run_loop()
     scaled = make_loop(tmp_path, max_steps=3)
-    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaled.scaler = scaled.checkpoints.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     path = resumed(scaled, path).run_loop()
     again = make_loop(tmp_path)
-    again.scaler = torch.amp.GradScaler("cpu")
+    again.scaler = again.checkpoints.scaler = torch.amp.GradScaler("cpu")
     assert resumed(again, path).scaler.get_scale() == 2, "a scale that was kept goes on"
     assert resumed(make_loop(tmp_path), path).step == 3
 
@@ -426,8 +426,8 @@ def test_the_rate_stays_where_nothing_anneals(tmp_path: Path) -> None:
     ],
 )
 def test_when_a_run_ends(flags: dict[str, int], end: int, brats: Path, tmp_path: Path) -> None:
-    typed = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    said = succeeded(script("segmentation_train", *training(brats, tmp_path), *typed))
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    said = succeeded(script("segmentation_train", *training(brats, tmp_path), *words))
     assert f"steps 0 to {end}\n" in said
     assert load_checkpoint(tmp_path / LATEST).step == end
 

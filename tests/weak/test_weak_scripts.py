@@ -33,7 +33,7 @@ from guided_diffusion.data.tumorloader import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset, open_masks
-from guided_diffusion.options.flags import fill
+from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
 from guided_diffusion.options.segmentation import dead_flags
 from guided_diffusion.options.weak import (
@@ -43,6 +43,7 @@ from guided_diffusion.options.weak import (
     TRAIN_IMAGES,
     ImageDiffusionOptions,
     ImageNetworkOptions,
+    SourceOptions,
     WeakOptions,
 )
 from guided_diffusion.sampling import MemberNoise, member_seed
@@ -128,13 +129,13 @@ def test_every_published_flag_is_accepted(name: str) -> None:
         if entry.metadata["choices"]:
             text = value = entry.metadata["choices"][-1]
         words = [f"--{flag}"] if kind == "switch" else [f"--{flag}", text]
-        assert parse("", groups, words) == {entry.name: value}
-        notes = dead_flags(groups, {entry.name: value})
+        assert parse(groups, words).given == {entry.name: value}
+        notes = dead_flags(Flags(groups, {entry.name: value}))
         assert bool(notes) == any(
             e.metadata["dead"] for group in groups for e in fields(group) if e.name == entry.name
         )
-    assert parse("", SEGMENT_WEAKLY, ["-f", "2", "--guided"]) == {"fold": 2, "guided": True}
-    assert parse("", SEGMENT_WEAKLY, ["--guided", "False"]) == {"guided": False}
+    assert parse(SEGMENT_WEAKLY, ["-f", "2", "--guided"]).given == {"fold": 2, "guided": True}
+    assert parse(SEGMENT_WEAKLY, ["--guided", "False"]).given == {"guided": False}
 
 
 # ------------------------------------------------------------------------------------- data
@@ -216,7 +217,7 @@ def test_any_size_and_kind_of_picture_in_either_spelling(tmp_path: Path) -> None
 
 def test_tumours_alone_can_be_segmented_and_scored(own_data: Path) -> None:
     shutil.rmtree(own_data / "validate" / "normal")
-    dataset = open_labelled({"src_dir": str(own_data)}, "validation")
+    dataset = open_labelled(SourceOptions(src_dir=str(own_data)), "validation")
     assert set(dataset.labels.values()) == {1}
     assert open_masks(own_data / "validate").keys() == dataset.labels.keys()
 
@@ -472,7 +473,7 @@ def test_masks_are_scored_against_the_truth(masks: Path, weak_data: Path, number
 def test_the_classifier_may_say_what_is_segmented(
     masks: Path, weakly_trained: Path, weak_data: Path
 ) -> None:
-    trained = load_classifier({}, folder=str(weakly_trained))
+    trained = load_classifier(Flags(), folder=str(weakly_trained))
     for row in rows(masks / "1" / "predictions.csv"):
         path = next((weak_data / "validate").glob(f"*[lr]/{row['name']}.png"))
         x0 = Frame(16).fit_image(torch.from_numpy(pixels(path) / np.float32(255))[None])[None]
@@ -485,7 +486,7 @@ def test_the_classifier_may_say_what_is_segmented(
 def test_the_map_of_a_case_is_the_two_branches_of_the_trained_network(
     weakly_trained: Path,
 ) -> None:
-    model = load_image_model({}, folder=str(weakly_trained))
+    model = load_image_model(Flags(), folder=str(weakly_trained))
     options = WeakOptions(method="cdm", level=50, steps=4, stride=5, tau=0.5)
     segmenter = WeakSegmenter(options, model, None, seed=9)
     images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -521,7 +522,7 @@ def step_of_ddim(denoise: Any, x: torch.Tensor, now: Any, nxt: Any) -> torch.Ten
 
 
 def test_levels_of_a_reconstruction_end_at_the_clean_image(weakly_trained: Path) -> None:
-    model = load_image_model({}, folder=str(weakly_trained))
+    model = load_image_model(Flags(), folder=str(weakly_trained))
     whole = WeakSegmenter(WeakOptions("counterfactual", level=50, steps=6), model, None, seed=0)
     assert [level.t for level in whole.levels[:-1]] == [50, 40, 30, 20, 10, 0]
     assert whole.levels[-1] == CLEAN
@@ -560,7 +561,7 @@ def test_published_weights_are_used_as_they_are(weak_data: Path, tmp_path: Path)
     network = ImageNetworkOptions(
         image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", class_cond=True
     )
-    options = fill(ImageDiffusionOptions, {"learn_sigma": True})
+    options = ImageDiffusionOptions(learn_sigma=True)
     net = fill_weights(create_model(network, options, of_images=True))
     state = dict(net.state_dict())
     state["label_emb.weight"] = torch.cat([state["label_emb.weight"], torch.randn(998, 128)])
@@ -570,12 +571,12 @@ def test_published_weights_are_used_as_they_are(weak_data: Path, tmp_path: Path)
     )
     torch.save(resnet.state_dict(), tmp_path / "classifier_model.pt")
 
-    typed = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"}
-    model = load_image_model(typed, folder=str(tmp_path))
+    given = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"}
+    model = load_image_model(Flags(given=given), folder=str(tmp_path))
     assert model.diffusion.learn_sigma and model.diffusion.rescale_timesteps
     for name, value in net.state_dict().items():
         assert torch.equal(model.net.state_dict()[name], value)
-    loaded = load_classifier({}, folder=str(tmp_path)).net
+    loaded = load_classifier(Flags(), folder=str(tmp_path)).net
     x = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
         assert_close(loaded(x), resnet.eval()(x))
@@ -625,7 +626,7 @@ def lonely_mask(folder: Path) -> None:
         (no_image, [], "training: found no image in normal/ or tumor/"),
         (no_part, [], "--src_dir: found no folder training in "),
         (lonely_mask, [], "seg: found 1 masks without an image in tumor/: x_1"),
-        (spoil_nothing, ["--batch_size", 50], "--batch_size: found 50, expected at most"),
+        (spoil_nothing, ["--batch_size", 50], "--batch_size 50: there are only"),
         (spoil_nothing, ["--src_dir", "nowhere"], "nowhere: found nothing there"),
         (spoil_nothing, ["--img_size", 17], "--image_size: found 17"),
     ],
@@ -644,10 +645,10 @@ def test_training_refuses(
     [
         (["--model_path", "nowhere"], "--model_path: found no file nowhere"),
         (["--guided", "--classifier_path", "nowhere"], "--classifier_path: found no file nowhere"),
-        (["--level", 100], "--level: found 100, expected at most 99"),
-        (["--level", 40, "--stride", 5], "--steps: found 10 steps of 5 from level 40"),
-        (["--tau", 1], "--tau: found 1"),
-        (["--image_size", 32], "--image_size: found 32, expected 16"),
+        (["--level", 100], "--level 100: the last trained time is 99"),
+        (["--level", 40, "--stride", 5], "10 steps of 5 from level 40"),
+        (["--tau", 1], "--tau 1"),
+        (["--image_size", 32], "--image_size 32: contradicts 16"),
     ],
 )
 def test_segmentation_refuses(
@@ -663,13 +664,13 @@ def test_one_network_in_the_other_s_place_is_refused(
     common = ["--src_dir", weak_data, "--save_dir", tmp_path, "--guided"]
     diffusion, judge = weakly_trained / "model.pt", weakly_trained / "classifier_model.pt"
     said = refused(script("image_p_seg", *common, "--model_path", judge))
-    assert "expected a diffusion of images" in said
+    assert "is not a diffusion of images" in said
     paths = ["--model_path", diffusion, "--classifier_path", diffusion]
-    assert "expected a classifier of images" in refused(script("image_p_seg", *common, *paths))
+    assert "is not a classifier of images" in refused(script("image_p_seg", *common, *paths))
     kept = load_checkpoint(diffusion)
     save_checkpoint(tmp_path, type(kept)(**{**vars(kept), "options": {**kept.options, "in_ch": 3}}))
     with pytest.raises(UserError, match=r"input_blocks\.0\.0\.weight of shape \(32, 1, 3, 3\)"):
-        load_image_model({}, folder=str(tmp_path))
+        load_image_model(Flags(), folder=str(tmp_path))
 
 
 def test_two_networks_of_two_sizes_are_refused(
@@ -679,7 +680,7 @@ def test_two_networks_of_two_sizes_are_refused(
     succeeded(script("classifier_tumor_train", *common, "--img_size", 32, "--iterations", 1))
     use = ["--src_dir", weak_data, "--save_dir", tmp_path, "--model_path", weakly_trained]
     said = refused(script("image_p_seg", *use, "--guided", "--level", 40))
-    assert "found a classifier of 32 pixels, expected 16" in said
+    assert "the classifier works at 32 pixels" in said
 
 
 def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: Path) -> None:
@@ -688,7 +689,7 @@ def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: P
     assert "--resume auto" not in succeeded(script("train_tumor_ddfm", *train))
     assert script("train_tumor_ddfm", *train, "--in_ch", 3).out == ""
     assert "exists and will be overwritten" in succeeded(script("train_tumor_ddfm", *train))
-    assert "found a diffusion without classes" in refused(script("image_p_seg", *common))
+    assert "the diffusion was trained without classes" in refused(script("image_p_seg", *common))
 
 
 @pytest.mark.parametrize("version", ["1", "new", "2"])

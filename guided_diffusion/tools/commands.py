@@ -1,0 +1,104 @@
+"""What the commands that write data do once their flags are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.data.datasets import Reading
+from guided_diffusion.errors import UserError
+from guided_diffusion.options.flags import slice_range
+from guided_diffusion.options.tools import PhantomOptions, SlicingOptions
+from guided_diffusion.tools import phantom_folders
+from guided_diffusion.tools.slices import SlicingPlan, cut_all, open_volumes, plan_jobs, sweep
+
+SIZES = {  # layout: pixels per side, slices per patient
+    "brats2d": (80, 4),
+    "brats3d": (240, 155),
+    "isic": (128, 0),
+    "weak": (64, 3),
+}
+
+
+def run_slicing(options: SlicingOptions) -> Iterator[str]:
+    """Cut what is not cut yet, with progress by volume; yields what is to be said.
+
+    Raises:
+        UserError: volumes or settings that cannot be used.
+    """
+    reading = Reading(
+        modalities=find_modalities(options.modalities),
+        slices=slice_range(options.slices),
+        blank_slices=options.blank_slices,
+        normalise=options.normalise,
+    )
+    plan = SlicingPlan(reading, dtype=options.dtype, train=options.train, seed=options.seed)
+    out = Path(options.out).expanduser()
+    dataset = open_volumes(Path(options.src).expanduser(), reading)
+    jobs = plan_jobs(dataset, out, plan)
+    sweep(out)
+    yield from dataset.notes
+
+    workers = options.workers or os.cpu_count() or 1
+    counts = cut_all(dataset, jobs, dtype=plan.dtype, workers=workers)
+    written = sum(tqdm(counts, total=len(jobs), unit="volume", disable=None))
+    yield (
+        f"{written} slices of {len(jobs)} volumes written, {len(dataset) - written} were there; "
+        f"who is in which part: {out / 'split.txt'}"
+    )
+
+
+def write_phantoms(options: PhantomOptions, *, given: Collection[str]) -> None:
+    """Write phantoms, with progress by patient; ``given`` are the flags that the user gave.
+
+    Raises:
+        UserError: a folder in use, or flags that the layout has no use for.
+    """
+    layout, out = options.layout, Path(options.out).expanduser()
+    for name, idle in (("slices", "isic"), ("raters", "weak")):
+        if name in given and layout == idle:
+            raise UserError(f"--{name}", f"has no effect with --layout {idle}", f"Omit --{name}.")
+    _refuse_occupied(out)
+    usual_size, usual_slices = SIZES[layout]
+    common: dict[str, Any] = {
+        "patients": options.patients,
+        "size": options.size or usual_size,
+        "training": options.split,
+        "progress": partial(_progress, layout),
+    }
+    if layout == "isic":
+        special: dict[str, Any] = {"raters": options.raters, "generation": options.generation}
+        phantom_folders.write_isic(out, options.seed, **special, **common)
+        return
+    common["slices"] = options.slices or usual_slices
+    if layout == "weak":
+        phantom_folders.write_weak(out, options.seed, **common)
+    elif layout == "brats2d":
+        phantom_folders.write_brats_slices(out, options.seed, raters=options.raters, **common)
+    else:
+        phantom_folders.write_brats_volumes(out, options.seed, raters=options.raters, **common)
+
+
+def _progress(layout: str, numbers: Iterable[int]) -> Iterable[int]:
+    return tqdm(numbers, desc=layout, unit="patient")
+
+
+def _refuse_occupied(out: Path) -> None:
+    """Raise a UserError unless a folder is absent or empty; a README.md alone is no obstacle."""
+    if not out.exists():
+        return
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else ["a file"]
+    found = [name for name in names if name != "README.md"]
+    if found:
+        shown = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
+        raise UserError(
+            f"--out {out}",
+            f"is not a new or empty folder, it holds {shown}",
+            "Name another folder or empty this one.",
+        )
