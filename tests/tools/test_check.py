@@ -212,11 +212,11 @@ def training_flags() -> list[object]:
 def test_the_loader_in_the_docs_works_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training_flags: list[object]
 ) -> None:
-    page = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     monkeypatch.setattr("guided_diffusion.layouts.LAYOUTS", LAYOUTS.copy())
-    exec(compile(code, "data/README.md", "exec"), {})
+    exec(compile(code, "docs/data.md", "exec"), {})
 
     (tmp_path / "arrays").mkdir()
     for name in ("anna_1", "anna_2", "ben_1"):
