@@ -16,17 +16,28 @@ demo: $(VENV)/ready
 	$(PY) scripts/segmentation_env.py --inp_pth $(OUT) --out_pth data/testing
 
 test: check
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
-check: $(VENV)/ready
+check: $(VENV)/ready-to-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 $(VENV)/ready: requirements.txt
+	$(call install,requirements.txt)
+
+$(VENV)/ready-to-test: requirements.txt requirements-dev.txt
+	$(call install,requirements-dev.txt)
+	touch $(VENV)/ready
+
+# One line says which Python is used; an old one is refused before anything is installed.
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	print("$(PYTHON) is Python %d.%d; 3.11 or newer is needed" % v[:2]); sys.exit(v < (3, 11))'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(1)
 	touch $@
+endef
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

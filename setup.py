@@ -1,15 +1,34 @@
 """Package metadata; the versions that were tested stand in requirements.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="guided-diffusion-segmentation",
     version="0.1.0",
     description="Diffusion-based medical image segmentation: train, draw ensembles, fuse, score",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    license_files=["LICENSE"],
+    keywords=[
+        *("medical image segmentation", "diffusion model", "DDPM", "DDIM", "DPM-Solver"),
+        *("uncertainty", "ensemble", "weak supervision", "MedSegDiff"),
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
     packages=find_packages(include=["guided_diffusion*"]),
-    package_data={"guided_diffusion.report": ["report.html"]},
+    package_data={"guided_diffusion": ["py.typed"], "guided_diffusion.report": ["report.html"]},
+    entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26,<3",
@@ -20,7 +39,6 @@ setup(
         "tqdm>=4.65,<5",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "types-tqdm"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.14"],
         "visdom": ["visdom==0.2.4", "tornado>=6.2,<6.6"],

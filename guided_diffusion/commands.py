@@ -134,7 +134,7 @@ def check(flags: Flags) -> None:
 
 
 def slices(flags: Flags) -> None:
-    """Cut a folder of BraTS volumes into the two-dimensional layout, divided by patient."""
+    """Cut BraTS volumes into the two-dimensional layout, divided by patient."""
     from guided_diffusion.tools.commands import run_slicing
 
     _require(flags, "src", "out")
@@ -211,7 +211,7 @@ COMMANDS = {
         TRAIN,
         ("segmentation_train",),
         "data_dir out_dir mask_labels image_size num_channels batch_size lr max_steps "
-        "save_interval val_dir resume augment num_workers precision multi_gpu",
+        "save_interval val_dir resume augment num_workers multi_gpu",
         (
             f"--data_dir data/training --out_dir results/first {_SMALL}",
             "--data_dir data/training --out_dir results/first --resume auto --max_steps 1000",
@@ -270,7 +270,7 @@ COMMANDS = {
         TRAIN_IMAGES,
         ("train_tumor_ddfm", "train_2d_ddfm"),
         "src_dir out_dir class_cond image_size num_channels batch_size lr max_steps "
-        "save_interval resume num_workers",
+        "save_interval resume",
         (
             "--src_dir data/weak --save_dir results/weak --class_cond True",
             "--src_dir data/weak --save_dir results/weak --class_cond True --resume auto",
@@ -280,8 +280,7 @@ COMMANDS = {
         weak_classifier,
         TRAIN_CLASSIFIER,
         ("classifier_tumor_train", "classifier_train"),
-        "src_dir out_dir model_type image_size classifier_width batch_size lr max_steps "
-        "held_out num_workers",
+        "src_dir out_dir model_type image_size classifier_width batch_size lr max_steps held_out",
         (
             "--src_dir data/weak --save_dir results/weak",
             "--src_dir data/weak --save_dir results/weak --model_type resnet50",
@@ -302,8 +301,7 @@ COMMANDS = {
         weak_segment,
         SEGMENT_WEAKLY,
         ("image_p_seg",),
-        "src_dir out_dir method label level steps tau guided classifier_scale num_samples "
-        "results_dir",
+        "src_dir out_dir method level steps guided num_samples results_dir",
         (
             "--src_dir data/weak --save_dir results/weak",
             "--src_dir data/weak --save_dir results/weak --method gradcam",

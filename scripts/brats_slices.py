@@ -1,4 +1,4 @@
-"""Cut a folder of BraTS volumes into the two-dimensional layout, divided by patient."""
+"""Cut BraTS volumes into the two-dimensional layout, divided by patient."""
 
 import sys
 from pathlib import Path

@@ -95,11 +95,11 @@ class Flags:
             if name not in known:
                 raise UserError(name, "no such flag", did_you_mean(name, known, "docs/cli.md"))
             group, entry = known[name]
+            convert, kind = _KINDS[get_type_hints(group)[name]]
             try:
-                given[name] = _CONVERSIONS[get_type_hints(group)[name]](value)
+                given[name] = convert(value)
             except (TypeError, ValueError):
-                kind = get_type_hints(group)[name].__name__
-                raise UserError(f"--{name}", f"{value!r} is no {kind}", f"Give a {kind}.") from None
+                raise UserError(f"--{name}", f"{value!r} is not {kind}", f"Give {kind}.") from None
             choices = entry.metadata["choices"]
             if choices and given[name] not in choices:
                 known_choices = ", ".join(repr(choice) for choice in choices)
@@ -171,11 +171,11 @@ def _as_bool(value: Any) -> bool:
     return value
 
 
-_CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
-    bool: _as_bool,
-    int: operator.index,
-    float: float,
-    str: str,
+_KINDS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_as_bool, "True or False"),
+    int: (operator.index, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a text"),
 }
 
 

@@ -1,0 +1,144 @@
+"""The commands: one table for scripts, console command and documentation; help, and first slips."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from guided_diffusion import Segmenter, create_model_and_diffusion
+from guided_diffusion.commands import COMMANDS, main
+from guided_diffusion.errors import UserError
+from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.segmentation import SAMPLE, SamplingOptions
+
+ALL_FLAGS = {
+    name: {entry for group in command.groups for entry in group.__dataclass_fields__}
+    for name, command in COMMANDS.items()
+}
+
+
+def test_every_script_is_a_command() -> None:
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts == {script for command in COMMANDS.values() for script in command.scripts}
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert f'main("{path.stem}")' in path.read_text("utf-8")
+
+
+def test_the_reference_lists_every_flag() -> None:
+    made = runpy.run_path(str(ROOT / "docs/cli.py"))["page"]()
+    page = (ROOT / "docs/cli.md").read_text("utf-8")
+    assert page == made, "python docs/cli.py writes it anew"
+    for name, flags in ALL_FLAGS.items():
+        section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+        assert section is not None
+        assert set(re.findall(r"^\| (?:\*\*)?`--(\w+)`", section[1], re.MULTILINE)) == flags
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_basic_help_fits_a_screen_and_shows_two_examples(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main(argv=[name, "-h"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 40
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert text.count(f"guided-diffusion {name} --") == 2
+    shown = set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) - {"help_all", "about"}
+    assert shown == set(COMMANDS[name].basic.split()) <= ALL_FLAGS[name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("spelling", ["--help_all", "--help-all"])
+def test_the_full_help_shows_all_flags(
+    name: str, spelling: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(argv=[name, spelling])
+    text = capsys.readouterr().out
+    assert (
+        set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) - {"help_all", "about"}
+        == ALL_FLAGS[name]
+    )
+    assert ".:" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["smaple"], "error: smaple: there is no such command. Did you mean sample?\n"),
+        (["train", "--bach-size", "2"], "Did you mean --batch_size?"),
+        (["slices", "--out", "x"], "error: --src: is missing. Name a folder with --src.\n"),
+        (["phantoms"], "error: --out: is missing. Name a folder with --out.\n"),
+        (["phantoms", "--out", "x", "--layout", "isic", "--slices", "3"], "Omit --slices."),
+    ],
+)
+def test_first_slips(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(argv=argv)
+    said = capsys.readouterr()
+    assert message in said.err and said.out == "" and said.err.count("\n") == 1
+
+
+def test_the_overview_and_about(capsys: pytest.CaptureFixture[str]) -> None:
+    main(argv=[])
+    text = capsys.readouterr().out
+    main(argv=["--help"])
+    assert capsys.readouterr().out == text
+    assert all(re.search(rf"^  {name} +\S", text, re.MULTILINE) for name in COMMANDS)
+    main(argv=["--about"])
+    assert re.fullmatch(r"guided-diffusion \S+, torch \S+, \S+ \(.*\)\n", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------ from Python
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_ensamble": 25}, "num_ensamble: no such flag. Did you mean num_ensemble?"),
+        ({"foo": 1}, "foo: no such flag. docs/cli.md lists them all."),
+        ({"sampler": "dmp"}, "sampler: 'dmp' is not a choice. Use '', 'ddpm', 'ddim', "),
+        ({"fusion": "median"}, "fusion: 'median' is not a choice. Use 'mean', 'vote', "),
+        ({"steps": "many"}, "steps: 'many' is not a whole number. Give a whole number."),
+        ({"steps": 1001}, "steps 1001: the network was trained at 100 times."),
+        ({"num_ensemble": 0}, "num_ensemble 0: must be 1 or more."),
+        ({"dpm_solver": 1}, "dpm_solver: 1 is not True or False."),
+        ({"num_channels": 64}, "num_channels 64: contradicts 32, which "),
+        ({"data_dir": "x"}, "data_dir: no such flag."),
+        ({"out_dir": "x"}, "out_dir: no such flag."),
+    ],
+)
+def test_loading_refuses_what_it_does_not_know(
+    flags: dict[str, object], message: str, trained: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        Segmenter.load(trained, **flags)
+    assert str(error.value).startswith(message)
+    assert "--" not in str(error.value)
+
+
+def test_loading_names_its_own_parameter(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        Segmenter.load(tmp_path / "nowhere")
+    assert str(error.value).startswith("path") and "model_path" not in str(error.value)
+
+
+def test_flags_from_python_are_those_of_a_command_line() -> None:
+    flags = Flags.of(SAMPLE, steps=5, eta=1, gpu_dev=1, sampler="ddim")
+    assert flags.group(SamplingOptions) == SamplingOptions(steps=5, eta=1.0, sampler="ddim")
+    assert flags.given["gpu_dev"] == "1"
+
+
+def test_the_root_exports_what_people_use() -> None:
+    from guided_diffusion.inference.segmenter import Segmenter as own
+    from guided_diffusion.script_util import create_model_and_diffusion as factory
+    from guided_diffusion.segmenter import Segmenter as old
+
+    assert Segmenter is own is old
+    assert create_model_and_diffusion is factory
