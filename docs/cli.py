@@ -30,9 +30,10 @@ def section(name: str, command: Command) -> str:
     scripts = " and ".join(f"`scripts/{script}.py`" for script in command.scripts)
     text = f"\n## {name}\n\n{command.summary} Also {scripts}.\n"
     seen: set[str] = set()
-    basic = command.basic.split()
     for group in command.groups:
-        rows = [row(group, entry, basic) for entry in fields(group) if entry.name not in seen]
+        rows = [
+            row(group, entry, command.basic) for entry in fields(group) if entry.name not in seen
+        ]
         seen |= {entry.name for entry in fields(group)}
         if rows:
             title = (group.__doc__ or "").split("\n")[0]

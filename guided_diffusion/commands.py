@@ -187,15 +187,15 @@ class Command(NamedTuple):
         run: what it does; its docstring is the command's summary.
         groups: its option groups.
         scripts: the scripts that are this command.
-        basic: the flags that ``-h`` shows, separated by blanks.
+        basic: the flags that ``-h`` shows.
         examples: of its flags.
     """
 
     run: Callable[[Flags], None]
     groups: tuple[type, ...]
     scripts: tuple[str, ...]
-    basic: str
-    examples: tuple[str, str]
+    basic: list[str]
+    examples: tuple[str, ...]
 
     @property
     def summary(self) -> str:
@@ -203,109 +203,80 @@ class Command(NamedTuple):
         return self.run.__doc__ or ""
 
 
+def _command(
+    run: Callable[[Flags], None], groups: tuple[type, ...], scripts: str, basic: str, *examples: str
+) -> Command:
+    return Command(run, groups, tuple(scripts.split()), basic.split(), examples)
+
+
+_FIRST = "--data_dir data/training --out_dir results/first"
 _SMALL = "--image_size 64 --num_channels 32 --batch_size 8 --max_steps 500"
+_WEAK = "--src_dir data/weak --save_dir results/weak"
 
 COMMANDS = {
-    "train": Command(
-        train,
-        TRAIN,
-        ("segmentation_train",),
+    "train": _command(
+        *(train, TRAIN, "segmentation_train"),
         "data_dir out_dir mask_labels image_size num_channels batch_size lr max_steps "
         "save_interval val_dir resume augment num_workers multi_gpu",
-        (
-            f"--data_dir data/training --out_dir results/first {_SMALL}",
-            "--data_dir data/training --out_dir results/first --resume auto --max_steps 1000",
-        ),
+        f"{_FIRST} {_SMALL}",
+        f"{_FIRST} --resume auto --max_steps 1000",
     ),
-    "sample": Command(
-        sample,
-        SAMPLE,
-        ("segmentation_sample",),
-        "model_path data_dir out_dir num_ensemble sampler steps fusion uncertainty "
-        "num_samples batch_size seed multi_gpu",
-        (
-            "--model_path results/first --data_dir data/testing --dpm_solver True --steps 10",
-            "--model_path results/first --sampler ddim --steps 50 --num_ensemble 10",
-        ),
+    "sample": _command(
+        *(sample, SAMPLE, "segmentation_sample"),
+        "model_path data_dir out_dir num_ensemble sampler steps fusion uncertainty num_samples "
+        "batch_size seed multi_gpu",
+        "--model_path results/first --data_dir data/testing --dpm_solver True --steps 10",
+        "--model_path results/first --sampler ddim --steps 50 --num_ensemble 10",
     ),
-    "score": Command(
-        score,
-        SCORE,
-        ("segmentation_env",),
+    "score": _command(
+        *(score, SCORE, "segmentation_env"),
         "inp_pth out_pth partial mask_labels empty tolerance raters compare report",
-        (
-            "--inp_pth results/first --out_pth data/testing",
-            "--compare results/first results/second --out_pth data/testing",
-        ),
+        "--inp_pth results/first --out_pth data/testing",
+        "--compare results/first results/second --out_pth data/testing",
     ),
-    "check": Command(
-        check,
-        CHECK,
-        ("check_data",),
+    "check": _command(
+        *(check, CHECK, "check_data"),
         "data_dir data_name image_size mask_labels labelled split out",
-        (
-            "--data_dir data/training --out sheet.png",
-            "--data_dir data/testing --labelled False",
-        ),
+        "--data_dir data/training --out sheet.png",
+        "--data_dir data/testing --labelled False",
     ),
-    "slices": Command(
-        slices,
-        SLICES,
-        ("brats_slices",),
+    "slices": _command(
+        *(slices, SLICES, "brats_slices"),
         "src out slices blank_slices modalities normalise dtype train seed workers",
-        (
-            "--src BraTS20 --out slices",
-            "--src BraTS20 --out slices --modalities flair,t1ce --slices 60:120",
-        ),
+        "--src BraTS20 --out slices",
+        "--src BraTS20 --out slices --modalities flair,t1ce --slices 60:120",
     ),
-    "phantoms": Command(
-        phantoms,
-        PHANTOMS,
-        ("make_phantoms",),
+    "phantoms": _command(
+        *(phantoms, PHANTOMS, "make_phantoms"),
         "out layout patients slices size raters generation split seed",
-        ("--out phantoms", "--out phantoms --layout isic --patients 40 --raters 3"),
+        "--out phantoms",
+        "--out phantoms --layout isic --patients 40 --raters 3",
     ),
-    "weak-train": Command(
-        weak_train,
-        TRAIN_IMAGES,
-        ("train_tumor_ddfm", "train_2d_ddfm"),
-        "src_dir out_dir class_cond image_size num_channels batch_size lr max_steps "
-        "save_interval resume",
-        (
-            "--src_dir data/weak --save_dir results/weak --class_cond True",
-            "--src_dir data/weak --save_dir results/weak --class_cond True --resume auto",
-        ),
+    "weak-train": _command(
+        *(weak_train, TRAIN_IMAGES, "train_tumor_ddfm train_2d_ddfm"),
+        "src_dir out_dir class_cond image_size num_channels batch_size lr max_steps save_interval "
+        "resume",
+        f"{_WEAK} --class_cond True",
+        f"{_WEAK} --class_cond True --resume auto",
     ),
-    "weak-classifier": Command(
-        weak_classifier,
-        TRAIN_CLASSIFIER,
-        ("classifier_tumor_train", "classifier_train"),
+    "weak-classifier": _command(
+        *(weak_classifier, TRAIN_CLASSIFIER, "classifier_tumor_train classifier_train"),
         "src_dir out_dir model_type image_size classifier_width batch_size lr max_steps held_out",
-        (
-            "--src_dir data/weak --save_dir results/weak",
-            "--src_dir data/weak --save_dir results/weak --model_type resnet50",
-        ),
+        _WEAK,
+        f"{_WEAK} --model_type resnet50",
     ),
-    "weak-sample": Command(
-        weak_sample,
-        SAMPLE_IMAGES,
-        ("image_tumor_sample", "classifier_tumor_sample"),
-        "out_dir model_path classifier_path guided classifier_scale class_index "
-        "num_samples steps use_ddim seed",
-        (
-            "--save_dir results/weak --num_samples 16",
-            "--save_dir results/weak --guided --classifier_scale 10",
-        ),
+    "weak-sample": _command(
+        *(weak_sample, SAMPLE_IMAGES, "image_tumor_sample classifier_tumor_sample"),
+        "out_dir model_path classifier_path guided classifier_scale class_index num_samples steps "
+        "use_ddim seed",
+        "--save_dir results/weak --num_samples 16",
+        "--save_dir results/weak --guided --classifier_scale 10",
     ),
-    "weak-segment": Command(
-        weak_segment,
-        SEGMENT_WEAKLY,
-        ("image_p_seg",),
+    "weak-segment": _command(
+        *(weak_segment, SEGMENT_WEAKLY, "image_p_seg"),
         "src_dir out_dir method level steps guided num_samples results_dir",
-        (
-            "--src_dir data/weak --save_dir results/weak",
-            "--src_dir data/weak --save_dir results/weak --method gradcam",
-        ),
+        _WEAK,
+        f"{_WEAK} --method gradcam",
     ),
 }
 
@@ -339,7 +310,7 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
                 command=name,
                 program=program,
                 summary=command.summary,
-                basic=command.basic.split(),
+                basic=command.basic,
                 examples=[f"{program} {example}" for example in command.examples],
             )
         )
