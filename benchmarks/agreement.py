@@ -1,9 +1,10 @@
-"""How far precision, compilation and batch size change the masks that given weights draw.
+"""Compare the masks that one checkpoint draws in other precisions, batch sizes and compiled.
 
     python benchmarks/agreement.py --model_path results/demo --data_dir data/testing
 
-prints one Markdown table: each way of computing beside fp32, by the Dice coefficient between the
-binary masks of both, the largest difference of a soft mask's pixel, and the Dice against the truth.
+prints one Markdown table. Each way of computing is compared with fp32 by the Dice coefficient of
+the two binary masks, the largest difference of a pixel of the soft masks, and the Dice coefficient
+against the truth.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model_path", required=True, help="checkpoint or its folder")
     parser.add_argument("--data_dir", required=True, help="labelled data set")
-    parser.add_argument("--data_name", default="", help="its layout, where it is not clear")
+    parser.add_argument("--data_name", default="", help="layout of the data set, if ambiguous")
     parser.add_argument("--steps", type=int, default=5, help="evaluations of DPM-Solver++")
     parser.add_argument("--ways", nargs="*", help=f"some of: {'; '.join(WAYS)}")
     arguments = parser.parse_args()
@@ -56,20 +57,20 @@ def main() -> None:
         reference, _, _ = segmented(flags)
         for name, own in chosen.items():
             results, scores, seconds = segmented(flags | own)
-            alike = [
+            agreement = [
                 dice(confusion(result.mask, other.mask))
                 for result, other in zip(results, reference, strict=True)
             ]
-            apart = max(
+            difference = max(
                 float((result.fused - other.fused).abs().max())
                 for result, other in zip(results, reference, strict=True)
             )
-            row = f"{statistics.mean(alike):.4f} | {min(alike):.4f} | {apart:.2g}"
+            row = f"{statistics.mean(agreement):.4f} | {min(agreement):.4f} | {difference:.2g}"
             print(f"| {name} | {row} | {statistics.mean(scores):.4f} | {seconds:.3f} |", flush=True)
 
 
 def segmented(flags: dict[str, Any]) -> tuple[list[Segmentation], list[float], float]:
-    """All cases' segmentations, the Dice of those with a lesion, and the seconds of one mask."""
+    """Segment all cases: the results, the Dice of those with a lesion, and seconds per mask."""
     dataset, segmenter = load_segmenter(**flags)
     cases = [dataset[index] for index in range(len(dataset))]
     if segmenter.plan.compile:

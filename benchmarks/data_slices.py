@@ -1,14 +1,14 @@
-"""How fast training cases arrive, and how fast a large folder is indexed.
+"""Measure how fast training cases are loaded, and how fast a large folder is indexed.
 
     python benchmarks/data_slices.py --data_dir data/training --workers 2 --size 256
 
-prints images per second for the first epoch (every file is decoded) and for the ones after it
-(decoded cases come back from the run's cache), through the loader that training uses. A set of
-fewer than 500 cases is linked together from copies.
+prints images per second through the training loader, for the first epoch (every file is decoded)
+and for later ones (decoded cases are read from the run's cache). Cases are repeated until a set has
+at least 500 of them.
 
     python benchmarks/data_slices.py --index 100000
 
-times opening a made-up folder of so many files, for the BraTS layout and for images/ and masks/.
+times opening a synthetic folder of so many files, for the BraTS layout and for images/ and masks/.
 """
 
 from __future__ import annotations
@@ -61,22 +61,21 @@ def parse() -> argparse.Namespace:
 
 
 def throughput(arguments: argparse.Namespace) -> None:
-    """One row for each set: the first epoch, a later one, and a later one with augmentation."""
+    """Print a row per data set: the first epoch, a later one, a later one with augmentation."""
     print("| set | cases | first epoch, images/s | later epochs | with --augment |")
     print("|---|---|---|---|---|")
     for folder in map(Path, arguments.data_dir):
-        dataset = many(open_dataset(folder))
-        remembered = CachedDataset(
-            ResizedDataset(dataset, Frame(arguments.size)), most_bytes=4 * GIB
-        )
-        rates = [rate(remembered, arguments, augmentation=None) for _ in range(2)]
-        rates.append(rate(remembered, arguments, augmentation=Augmentation()))
+        dataset = repeated(open_dataset(folder))
+        resized = ResizedDataset(dataset, Frame(arguments.size))
+        cached = CachedDataset(resized, most_bytes=4 * GIB)
+        rates = [rate(cached, arguments, augmentation=None) for _ in range(2)]
+        rates.append(rate(cached, arguments, augmentation=Augmentation()))
         shown = " | ".join(f"{value:.0f}" for value in rates)
         print(f"| {folder.parent.name}/{folder.name} | {len(dataset)} | {shown} |", flush=True)
 
 
-def many(dataset: SegmentationDataset) -> SegmentationDataset:
-    """The set, or enough copies of its cases, each decoded on its own."""
+def repeated(dataset: SegmentationDataset) -> SegmentationDataset:
+    """Repeat the cases until there are enough; each copy is decoded separately."""
     copies = -(-FEWEST // len(dataset))
     dataset.entries = [
         entry._replace(name=f"{entry.name}_{copy}" if copies > 1 else entry.name)
@@ -88,18 +87,18 @@ def many(dataset: SegmentationDataset) -> SegmentationDataset:
 
 
 def rate(
-    remembered: CachedDataset, arguments: argparse.Namespace, *, augmentation: Augmentation | None
+    cached: CachedDataset, arguments: argparse.Namespace, *, augmentation: Augmentation | None
 ) -> float:
-    """Images per second over one epoch, the start of the processes left out."""
+    """Return images per second over one epoch, without the start of the reading processes."""
     batches = training_batches(
-        remembered,
+        cached,
         arguments.batch_size,
         seed=0,
         workers=arguments.workers,
         augmentation=augmentation,
     )
     next(batches)
-    count = len(remembered) // arguments.batch_size - 1
+    count = len(cached) // arguments.batch_size - 1
     started = time.perf_counter()
     for _ in tqdm(islice(batches, count), total=count, leave=False, disable=None):
         pass
@@ -107,36 +106,36 @@ def rate(
 
 
 def index(files: int) -> None:
-    """One row for each layout: opening a folder twice, by the clock and by the processor."""
+    """Print a row per layout: seconds and CPU seconds of opening a folder twice."""
     print("| layout | files | opened first, s | again, s | again, s of processor |")
     print("|---|---|---|---|---|")
     for name, write in (("BRATS", write_slices), ("CUSTOM", write_pairs)):
-        with tempfile.TemporaryDirectory() as place:
-            write(Path(place), files)
-            (first, _), (again, busy) = opened(place, name), opened(place, name)
-            print(f"| {name} | {files} | {first:.2f} | {again:.2f} | {busy:.2f} |", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), files)
+            (first, _), (again, cpu) = opening_time(folder, name), opening_time(folder, name)
+            print(f"| {name} | {files} | {first:.2f} | {again:.2f} | {cpu:.2f} |", flush=True)
 
 
-def opened(place: str, layout: str) -> tuple[float, float]:
-    """Seconds that opening a folder takes, and those of the processor."""
-    started, busy = time.perf_counter(), time.process_time()
-    assert open_dataset(place).layout == layout
-    return time.perf_counter() - started, time.process_time() - busy
+def opening_time(folder: str, layout: str) -> tuple[float, float]:
+    """Return the seconds and CPU seconds of opening a folder."""
+    started, cpu = time.perf_counter(), time.process_time()
+    assert open_dataset(folder).layout == layout
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def write_slices(folder: Path, files: int) -> None:
-    """Folders of five files each, all empty but the one whose header tells slices from volumes."""
+    """Write case folders of five files, all empty except in the first, whose headers are read."""
     for case in tqdm(range(files // 5), leave=False, disable=None):
-        place = folder / f"{case:06d}"
-        place.mkdir()
+        case_folder = folder / f"{case:06d}"
+        case_folder.mkdir()
         for name in ("t1", "t1ce", "t2", "flair", "seg"):
-            (place / f"brats_train_{case // 60:03d}_{name}_{case % 60:03d}_w.nii.gz").touch()
+            (case_folder / f"brats_train_{case // 60:03d}_{name}_{case % 60:03d}_w.nii.gz").touch()
     for path in (folder / "000000").iterdir():
         nib.save(nib.Nifti1Image(np.zeros((8, 8), np.uint8), np.eye(4)), path)
 
 
 def write_pairs(folder: Path, files: int) -> None:
-    """``images/`` and ``masks/``, all files empty but the first, which tells grey from colour."""
+    """Write ``images/`` and ``masks/``, all files empty except the first, whose mode is read."""
     for side in ("images", "masks"):
         (folder / side).mkdir()
         for case in tqdm(range(files // 2), leave=False, disable=None):

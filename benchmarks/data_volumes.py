@@ -1,10 +1,10 @@
-"""Slices per second out of BraTS volumes: a decoded volume for each slice, or each volume once.
+"""Measure slices per second from BraTS volumes, decompressed for each slice or once.
 
     python benchmarks/data_volumes.py --volumes 20
 
 writes phantom volumes (240 x 240 x 155, four modalities and labels) into a temporary folder, or
-reads the folder that --data names, and prints one Markdown table. Every figure comes from this one
-run; the parents' way, which decompresses every file of a case for each slice, is timed on a few.
+reads the folder of --data, and prints one Markdown table, all measured in this run. The method of
+the parent projects, which decompress every file of a case for each slice, is timed on a few slices.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--data", type=Path, help="folder of volumes; without it phantoms are written")
+    add("--data", type=Path, help="folder of volumes; default: phantoms are written")
     add("--volumes", type=int, default=20, help="phantom volumes (default 20)")
     add("--size", type=int, default=240, help="pixels per side (default 240)")
     add("--depth", type=int, default=155, help="axial slices (default 155)")
-    add("--cache_gib", type=float, default=0.5, help="memory for volumes kept there (default 0.5)")
+    add("--cache_gib", type=float, default=0.5, help="memory for volumes (default 0.5)")
     add("--parent_slices", type=int, default=8, help="slices read the parents' way (default 8)")
     return parser.parse_args()
 
@@ -69,15 +69,15 @@ def write_phantoms(folder: Path, arguments: argparse.Namespace) -> Path:
 
 
 def compare(data: Path, cache: Path, arguments: argparse.Namespace) -> None:
-    """Time all ways over the same slices, in the same two orders."""
+    """Time all methods over the same slices, in order and shuffled."""
     in_memory = BRATSDataset3D(data, reading=Reading())
     in_memory.store = VolumeStore(None, most_bytes=int(arguments.cache_gib * GIB))
     on_disk = BRATSDataset3D(data, reading=Reading(cache_dir=cache))
     count = len(on_disk)
     shuffled = random.Random(0).sample(range(count), count)
-    few = arguments.parent_slices
+    few = shuffled[: arguments.parent_slices]
 
-    parents = rate(lambda index: read_as_parents(on_disk, index), shuffled[:few])
+    parents = rate(lambda index: read_as_parents(on_disk, index), few)
     started = time.perf_counter()
     for path in {path for e in on_disk.entries for path in (*e.images, e.mask) if path}:
         on_disk.store(path)
@@ -94,13 +94,13 @@ def compare(data: Path, cache: Path, arguments: argparse.Namespace) -> None:
     row("unpacked on disk", "in order", rate(on_disk.__getitem__, range(count)), parents)
     kept = f"kept in {arguments.cache_gib:g} GiB of memory"
     row(kept, "in order", rate(in_memory.__getitem__, range(min(count, 620))), parents)
-    row(kept, "random", rate(in_memory.__getitem__, shuffled[:few]), parents)
+    row(kept, "random", rate(in_memory.__getitem__, few), parents)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\nmost memory of the process: {peak:.2f} GiB")
+    print(f"\npeak memory of the process: {peak:.2f} GiB")
 
 
 def read_as_parents(dataset: BRATSDataset3D, index: int) -> np.ndarray:
-    """Decompress every file of the case, and take one plane of each."""
+    """Decompress every file of the case to read one plane of each."""
     entry = dataset.entries[index]
     files = [path for path in (*entry.images, entry.mask) if path is not None]
     planes = [np.asarray(nib.load(path).get_fdata()[:, :, entry.plane]) for path in files]
@@ -108,7 +108,7 @@ def read_as_parents(dataset: BRATSDataset3D, index: int) -> np.ndarray:
 
 
 def rate(read: Callable[[int], object], indices: Iterable[int]) -> float:
-    """Slices per second."""
+    """Return slices per second."""
     indices = list(indices)
     started = time.perf_counter()
     for index in indices:

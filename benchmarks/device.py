@@ -1,10 +1,10 @@
-"""What sampling and training reach of a device: rate, memory, and where the time goes.
+"""Measure speed, memory and profile of sampling and training on a device.
 
     python benchmarks/device.py
 
-The README's network. Rates are set beside what the device reaches in products of large bf16
-matrices, measured in the same run; operations are those of the network alone, so that repeated
-or wasted ones count for nothing. On a CPU, try ``--image_size 32 --num_channels 32 --batches 1 2``.
+The network is that of the README. Speed is compared with that of products of large bf16 matrices,
+measured in the same run. Only necessary operations of the network count, not repeated ones. On a
+CPU, try ``--image_size 32 --num_channels 32 --batches 1 2``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from guided_diffusion.unet import UNetModel
 
 
 class Measured(NamedTuple):
-    """One way of working: seconds of a call, and the most memory it held."""
+    """Seconds of a call, and its peak memory in GiB."""
 
     seconds: float
     gib: float
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 @torch.inference_mode()
 def forward_flops(net: UNetModel, size: int) -> float:
-    """Operations of one evaluation of one mask; a multiplication and an addition are two."""
+    """Count the operations of one evaluation for one mask; a multiply-add counts as two."""
     at = next(net.parameters()).device
     x, image = torch.zeros(1, 1, size, size, device=at), torch.zeros(1, 4, size, size, device=at)
     condition = net.encode(image)
@@ -89,14 +89,14 @@ def forward_flops(net: UNetModel, size: int) -> float:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Operations per second in products of bf16 matrices, the best of ten."""
+    """Return operations per second in products of bf16 matrices, the best of ten."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2.0 * size**3 / min(measured(lambda: a @ b, device, 1).seconds for _ in range(10))
 
 
 def measured(call: Callable[[], object], device: torch.device, repeats: int) -> Measured:
-    """The median of some calls, after two that compile, tune and warm up."""
+    """Return the median of several calls, after two that compile, tune and warm up."""
     seconds = []
     for turn in range(repeats + 2):
         if turn == 2 and device.type == "cuda":
@@ -106,12 +106,12 @@ def measured(call: Callable[[], object], device: torch.device, repeats: int) -> 
         call()
         training.synchronise(device)
         seconds.append(time.perf_counter() - started)
-    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Measured(statistics.median(seconds[2:]), held / 2**30)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return Measured(statistics.median(seconds[2:]), peak / 2**30)
 
 
 def sampled(arguments: argparse.Namespace, device: torch.device, flops: float, rate: float) -> None:
-    """The table of sampling, and what its fastest way spends its time on."""
+    """Print the table of sampling, and the profile of its last row."""
     net, diffusion = training.build(arguments)
     net = net.to(device).eval()
     size, masks = arguments.image_size, sampling.ENSEMBLE * arguments.images
@@ -155,7 +155,10 @@ def sampled(arguments: argparse.Namespace, device: torch.device, flops: float, r
 
 
 def trained(arguments: argparse.Namespace, device: torch.device, flops: float, rate: float) -> None:
-    """The table of training steps in bf16: three times the operations of a forward pass."""
+    """Print the table of training steps in bf16, and the profile of its last row.
+
+    A training step has three times the operations of a forward pass.
+    """
     data = training.Discs(arguments.image_size)
     call: Callable[[], object] = bool
     print("| training, bf16 | batch | images per second | share of the matrix rate | GiB |")
@@ -167,7 +170,7 @@ def trained(arguments: argparse.Namespace, device: torch.device, flops: float, r
                 flags.use_checkpoint = checkpointed
                 name = "--use_checkpoint True" if checkpointed else "plain"
                 name += f", --compile {mode}" if mode else ""
-                call = bool  # the one before goes, and with it its memory
+                call = bool  # frees the memory of the previous one
                 with tempfile.TemporaryDirectory() as folder:
                     call = training.our_step(
                         training.our_loop(flags, data, device, "bf16", Path(folder), mode)
@@ -184,7 +187,7 @@ def trained(arguments: argparse.Namespace, device: torch.device, flops: float, r
 
 
 def print_profile(call: Callable[[], object], device: torch.device) -> None:
-    """What the last way of a table spends its time on."""
+    """Print the operations on which the last row of a table spends its time."""
     cuda = device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=kinds) as seen:
@@ -194,10 +197,10 @@ def print_profile(call: Callable[[], object], device: torch.device) -> None:
         entry.key: entry.self_device_time_total if cuda else entry.self_cpu_time_total
         for entry in seen.key_averages()
     }
-    whole = sum(spent.values())
-    print("\n| of the last one's time | share |\n|---|---|")
+    total = sum(spent.values())
+    print("\n| operation of the last row | share of time |\n|---|---|")
     for name in sorted(spent, key=spent.__getitem__, reverse=True)[:12]:
-        print(f"| `{name[:90]}` | {spent[name] / whole:.1%} |")
+        print(f"| `{name[:90]}` | {spent[name] / total:.1%} |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Masks per second against the parents' procedure: same weights, same images, same evaluations.
+"""Compare masks per second with the procedure of the parent projects, on the same network.
 
     python benchmarks/sampling.py
 
-The parents draw one member of one image at a time: batch 1, fp32, contiguous tensors, the image put
-through the network again at every step. Ours draws members and images in one tensor. Both run here,
-on the same network, in one process. They take turns, so that whatever else the machine does hits
-all alike; ratios are medians over the rounds.
+The parent projects draw one member of one image at a time: batch 1, fp32, contiguous tensors, with
+the image as network input at every step. This suite draws members and images in one tensor. Both
+run here with the same weights, images and evaluations in one process. They take turns, so that
+other load on the machine affects all alike; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
 
 @torch.inference_mode()
 def draw_one(net: torch.nn.Module, diffusion, image: Tensor, levels) -> Tensor:
-    """The parents' procedure for one member of one image."""
+    """Draw one member of one image by the procedure of the parent projects."""
 
     def whole_network(x, t, condition, y):
         return net(x, t, net.encode(image), y)
@@ -110,16 +110,16 @@ def draw_one(net: torch.nn.Module, diffusion, image: Tensor, levels) -> Tensor:
 
 
 def bare(net, images: Tensor, levels, arguments, precision: str) -> Callable[[], None]:
-    """The bare network calls that the masks need, at the same batch size."""
+    """Return the network calls alone that the masks need, at the same batch size."""
     size, rows = arguments.batch_size, ENSEMBLE * len(images)
     x = torch.randn(size, 1, *images.shape[-2:], device=images.device)
     t = torch.full((size,), 500.0, device=images.device)
 
     @torch.inference_mode()
     def calls() -> None:
-        rows_of = torch.arange(size, device=images.device) % len(images)
+        index = torch.arange(size, device=images.device) % len(images)
         with autocast(images.device, precision):
-            condition = net.encode(images).rows(rows_of)
+            condition = net.encode(images).rows(index)
             for _ in range(-(-rows // size) * (len(levels) - 1)):
                 net(x, t, condition)
 
@@ -127,7 +127,7 @@ def bare(net, images: Tensor, levels, arguments, precision: str) -> Callable[[],
 
 
 def measure(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round; they take turns, after one that warms up."""
+    """Return the seconds of each procedure in each round, after a round that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, run in ways.items():
@@ -141,7 +141,7 @@ def measure(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> float:
-    """Median over the rounds of the one's seconds divided by the other's."""
+    """Return the median ratio of two procedures' seconds over the rounds."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
@@ -151,7 +151,7 @@ def synchronise() -> None:
 
 
 def void(_: object) -> None:
-    """Forget a result."""
+    """Discard a result."""
 
 
 if __name__ == "__main__":

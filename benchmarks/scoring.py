@@ -1,10 +1,11 @@
-"""How long scoring takes: a folder of pictures with ensembles, and one patient's volume.
+"""Measure the time of scoring a folder of pictures with ensembles, and one patient's volume.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --truth $REAL_DATA/isbi2016_256/Test
 
-Predictions are the truths, moved, blurred and speckled: five members a case, written as sampling
-writes them. Without --truth, so are phantom truths. Every measure and the report are made.
+Predictions are the true masks shifted, blurred and with noise: five members per case, in the files
+that sampling writes. Without --truth, the true masks are synthetic as well. All metrics and the
+report are computed.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ VOLUME = (240, 240, 155)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--truth", default="", help="data set with masks; empty: made up")
+    parser.add_argument("--truth", default="", help="data set with masks; empty: synthetic")
     parser.add_argument("--cases", type=int, default=300, help="pictures to score")
-    parser.add_argument("--members", type=int, default=5, help="masks of each case")
+    parser.add_argument("--members", type=int, default=5, help="masks per case")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread\n")
     print("| what | scored, s | of processor | report, s | of processor | MB | memory, MB |")
     print("|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder, exit_on_user_error():
-        place = Path(folder)
-        truth = Path(arguments.truth) if arguments.truth else made_up(place / "gt", arguments.cases)
-        predict(truth, place / "pred", arguments.cases, arguments.members)
-        line(f"{arguments.cases} pictures, {arguments.members} members", place / "pred", truth)
-        volume(place / "volume")
+    with tempfile.TemporaryDirectory() as scratch, exit_on_user_error():
+        folder = Path(scratch)
+        truth = Path(arguments.truth or write_truth(folder / "gt", arguments.cases))
+        write_predictions(truth, folder / "pred", arguments.cases, arguments.members)
+        row(f"{arguments.cases} pictures, {arguments.members} members", folder / "pred", truth)
+        write_volume(folder / "volume")
         size = " x ".join(map(str, VOLUME))
-        line(f"a patient of {size}", place / "volume/pred", place / "volume/gt")
+        row(f"a patient of {size}", folder / "volume/pred", folder / "volume/gt")
 
 
-def line(what: str, predicted: Path, truth: Path) -> None:
+def row(what: str, predicted: Path, truth: Path) -> None:
     start = now()
     evaluation = evaluate_all(predicted, truth, partial=True)
     scored = now()
@@ -70,7 +71,7 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def made_up(folder: Path, cases: int) -> Path:
+def write_truth(folder: Path, cases: int) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
     for case in range(cases):
@@ -80,23 +81,23 @@ def made_up(folder: Path, cases: int) -> Path:
     return folder
 
 
-def predict(truth: Path, folder: Path, cases: int, members: int) -> None:
+def write_predictions(truth: Path, folder: Path, cases: int, members: int) -> None:
     folder.mkdir()
     generator = np.random.default_rng(1)
     for name, mask in list(open_masks(truth).items())[:cases]:
-        drawn = [unsure(mask(), generator) for _ in range(members)]
+        drawn = [perturbed(mask(), generator) for _ in range(members)]
         for index, member in enumerate(drawn):
             Image.fromarray(soft_png(member)).save(folder / f"{name}_output{index}.png")
         Image.fromarray(soft_png(np.mean(drawn, axis=0))).save(folder / f"{name}_output_ens.png")
 
 
-def unsure(mask: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    moved = np.roll(mask, generator.integers(-9, 10, mask.ndim), axis=tuple(range(mask.ndim)))
-    rough = gaussian_filter(generator.normal(size=mask.shape), 2) * 2
-    return np.clip(gaussian_filter(moved.astype(np.float32), 3) + rough * (moved > 0), 0, 1)
+def perturbed(mask: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    shifted = np.roll(mask, generator.integers(-9, 10, mask.ndim), axis=tuple(range(mask.ndim)))
+    noise = gaussian_filter(generator.normal(size=mask.shape), 2) * 2
+    return np.clip(gaussian_filter(shifted.astype(np.float32), 3) + noise * (shifted > 0), 0, 1)
 
 
-def volume(folder: Path) -> None:
+def write_volume(folder: Path) -> None:
     axes = np.meshgrid(*(np.linspace(-1, 1, length) for length in VOLUME), indexing="ij")
     truth = (axes[0] ** 2 + (axes[1] - 0.2) ** 2 + axes[2] ** 2 < 0.12).astype(np.uint8)
     soft = gaussian_filter(np.roll(truth, 3, axis=0).astype(np.float32), 1.5)

@@ -1,10 +1,10 @@
-"""Dice, diversity and time against network evaluations, for all samplers on the same weights.
+"""Measure Dice, diversity and time by network evaluations, for all samplers on the same weights.
 
     python benchmarks/steps.py --model_path results/demo --data_dir data/testing
 
-prints one Markdown table over the cases that have a lesion: single members beside the fused mask,
-how far members differ, and how well their disagreement finds the cases of low Dice (AUROC). Every
-figure comes from this one run; ``--plot`` draws them.
+prints one Markdown table over the cases with a lesion: Dice of single members and of the fused
+mask, the disagreement of the members, and how well it detects cases of low Dice (AUROC). All
+figures come from this run; ``--plot`` draws them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
         rows = []
         for setting in arguments.settings or SETTINGS:
             dataset, segmenter = load_segmenter(**flags(setting, arguments))
-            cases = [case for case in map(dataset.__getitem__, range(len(dataset))) if lesion(case)]
+            cases = [c for c in map(dataset.__getitem__, range(len(dataset))) if has_lesion(c)]
             rows.append(measure(segmenter, cases[: arguments.cases or None], setting, arguments))
             print(rows[-1], flush=True)
         if arguments.plot:
@@ -88,12 +88,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model_path", required=True, help="checkpoint or its folder")
     parser.add_argument("--data_dir", required=True, help="labelled data set")
-    parser.add_argument("--data_name", default="", help="its layout, where it is not clear")
+    parser.add_argument("--data_name", default="", help="layout of the data set, if ambiguous")
     parser.add_argument("--cases", type=int, default=0, help="first cases with a lesion; 0: all")
-    parser.add_argument("--num_ensemble", type=int, default=5, help="masks a case")
+    parser.add_argument("--num_ensemble", type=int, default=5, help="masks per case")
     parser.add_argument("--batch_size", type=int, default=20, help="network inputs at a time")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16")
-    parser.add_argument("--below", type=float, default=0.9, help="what counts as a low Dice")
+    parser.add_argument("--below", type=float, default=0.9, help="a Dice below this is low")
     parser.add_argument("--plot", type=Path, help="PNG to draw (needs matplotlib)")
     parser.add_argument(
         "--settings", nargs="*", help="sampler:steps[:flag=value,...], such as ddim:10:eta=1"
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 
 def flags(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make the sampling flags of one setting."""
+    """Return the sampling flags of one setting."""
     sampler, steps, *more = setting.split(":")
     extra = dict(pair.split("=") for part in more for pair in part.split(","))
     names = ("model_path", "data_dir", "data_name", "num_ensemble", "batch_size", "precision")
@@ -115,7 +115,7 @@ def flags(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def value_of(text: str) -> int | float | str:
-    """Read a flag's value as what it looks like."""
+    """Convert the value of a flag to int or float if possible."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -124,14 +124,14 @@ def value_of(text: str) -> int | float | str:
     return text
 
 
-def lesion(case: Case) -> bool:
+def has_lesion(case: Case) -> bool:
     return case.mask is not None and bool((case.mask >= 0.5).any())
 
 
 def measure(
     segmenter: Segmenter, cases: Sequence[Case], setting: str, arguments: argparse.Namespace
 ) -> Figures:
-    """Segment all cases and take their figures."""
+    """Segment all cases and compute a row of the table."""
     group = max(1, segmenter.plan.batch_size // segmenter.plan.num_ensemble)
     started = time.perf_counter()
     results = []
@@ -162,7 +162,7 @@ def measure(
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
-    """Return the chance that a positive's score is the higher one; None without both kinds."""
+    """Return the probability that a positive has the higher score; None without both kinds."""
     high = [score for score, is_positive in zip(scores, positive) if is_positive]
     low = [score for score, is_positive in zip(scores, positive) if not is_positive]
     if not high or not low:
@@ -172,7 +172,7 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
 
 
 def plot(rows: Sequence[Figures], path: Path) -> None:
-    """Draw Dice, disagreement and time against evaluations, one curve for each kind of sampler."""
+    """Plot Dice, disagreement and time by evaluations, one curve per kind of sampler."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +199,7 @@ def plot(rows: Sequence[Figures], path: Path) -> None:
 
 
 def kind_of(row: Figures) -> str:
-    """The sampler and its flags, however many evaluations it makes."""
+    """Return the sampler and its flags without the number of evaluations."""
     sampler, _, *flags = row.setting.split(":")
     return ", ".join([sampler, *(flag.replace("=", " ") for flag in flags)])
 

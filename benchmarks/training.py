@@ -1,10 +1,11 @@
-"""A training step beside the parents' procedure, on the same network and the same images.
+"""Compare a training step with the procedure of the parent projects, on the same network.
 
     python benchmarks/training.py
 
-prints one Markdown table. The parents' procedure: fp32, contiguous tensors, images read in the
-training process, AdamW without fusion, averages updated tensor by tensor in Python. The ways take
-turns, a few steps each, and medians are compared, so that other work on the machine hits all alike.
+prints one Markdown table. The procedure of the parent projects: fp32, contiguous tensors, images
+read in the training process, AdamW that is not fused, averages updated per tensor in Python. The
+procedures take turns, a few steps each, and medians are compared, so that other load on the machine
+affects all alike.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from guided_diffusion.unet import UNetModel
 
 
 class Discs(Dataset[Case]):
-    """64 random images with a disc each, kept in memory."""
+    """64 random images in memory with a disc each."""
 
     def __init__(self, size: int, channels: int = 4) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -93,10 +94,10 @@ def main() -> None:
             loop.save()
             stalls.append(time.perf_counter() - started)
             loop.checkpoints.writer.wait()
-            whole = time.perf_counter() - started
+            total = time.perf_counter() - started
         step = statistics.median(seconds["this suite, fp32"])
         print(
-            f"\nA checkpoint takes {whole:.2f} s to be written and holds training up for "
+            f"\nA checkpoint takes {total:.2f} s to write and blocks training for "
             f"{statistics.median(stalls):.3f} s, {statistics.median(stalls) / step:.2f} of a step."
         )
 
@@ -108,13 +109,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_res_blocks", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--use_checkpoint", action="store_true", help="recompute activations")
-    parser.add_argument("--rounds", type=int, default=8, help="turns each way takes")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each procedure")
     parser.add_argument("--steps", type=int, default=3, help="steps in one turn")
     return parser.parse_args()
 
 
 def build(arguments: argparse.Namespace) -> tuple[UNetModel, GaussianDiffusion]:
-    """The parents' README network at this size; the same weights every time."""
+    """Build the network of the parent project's README at this size, with fixed weights."""
     torch.manual_seed(0)
     return create_model_and_diffusion(
         image_size=arguments.image_size,
@@ -160,7 +161,7 @@ def our_step(loop: TrainLoop) -> Callable[[], None]:
 
 
 def bare_step(loop: TrainLoop, precision: str) -> Callable[[], None]:
-    """Nothing but the network, its loss and the gradient, of a batch that lies on the device."""
+    """Return a step of network, loss and gradient alone, for a batch on the device."""
     batch = next(training_batches(loop.dataset, loop.options.batch_size, seed=0))
     assert batch.mask is not None
     image, x0 = batch.image.to(loop.device), batch.mask.to(loop.device)
@@ -179,17 +180,17 @@ def bare_step(loop: TrainLoop, precision: str) -> Callable[[], None]:
 def parents_step(
     net: UNetModel, diffusion: GaussianDiffusion, data: Discs, arguments: argparse.Namespace
 ) -> Callable[[], None]:
-    """What the parents do in a step, with the same network and losses."""
+    """Return a step by the procedure of the parent projects, with the same network and losses."""
     parameters = list(net.parameters())
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False, fused=False)
     averages = [parameter.detach().clone() for parameter in parameters]
-    place_in_data = 0
+    position = 0
 
     def step() -> None:
-        nonlocal place_in_data
-        cases = [data[(place_in_data + i) % len(data)] for i in range(arguments.batch_size)]
-        place_in_data += arguments.batch_size
+        nonlocal position
+        cases = [data[(position + i) % len(data)] for i in range(arguments.batch_size)]
+        position += arguments.batch_size
         batch = collate(cases)
         assert batch.mask is not None
         x0, image = batch.mask.to(device), batch.image.to(device)
@@ -219,7 +220,7 @@ def parents_step(
 def measure(
     ways: dict[str, Callable[[], None]], arguments: argparse.Namespace, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each step, the ways taking turns; the first turn only warms up."""
+    """Return the seconds of each step; the procedures take turns, and the first turn warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(arguments.rounds + 1):
         for name, step in ways.items():
@@ -234,7 +235,7 @@ def measure(
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> float:
-    """Median over the steps of the one's seconds divided by the other's, which ran beside it."""
+    """Return the median ratio of two procedures' seconds over the steps."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 

@@ -1,11 +1,11 @@
-"""The versions of the network beside each other and beside a U-Net without diffusion.
+"""Compare the versions of the network with each other and with a U-Net without diffusion.
 
     python benchmarks/versions.py --isic data/ISIC
 
-trains each for the same processor time (on a CUDA device: time by the clock) on the demo's slices
-and, where ``--isic`` names its folder, on the skin lesions, at 64 pixels with the demo's flags,
-from the same seeds. Every finished run is one line of a JSON file; what is there already is not run
-again. At the end the table is written anew from all lines.
+trains each for the same CPU time (on a CUDA device: wall-clock time) on the demo's slices and, if
+``--isic`` names their folder, on skin lesions, at 64 pixels with the demo's flags and the same
+seeds. Every finished run is a line of a JSON lines file and is not repeated. At the end the table
+is written from all lines.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ NAMES = {"unet": "the same U-Net, no diffusion", "plain": "plain"}
 
 
 class Direct(GaussianDiffusion):
-    """No diffusion at all: the network hears t = 0, sees no mask, and its output is the answer.
+    """A U-Net without diffusion: t = 0 and an empty mask go in, and the output is the mask.
 
-    Trained on Dice and cross-entropy, and read in one evaluation.
+    It is trained on Dice and cross-entropy, and sampled in one evaluation.
     """
 
     def training_losses(
@@ -75,11 +75,11 @@ class Direct(GaussianDiffusion):
         x0: Tensor,
         t: Tensor,
         *,
-        eps: Tensor,
         condition: Any,
         y: Tensor | None = None,
+        **_: Any,
     ) -> dict[str, Tensor]:
-        """Dice + cross-entropy of the sigmoid of the raw output, [B]."""
+        """Compute Dice + cross-entropy of the sigmoid of the raw output, [B]."""
         raw = net(torch.zeros_like(x0), torch.zeros_like(t).to(x0.device), condition, y).raw
         soft, mask = raw.to(x0.dtype).sigmoid(), self.from_range(x0)
         return {"loss": soft_dice_loss(soft, mask) + binary_cross_entropy(soft, mask)}
@@ -91,7 +91,7 @@ class Direct(GaussianDiffusion):
         clip: tuple[float, float] | None = None,
         y: Tensor | None = None,
     ) -> Denoiser:
-        """Give the same answer whatever mask comes in."""
+        """Return a denoiser that ignores the noisy mask."""
 
         def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
             t = torch.zeros(len(x), device=x.device)
@@ -116,7 +116,7 @@ def main() -> None:
         train_dir, test_dir = sets[key["set"]]
         line = {**key, **run(key, open_dataset(train_dir), open_dataset(test_dir), arguments)}
         with arguments.out.open("a+", encoding="utf-8") as file:
-            file.write(f"{'' if ended(file) else chr(10)}{json.dumps(line)}\n")
+            file.write(f"{'' if ends_with_newline(file) else chr(10)}{json.dumps(line)}\n")
         done.append(line)
     text = table(done, arguments)
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
 
 
 def wanted(arguments: argparse.Namespace, sets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What each run is told by; seeds change slowest, so that an early table compares all."""
+    """Yield the key of each run; seeds vary slowest, so that an early table compares all."""
     for seed in arguments.seeds:
         for name in sets:
             for method in arguments.methods:
@@ -155,7 +155,7 @@ def wanted(arguments: argparse.Namespace, sets: Sequence[str]) -> Iterator[dict[
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a line that was cut off is none."""
+    """Read the finished runs; incomplete lines are skipped."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -165,8 +165,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def ended(file: TextIO) -> bool:
-    """Whether a file ends with a line, as it does unless a run was killed while it wrote."""
+def ends_with_newline(file: TextIO) -> bool:
+    """Say whether the last line is complete, as it is unless a run was killed while writing."""
     file.seek(0)
     return file.read()[-1:] in ("", "\n")
 
@@ -177,7 +177,7 @@ def run(
     testing: SegmentationDataset,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Train once, and score."""
+    """Train and score a network once."""
     device = dev(arguments.gpu_dev)
     torch.manual_seed(key["seed"])
     direct = key["method"] == "unet"
@@ -212,7 +212,7 @@ def run(
 
 
 def train(loop: TrainLoop, budget: float) -> None:
-    """Take steps until the time is used up."""
+    """Take training steps until the time budget is spent."""
     clock = time.perf_counter if loop.device.type == "cuda" else time.process_time
     batches = training_batches(loop.dataset, loop.options.batch_size, seed=loop.run.seed)
     end = clock() + budget
@@ -234,7 +234,7 @@ def plan_of(
 
 
 def score(segmenter: Segmenter, testing: SegmentationDataset, cases: int) -> dict[str, float]:
-    """Mean Dice at the cases' own size, with each way to join the coarse mask, if there is one."""
+    """Return the mean Dice at the original sizes, for each rule to blend any coarse mask."""
     scores: dict[str, list[float]] = {}
     for case in tqdm(chosen_cases(testing, cases), unit="case", disable=None):
         fitted = segmenter.frame.fit(case)
@@ -248,7 +248,7 @@ def score(segmenter: Segmenter, testing: SegmentationDataset, cases: int) -> dic
 
 @torch.inference_mode()
 def timed(net: UNetModel, channels: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of one evaluation of one mask, and of reading one image, in batches of 8."""
+    """Return milliseconds per evaluation and per encoding of an image, in batches of 8."""
     size = FLAGS["image_size"]
     image, x = torch.rand(8, channels, size, size), torch.rand(8, 1, size, size)
     image, x, t = image.to(device), x.to(device), torch.zeros(8, device=device)
@@ -261,7 +261,7 @@ def timed(net: UNetModel, channels: int, device: torch.device) -> dict[str, floa
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of five calls, after one that does not count."""
+    """Return the median of five calls, after one that warms up."""
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
@@ -273,28 +273,28 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def table(lines: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:
-    """The Markdown of all finished runs: one table of Dice, one of the ways to join."""
+    """Return the Markdown of all finished runs: a table of Dice, and one of the blending rules."""
     command = "python benchmarks/versions.py"
     command += f" --budget {arguments.budget:g}" if arguments.budget != 180 else ""
     command += " --isic DIR" if arguments.isic else ""
     chosen = [line for line in lines if line["budget"] == arguments.budget]
     machines = sorted({f"torch {line['torch']}, {line['device']}" for line in chosen})
     parts = [
-        "# The versions beside each other\n",
+        "# The versions compared\n",
         f"    {command}\n",
         f"{arguments.budget:g} s of training each, 64 px, batches of 8, averaged weights; Dice at "
-        "the cases' own size, an empty mask found empty counting 1. Mean and standard deviation "
-        f"over the seeds; the versions draw {arguments.num_ensemble} masks of {arguments.steps} "
-        f"evaluations, fused by their mean. {'; '.join(machines)}.\n",
+        "the original sizes, where an empty mask for an empty truth counts as 1. Mean and standard "
+        f"deviation over the seeds; the versions draw {arguments.num_ensemble} masks with "
+        f"{arguments.steps} evaluations each, fused by their mean. {'; '.join(machines)}.\n",
     ]
     for name in sorted({line["set"] for line in chosen}):
         here = [line for line in chosen if line["set"] == name]
-        parts += [f"## {name}\n", *compared(here), "", *joined(here), ""]
+        parts += [f"## {name}\n", *compared(here), "", *blended(here), ""]
     return "\n".join(parts)
 
 
 def compared(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One row a method: Dice without any joining, size, time."""
+    """Yield a table with a row per method: Dice without blending, size, time."""
     yield (
         "| network | Dice | seeds | million parameters | training steps | ms per evaluation "
         "| ms per image, once |"
@@ -312,8 +312,8 @@ def compared(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {NAMES.get(method, f'version {method}')} | {' | '.join(figures)} |"
 
 
-def joined(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One row for each network with a coarse mask: Dice by the way it joins the members."""
+def blended(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a table with a row per network with a coarse mask: Dice by blending rule."""
     rows = [(method, runs) for method, runs in by_method(lines) if len(runs[0]["dice"]) > 1]
     if not rows:
         return

@@ -1,13 +1,12 @@
-"""Weak supervision against its rivals: masks from image-level labels, scored against true ones.
+"""Compare methods of weak supervision: masks from image-level labels, scored against true masks.
 
     python benchmarks/weak.py
     python benchmarks/weak.py --src_dir $REAL_DATA/brats15_weak_128 --augment --out results/brats
 
-trains a diffusion of images and a classifier on labels alone, and, as the upper bound, a segmenter
-on masks; then prints one Markdown table of all methods. Without ``--src_dir`` it makes phantoms,
-whose lesions are not the brightest structure. Every stage is one of the scripts, in one thread, and
-a second run goes on where the first ended; ``--write`` keeps the table in a file. Times are of the
-processor.
+trains a diffusion of images and a classifier on labels alone and, as an upper bound, a segmenter on
+masks; then prints one Markdown table of all methods. Without ``--src_dir`` it makes phantoms, whose
+lesions are not the brightest structure. Every stage runs one of the scripts in one thread, and a
+second run resumes the first; ``--write`` saves the table to a file. Times are CPU times.
 """
 
 from __future__ import annotations
@@ -42,15 +41,25 @@ def main() -> None:
     options = parse()
     out = options.out.resolve()
     src = options.src_dir or out / "phantoms"
+    stages = Stages(out / "minutes.json")
+    train(options, src, out, stages)
+    segment(options, src, out)
+    text = table(out, src, stages.minutes, options)
+    print(text)
+    if options.write:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(text + "\n", encoding="utf-8")
+
+
+def train(options: argparse.Namespace, src: Path, out: Path, stages: Stages) -> None:
+    """Make phantoms if needed; train image diffusion, classifier and supervised segmenter."""
     if options.src_dir is None and not (src / "validate").exists():
         run(
             *("make_phantoms", "--layout", "weak", "--out", src, "--seed", options.seed),
             *("--patients", options.patients, "--split", 0.9),
         )
-    stages = Stages(out / "minutes.json")
     data = ["--src_dir", src, "--save_dir", out]
-    size = ["--image_size", options.image_size]
-    size += ["--augment", options.augment]
+    size = ["--image_size", options.image_size, "--augment", options.augment]
     common = [*size, "--log_interval", 50, "--save_interval", 500, "--keep", 1, "--resume", "auto"]
     noise = ["--timestep_respacing", options.times]
     stages.run(
@@ -74,35 +83,34 @@ def main() -> None:
         *("--predict_xstart", True, "--mask_range=-1,1", "--batch_size", 32, "--lr", 1e-3),
         *("--ema_rate", "0.99", "--max_steps", options.supervised_iterations),
     )
+
+
+def segment(options: argparse.Namespace, src: Path, out: Path) -> None:
+    """Draw and score the masks of all methods."""
+    data = ["--src_dir", src, "--save_dir", out]
     maps = [word for name in MAPS for word in (f"--{name}", getattr(options, name))]
     maps += ["--batch_size", 30, *options.cut.split()]
     for name, words in METHODS.items():
         run("image_p_seg", *data, *maps, *words, "--results_dir", out / folder_of(name))
-    judged = ["--method", "otsu", "--label", "classifier"]
-    run("image_p_seg", *data, *judged, "--results_dir", out / folder_of("classifier"))
+    labelled = ["--method", "otsu", "--label", "classifier"]
+    run("image_p_seg", *data, *labelled, "--results_dir", out / folder_of("classifier"))
     supervised = out / folder_of("supervised")
     run("segmentation_sample", "--data_dir", src / "validate", "--model_path", out / "supervised",
         "--out_dir", supervised, "--dpm_solver", True, "--steps", 5)  # fmt: skip
     run("segmentation_env", "--inp_pth", supervised, "--out_pth", src / "validate")
 
-    text = table(out, src, stages.minutes, options)
-    print(text)
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(text + "\n", encoding="utf-8")
-
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--augment", action="store_true", help="augment the images of all three trainings")
-    add("--src_dir", type=Path, help="labelled images; without it phantoms are made")
-    add("--out", type=Path, default=Path("results/weak_benchmark"), help="folder to work in")
+    add("--augment", action="store_true", help="augment the images in all three trainings")
+    add("--src_dir", type=Path, help="labelled images; default: phantoms are made")
+    add("--out", type=Path, default=Path("results/weak_benchmark"), help="working folder")
     add("--write", type=Path, help="file for the table, such as results/weak.md")
     add("--seed", type=int, default=0, help="of the phantoms")
     add("--patients", type=int, default=600, help="phantom patients, half of them healthy")
-    add("--image_size", type=int, default=32, help="of the networks; masks have the images' own")
-    add("--times", default="500,1", help="trained times, as --timestep_respacing")
+    add("--image_size", type=int, default=32, help="of the networks, not of the masks")
+    add("--times", default="500,1", help="trained timesteps, as --timestep_respacing")
     add("--diffusion_iterations", type=int, default=600)
     add("--classifier_iterations", type=int, default=400)
     add("--supervised_iterations", type=int, default=400)
@@ -122,14 +130,14 @@ def folder_of(name: str) -> str:
 
 
 class Stages:
-    """Minutes of processor time of each finished stage, kept on disk."""
+    """CPU minutes of each finished stage, saved on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.minutes = json.loads(path.read_text()) if path.exists() else {}
 
     def run(self, name: str, *words: object) -> None:
-        """Run a stage, unless its record says that it is done; a part of it is counted on."""
+        """Run a stage, unless it is recorded as done with the same command."""
         command = [str(word) for word in words]
         known = self.minutes.get(name, {"minutes": 0.0, "command": None})
         if known["command"] == command:
@@ -140,7 +148,7 @@ class Stages:
 
 
 def run(script: object, *words: object) -> float:
-    """Run a script in one thread to its end; minutes of processor time."""
+    """Run a script in one thread, and return its CPU minutes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, words)],
@@ -153,7 +161,7 @@ def run(script: object, *words: object) -> float:
 
 
 def table(out: Path, src: Path, minutes: dict, options: argparse.Namespace) -> str:
-    """All methods, best last: what was scored where."""
+    """Return the table of all methods and their scores."""
     tumours = {path.stem for path in (src / "validate" / "tumor").iterdir()}
     lines = [
         "| method | Dice, images with a lesion | Dice per patient | seconds per image |",
@@ -179,28 +187,28 @@ def table(out: Path, src: Path, minutes: dict, options: argparse.Namespace) -> s
             "",
             *lines,
             "",
-            f"Minutes of processor time in training: {spent}.",
+            f"CPU minutes of training: {spent}.",
             normal_text(out, tumours),
         ]
     )
 
 
 def normal_text(out: Path, tumours: set[str]) -> str:
-    """Who leaves normal images empty: the classifier, and the supervised masks."""
-    judged = json.loads((out / folder_of("classifier") / "normal.json").read_text())
+    """Say how many normal images the classifier and the supervised masks leave empty."""
+    scores = json.loads((out / folder_of("classifier") / "normal.json").read_text())
     labels = rows(out / folder_of("classifier") / "predictions.csv")
     found = sum(row["label"] == "1" for row in labels if row["name"] in tumours)
     drawn = rows(out / folder_of("supervised") / "predictions.csv")
     empty = [row["area"] == "0" for row in drawn if row["name"] not in tumours]
     return (
-        f"The classifier calls {judged['left_empty']} of {judged['normal']} normal images normal, "
-        f"and {found} of {len(tumours)} with a lesion ill; the supervised masks leave "
+        f"The classifier calls {scores['left_empty']} of {scores['normal']} normal images normal, "
+        f"and {found} of {len(tumours)} with a lesion abnormal; the supervised masks leave "
         f"{sum(empty)} of {len(empty)} normal images empty."
     )
 
 
 def patient_text(patients: list[dict[str, str]]) -> str:
-    """The Dice of every patient where there are few, else their mean."""
+    """Return the Dice of every patient if there are few, else their mean."""
     dice = [float(row["dice"]) for row in patients]
     if len(dice) > 4:
         return f"{mean(dice):.3f} ({len(dice)} patients)"

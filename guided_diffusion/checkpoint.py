@@ -1,9 +1,9 @@
-"""One self-describing file per checkpoint, and the import of weights that describe nothing.
+"""Checkpoint files that describe themselves, and the import of bare weights.
 
-A checkpoint holds options, weights, averaged weights and the state of training, as tensors and
-plain types only, so that it is loaded without executing anything. It appears whole or not at all.
-Bare weights of Diffusion-based-Segmentation and MedSegDiff (a dictionary of tensors) are read as
-well.
+A checkpoint holds options, weights, averaged weights and training state as tensors and plain types,
+so that loading it executes no code. It appears whole or not at all. Bare weights, a dictionary of
+tensors as Diffusion-based-Segmentation and MedSegDiff save it, are read as well; what a published
+file lacks is completed (:func:`adapt_weights`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import INTACT, atomic_write
+from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write
 from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
@@ -41,7 +41,7 @@ class Checkpoint:
         step: training steps taken.
         model: the last weights, by tensor name.
         ema: averaged weights by their decay rate as text; empty for bare weights.
-        training: whatever the training loop needs to go on; empty for bare weights.
+        training: what the training loop needs to resume; empty for bare weights.
     """
 
     options: dict[str, Any]
@@ -51,10 +51,11 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
 
     def choose(self, weights: str) -> tuple[Weights, str]:
-        """Return the weights to sample with and a phrase that says which they are.
+        """Return the weights to sample with, and a phrase that names them.
 
         Args:
-            weights: ``ema`` for the slowest average there is, else the last weights; or ``raw``.
+            weights: ``ema`` for the slowest average, or the last weights if there is none; or
+                ``raw`` for the last weights.
         """
         if weights == "ema" and self.ema:
             rate = max(self.ema, key=float)
@@ -70,18 +71,18 @@ def save_checkpoint(
     best: bool = False,
     numbered: bool = True,
 ) -> Path:
-    """Write ``savedmodelNNNNNN.pt`` and make ``savedmodel.pt`` the same; each appears whole.
+    """Write ``savedmodelNNNNNN.pt`` and link ``savedmodel.pt`` to it; each appears whole.
 
-    Older ones to ``drop`` go once it is there. With ``best``, the file is ``bestmodel.pt`` as well,
-    and that alone where it is not to be ``numbered``.
+    Older ones in ``drop`` are deleted once it is written. With ``best``, ``bestmodel.pt`` is linked
+    to it as well; if it is not ``numbered``, only ``bestmodel.pt`` is written.
 
     Raises:
-        UserError: the folder cannot be written; earlier checkpoints are as they were.
+        UserError: the folder cannot be written; earlier checkpoints are unchanged.
     """
-    for killed in folder.glob(".part-*model*.pt"):
-        killed.unlink(missing_ok=True)
+    for partial in folder.glob(".part-*model*.pt"):  # left by a killed process
+        partial.unlink(missing_ok=True)
     path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
-    with atomic_write(path, hint=INTACT) as part:
+    with atomic_write(path, hint=CHECKPOINTS_HINT) as part:
         torch.save({"format": FORMAT, **vars(checkpoint)}, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
         link_as(path, folder / name)
@@ -91,18 +92,18 @@ def save_checkpoint(
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """A folder's ``savedmodelNNNNNN.pt``, by their steps."""
+    """List the ``savedmodelNNNNNN.pt`` of a folder, ordered by step."""
     return sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)
 
 
 def link_as(path: Path, other: Path) -> None:
-    """Give a finished checkpoint a second name, on the same bytes where the disk can."""
-    with atomic_write(other, hint=INTACT) as part:
+    """Give a finished checkpoint a second name: a hard link where possible, else a copy."""
+    with atomic_write(other, hint=CHECKPOINTS_HINT) as part:
         _link_or_copy(path, part)
 
 
 def step_of(path: Path) -> int:
-    """Read the step from a checkpoint's name: the number between its last ``model`` and the dot."""
+    """Read the step from a file name: the number between the last ``model`` and the dot, or 0."""
     number = str(path).rpartition("model")[2].partition(".")[0]
     return int(number) if number.isdecimal() else 0
 
@@ -116,10 +117,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
-    """Find the checkpoint that a path means: a file, or a folder's latest one.
+    """Find the checkpoint that a path names: a file, or the latest one in a folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; ``flag`` names the path in the message.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -128,57 +129,55 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
     if not file.is_file():
         raise UserError(
             flag,
-            found=f"no file {file}" if str(path) else "nothing",
-            expected=f"a checkpoint, or a folder that holds {LATEST}",
-            hint="Train one first, or correct the path.",
+            f"there is no file {file}" if str(path) else "no path given",
+            f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
         )
     return file
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint or bare weights onto the CPU, executing nothing.
+    """Read a checkpoint or bare weights onto the CPU, without executing code from the file.
 
     Raises:
-        UserError: the file is damaged, is no checkpoint, or holds more than tensors and plain
+        UserError: the file is damaged, is not a checkpoint, or holds more than tensors and plain
             types.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch muses about the protocol of what is no pickle
+            warnings.simplefilter("ignore")  # torch warns about the protocol of other pickles
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint can fail in any way
+    except Exception as error:  # other files can fail in any way
         raise _unreadable_checkpoint(path, _why(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        if content.keys() == {"format", *(part.name for part in fields(Checkpoint))}:
+        expected = ["format", *(part.name for part in fields(Checkpoint))]
+        if content.keys() == set(expected):
             del content["format"]
             return Checkpoint(**content)
-        raise _unreadable_checkpoint(path, f"a checkpoint of {', '.join(map(str, content))}")
+        names = ", ".join(map(str, content))
+        raise _unreadable_checkpoint(path, f"holds {names} instead of {', '.join(expected)}")
     if isinstance(content, dict) and content and all(map(_is_weight, content.items())):
         weights = {name.removeprefix("module."): value.data for name, value in content.items()}
         return Checkpoint(options={}, step=step_of(path), model=weights)
-    raise _unreadable_checkpoint(path, f"a {type(content).__name__} of something else")
+    kind = type(content).__name__
+    raise _unreadable_checkpoint(path, f"the {kind} in it is not a dictionary of tensors")
 
 
 def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) -> Checkpoint:
-    """Add to bare weights what the parents saved beside them: averages and the optimiser.
+    """Add to bare weights the averages and optimiser state that were saved in the same folder.
 
-    ``emasavedmodel_{rate}_{N}.pt`` (or ``ema_...``) and ``optsavedmodel{N}.pt`` (or ``opt...``),
-    where N is in the weights' own name, or the weak-supervision seed's ``ema_{rate}.pt``; what is
-    not there starts anew.
+    The parent projects save ``emasavedmodel_{rate}_{N}.pt`` (or ``ema_...``) and
+    ``optsavedmodel{N}.pt`` (or ``opt...``), where N is the number in the weights' own name, and the
+    weak-supervision project ``ema_{rate}.pt``. What is missing starts anew.
     """
-    ema, number = {}, f"{checkpoint.step:06d}"
+    ema, training, number = {}, {}, f"{checkpoint.step:06d}"
     for rate in rates:
-        for name in (
-            f"emasavedmodel_{rate}_{number}.pt",
-            f"ema_{rate}_{number}.pt",
-            f"ema_{rate}.pt",
-        ):
-            if (path.parent / name).exists():
-                ema[rate] = load_checkpoint(path.parent / name).model
-    training = {}
-    for name in (f"optsavedmodel{number}.pt", f"opt{number}.pt"):
-        if (path.parent / name).exists():
-            state = torch.load(path.parent / name, map_location="cpu", weights_only=True)
+        stems = (f"emasavedmodel_{rate}_{number}", f"ema_{rate}_{number}", f"ema_{rate}")
+        for file in (path.with_name(f"{stem}.pt") for stem in stems):
+            if file.exists():
+                ema[rate] = load_checkpoint(file).model
+    for file in (path.with_name(f"{stem}{number}.pt") for stem in ("optsavedmodel", "opt")):
+        if file.exists():
+            state = torch.load(file, map_location="cpu", weights_only=True)
             training = {"optimizer": state}
     return replace(checkpoint, ema=ema, training=training)
 
@@ -187,27 +186,27 @@ def _is_weight(item: tuple[object, object]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def _unreadable_checkpoint(path: Path, found: str) -> UserError:
+def _unreadable_checkpoint(path: Path, problem: str) -> UserError:
     return UserError(
         path,
-        found=found,
-        expected="a checkpoint of this suite, or a dictionary of tensors",
-        hint="Use an earlier checkpoint of the run, or copy the file again from where it came.",
+        problem,
+        "Use a checkpoint of this suite or a dictionary of tensors, such as an earlier checkpoint "
+        "of the run, or copy the file again from its source.",
     )
 
 
 def _why(error: Exception) -> str:
-    """Say why torch could not load a file; its own words advise to trust the file."""
+    """Say why torch could not load a file; torch's own message advises to trust the file."""
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code:
-        return f"objects that could run code ({code[1]})"
+        return f"holds objects that could run code ({code[1]})"
     if isinstance(error, OSError | RuntimeError) and str(error):
-        return f"an unreadable file ({str(error).splitlines()[0]})"
-    return "a damaged file, or one of another kind"
+        return f"cannot be read ({str(error).splitlines()[0]})"
+    return "is damaged or not a checkpoint"
 
 
 def version_of(weights: Iterable[str]) -> str:
-    """Which ``--version`` bare weights are of, told by the names of their tensors."""
+    """Infer the ``--version`` of bare weights from the names of their tensors."""
     marks = {"2": "ss_former.", "1": "hwm.ffparser.", "new": "hwm."}
     names = list(weights)
     for version, mark in marks.items():
@@ -217,24 +216,27 @@ def version_of(weights: Iterable[str]) -> str:
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
-    """Put weights into a network that they fit exactly.
+    """Load weights into a network whose tensors they have to match in name and shape.
 
-    A head that has a variance channel where the network learns none is cut to its first channels:
-    the parents always store both. So are embeddings of more classes than the network has.
+    Two tensors may be larger, and only their first channels are used: an output layer that also has
+    variance channels, which the parent projects always store, and a label embedding of more classes
+    than the network has.
 
     Raises:
-        UserError: naming the first tensor that differs, and both shapes.
+        UserError: a tensor differs; the message names the first one and both shapes.
     """
     own = net.state_dict()
     given = {name: _cut(name, value, own) for name, value in weights.items()}
     for name in [*own, *given]:
-        shapes = [tuple(side[name].shape) if name in side else None for side in (given, own)]
-        if shapes[0] != shapes[1]:
+        in_file, in_net = (
+            f"has shape {tuple(side[name].shape)}" if name in side else "is absent"
+            for side in (given, own)
+        )
+        if in_file != in_net:
             raise UserError(
                 path,
-                found=f"{name} of shape {shapes[0] or '(absent)'}",
-                expected=f"shape {shapes[1] or '(absent)'} for the network that the flags describe",
-                hint="Give the flags the weights were trained with (--num_channels, "
+                f"tensor {name} {in_file}, but in the network that the flags describe it {in_net}",
+                "Give the flags that the weights were trained with (--num_channels, "
                 "--num_res_blocks, --attention_resolutions, --learn_sigma, ...).",
             )
     net.load_state_dict(given)
@@ -258,24 +260,27 @@ def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
 def adapt_weights(
     checkpoint: Checkpoint, net: UNetModel, *, training: bool = False
 ) -> tuple[Checkpoint, list[str]]:
-    """Complete bare published weights for a network, and name the tensors that they lack.
+    """Complete bare published weights for a network.
 
-    For training these start as in a new network: a gate that is closed exactly leaves maps without
-    variance behind it, and the gradient of a normalisation explodes there.
+    For training, missing tensors start as in a new network: an exactly closed gate would produce
+    maps without variance, and the gradient of the normalisation behind it would explode.
+
+    Returns:
+        The completed checkpoint, and the names of the tensors that were missing.
     """
     if checkpoint.options:
         return checkpoint, []
-    lacking = [name for name in net.adopt(checkpoint.model) if name not in checkpoint.model]
-    fresh = {name: net.state_dict()[name].clone() for name in lacking} if training else {}
-    model = net.adopt(checkpoint.model) | fresh
-    ema = {rate: net.adopt(weights) | fresh for rate, weights in checkpoint.ema.items()}
-    return replace(checkpoint, model=model, ema=ema), lacking
+    model = net.adapt_weights(checkpoint.model)
+    missing = [name for name in model if name not in checkpoint.model]
+    fresh = {name: net.state_dict()[name].clone() for name in missing} if training else {}
+    ema = {rate: net.adapt_weights(weights) | fresh for rate, weights in checkpoint.ema.items()}
+    return replace(checkpoint, model=model | fresh, ema=ema), missing
 
 
-def missing_weights_note(lacking: Sequence[str], *, training: bool = False) -> str:
-    """Say what published weights lacked."""
-    start = "they start as in a new network" if training else "set to the expectation of that"
+def missing_weights_note(missing: Sequence[str], *, training: bool = False) -> str:
+    """Say which tensors published weights lack, and what they are set to."""
+    values = "they start as in a new network" if training else "their mean is used instead"
     return (
-        f"the weights lack {listing(lacking, most=2)}, which their network drew at random in every "
-        f"call: {start}"
+        f"the weights lack {listing(missing, most=2)}, which the original network drew at random "
+        f"in every call; {values}"
     )

@@ -1,8 +1,8 @@
-"""Devices and processes: where this process works, and which share of the work is its own.
+"""Devices and processes: which device this process uses, and how processes exchange results.
 
-Under ``torchrun`` every process finds its place in the environment, on one node or many; without it
-there is one process. Entered only by the verbs and the scripts: the mathematics below takes its
-device from its tensors.
+Under ``torchrun`` each process reads its rank from the environment, on one node or many; otherwise
+there is one process. Only commands and training loops need this module: networks, losses and
+samplers take device and dtype from their tensors.
 """
 
 from __future__ import annotations
@@ -24,72 +24,38 @@ import torch.distributed as dist
 from guided_diffusion.errors import UserError
 
 Net = TypeVar("Net", bound=torch.nn.Module)
-
-
-def place_model(net: Net, device: torch.device, *, compile: str = "") -> Net:
-    """Move a network to its device, in the memory order that convolutions are fastest in.
-
-    ``compile`` is a mode of ``torch.compile``; the network is compiled when it is first called.
-    """
-    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compile:
-        net.compile(mode=compile)
-    return net
-
-
-@contextmanager
-def compiling(active: object = True) -> Iterator[None]:
-    """Run what makes ``torch.compile`` compile; memory that runs out is another matter.
-
-    Raises:
-        UserError: the compiler does not work here.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise UserError(
-            "--compile",
-            found=(str(error).splitlines() or [repr(error)])[0],
-            expected="a compiler that works: for C++ on a CPU, Triton on a CUDA device",
-            hint="Leave --compile away.",
-        ) from error
-
-
 Value = TypeVar("Value")
-_PATIENCE = timedelta(days=2)
+_TIMEOUT = timedelta(days=2)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def rank() -> int:
-    """This process's number, 0 for the one that writes."""
+    """Return the number of this process; process 0 writes the files."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Return the number of processes that work together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launched() -> bool:
-    """Whether ``torchrun`` or another launcher started this process."""
+    """Say whether ``torchrun`` or another launcher started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def setup_dist() -> None:
-    """Join the other processes that ``torchrun`` started, if any: by gloo, CUDA tensors by nccl.
+    """Join the process group that ``torchrun`` started, if any: nccl for CUDA tensors, else gloo.
 
-    One may wait long for another, which validates or has the larger volumes; of one that died
-    ``torchrun`` tells the others by ending them. The process leaves them as it ends: an interpreter
-    that ends with the group's threads still running is now and then aborted, its work done and its
-    exit code lost.
+    The timeout is long, since a process may wait for another that validates or segments a large
+    volume; if a process dies, ``torchrun`` ends the others. The group is left at exit: otherwise
+    its threads sometimes abort the interpreter after the work is done, and the exit code is lost.
     """
     if world_size() > 1 and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(dev())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
         atexit.register(_leave)
 
 
@@ -99,12 +65,12 @@ def _leave() -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     any_rank(True)
 
 
 def wrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
-    """Let the gradients of a module be averaged over all processes, if there are several."""
+    """Wrap a module so that its gradients are averaged over all processes, if there are several."""
     if not dist.is_initialized():
         return module
     device = next(module.parameters()).device
@@ -113,14 +79,14 @@ def wrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def no_sync(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:
-    """Hold the averaging back: more gradients are to be added before it pays."""
+    """Suspend the averaging of gradients while ``active``, as more are accumulated first."""
     if active and isinstance(module, torch.nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
 
 
 def all_gather(values: torch.Tensor) -> torch.Tensor:
-    """Concatenate every process's values [B], in the order of their ranks."""
+    """Concatenate the values [B] of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
@@ -129,29 +95,29 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_object(value: Value) -> list[Value]:
-    """Every process's value, in the order of their ranks."""
+    """Return the values of all processes, in the order of their ranks."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def any_rank(wish: bool) -> bool:
-    """Whether any process wishes it; all get the same answer."""
-    return bool(all_gather(torch.tensor([wish])).any()) if dist.is_initialized() else wish
+def any_rank(value: bool) -> bool:
+    """Say whether ``value`` is true in any process; all processes get the same answer."""
+    return bool(all_gather(torch.tensor([value])).any()) if dist.is_initialized() else value
 
 
 def launch(multi_gpu: str, command: Sequence[str]) -> None:
-    """Start a command once for each of the devices ``0,1,2``, then exit as those processes do.
+    """Run a command again in one process per CUDA device, then exit with its exit code.
 
-    Does nothing without devices, or inside a process that was started so.
+    Does nothing if ``multi_gpu`` is empty, or in a process that was launched this way.
 
     Args:
-        multi_gpu: indices of CUDA devices, separated by commas.
+        multi_gpu: indices of CUDA devices, such as ``0,1,2``.
         command: name and arguments, as ``python -m guided_diffusion`` takes them.
 
     Raises:
-        UserError: devices that this machine does not have.
+        UserError: this machine does not have those devices.
     """
     if not multi_gpu or "LOCAL_RANK" in os.environ:
         return
@@ -160,8 +126,8 @@ def launch(multi_gpu: str, command: Sequence[str]) -> None:
     if not all(device.isdecimal() and int(device) < count for device in devices):
         raise UserError(
             f"--multi_gpu {multi_gpu}",
-            f"this machine has {count} CUDA devices, numbered from 0",
-            "Name devices that nvidia-smi lists; without any, omit --multi_gpu.",
+            f"indices must be below {count}, the number of CUDA devices of this machine",
+            "Name devices that nvidia-smi lists; if there are none, omit --multi_gpu.",
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     processes = [f"--nproc_per_node={len(devices)}", "-m", "guided_diffusion"]
@@ -178,32 +144,65 @@ def launch(multi_gpu: str, command: Sequence[str]) -> None:
 
 
 def dev(gpu_dev: str = "0") -> torch.device:
-    """Choose the device: this process's or the named CUDA device, else Apple's, else the CPU.
+    """Choose a CUDA device, else Apple's GPU, else the CPU.
+
+    Args:
+        gpu_dev: index of the CUDA device; ``LOCAL_RANK``, which launchers set, wins over it.
 
     Raises:
-        UserError: no number, or there are CUDA devices, but not that one.
+        UserError: the index is not a number, or there are CUDA devices, but not that one.
     """
     index = os.environ.get("LOCAL_RANK", gpu_dev)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not index.isdecimal() or (count and int(index) >= count):
         raise UserError(
             "--gpu_dev",
-            found=repr(index),
-            expected=f"an index from 0{f' to {count - 1}' if count else ''}",
-            hint="Name one of the CUDA devices that nvidia-smi lists; without any, leave it away.",
+            f"{index!r} is not an index from 0{f' to {count - 1}' if count else ''}",
+            "Name a CUDA device that nvidia-smi lists; if there is none, omit --gpu_dev.",
         )
     if count:
         return torch.device("cuda", int(index))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def place_model(net: Net, device: torch.device, *, compile: str = "") -> Net:
+    """Move a network to a device, in the channels-last order that is fastest for convolutions.
+
+    ``compile`` is a mode of ``torch.compile``, or empty; compilation happens at the first call.
+    """
+    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        net.compile(mode=compile)
+    return net
+
+
+@contextmanager
+def compiling(active: object = True) -> Iterator[None]:
+    """Report a failure of ``torch.compile`` inside this context; out-of-memory errors pass.
+
+    Raises:
+        UserError: a RuntimeError occurred while compilation is ``active``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(
+            "--compile",
+            f"the compiler does not work ({reason})",
+            "Install a compiler (C++ for a CPU, Triton for a CUDA device), or omit --compile.",
+        ) from error
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Compute convolutions, products and attention in a precision: fp32, bf16 or fp16."""
+    """Compute convolutions, matrix products and attention in fp32, bf16 or fp16."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """A context for another thread, to read what this one has computed while it goes on."""
+    """Let another thread read what is computed so far, while this thread continues."""
     if device.type != "cuda":
         return nullcontext()
     stream = torch.cuda.Stream(device)
@@ -212,7 +211,7 @@ def side_stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory this process has held, in GiB: on its CUDA device, else in all."""
+    """Return the peak memory of this process in GiB: on its CUDA device, else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
@@ -224,7 +223,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def total_gib(device: torch.device) -> float:
-    """The memory there is, in GiB: of the CUDA device, else of the machine; infinite if unknown."""
+    """Return the memory of the CUDA device, else of the machine, in GiB; infinite if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     if not hasattr(os, "sysconf"):
@@ -236,4 +235,5 @@ def describe(device: torch.device) -> str:
     """Name the device for the log."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' * (threads != 1)})"

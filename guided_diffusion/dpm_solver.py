@@ -3,9 +3,8 @@
 Lu et al. (2022), "DPM-Solver" (noise prediction) and "DPM-Solver++" (data prediction). Both
 integrate in ``log(alpha / sigma)``, and with the roles of alpha and sigma exchanged they are the
 same solver: an exponential integrator over a polynomial through the last model values. So there is
-one update, :func:`_advance`, and two loops over it. Where the inner points of the singlestep solver
-lie is a choice of levels, like every other choice of where to evaluate, and is made by
-:func:`solver_levels`.
+one update, :func:`_advance`, and two loops over it. :func:`solver_levels` chooses where a solver
+evaluates the model, including the inner points of singlestep.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def multistep(
 ) -> Tensor:
     """DPM-Solver(++) that reuses earlier model values: Lu et al. (2022, ++), algorithm 2.
 
-    The first steps rise to ``order``. Below 10 steps the last ones come down again, for stability;
-    a step to the clean mask is always a plain prediction of x0.
+    The order rises to ``order`` in the first steps and, with fewer than 10 steps, falls again in
+    the last ones, for stability. A step to the clean mask is always a plain prediction of x0.
 
     Args:
         denoise: the model.
@@ -66,16 +65,10 @@ def multistep_sde(
     order: int = 2,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M): the stochastic sibling, Lu et al. (2022, ++), eq. 18.
+    """SDE-DPM-Solver++(2M): the stochastic variant, Lu et al. (2022, ++), eq. 18.
 
-    It solves the reverse SDE instead of the ODE, so that every step renews part of the noise.
-
-    Args:
-        denoise: the model.
-        x: noise at ``levels[0]``, [B, K, H, W].
-        levels: decreasing noise, N + 1 of them for N evaluations.
-        order: 1 or 2.
-        randn_like: draws the noise.
+    It solves the reverse SDE instead of the ODE, so that every step renews part of the noise, which
+    ``randn_like`` draws. ``order`` is 1 or 2; the other arguments are those of :func:`multistep`.
     """
     past: list[tuple[NoiseLevel, Tensor]] = []
     for now, nxt in pairwise(levels):
@@ -98,15 +91,15 @@ def singlestep(
     order: int = 2,
     algorithm: str = "dpmsolver++",
 ) -> Tensor:
-    """DPM-Solver(++) that spends ``order`` fresh evaluations on each step: algorithms 1 and 4-5.
+    """DPM-Solver(++) with ``order`` new evaluations in each step: algorithms 1 and 4-5.
 
     Args:
         denoise: the model.
         x: noise at ``levels[0]``, [B, K, H, W].
         levels: every point that is evaluated, inner points included, and the end, as
-            :func:`solver_levels` lays them; N + 1 for N evaluations. A final step to the clean mask
-            is a plain prediction of x0.
-        order: 1, 2 or 3; the steps' own orders follow from N (:func:`step_orders`).
+            :func:`solver_levels` returns them; N + 1 for N evaluations. A final step to the clean
+            mask is a plain prediction of x0.
+        order: 1, 2 or 3; the orders of the single steps follow from N (:func:`step_orders`).
         algorithm: ``dpmsolver++`` or ``dpmsolver``.
     """
     last = levels[-1].sigma == 0
@@ -119,7 +112,7 @@ def singlestep(
 
 
 def step_orders(evaluations: int, order: int) -> list[int]:
-    """Split N evaluations into singlestep orders, as high as ``order`` allows and ending low.
+    """Split N evaluations into steps of at most ``order``, with the lowest orders last.
 
     >>> step_orders(7, 3), step_orders(5, 2)
     ([3, 3, 1], [2, 2, 1])
@@ -139,13 +132,13 @@ def solver_levels(
     skip_type: str = "time_uniform",
     to_clean: bool = True,
 ) -> list[NoiseLevel]:
-    """Lay out the levels of a solver run of exactly ``evaluations`` network calls.
+    """Return the levels of a solver run of exactly ``evaluations`` network calls.
 
-    The points run from the noisiest trained time to index 0, evenly in time, in the square root of
-    time or in log-SNR. The singlestep solver takes its inner points from the same grid; only in
-    log-SNR its steps, whatever their order, are equally long, and inner points lie at their halves
-    or thirds. Ending at the clean mask (``to_clean``) replaces the multistep solver's last point by
-    it and appends it to a singlestep run of orders 2 and 3, whose last evaluation is at index 0.
+    The points run from the noisiest trained timestep to index 0, evenly in time, in the square root
+    of time or in log-SNR. The singlestep solver takes its inner points from the same grid; only in
+    log-SNR are its steps equally long, whatever their order, with inner points at their halves or
+    thirds. Ending at the clean mask (``to_clean``) replaces the multistep solver's last point by it
+    and appends it to a singlestep run of orders 2 and 3, whose last evaluation is at index 0.
 
     Args:
         schedule: the trained schedule.
@@ -153,7 +146,7 @@ def solver_levels(
         order: 1, 2 or 3.
         method: ``multistep`` or ``singlestep``.
         skip_type: ``time_uniform``, ``logSNR`` or ``time_quadratic``.
-        to_clean: end at the clean mask, else at index 0 as the published solver does.
+        to_clean: end at the clean mask, not at index 0 as the published solver does.
     """
     if method == "multistep" or order == 1:
         grid = _grid(schedule, evaluations, skip_type)
@@ -167,7 +160,7 @@ def solver_levels(
 
 
 def _grid(schedule: NoiseSchedule, steps: int, skip_type: str) -> list[NoiseLevel]:
-    """Return ``steps + 1`` levels from the noisiest trained time down to index 0."""
+    """Return ``steps + 1`` levels from the noisiest trained timestep down to index 0."""
     total = len(schedule)
     if skip_type == "logSNR":
         edges = schedule.at(total - 1).log_snr, schedule.at(0).log_snr
@@ -193,7 +186,7 @@ def _singlestep_levels(
 
 
 def _value(x: Tensor, x0: Tensor, level: NoiseLevel, algorithm: str) -> Tensor:
-    """The model value the algorithm interpolates: the clean mask or the noise."""
+    """The model value that the algorithm interpolates: the clean mask or the noise."""
     return x0 if algorithm == "dpmsolver++" else (x - level.alpha * x0) / level.sigma
 
 
@@ -203,8 +196,8 @@ def _differences(
     """Value, slope and curvature at the newest of up to three points, per step to ``nxt``.
 
     The parabola through three points has twice this curvature. The published solver takes half of
-    it, which makes its multistep order 3 converge like order 2, only with a smaller error; it is
-    kept, so that results agree.
+    it, with which multistep order 3 converges like order 2 but with a smaller error. This is kept,
+    so that results agree.
     """
     (now, value), *older = reversed(past)
     h = nxt.log_snr - now.log_snr
@@ -227,7 +220,7 @@ def _single_step(
     end: NoiseLevel,
     algorithm: str,
 ) -> Tensor:
-    """One step of order ``len(inner) + 1``: each inner value sharpens the slope at the start."""
+    """One step of order ``len(inner) + 1``; each inner value refines the slope at the start."""
     first = value = _value(x, denoise(x, start).x0, start, algorithm)
     slope = None
     for level in inner:

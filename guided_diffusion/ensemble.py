@@ -1,10 +1,9 @@
-"""Several masks of one image made into one, and how far they agree.
+"""Fusion of several masks of one image into one, and the uncertainty among them.
 
-Here live the fusion rules (mean, majority vote, and STAPLE of Warfield, Zou and Wells, 2004) and
-the measures of doubt: pixel by pixel (standard deviation, variance, entropy), and the disagreement
-of the members as one number. Before they are fused, the members may be joined with a coarse mask
-that a condition network made of the image (:func:`blend_coarse`). Prediction calls them with the
-draws of one case or of a batch of cases; every function is pure.
+Fusion rules: mean, majority vote, and STAPLE (Warfield, Zou and Wells, 2004). Uncertainty: per
+pixel (standard deviation, variance, entropy), and the disagreement of the members as one number.
+Before fusion, :func:`blend_coarse` can blend the members with the coarse mask of a condition
+network. All functions are pure and accept one case or a batch of cases.
 """
 
 from __future__ import annotations
@@ -25,33 +24,39 @@ _CLOSE_TO_ONE = 1.0 - 1e-9
 
 
 def mean(members: Tensor) -> Tensor:
-    """Average of the members: float [E, ..., H, W] in [0, 1] -> soft mask [..., H, W]."""
+    """Average the members: float [E, ..., H, W] in [0, 1] -> soft mask [..., H, W]."""
     return _checked(members).mean(dim=0)
 
 
 def vote(members: Tensor, threshold: float = 0.5) -> Tensor:
-    """Majority of the members, each cut at ``threshold``: [E, ..., H, W] -> {0, 1} [..., H, W].
+    """Take the majority of thresholded members: float [E, ..., H, W] -> {0, 1} [..., H, W].
 
-    A tie is foreground, as a mean of exactly 0.5 is everywhere in this suite.
+    A tie is foreground, as a mean of exactly 0.5 is throughout this package.
     """
     votes = (_checked(members) >= threshold).to(members.dtype)
     return (votes.mean(dim=0) >= 0.5).to(members.dtype)
 
 
 def squared_mean(members: Tensor) -> Tensor:
-    """Square of the average: what MedSegDiff's sampling script calls staple. Soft mask in [0, 1].
+    """Square the average: [E, ..., H, W] in [0, 1] -> soft mask [..., H, W] in [0, 1].
 
-    Kept for comparison with published numbers; a mean of 0.7 is background by this rule.
+    MedSegDiff's sampling script calls this staple. It is kept for comparison with published
+    numbers; with it a mean of 0.7 is background.
     """
     return mean(members) ** 2
 
 
 def staple(members: Tensor, *, tolerance: float = 1e-7, max_iterations: int = 500) -> Tensor:
-    """STAPLE, Warfield et al. (2004): the probability of the hidden true mask, by EM.
+    """Estimate the probability of the hidden true mask by EM: STAPLE, Warfield et al. (2004).
 
-    ``members`` float [E, ..., H, W] in [0, 1] are cut at 0.5; each image of the leading
-    dimensions is fused alone, with raters of its own. Returns [..., H, W] in [0, 1], the members'
-    dtype; the iteration ends when no probability moves by more than ``tolerance``.
+    Args:
+        members: float [E, ..., H, W] in [0, 1], thresholded at 0.5. Each image of the leading
+            dimensions is fused separately, with its own estimates of the raters.
+        tolerance: the iteration ends when no probability changes by more than this.
+        max_iterations: or after this many iterations.
+
+    Returns:
+        [..., H, W] in [0, 1], of the members' dtype.
     """
     size = _checked(members).shape[-2:].numel()
     images = (members >= 0.5).reshape(len(members), -1, size).unbind(dim=1)
@@ -62,18 +67,18 @@ def staple(members: Tensor, *, tolerance: float = 1e-7, max_iterations: int = 50
 
 
 def _staple_image(decisions: Tensor, *, tolerance: float, max_iterations: int) -> Tensor:
-    """EM over one image, bool [E, P] -> float64 [P].
+    """Run EM on one image, bool [E, P] -> float64 [P].
 
-    Pixels on which the raters say the same are alike, so it runs over the few patterns of
-    decisions that occur, each weighted by its number of pixels, not over all pixels; in NumPy, for
-    of tables this small the calls cost more than the numbers.
+    Pixels with the same decisions of all raters are equivalent, so EM runs over the few patterns of
+    decisions that occur, weighted by their pixel counts. The tables are so small that NumPy, with
+    its cheaper calls, is faster than torch.
     """
     pattern_of = _pattern_of(decisions)
     pixels = pattern_of.bincount().cpu().double().numpy()
     table = torch.empty(len(decisions), len(pixels), dtype=torch.float64, device=decisions.device)
-    table[:, pattern_of] = decisions.double()  # every pixel of a pattern writes the same
+    table[:, pattern_of] = decisions.double()  # all pixels of a pattern write the same values
     patterns = table.cpu().numpy()
-    prior = _inside((patterns @ pixels).sum() / decisions.numel())
+    prior = _clip_probability((patterns @ pixels).sum() / decisions.numel())
     start = np.full(len(patterns), 0.99999)
 
     truth = _expected_truth(patterns, prior, Rating(start, start))
@@ -86,10 +91,10 @@ def _staple_image(decisions: Tensor, *, tolerance: float, max_iterations: int) -
 
 
 def _pattern_of(decisions: Tensor) -> Tensor:
-    """Number the patterns of decisions, bool [E, P] -> int64 [P], counted from 0.
+    """Number the patterns of decisions, bool [E, P] -> int64 [P], starting at 0.
 
-    The decisions of up to 31 raters are the bits of one number: to sort numbers takes a hundredth
-    of the time of sorting columns.
+    The decisions of up to 31 raters are the bits of one integer, since sorting integers takes a
+    hundredth of the time of sorting columns.
     """
     pattern = torch.zeros(decisions.shape[1], dtype=torch.int64, device=decisions.device)
     for some in decisions.split(31):
@@ -100,7 +105,7 @@ def _pattern_of(decisions: Tensor) -> Tensor:
 
 
 class Rating(NamedTuple):
-    """How good each rater is: float64 [E] in (0, 1), the paper's p and q."""
+    """The quality of each rater: float64 [E] in (0, 1), p and q in the paper."""
 
     sensitivity: Floats
     specificity: Floats
@@ -115,17 +120,17 @@ def _expected_truth(patterns: Floats, prior: Floats, rating: Rating) -> Floats:
 
 
 def _rate(patterns: Floats, pixels: Floats, truth: Floats) -> Rating:
-    """M-step, eqs. 18-19: how often each rater says what the expected truth says."""
+    """M-step, eqs. 18-19: how often each rater agrees with the expected truth."""
     inside, outside = pixels * truth, pixels * (1 - truth)
     found, wrong = patterns @ inside, patterns @ outside
     return Rating(
-        sensitivity=_inside(found / max(inside.sum(), 1e-12)),
-        specificity=_inside(1 - wrong / max(outside.sum(), 1e-12)),
+        sensitivity=_clip_probability(found / max(inside.sum(), 1e-12)),
+        specificity=_clip_probability(1 - wrong / max(outside.sum(), 1e-12)),
     )
 
 
-def _inside(probability: Floats) -> Floats:
-    """Keep a probability off 0 and 1, where its logarithm would end the iteration."""
+def _clip_probability(probability: Floats) -> Floats:
+    """Keep a probability away from 0 and 1, where its logarithm would be infinite."""
     return np.minimum(np.maximum(probability, 1 - _CLOSE_TO_ONE), _CLOSE_TO_ONE)
 
 
@@ -138,13 +143,13 @@ FUSIONS: dict[str, Fusion] = {
 
 
 def blend_coarse(members: Tensor, coarse: Tensor, rule: str, *, zero: float = 0.0) -> Tensor:
-    """Join each member with the coarse mask of its image, at the network's size.
+    """Blend each member with the coarse mask of its image, at the network's size.
 
     Args:
         members: float [E, ..., h, w] in [0, 1].
         coarse: [..., h, w] in [0, 1].
-        rule: a name of :data:`BLENDS`; ``none`` leaves the members as they were drawn.
-        zero: where in [0, 1] the value 0 of the diffused range lies.
+        rule: a name of :data:`BLENDS`; ``none`` returns the members unchanged.
+        zero: the value 0 of the diffused range, mapped to [0, 1].
 
     Returns:
         [E, ..., h, w] in [0, 1].
@@ -152,39 +157,39 @@ def blend_coarse(members: Tensor, coarse: Tensor, rule: str, *, zero: float = 0.
     return BLENDS[rule](_checked(members), coarse.expand_as(members), zero)
 
 
-def _parents_blend(members: Tensor, coarse: Tensor, zero: float) -> Tensor:
-    """MedSegDiff's rule, by the Dice of the coarse mask with where the member is above ``zero``.
+def _medsegdiff_blend(members: Tensor, coarse: Tensor, zero: float) -> Tensor:
+    """MedSegDiff's rule: weights by the Dice of the coarse mask and the member above ``zero``.
 
-    Below 0.65 the coarse mask and a quarter of the member, else half of each. The parents take one
-    Dice over a whole batch; here each mask has its own.
+    Below 0.65, the coarse mask plus a quarter of the member, else half of each. MedSegDiff computes
+    one Dice over the whole batch; here each mask has its own.
     """
     support = (members > zero).to(members)
     common = (support * coarse).sum(dim=(-2, -1), keepdim=True)
     both = (support + coarse).sum(dim=(-2, -1), keepdim=True)
-    apart = 2 * common < 0.65 * both
-    return torch.where(apart, coarse + 0.25 * members, 0.5 * (coarse + members)).clamp(0, 1)
+    differ = 2 * common < 0.65 * both
+    return torch.where(differ, coarse + 0.25 * members, 0.5 * (coarse + members)).clamp(0, 1)
 
 
 def _logit_mean(members: Tensor, coarse: Tensor, _: float) -> Tensor:
-    """The mean of the log-odds (Genest & Zidek, 1986): the surer of the two counts more."""
-    odds = [soft.clamp(0.01, 0.99).logit() for soft in (members, coarse)]
-    return torch.sigmoid(0.5 * (odds[0] + odds[1]))
+    """Average the log-odds (Genest & Zidek, 1986): the more certain mask has more weight."""
+    logits = [soft.clamp(0.01, 0.99).logit() for soft in (members, coarse)]
+    return torch.sigmoid(0.5 * (logits[0] + logits[1]))
 
 
 BLENDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "none": lambda members, *_: members,
-    "blend": _parents_blend,
+    "blend": _medsegdiff_blend,
     "mean": lambda members, coarse, _: 0.5 * (members + coarse),
     "logit": _logit_mean,
     "only": lambda _, coarse, __: coarse.clone(),
 }
-"""How a coarse mask joins a member, by the names of ``--coarse``."""
+"""The rules that blend a member with the coarse mask, by the names of ``--coarse``."""
 
 
 def uncertainty(members: Tensor) -> Tensor:
     """Pixel-wise standard deviation (over E, not E - 1): [E, ..., H, W] -> [..., H, W] in [0, 0.5].
 
-    One member alone has none: all zeros.
+    It is zero for a single member.
     """
     return _checked(members).std(dim=0, correction=0).clamp(max=0.5)
 
@@ -197,14 +202,14 @@ def variance(members: Tensor) -> Tensor:
 def entropy(members: Tensor) -> Tensor:
     """Entropy in bits of the mean foreground probability: [E, ..., H, W] -> [..., H, W] in [0, 1].
 
-    It counts what every member is unsure of as well as what they disagree on.
+    It measures the uncertainty within members as well as the disagreement among them.
     """
     p = mean(members)
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / math.log(2)
 
 
 class Measure(NamedTuple):
-    """A pixel-wise measure of doubt, and the largest value it can have."""
+    """A pixel-wise measure of uncertainty, and the largest value it can have."""
 
     rule: Callable[[Tensor], Tensor]
     most: float
@@ -215,14 +220,14 @@ UNCERTAINTIES: dict[str, Measure] = {
     "variance": Measure(variance, 0.25),
     "entropy": Measure(entropy, 1.0),
 }
-"""The pixel-wise measures of doubt by the names of ``--uncertainty``."""
+"""The pixel-wise measures of uncertainty by the names of ``--uncertainty``."""
 
 
 def disagreement(members: Tensor) -> float:
-    """Mean of 1 - Dice over all pairs of members of one case, each cut at 0.5; in [0, 1].
+    """Average 1 - Dice over all pairs of members of one case, thresholded at 0.5; in [0, 1].
 
-    ``members`` float [E, ..., H, W] in [0, 1]; two empty masks agree perfectly, so that all-empty
-    members (and a single member) give 0.
+    ``members`` are float [E, ..., H, W] in [0, 1]. Two empty masks agree perfectly, so empty
+    members, and a single member, give 0.
     """
     masks = (_checked(members) >= 0.5).double().flatten(start_dim=1)
     common, sizes = masks @ masks.T, masks.sum(dim=1)
@@ -234,7 +239,7 @@ def disagreement(members: Tensor) -> float:
 
 
 def _checked(members: Tensor) -> Tensor:
-    """The members as they came, or a ValueError that says what they should have been."""
+    """Return the members, or raise a ValueError if they are not float [E, ..., H, W]."""
     if members.ndim < 3 or members.numel() == 0 or not members.is_floating_point():
         raise ValueError(
             f"members must be float [E, ..., H, W], not {members.dtype} {tuple(members.shape)}"

@@ -1,6 +1,7 @@
-"""Writing so that nothing is ever half-written: a file appears whole under its name, or not at all.
+"""Safe writing: files that appear whole or not at all, writable folders, and background jobs.
 
-Used by everything that writes results: checkpoints, logs, predictions and scores.
+A file is written under a temporary name in its own folder, flushed to disk and then renamed, so
+that an interrupted run never leaves half a checkpoint, log, mask or score behind.
 """
 
 from __future__ import annotations
@@ -14,34 +15,29 @@ from threading import Thread
 
 from guided_diffusion.errors import UserError
 
-ROOM = "Free some space or choose another folder."
-INTACT = "Free some space or choose another --out_dir; earlier checkpoints are intact."
+FREE_SPACE_HINT = "Free some space or choose another folder."
+CHECKPOINTS_HINT = "Free some space or choose another --out_dir; earlier checkpoints are intact."
 
 
 @contextmanager
-def writing(path: Path, *, hint: str = ROOM) -> Iterator[None]:
-    """Say what went wrong where a file cannot be written.
+def writing(path: Path, *, hint: str = FREE_SPACE_HINT) -> Iterator[None]:
+    """Report a failure inside this context as a file that cannot be written.
 
     Raises:
-        UserError: it cannot.
+        UserError: an OSError or RuntimeError occurred while ``path`` was written.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            path,
-            found=f"that it cannot be written ({error})",
-            expected="room and permission to write",
-            hint=hint,
-        ) from error
+        raise UserError(path, f"cannot be written ({error})", hint) from error
 
 
 @contextmanager
-def atomic_write(path: Path, *, hint: str = ROOM) -> Iterator[Path]:
-    """Give a path to write to; on success the file takes its real name, on failure it vanishes.
+def atomic_write(path: Path, *, hint: str = FREE_SPACE_HINT) -> Iterator[Path]:
+    """Yield a temporary path; renamed to ``path`` on success and deleted on failure.
 
     Raises:
-        UserError: the file cannot be written; an earlier file of that name is as it was.
+        UserError: the file cannot be written; an earlier file of that name is unchanged.
     """
     part = path.with_name(f".part-{path.name}")
     try:
@@ -55,29 +51,25 @@ def atomic_write(path: Path, *, hint: str = ROOM) -> Iterator[Path]:
 
 
 def make_folder(path: Path, *, flag: str = "--out_dir") -> Path:
-    """Make a folder that can be written to, and return it.
+    """Make a folder, check that it can be written to, and return it.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be made or written to; ``flag`` names it in the message.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # nameless: several processes may ask at once
+        with tempfile.TemporaryFile(dir=path):  # unnamed: several processes may check at once
             pass
     except OSError as error:
-        raise UserError(
-            flag,
-            found=f"{path}, which cannot be written ({error.strerror})",
-            expected="a folder with permission to write",
-            hint=f"Choose another {flag}.",
-        ) from error
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError(f"{flag} {path}", problem, f"Choose another {flag}.") from error
     return path
 
 
 class Background:
-    """Runs jobs in a thread, one after the other; what a job raises arrives at the next call.
+    """A thread that runs one job at a time; the next call raises what a job has raised.
 
-    The interpreter waits for the last job before it ends, so a job that was begun is finished.
+    The interpreter waits for the last job before it exits, so a started job is always finished.
     """
 
     def __init__(self) -> None:
@@ -85,13 +77,13 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, job: Callable[[], object]) -> None:
-        """Begin a job once the one before it is done; raises what that one raised."""
+        """Start a job once the previous one is done; raise what that one raised."""
         self.wait()
         self._thread = Thread(target=self._run, args=(job,))
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the present job, if any, and raise what it raised."""
+        """Wait for the current job, if any, and raise what it raised."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -102,5 +94,5 @@ class Background:
     def _run(self, job: Callable[[], object]) -> None:
         try:
             job()
-        except BaseException as error:  # the main thread is to hear of everything
+        except BaseException as error:  # the main thread raises it, whatever it is
             self._error = error

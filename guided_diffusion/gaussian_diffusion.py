@@ -1,10 +1,11 @@
-"""What the network predicts, how a prediction is scored, and how it is read as a clean mask.
+"""The diffusion of a mask: what the network predicts, its training losses, and its denoiser.
 
 A :class:`GaussianDiffusion` holds no loop and no model: :meth:`~GaussianDiffusion.training_losses`
-scores a network at given times, and :meth:`~GaussianDiffusion.denoiser` turns a network and a
-condition into the one function every sampler needs, ``denoise(x, level) -> Prediction``. The image
-is the condition and is never noised. Ho et al. (2020); learned variance: Nichol & Dhariwal (2021),
-section 3.1; v-prediction: Salimans & Ho (2022); the loss's weight: Hang et al. (2023).
+computes the losses of a network at given timesteps, and :meth:`~GaussianDiffusion.denoiser` turns a
+network and a condition into the one function that every sampler needs, ``denoise(x, level) ->
+Prediction``. The image is the condition and is never noised. Ho et al. (2020); learned variance:
+Nichol & Dhariwal (2021), section 3.1; v-prediction: Salimans & Ho (2022); loss weights: Hang et al.
+(2023).
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from guided_diffusion.losses import COARSE_LOSSES, discretized_gaussian_log_like
 from guided_diffusion.schedule import NoiseLevel, NoiseSchedule, per_sample
 
 Losses = Callable[..., dict[str, Tensor]]
-"""As :meth:`GaussianDiffusion.training_losses`, whose arguments it takes."""
+"""A function with the arguments and result of :meth:`GaussianDiffusion.training_losses`."""
 Network = Callable[[Tensor, Tensor, Any, Tensor | None], Any]
-"""``net(x, t, condition, y)`` gives an object with ``.raw`` [B, K or 2K, H, W] and ``.coarse``."""
+"""``net(x, t, condition, y)`` returns ``.raw`` [B, K or 2K, H, W] and ``.coarse``."""
 
 
 class Prediction(NamedTuple):
-    """What a denoiser makes of a noisy mask.
+    """The result of a denoiser for a noisy mask.
 
     Attributes:
-        x0: the clean mask [B, K, H, W], clipped as the denoiser says.
-        var_frac: learned variance as a fraction between its two bounds, [B, K, H, W], 0 and 1 being
-            the bounds, not clamped; None where the variance is not learned.
-        coarse: the condition network's own mask [B, 1, H, W] in (0, 1), or None; no sampler reads
+        x0: the clean mask [B, K, H, W], clipped as the denoiser was asked to.
+        var_frac: the learned variance as a fraction between its two bounds, [B, K, H, W]; 0 and 1
+            are the bounds, but it is not clamped. None if the variance is not learned.
+        coarse: the condition network's own mask [B, 1, H, W] in (0, 1), or None; samplers ignore
             it.
     """
 
@@ -44,6 +45,7 @@ class Prediction(NamedTuple):
 
 
 Denoiser = Callable[[Tensor, NoiseLevel], Prediction]
+"""``denoise(x, level)`` predicts the clean mask from a noisy mask [B, K, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class GaussianDiffusion:
 
     Attributes:
         schedule: the noise levels of training.
-        timesteps: the times that are trained, increasing; all of the schedule's when None.
+        timesteps: the trained timesteps, increasing; None for all of the schedule.
         predict_xstart: the network predicts the clean mask instead of the noise.
-        learn_sigma: the network's last K channels say where the variance lies between its bounds.
+        learn_sigma: the network's last K channels give the variance between its bounds.
         use_kl: the loss is the variational bound.
-        rescale_learned_sigmas: the bound's share of the hybrid loss is scaled by T / 1000.
-        rescale_timesteps: the network is told ``t * 1000 / T``.
-        mask_range: the two values that background and foreground have while they are diffused.
+        rescale_learned_sigmas: scale the bound's part of the hybrid loss by T / 1000.
+        rescale_timesteps: the network is conditioned on ``t * 1000 / T``.
+        mask_range: the values of background and foreground in a diffused mask.
         predict_v: the network predicts ``alpha * eps - sigma * x0`` instead of the noise.
-        min_snr_gamma: the squared error counts as that of x0 does, times the signal-to-noise ratio
-            or this cap of it, whichever is less; 0 for no weight.
-        coarse_loss: how a coarse mask is trained, if the network has one: a name of
+        min_snr_gamma: weigh the squared error as if it were that of x0 times the signal-to-noise
+            ratio, which is capped at this value; 0 for no weight.
+        coarse_loss: the loss of the coarse mask, if the network has one: a name of
             :data:`guided_diffusion.losses.COARSE_LOSSES`.
     """
 
@@ -79,23 +81,23 @@ class GaussianDiffusion:
     coarse_loss: str = "none"
 
     def to_range(self, mask: Tensor) -> Tensor:
-        """Bring a mask in [0, 1] to the range that is diffused."""
+        """Map a mask in [0, 1] to the range that is diffused."""
         low, high = self.mask_range
         return low + (high - low) * mask
 
     def from_range(self, x0: Tensor) -> Tensor:
-        """Bring a denoised mask to [0, 1]; the inverse of :meth:`to_range`, then clamped."""
+        """Map a denoised mask to [0, 1]: the inverse of :meth:`to_range`, then clamped."""
         low, high = self.mask_range
         return ((x0 - low) / (high - low)).clamp(0, 1)
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
-        """The trained times, increasing."""
+        """The trained timesteps, increasing."""
         return self.timesteps or tuple(range(len(self.schedule)))
 
     @cached_property
     def _alpha_bar_prev(self) -> Tensor:
-        """alpha_bar of the trained time before each trained time, 1 for the first: float64 [T]."""
+        """alpha_bar of the trained timestep before each one, 1 for the first: float64 [T]."""
         kept = torch.tensor(self.kept)
         previous = torch.full_like(self.schedule.alpha_bar, math.nan)
         previous[kept[0]] = 1.0
@@ -109,12 +111,12 @@ class GaussianDiffusion:
         clip: tuple[float, float] | None = (-1.0, 1.0),
         y: Tensor | None = None,
     ) -> Denoiser:
-        """Close a network over a condition: the function that every sampler takes.
+        """Bind a network to a condition: the function that every sampler takes.
 
         Args:
             net: called as ``net(x, t, condition, y)``.
-            condition: whatever the network's ``encode`` gave for the images of the batch.
-            clip: the range x0 is clamped to at every evaluation; None for no clamping.
+            condition: what the network's ``encode`` returned for the images of the batch.
+            clip: the range that x0 is clamped to at every evaluation; None for no clamping.
             y: class labels int64 [B], for class-conditional networks.
         """
 
@@ -143,30 +145,26 @@ class GaussianDiffusion:
         condition: Any,
         y: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Score a network on clean masks noised to times ``t``.
+        """Compute the losses of a network on clean masks noised to timesteps ``t``.
 
         Args:
             net: called as ``net(x_t, t, condition, y)``.
             x0: clean masks [B, K, H, W] in ``mask_range``.
-            t: int64 [B], trained times; keep it on the CPU to save a device synchronisation.
+            t: int64 [B], trained timesteps; keep it on the CPU to avoid a device synchronisation.
             eps: standard normal noise of the shape of ``x0``.
-            condition: what the network's ``encode`` gave for the images.
+            condition: what the network's ``encode`` returned for the images.
             y: class labels int64 [B], for class-conditional networks.
 
         Returns:
-            One value per sample, each [B] and of the dtype of ``x0``: ``loss``; ``mse``, the mean
-            squared error of what is predicted, unweighted (absent with ``use_kl``); ``vb``, the
-            variational bound in bits per element (with ``learn_sigma`` or ``use_kl``). Of a network
-            with a coarse mask also that mask's terms: ``coarse``, to be added to the objective
-            with no weight of the times, and what it is made of.
+            One value per sample, each [B] and of the dtype of ``x0``: ``loss``; ``mse``, the
+            unweighted mean squared error of the prediction (absent with ``use_kl``); ``vb``, the
+            variational bound in bits per element (with ``learn_sigma`` or ``use_kl``). A network
+            with a coarse mask adds its terms: ``coarse``, to be added to the objective without the
+            weights of the timesteps, and its components.
         """
         x_t = self.schedule.add_noise(x0, t, eps)
-        scaled_t = (
-            (t * self.scale_timestep(1.0)).to(x0.device)
-            if self.rescale_timesteps
-            else t.to(x0.device)
-        )
-        output = net(x_t, scaled_t, condition, y)
+        scaled_t = t * self.scale_timestep(1.0) if self.rescale_timesteps else t
+        output = net(x_t, scaled_t.to(x0.device), condition, y)
         terms = self._diffusion_terms(output.raw.to(x0.dtype), x0, x_t, t, eps)
         if output.coarse is None:
             return terms
@@ -176,14 +174,14 @@ class GaussianDiffusion:
     def _diffusion_terms(
         self, raw: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
     ) -> dict[str, Tensor]:
-        """Score a raw output: ``loss``, and of ``mse`` and ``vb`` what it is made of."""
+        """Compute ``loss`` from the raw output, and its components among ``mse`` and ``vb``."""
         value, var_frac = self._split(raw, x0)
 
         if self.use_kl:
             vb = self._bound(value, var_frac, x0, x_t, t)
             return {"loss": vb * len(self.kept), "vb": vb}
 
-        mse = _per_case((value - self._target(x0, t, eps)) ** 2)
+        mse = _mean_per_sample((value - self._target(x0, t, eps)) ** 2)
         loss = mse * self._weight(t).to(mse) if self.min_snr_gamma else mse
         if not self.learn_sigma:
             return {"loss": loss, "mse": mse}
@@ -193,7 +191,7 @@ class GaussianDiffusion:
         return {"loss": loss + vb, "mse": mse, "vb": vb}
 
     def _target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network is to predict; v is Salimans & Ho (2022), section 4."""
+        """The target of the prediction; v is that of Salimans & Ho (2022), section 4."""
         if not self.predict_v:
             return x0 if self.predict_xstart else eps
         alpha_bar = self.schedule.alpha_bar[t.cpu()]
@@ -202,7 +200,7 @@ class GaussianDiffusion:
     def _weight(self, t: Tensor) -> Tensor:
         """Weight of the squared error, float64 [B]: Hang et al. (2023), section 3.4.
 
-        min(SNR, gamma) where x0 is predicted; the errors of eps and v are SNR and SNR + 1 times
+        It is min(SNR, gamma) for predicted x0; the errors of eps and v are SNR and SNR + 1 times
         that of x0.
         """
         alpha_bar = self.schedule.alpha_bar[t.cpu()]
@@ -211,15 +209,15 @@ class GaussianDiffusion:
         return snr.clamp(max=self.min_snr_gamma) / larger
 
     def scale_timestep(self, t: float) -> float:
-        """The time as the networks hear it."""
+        """Return the timestep that the network is conditioned on."""
         return t * 1000 / len(self.schedule) if self.rescale_timesteps else t
 
     def _split(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the raw output into the predicted value and the variance's fraction."""
+        """Split the raw output into the predicted value and the fraction of the variance."""
         channels = x.shape[1]
         expected = channels * (2 if self.learn_sigma else 1)
         if raw.shape[1] != expected:
-            raise ValueError(f"the network gave {raw.shape[1]} channels where {expected} are read")
+            raise ValueError(f"the network returned {raw.shape[1]} channels instead of {expected}")
         return raw[:, :channels], (raw[:, channels:] + 1) / 2 if self.learn_sigma else None
 
     def _bound(
@@ -241,16 +239,16 @@ class GaussianDiffusion:
         log_var = high if var_frac is None else low + var_frac * (high - low)
 
         true_mean = clean_weight * x0 + noisy_weight * x_t
-        kl = _per_case(normal_kl(true_mean, low, mean, log_var))
-        nll = _per_case(-discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var))
+        kl = _mean_per_sample(normal_kl(true_mean, low, mean, log_var))
+        nll = _mean_per_sample(-discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var))
         first = (t == self.kept[0]).to(x0.device)
         return torch.where(first, nll, kl) / math.log(2)
 
     def _log_variance_bounds(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the posterior variance and of beta, float64 [B] each: Nichol & Dhariwal, eq. 15.
 
-        The posterior variance of the first time is 0; that of the second stands in for it, and also
-        for its beta where the variance is fixed.
+        The posterior variance of the first timestep is 0, so that of the second is used there, and
+        also for its beta where the variance is fixed.
         """
         second = torch.tensor(self.kept[min(1, len(self.kept) - 1)])
         first = t == self.kept[0]
@@ -262,5 +260,5 @@ class GaussianDiffusion:
         return low, high if self.learn_sigma else torch.where(first, low, high)
 
 
-def _per_case(values: Tensor) -> Tensor:
+def _mean_per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1)

@@ -1,9 +1,9 @@
-"""The record of a run: what a person watches and what a program reads back.
+"""The log of a run, for people to watch and for programs to read.
 
-Free text goes to the console and ``log.txt``; key-value pairs collect until :func:`dumpkvs` writes
+Text goes to the console and to ``log.txt``; key-value pairs collect until :func:`dumpkvs` writes
 them as a table to both, as a row to ``progress.csv`` and as a line to ``progress.json``. Files are
-appended to, never truncated. Keys and file names are those of OpenAI's logger. Sinks are told the
-same numbers, and shown pictures.
+appended to, never truncated. Keys and file names are those of OpenAI's logger. Sinks, such as
+TensorBoard, receive the same numbers, and pictures.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.files import INTACT, atomic_write, make_folder, writing
+from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, make_folder, writing
 
 Pixels = NDArray[np.uint8]
 Values = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Somewhere else that a run can be watched; neither call may wait or raise."""
+    """Another place to watch a run; neither method may block or raise."""
 
     def numbers(self, values: Values) -> None:
-        """Take a row of the log, ``step`` among it."""
+        """Show a row of the log, which contains ``step``."""
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
-        """Take a picture, uint8 [H, W, 3], that replaces the last one of its name."""
+        """Show a picture, uint8 [H, W, 3], in place of the last one of that name."""
 
 
 class Logger:
-    """One run's log; a folder of None writes to the console alone."""
+    """The log of one run; with a folder of None it writes to the console alone."""
 
     def __init__(
         self, folder: Path | None = None, *, quiet: bool = False, sinks: Sequence[Sink] = ()
@@ -52,14 +52,14 @@ class Logger:
             _append_line(self.folder / "log.txt", text)
 
     def dump(self) -> Values:
-        """Write all pairs collected so far, forget them, and return them."""
+        """Write the pairs collected so far, clear them, and return them."""
         values = dict(sorted(self.values.items(), key=lambda pair: pair[0].lower()))
         self.values = {}
         if values:
             self.log(table(values))
         if values and self.folder:
             table_path = self.folder / "progress.csv"
-            with writing(table_path, hint=INTACT):
+            with writing(table_path, hint=CHECKPOINTS_HINT):
                 append_row(table_path, values)
             _append_line(self.folder / "progress.json", json.dumps(values))
         for sink in self.sinks if values else ():
@@ -73,7 +73,7 @@ _current = Logger()
 def configure(
     folder: str | Path | None = None, *, quiet: bool = False, sinks: Sequence[Sink] = ()
 ) -> None:
-    """Log into a folder, which is made, and to the sinks; ``quiet`` keeps the console clean.
+    """Start a log in a folder, which is made if needed; ``quiet`` prints nothing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -93,23 +93,23 @@ def log(text: str) -> None:
 
 
 def logkv(key: str, value: Any) -> None:
-    """Note a number for the next :func:`dumpkvs`."""
+    """Record a value for the next :func:`dumpkvs`."""
     _current.values[key] = value
 
 
 def picture(name: str, pixels: Pixels, step: int) -> None:
-    """Show a picture, uint8 [H, W, 3], to whoever watches."""
+    """Send a picture, uint8 [H, W, 3], to all sinks."""
     for sink in _current.sinks:
         sink.picture(name, pixels, step)
 
 
 def watched() -> bool:
-    """Whether anybody is shown pictures."""
+    """Say whether there are sinks that show pictures."""
     return bool(_current.sinks)
 
 
 def dumpkvs() -> Values:
-    """Write what was noted and return it."""
+    """Write the values recorded since the last call, and return them."""
     return _current.dump()
 
 
@@ -122,7 +122,7 @@ def table(values: Values) -> str:
 
 
 def append_row(path: Path, values: Values) -> None:
-    """Append a row to a CSV file, widening its header when a new key appears."""
+    """Append a row to a CSV file; a new key adds a column to the rows already there."""
     old: list[dict[str, str]] = []
     names = list(values)
     if path.exists():
@@ -136,7 +136,7 @@ def append_row(path: Path, values: Values) -> None:
                 csv.DictWriter(file, names).writerow(values)
             return
     with (
-        atomic_write(path, hint=INTACT) as part,
+        atomic_write(path, hint=CHECKPOINTS_HINT) as part,
         part.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, names)
@@ -145,5 +145,5 @@ def append_row(path: Path, values: Values) -> None:
 
 
 def _append_line(path: Path, text: str) -> None:
-    with writing(path, hint=INTACT), path.open("a", encoding="utf-8") as file:
+    with writing(path, hint=CHECKPOINTS_HINT), path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")

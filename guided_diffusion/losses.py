@@ -1,8 +1,7 @@
-"""Likelihood terms of the variational bound, and the losses of a coarse mask.
+"""Likelihood terms of the variational bound, and losses of the coarse mask.
 
-The bound's terms are per element and in nats: Ho et al. (2020), sections 3.2 and 3.3. The coarse
-mask is a condition network's own; :data:`COARSE_LOSSES` names the ways to train it. Called by
-``gaussian_diffusion`` only.
+The terms of the bound are per element and in nats: Ho et al. (2020), sections 3.2 and 3.3. The
+coarse mask is the condition network's own prediction; :data:`COARSE_LOSSES` names its losses.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Return the log-probability, in nats, of the bin of width 2/255 around ``x``.
 
-    The outermost bins (beyond -0.999 and 0.999) are open, as in Ho et al. (2020), eq. 13. All
-    tensors broadcast against each other.
+    The outermost bins (beyond -0.999 and 0.999) are open, as in Ho et al. (2020), eq. 13. The
+    tensors are broadcast against each other.
     """
     scale = torch.exp(-log_std)
     upper = _normal_cdf((x + _BIN - mean) * scale)
@@ -41,18 +40,18 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 CoarseLoss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""``loss(coarse, mask, t)`` gives terms [B]: ``coarse``, its share of the objective, and others."""
+"""``loss(coarse, mask, t)`` returns terms [B]: ``coarse``, to add to the objective, and others."""
 
 
 def coarse_mse(
     coarse: Tensor, mask: Tensor, t: Tensor, *, weight: float = 10.0
 ) -> dict[str, Tensor]:
-    """MedSegDiff's loss of the coarse mask: the squared error, ``loss_cal``, times 10.
+    """Compute MedSegDiff's loss of the coarse mask: the squared error, ``loss_cal``, times 10.
 
     Args:
         coarse: [B, K, H, W] in (0, 1).
         mask: [B, K, H, W] in [0, 1].
-        t: int64 [B], of no account here.
+        t: timesteps int64 [B], unused here.
         weight: of the squared error in the objective.
     """
     error = ((coarse - mask) ** 2).flatten(1).mean(1)
@@ -60,9 +59,9 @@ def coarse_mse(
 
 
 def coarse_none(coarse: Tensor, mask: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Report the squared error and train nothing on it.
+    """Report the squared error with weight 0 in the objective.
 
-    Times 0 rather than left out: every process of a run has to have every gradient.
+    It is not left out, since distributed training needs a gradient of every parameter.
     """
     return coarse_mse(coarse, mask, t, weight=0.0)
 
@@ -70,9 +69,9 @@ def coarse_none(coarse: Tensor, mask: Tensor, t: Tensor) -> dict[str, Tensor]:
 def coarse_dice_ce(
     coarse: Tensor, mask: Tensor, t: Tensor, *, alpha: int = 5, beta: float = 10.0
 ) -> dict[str, Tensor]:
-    """MedSegDiff-V2's anchor loss, Dice + beta * cross-entropy at times t = 0 mod alpha.
+    """Compute MedSegDiff-V2's anchor loss: Dice + beta * cross-entropy where t = 0 mod alpha.
 
-    At all other times its share is 0, and the two terms are only reported. Arguments as in
+    At other timesteps its weight is 0, and the two terms are only reported. Arguments as in
     :func:`coarse_mse`; Wu et al. (2024), the equation of the total loss.
     """
     dice, entropy = soft_dice_loss(coarse, mask), binary_cross_entropy(coarse, mask)
@@ -81,9 +80,10 @@ def coarse_dice_ce(
 
 
 def soft_dice_loss(soft: Tensor, mask: Tensor) -> Tensor:
-    """1 - Dice of a soft mask, [B, K, H, W] each -> [B]: the mean over the K channels.
+    """Compute 1 - Dice of a soft mask, [B, K, H, W] each -> [B], averaged over the K channels.
 
-    One pixel is added to both sides, so that two empty masks agree and the gradient stays finite.
+    One is added to numerator and denominator, so that two empty masks agree and the gradient stays
+    finite.
     """
     common = (soft * mask).flatten(2).sum(2)
     both = (soft + mask).flatten(2).sum(2)
@@ -91,10 +91,10 @@ def soft_dice_loss(soft: Tensor, mask: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(soft: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy in nats of probabilities, [B, K, H, W] each -> [B].
+    """Compute the cross-entropy of probabilities in nats, [B, K, H, W] each -> [B].
 
-    Logarithms are cut so late that a pixel which is surely wrong keeps its gradient. Written out,
-    for torch's own refuses to run under autocast on CUDA.
+    Probabilities are clamped at 1e-30 only, so that a confidently wrong pixel keeps its gradient.
+    torch's own function refuses to run under autocast on CUDA.
     """
     hit, miss = (p.clamp(min=1e-30).log() for p in (soft, 1 - soft))
     return -(mask * hit + (1 - mask) * miss).flatten(1).mean(1)
@@ -105,4 +105,4 @@ COARSE_LOSSES: dict[str, CoarseLoss] = {
     "dice_ce": coarse_dice_ce,
     "none": coarse_none,
 }
-"""How the coarse mask is trained, by the names of ``--coarse_loss``."""
+"""The losses of the coarse mask, by the names of ``--coarse_loss``."""

@@ -1,13 +1,13 @@
 """Building blocks that all networks share, with the tensor names of published weights.
 
 Timestep embedding (Vaswani et al., 2017), the residual and attention blocks of Dhariwal & Nichol
-(2021), and the contracting path built from them, which the U-Net and the classifier have in common.
+(2021), and the contracting path built from them, which the U-Net and the classifier share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
@@ -21,7 +21,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Output(NamedTuple):
-    """What a network gives back.
+    """The output of a network.
 
     Attributes:
         raw: the prediction [B, K, H, W], or [B, 2K, H, W] with a learned variance.
@@ -34,7 +34,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What all blocks of one network have in common."""
+    """Options that all blocks of one network share."""
 
     emb_channels: int
     dropout: float = 0.0
@@ -47,7 +47,7 @@ class BlockStyle:
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Embed times [B], fractional ones too, as cosines and sines: float32 [B, dim]."""
+    """Embed timesteps [B], fractional ones too, as cosines and sines: float32 [B, dim]."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(max_period) / half * steps)
@@ -56,27 +56,34 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation with 32 groups, computed in float32 whatever the input's type."""
+    """Group normalisation with 32 groups, computed in float32 whatever the input's dtype."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C, ...]; the type of ``x`` is kept."""
-        # The kernel reads short types in float32 itself, but its backward in them is slow. Called
-        # directly: F.group_norm refuses a group of one value, which is normalised to the bias.
+        """Normalise [B, C, ...]; the dtype of ``x`` is kept."""
+        # The kernel computes half precision in float32 itself, but its backward pass is slow there.
+        # F.group_norm would refuse a group of one value, which is normalised to the bias.
         wide = x.float() if torch.is_grad_enabled() else x
         normalised = torch.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
         return normalised.to(x.dtype)
 
 
 def single_precision(x: Tensor) -> AbstractContextManager[object]:
-    """A context on the device of ``x`` in which autocast lowers nothing; meta tensors know none."""
+    """Disable autocast on the device of ``x``; the meta device has no autocast."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def maybe_checkpoint(active: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a function; if ``active``, recompute its activations in the backward pass."""
+    if active and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False))
+    return function(*inputs)
+
+
 def zeroed(layer: Layer) -> Layer:
-    """Start a layer at zero, so that its block starts as the identity."""
+    """Initialise a layer with zeros, so that its residual block starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -115,7 +122,7 @@ def _halve(x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block told the time, optionally resampling both of its branches."""
+    """Residual block conditioned on the timestep; optionally resamples both of its branches."""
 
     def __init__(
         self, channels: int, out_channels: int, style: BlockStyle, resample: str = "none"
@@ -145,10 +152,8 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map [B, C, H, W] under the time embedding [B, E] to [B, C_out, H', W']."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._forward, x, emb, use_reentrant=False))
-        return self._forward(x, emb)
+        """Map [B, C, H, W] and the timestep embedding [B, E] to [B, C_out, H', W']."""
+        return maybe_checkpoint(self.use_checkpoint, self._forward, x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
@@ -157,13 +162,13 @@ class ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
 
-        told = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = emb.chunk(2, dim=1)
             h = norm(h) * (1 + scale) + shift
         else:
-            h = norm(h + told)
+            h = norm(h + emb)
         for layer in rest:
             h = layer(h)
         return cast(Tensor, self.skip_connection(x)) + h
@@ -188,9 +193,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the H * W positions of [B, C, H, W]; the shape is kept."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._forward, x, use_reentrant=False))
-        return self._forward(x)
+        return maybe_checkpoint(self.use_checkpoint, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         attended = attend(
@@ -202,21 +205,21 @@ class AttentionBlock(nn.Module):
 
 
 def _pointwise(layer: nn.Conv1d, flat: Tensor) -> Tensor:
-    """Apply a convolution of width 1 to [B, C, N] as the linear map it is.
+    """Apply a convolution of width 1 to [B, C, N] as a linear map.
 
-    A channels-last feature map stays so, and the fast kernels of attention want just that.
+    This keeps the channels-last memory order that the fast attention kernels require.
     """
     return F.linear(flat.transpose(1, 2), layer.weight[..., 0], layer.bias).transpose(1, 2)
 
 
 def attend(qkv: Tensor, num_heads: int, *, heads_first: bool) -> Tensor:
-    """Scaled dot-product attention of stacked queries, keys and values.
+    """Compute scaled dot-product attention of stacked queries, keys and values.
 
     Args:
         qkv: [B, 3C, N], its channels ordered (head, qkv, C/head), or (qkv, head, C/head) when not
             ``heads_first``.
         num_heads: a divisor of C.
-        heads_first: which of the two orders.
+        heads_first: the order of the channels.
 
     Returns:
         [B, C, N].
@@ -228,17 +231,17 @@ def attend(qkv: Tensor, num_heads: int, *, heads_first: bool) -> Tensor:
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence whose residual blocks are told the time."""
+    """A sequence of layers that passes the timestep embedding to its residual blocks."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
-        """Run [B, C, H, W] through all members."""
+        """Apply all layers to [B, C, H, W] with the timestep embedding [B, E]."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
 def time_embedding(channels: int) -> nn.Sequential:
-    """Build the network's reading of :func:`timestep_embedding`: [B, C] to [B, 4C]."""
+    """Build the MLP that follows :func:`timestep_embedding`: [B, C] to [B, 4C]."""
     return nn.Sequential(
         nn.Linear(channels, 4 * channels),
         nn.SiLU(),
@@ -258,12 +261,12 @@ def contracting_path(
     Args:
         in_channels: channels of the input.
         widths: channels of each level, finest first; multiples of 32.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         attention_ds: the downsampling factors (1, 2, 4, ...) whose levels have attention.
-        style: what all blocks share.
+        style: options that all blocks share.
 
     Returns:
-        The blocks, and the channels that each of them gives.
+        The blocks, and the number of output channels of each.
     """
     stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
     blocks: list[nn.Module] = [TimestepEmbedSequential(stem)]

@@ -1,7 +1,7 @@
-"""Which times are trained: uniformly drawn ones, or those whose loss varies most.
+"""Samplers of the timesteps to train on: uniform, or by the size of their recent losses.
 
-Both samplers draw positions in the list of trained times and weights that keep the expected loss
-unbiased. Nichol & Dhariwal (2021), section 3.3. Called by ``train_util``.
+A sampler draws positions in the list of trained timesteps, and loss weights that keep the expected
+loss unbiased. Nichol & Dhariwal (2021), section 3.3.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 
 
 class ScheduleSampler(Protocol):
-    """The contract: draw positions, learn from their losses, remember across a restart."""
+    """The interface: draw positions, learn from their losses, save and restore the state."""
 
     learns: bool
-    """Whether :meth:`update` is worth a call."""
+    """Whether :meth:`update` does anything."""
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
         """Draw int64 [batch] positions and float32 [batch] loss weights from the global RNG."""
@@ -28,14 +28,14 @@ class ScheduleSampler(Protocol):
         """Learn from the unweighted losses [batch] at these positions."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint has to hold."""
+        """Return the state for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Restore the state from :meth:`state_dict`."""
 
 
 class UniformSampler:
-    """Every time equally often, weight 1."""
+    """Draws every timestep equally often, with weight 1."""
 
     learns = False
 
@@ -47,20 +47,20 @@ class UniformSampler:
         return torch.randint(self.count, (batch,)), torch.ones(batch)
 
     def update(self, positions: Tensor, losses: Tensor) -> None:
-        """Nothing to learn."""
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to remember."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to continue from."""
+        """Do nothing."""
 
 
 class LossSecondMomentResampler:
-    """Times in proportion to the root mean square of their last losses: eq. 18.
+    """Draws timesteps in proportion to the root mean square of their last losses: eq. 18.
 
-    Uniform until every time has a full history; a small share stays uniform for ever.
+    It draws uniformly until every timestep has a full history, and a small share always.
     """
 
     learns = True
@@ -72,7 +72,7 @@ class LossSecondMomentResampler:
 
     @property
     def probabilities(self) -> Tensor:
-        """The probability of each time, float64 [count]."""
+        """The probability of each timestep, float64 [count]."""
         count, history = self._losses.shape
         if (self._seen < history).any():
             return torch.full((count,), 1 / count, dtype=torch.float64)
@@ -89,7 +89,7 @@ class LossSecondMomentResampler:
         return positions, weights.float()
 
     def update(self, positions: Tensor, losses: Tensor) -> None:
-        """Push each finite loss to the end of its time's history."""
+        """Append each finite loss to the history of its timestep."""
         history = self._losses.shape[1]
         for position, loss in zip(positions.tolist(), losses.tolist(), strict=True):
             if not math.isfinite(loss):
@@ -103,12 +103,12 @@ class LossSecondMomentResampler:
         return {"losses": self._losses.clone(), "seen": self._seen.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Restore the state from :meth:`state_dict`."""
         self._losses, self._seen = state["losses"].clone(), state["seen"].clone()
 
 
 def create_named_schedule_sampler(name: str, count: int) -> ScheduleSampler:
-    """Build one of :data:`SCHEDULE_SAMPLERS` over ``count`` trained times."""
+    """Build one of :data:`SCHEDULE_SAMPLERS` over ``count`` trained timesteps."""
     return (
         LossSecondMomentResampler(count) if name == "loss-second-moment" else UniformSampler(count)
     )

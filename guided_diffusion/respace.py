@@ -1,6 +1,6 @@
-"""Choosing which trained times a sampler visits: respacing is nothing but a choice of levels.
+"""Respacing: the choice of a subset of timesteps, to train on or to sample with.
 
-Nichol & Dhariwal (2021), section 4. Called by ``runs`` for training and for sampling.
+Nichol & Dhariwal (2021), section 4.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from guided_diffusion.errors import UserError
 
 
 def space_timesteps(steps: int, spec: str | Sequence[int]) -> set[int]:
-    """Choose times out of ``range(steps)``.
+    """Choose timesteps out of ``range(steps)``.
 
     Args:
         steps: length T of the trained schedule.
-        spec: ``"ddimN"`` for N times at a constant integer stride (Song et al., 2020); otherwise
-            counts, as a list or a comma-separated string: the schedule is cut into that many equal
-            sections and each gives that many evenly spaced times. An empty string keeps all.
+        spec: ``"ddimN"`` for N timesteps at a constant integer stride (Song et al., 2020);
+            otherwise counts, as a list or a comma-separated string: the schedule is split into as
+            many equal sections, and from each section its count of evenly spaced timesteps is
+            taken. An empty string keeps all.
 
     Raises:
-        UserError: the schedule cannot be cut as asked.
+        UserError: the schedule cannot be split like this.
     """
     if isinstance(spec, str):
         if spec.startswith("ddim"):
@@ -39,17 +40,16 @@ def space_timesteps(steps: int, spec: str | Sequence[int]) -> set[int]:
 
 
 def _evenly(length: int, count: int) -> list[int]:
-    """Return ``count`` whole numbers from 0 to ``length - 1``, evenly spaced (only 0 for one).
+    """Return ``count`` integers from 0 to ``length - 1``, evenly spaced (only 0 for one).
 
-    The stride is added up, not multiplied: where a position ends on a half, the float error decides
-    which way it rounds, and models that were respaced before this code existed added it up.
+    The stride is added up, not multiplied: where a position is a half, the floating-point error
+    decides how it rounds, and published models were respaced by adding.
     """
     if not 1 <= count <= length:
         raise UserError(
             "--timestep_respacing",
-            found=f"{count} steps for a section of {length} trained steps",
-            expected=f"between 1 and {length}",
-            hint="Ask for fewer steps, or for fewer sections.",
+            f"a section of {length} trained steps cannot give {count}, but 1 to {length} steps",
+            "Ask for fewer steps, or for fewer sections.",
         )
     stride = (length - 1) / (count - 1) if count > 1 else 1.0
     return [round(at) for at in accumulate([stride] * (count - 1), initial=0.0)]
@@ -60,10 +60,9 @@ def _constant_stride(steps: int, count: int) -> set[int]:
         if len(range(0, steps, stride)) == count:
             return set(range(0, steps, stride))
     raise UserError(
-        "--timestep_respacing",
-        found=f"ddim{count}",
-        expected=f"a count that a constant stride through {steps} steps can give",
-        hint=f"Use --timestep_respacing {count} for uneven strides.",
+        f"--timestep_respacing ddim{count}",
+        f"no constant stride through {steps} steps gives {count} of them",
+        f"Use --timestep_respacing {count} for uneven strides.",
     )
 
 
@@ -71,8 +70,7 @@ def _count(text: str, spec: str) -> int:
     if not text.strip().isdecimal():
         raise UserError(
             "--timestep_respacing",
-            found=repr(spec),
-            expected="counts such as 50 or 10,20,30, or ddim50",
-            hint="Separate whole numbers by commas.",
+            f"{spec!r} is not a list of counts",
+            "Write whole numbers separated by commas, such as 50 or 10,20,30, or ddim50.",
         )
     return int(text)

@@ -1,8 +1,9 @@
-"""Samplers: plain loops over noise levels, all under one signature.
+"""Samplers, plain loops over noise levels with one signature, and reproducible noise for them.
 
-``sampler(denoise, x, levels)`` takes a model, noise at the first level, and the levels to walk
-through, and returns the mask at the last. Options are keywords. :data:`SAMPLERS` names them all;
-those of ``dpm_solver`` are among them.
+``sampler(denoise, x, levels)`` takes a model, noise at the first level, and the levels to step
+through, and returns the mask at the last one. Options are keywords. :data:`SAMPLERS` lists them
+all, with DDPM, DDIM and UniPC from here and the solvers of ``dpm_solver``. :class:`MemberNoise`
+draws the noise of each ensemble member from its seed, so that masks do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -21,19 +22,73 @@ from guided_diffusion import dpm_solver
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.schedule import NoiseLevel
 
+Sampler = Callable[..., Tensor]
+RandnLike = Callable[[Tensor], Tensor]
 Known = tuple[NoiseLevel, Tensor]
 
 
-def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], *, order: int = 2) -> Tensor:
-    """UniPC of order 1 to 3; a step to the clean mask is a plain prediction of x0.
+def ddpm(
+    denoise: Denoiser,
+    x: Tensor,
+    levels: Sequence[NoiseLevel],
+    *,
+    randn_like: RandnLike = torch.randn_like,
+) -> Tensor:
+    """Ancestral sampling, Ho et al. (2020), algorithm 2, between any two levels.
 
-    The first steps rise to ``order``; below 10 steps the last ones come down again, for stability.
+    The variance is between the posterior's and beta if the model learned it (Nichol & Dhariwal
+    (2021), eq. 15), else beta. No noise is added in the step to the clean mask.
+    """
+    for now, nxt in pairwise(levels):
+        x0, var_frac, _ = denoise(x, now)
+        ratio = now.alpha / nxt.alpha
+        beta = 1 - ratio**2
+        x0_weight = nxt.alpha * beta / now.sigma**2
+        x = x0_weight * x0 + (ratio * nxt.sigma**2 / now.sigma**2) * x
+        if nxt.sigma > 0:
+            x = x + _ancestral_std(beta, nxt.sigma / now.sigma, var_frac) * randn_like(x)
+    return x
+
+
+def _ancestral_std(beta: float, shrink: float, var_frac: Tensor | None) -> Tensor | float:
+    """Interpolate geometrically from the posterior's (0; ``shrink`` times beta's) to beta's (1)."""
+    if var_frac is None:
+        return math.sqrt(beta)
+    return math.sqrt(beta) * torch.exp((1 - var_frac) * math.log(shrink))
+
+
+def ddim(
+    denoise: Denoiser,
+    x: Tensor,
+    levels: Sequence[NoiseLevel],
+    *,
+    eta: float = 0.0,
+    randn_like: RandnLike = torch.randn_like,
+) -> Tensor:
+    """DDIM, eq. 12 of Song et al. (2020); eta = 1 is DDPM with the posterior variance."""
+    for now, nxt in pairwise(levels):
+        x0 = denoise(x, now).x0
+        eps = (x - now.alpha * x0) / now.sigma
+        std = eta * nxt.sigma / now.sigma * math.sqrt(1 - (now.alpha / nxt.alpha) ** 2)
+        x = nxt.alpha * x0 + math.sqrt(nxt.sigma**2 - std**2) * eps
+        if std > 0:
+            x = x + std * randn_like(x)
+    return x
+
+
+def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], *, order: int = 2) -> Tensor:
+    """UniPC: a predictor-corrector solver, with as many evaluations as its predictor alone.
+
+    Zhao et al. (2023), algorithms 5 to 8, in data prediction with B(h) = e^h - 1: the model value
+    that the next step needs also corrects the point it was computed at. The order rises to
+    ``order`` in the first steps and, with fewer than 10 steps, falls again in the last ones, for
+    stability. A step to the clean mask is a plain prediction of x0.
 
     Args:
         denoise: the model.
         x: noise at ``levels[0]``, [B, K, H, W].
         levels: decreasing noise, N + 1 of them for N evaluations.
-        order: of the predictor; the corrector adds one.
+        order: 1, 2 or 3, of the predictor; the corrector has one more.
     """
     steps = len(levels) - 1
     known: list[Known] = []
@@ -69,9 +124,9 @@ def _update(
 
 
 def _weights(nodes: Sequence[float], k: float) -> list[float]:
-    """Solve the order conditions for the weight of each divided difference: eq. 9.
+    """Solve the order conditions for the weight of each divided difference: UniPC, eq. 9.
 
-    One node has the weight 1/2, which meets the condition to second order.
+    A single node has the weight 1/2, which meets the condition to second order.
     """
     if len(nodes) < 2:
         return [0.5] * len(nodes)
@@ -84,10 +139,25 @@ def _weights(nodes: Sequence[float], k: float) -> list[float]:
     return [float(weight) for weight in np.linalg.solve(powers, target)]
 
 
-class MemberNoise:
-    """Standard normal noise in which every row has a generator of its own.
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver": partial(dpm_solver.multistep, algorithm="dpmsolver"),
+    "dpm_solver_singlestep": partial(dpm_solver.singlestep, algorithm="dpmsolver"),
+    "dpm_solver++": dpm_solver.multistep,
+    "dpm_solver++_singlestep": dpm_solver.singlestep,
+    "sde_dpm_solver++": dpm_solver.multistep_sde,
+    "unipc": unipc,
+}
+"""All samplers by name, each called as ``sampler(denoise, x, levels)``."""
+STOCHASTIC = frozenset({"ddpm", "ddim", "sde_dpm_solver++"})
+"""The samplers that draw noise in their steps, with the keyword ``randn_like``."""
 
-    Drawn on the CPU, so that a device does not change it.
+
+class MemberNoise:
+    """Standard normal noise with one random generator per row.
+
+    It is drawn on the CPU, so that it does not depend on the device.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -100,74 +170,6 @@ class MemberNoise:
 
 
 def member_seed(seed: int, name: str, member: int) -> int:
-    """Make the seed of one mask: 63 bits of a hash of the run's seed, the case and the member."""
+    """Return the seed of one mask: 63 bits of a hash of the run's seed, the case and the member."""
     digest = hashlib.sha256(f"{seed}/{name}/{member}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-Sampler = Callable[..., Tensor]
-RandnLike = Callable[[Tensor], Tensor]
-
-
-def ddpm(
-    denoise: Denoiser,
-    x: Tensor,
-    levels: Sequence[NoiseLevel],
-    *,
-    randn_like: RandnLike = torch.randn_like,
-) -> Tensor:
-    """Ancestral sampling, Ho et al. (2020), algorithm 2, between any two levels.
-
-    The variance lies between the posterior's and beta where the model learned it (Nichol & Dhariwal
-    (2021), eq. 15), and is beta where it did not. No noise is added on reaching the clean mask.
-    """
-    for now, nxt in pairwise(levels):
-        x0, var_frac, _ = denoise(x, now)
-        ratio = now.alpha / nxt.alpha
-        beta = 1 - ratio**2
-        x0_weight = nxt.alpha * beta / now.sigma**2
-        x = x0_weight * x0 + (ratio * nxt.sigma**2 / now.sigma**2) * x
-        if nxt.sigma > 0:
-            x = x + _ancestral_std(beta, nxt.sigma / now.sigma, var_frac) * randn_like(x)
-    return x
-
-
-def _ancestral_std(beta: float, shrink: float, var_frac: Tensor | None) -> Tensor | float:
-    """Interpolate, geometrically, from the posterior's (0; ``shrink`` smaller) to beta's (1)."""
-    if var_frac is None:
-        return math.sqrt(beta)
-    return math.sqrt(beta) * torch.exp((1 - var_frac) * math.log(shrink))
-
-
-def ddim(
-    denoise: Denoiser,
-    x: Tensor,
-    levels: Sequence[NoiseLevel],
-    *,
-    eta: float = 0.0,
-    randn_like: RandnLike = torch.randn_like,
-) -> Tensor:
-    """DDIM, eq. 12 of Song et al. (2020); eta = 1 is DDPM with the posterior variance."""
-    for now, nxt in pairwise(levels):
-        x0 = denoise(x, now).x0
-        eps = (x - now.alpha * x0) / now.sigma
-        std = eta * nxt.sigma / now.sigma * math.sqrt(1 - (now.alpha / nxt.alpha) ** 2)
-        x = nxt.alpha * x0 + math.sqrt(nxt.sigma**2 - std**2) * eps
-        if std > 0:
-            x = x + std * randn_like(x)
-    return x
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver": partial(dpm_solver.multistep, algorithm="dpmsolver"),
-    "dpm_solver_singlestep": partial(dpm_solver.singlestep, algorithm="dpmsolver"),
-    "dpm_solver++": dpm_solver.multistep,
-    "dpm_solver++_singlestep": dpm_solver.singlestep,
-    "sde_dpm_solver++": dpm_solver.multistep_sde,
-    "unipc": unipc,
-}
-"""Every sampler by name, each called as ``sampler(denoise, x, levels)``."""
-STOCHASTIC = frozenset({"ddpm", "ddim", "sde_dpm_solver++"})
-"""Those that draw noise on the way, by their keyword ``randn_like``."""

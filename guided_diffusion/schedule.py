@@ -1,10 +1,10 @@
-"""Noise schedules: how much of the clean mask is left at each time.
+"""Noise schedules: how much of the clean mask is left at each timestep.
 
-The whole suite speaks of noise through two types: a :class:`NoiseLevel`, the pair (alpha, sigma)
+Two types describe noise everywhere in this package: a :class:`NoiseLevel`, the pair (alpha, sigma)
 that turns a clean mask into a noisy one, and the :class:`NoiseSchedule` of a trained model, which
-knows the level of every time, fractional ones included. Samplers only ever see lists of levels.
+gives the level of every timestep, fractional ones included. Samplers see only lists of levels.
 Linear schedule: Ho et al. (2020), section 4; cosine: Nichol & Dhariwal (2021), eq. 17; log-linear
-interpolation between the trained times: Lu et al. (2022), appendix D.4.
+interpolation between trained timesteps: Lu et al. (2022), appendix D.4.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SCHEDULES = ("linear", "cosine")
 class NoiseLevel(NamedTuple):
     """One amount of noise: ``x = alpha * x0 + sigma * eps`` with ``alpha**2 + sigma**2 == 1``.
 
-    ``t`` is the index into the trained schedule (fractional between two trained times) that the
-    network is told.
+    ``t`` is the timestep that the network is conditioned on, an index into the trained schedule
+    (fractional between two trained timesteps).
     """
 
     t: float
@@ -51,11 +51,11 @@ def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
     17.
 
     Raises:
-        UserError: unknown name, no step at all, or a linear schedule so short that a beta reaches
-            1.
+        UserError: the name is unknown, ``steps`` is below 1, or a linear schedule is so short that
+            a beta reaches 1.
     """
     if steps < 1:
-        raise UserError("--diffusion_steps", found=steps, expected="at least 1", hint="Try 1000.")
+        raise UserError(f"--diffusion_steps {steps}", "must be at least 1", "Try 1000.")
     if name == "linear":
         scale = 1000 / steps
         betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
@@ -63,18 +63,14 @@ def get_named_beta_schedule(name: str, steps: int) -> np.ndarray:
         edges = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
     else:
-        raise UserError(
-            "--noise_schedule",
-            found=name,
-            expected=" or ".join(SCHEDULES),
-            hint="Choose one of them.",
-        )
+        choices = " or ".join(SCHEDULES)
+        raise UserError(f"--noise_schedule {name}", "is not a noise schedule", f"Choose {choices}.")
     if name == "linear" and steps <= 20:
         raise UserError(
-            "--diffusion_steps",
-            found=f"{steps} with the linear schedule, whose last beta is then {20 / steps:.3g}",
-            expected="at least 21, for a beta is a variance below 1",
-            hint="Train with more steps or with --noise_schedule cosine; to sample in few steps, "
+            f"--diffusion_steps {steps}",
+            "the linear schedule needs at least 21 steps, since a beta is a variance below 1 and "
+            f"the last one would be {20 / steps:.3g}",
+            "Train with more steps or with --noise_schedule cosine; to sample in few steps, "
             "use --steps on a model trained with many.",
         )
     return betas
@@ -86,7 +82,7 @@ class NoiseSchedule:
 
     Attributes:
         alpha_bar: float64 [T] on the CPU, strictly decreasing in (0, 1); ``alpha_bar[t]`` is the
-            share of the clean mask's variance left at time ``t``.
+            share of the clean mask's variance left at timestep ``t``.
     """
 
     alpha_bar: Tensor
@@ -104,14 +100,14 @@ class NoiseSchedule:
         return np.asarray(0.5 * self.alpha_bar.log())
 
     def at(self, t: float) -> NoiseLevel:
-        """Return the level at a time in [0, T - 1]; between trained times log alpha is linear."""
+        """Return the level at a timestep in [0, T - 1]; in between, log alpha is linear."""
         if not 0 <= t <= len(self) - 1:
-            raise ValueError(f"time {t} lies outside the schedule's [0, {len(self) - 1}]")
+            raise ValueError(f"timestep {t} is outside the schedule's [0, {len(self) - 1}]")
         log_alpha = float(np.interp(t, np.arange(len(self)), self._log_alpha))
         return _level(t, log_alpha)
 
     def thinned(self, timesteps: Sequence[int]) -> NoiseSchedule:
-        """The schedule of some of the times, increasing: what training on them alone knows."""
+        """Return the schedule of some increasing timesteps, as training on them alone has it."""
         return NoiseSchedule(self.alpha_bar[list(timesteps)])
 
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
@@ -123,7 +119,7 @@ class NoiseSchedule:
     def levels(
         self, timesteps: Iterable[float], end: NoiseLevel | None = CLEAN
     ) -> list[NoiseLevel]:
-        """Return the levels a sampler walks through: these times as given, then any ``end``."""
+        """Return the levels for a sampler: those of these timesteps in order, then any ``end``."""
         return [self.at(t) for t in timesteps] + ([end] if end else [])
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ class NoiseSchedule:
 
         Args:
             x0: clean masks [B, K, H, W], in the range that is diffused.
-            t: int64 [B], times in [0, T - 1], on any device.
+            t: int64 [B], timesteps in [0, T - 1], on any device.
             eps: standard normal noise of the shape of ``x0``.
 
         Returns:

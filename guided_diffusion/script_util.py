@@ -1,6 +1,6 @@
-"""From flags to networks and diffusions: the factories that every verb and every user shares.
+"""Factories that build networks and diffusions from flags, and checks of what those allow.
 
-``create_model_and_diffusion`` takes the scripts' flags by name; its parts take the option groups.
+:func:`create_model_and_diffusion` takes the scripts' flags by name; the others take option groups.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, aut
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.networks.classifier import EncoderUNetModel
-from guided_diffusion.networks.highway import STEP
+from guided_diffusion.networks.highway import SIZE_MULTIPLE
 from guided_diffusion.networks.medsegdiff import AnchoredUNet, HighwayUNet
 from guided_diffusion.networks.medsegdiff_v2 import SpectrumUNet
 from guided_diffusion.networks.resnet import ResNet50
@@ -35,7 +35,7 @@ NETWORKS: dict[str, Callable[..., UNetModel]] = {
     "new": AnchoredUNet,
     "2": SpectrumUNet,
 }
-"""The network of each ``--version``."""
+"""The network class of each ``--version``."""
 _COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
@@ -46,13 +46,13 @@ _CHANNEL_MULT = {
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusion]:
-    """Build network and diffusion from the scripts' flags; what is not given has its default.
+    """Build network and diffusion from the scripts' flags; omitted flags have their defaults.
 
-    ``mask_labels`` says how many mask channels the network has.
+    ``mask_labels`` sets the number of the network's mask channels.
 
     Raises:
-        UserError: flags that no network or schedule can have.
-        TypeError: a name that is no flag of network or diffusion.
+        UserError: no network or schedule can have these flags.
+        TypeError: a name is not a flag of network or diffusion.
     """
     classes = find_classes(flags.pop("mask_labels", ""))
     given = Flags(given=flags)
@@ -73,14 +73,16 @@ def create_model(
 ) -> UNetModel:
     """Build the network, with a mask channel for each class.
 
-    One ``of_images`` has no condition: all its input channels are what is diffused.
+    A network ``of_images`` has no condition: all its input channels are diffused.
+
+    Raises:
+        UserError: no network can have these options.
     """
     if of_images and network.version != "plain":
         raise UserError(
-            "--version",
-            found=network.version,
-            expected="plain, for the others are made to segment an image given as condition",
-            hint="Leave --version away.",
+            f"--version {network.version}",
+            "only the plain network denoises images; the others segment an image as condition",
+            "Omit --version.",
         )
     mask_channels = network.in_ch if of_images else count_masks(classes)
     multipliers, attention_ds = channel_multipliers(network), _attention_ds(network)
@@ -113,20 +115,18 @@ def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
     """Build the classifier of noisy images from its scripts' flags.
 
     Raises:
-        UserError: flags that no classifier can have.
-        TypeError: a name that is no flag of the classifier.
+        UserError: no classifier can have these flags.
+        TypeError: a name is not a flag of the classifier.
     """
     options = ClassifierOptions(**flags)
     if options.model_type == "resnet50":
-        return ResNet50(
-            options.in_channel, options.num_classes, told_time=options.classifier_told_time
-        )
+        embed_time = options.classifier_told_time
+        return ResNet50(options.in_channel, options.num_classes, embed_time=embed_time)
     if options.classifier_width % 32 or options.classifier_width < 32:
         raise UserError(
-            "--classifier_width",
-            found=options.classifier_width,
-            expected="a multiple of 32 (32 groups are normalised)",
-            hint="Use 32, 64, 96 or 128.",
+            f"--classifier_width {options.classifier_width}",
+            "must be a multiple of 32, the number of normalisation groups",
+            "Use 32, 64, 96 or 128.",
         )
     network = NetworkOptions(
         image_size=options.image_size,
@@ -150,26 +150,28 @@ def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:
 
 
 def count_masks(classes: Classes | None) -> int:
-    """How many mask channels a network has: one where everything is one class."""
+    """Return the number of a network's mask channels: one per class, or one without classes."""
     return 1 if classes is None else len(classes)
 
 
 def create_gaussian_diffusion(
     options: DiffusionOptions, version: str = "plain"
 ) -> GaussianDiffusion:
-    """Build the diffusion; respacing chooses the times that are trained.
+    """Build the diffusion; respacing chooses the timesteps that are trained.
 
-    What ``auto`` means for the loss of the coarse mask depends on the version of the network.
+    The ``version`` of the network sets what ``--coarse_loss auto`` means.
+
+    Raises:
+        UserError: no diffusion can have these options.
     """
-    _refuse_opposites(options)
+    _refuse_exclusive_flags(options)
     schedule = NoiseSchedule.named(options.noise_schedule, options.diffusion_steps)
     kept = space_timesteps(options.diffusion_steps, options.timestep_respacing)
     if len(kept) < 2 and (options.learn_sigma or options.use_kl):
         raise UserError(
             "--timestep_respacing",
-            found=f"{len(kept)} trained time",
-            expected="at least 2, for the variational bound compares neighbours",
-            hint="Train on more times, or without --learn_sigma and --use_kl.",
+            "leaves 1 trained timestep, but the variational bound compares neighbours and needs 2",
+            "Train on more timesteps, or omit --learn_sigma and --use_kl.",
         )
     return GaussianDiffusion(
         schedule=schedule,
@@ -187,34 +189,36 @@ def create_gaussian_diffusion(
 
 
 def _coarse_loss(wanted: str, version: str) -> str:
-    """What ``--coarse_loss`` means for a version of the network."""
+    """Resolve ``--coarse_loss`` for a version of the network."""
     if wanted not in ("auto", "none") and version == "plain":
         raise UserError(
-            "--coarse_loss",
-            found=wanted,
-            expected="auto or none, for the plain network has no coarse mask",
-            hint="Leave --coarse_loss away, or choose another --version.",
+            f"--coarse_loss {wanted}",
+            "the plain network has no coarse mask, so only auto and none are possible",
+            "Omit --coarse_loss, or choose another --version.",
         )
     return _COARSE_LOSS[version] if wanted == "auto" else wanted
 
 
-def _refuse_opposites(options: DiffusionOptions) -> None:
-    """Raise a UserError for two flags of which only one can hold."""
+def _refuse_exclusive_flags(options: DiffusionOptions) -> None:
+    """Raise a UserError for two flags that exclude each other."""
     for one, other, hint in (
         ("predict_v", "predict_xstart", "Predict either v or the clean mask."),
-        ("min_snr_gamma", "use_kl", "The bound has its own weights: leave one of the two away."),
+        ("min_snr_gamma", "use_kl", "The bound has its own weights: omit one of the two."),
     ):
-        if getattr(options, one) and getattr(options, other):
-            raise UserError(
-                f"--{one}",
-                found=f"{getattr(options, one)} with --{other} {getattr(options, other)}",
-                expected="only one of the two",
-                hint=hint,
-            )
+        first, second = getattr(options, one), getattr(options, other)
+        if first and second:
+            problem = f"cannot be combined with --{other} {second}"
+            raise UserError(f"--{one} {first}", problem, hint)
 
 
 def channel_multipliers(network: NetworkOptions) -> list[float]:
-    """The width of each level; sizes between the parents' take the next larger one's."""
+    """Return the width of each level relative to the first.
+
+    By default that of guided-diffusion for ``--image_size``, or for the next larger size it has.
+
+    Raises:
+        UserError: the image size cannot be halved so often, or a width is not a multiple of 32.
+    """
     given = numbers("channel_mult", network.channel_mult, float)
     table = next((m for size, m in _CHANNEL_MULT.items() if network.image_size <= size), None)
     mult = given or list(table or _CHANNEL_MULT[256])
@@ -223,66 +227,64 @@ def channel_multipliers(network: NetworkOptions) -> list[float]:
         step = 2**halvings
         nearest = max(step, round(network.image_size / step) * step)
         fewer = ", or fewer levels with --channel_mult" if halvings < len(mult) else ""
+        times = f"{halvings} time{'s' * (halvings != 1)}"
         raise UserError(
-            "--image_size",
-            found=network.image_size,
-            expected=f"a multiple of {step}, for the network halves it {halvings} times",
-            hint=f"Use --image_size {nearest}{fewer}.",
+            f"--image_size {network.image_size}",
+            f"must be a multiple of {step}, as the network halves it {times}",
+            f"Use --image_size {nearest}{fewer}.",
         )
     for width in (network.num_channels * factor for factor in mult):
         if width % 32 or width < 32:
             raise UserError(
-                "--num_channels",
-                found=f"{network.num_channels}, which makes a level {width:g} channels wide",
-                expected="every level's width to be a multiple of 32 (32 groups are normalised)",
-                hint="Use --num_channels 32, 64, 96 or 128.",
+                f"--num_channels {network.num_channels}",
+                f"makes a level {width:g} channels wide, but the width of every level must be a "
+                "multiple of 32, the number of normalisation groups",
+                "Use --num_channels 32, 64, 96 or 128.",
             )
     return mult
 
 
 def _halvings(network: NetworkOptions, levels: int) -> int:
-    """How often a network halves its input: its own levels, or those of its highway."""
-    highway = STEP.bit_length() - 1 if network.version in ("1", "new") else 0
+    """Return how often a network halves its input: by its levels, or those of its highway."""
+    highway = SIZE_MULTIPLE.bit_length() - 1 if network.version in ("1", "new") else 0
     return max(levels - 1, highway)
 
 
 def refuse_uneven_crop(network: NetworkOptions, size: tuple[int, int]) -> None:
-    """Raise a UserError where a cropped size (H, W) is none that the network can halve."""
+    """Raise a UserError if the network cannot halve a cropped size (H, W) often enough."""
     step = 2 ** _halvings(network, len(channel_multipliers(network)))
     if any(side < step or side % step for side in size):
         raise UserError(
             "--crop",
-            found=f"images of {size[0]} x {size[1]} once they are cropped",
-            expected=f"multiples of {step}, for the network halves them",
-            hint="Use --crop none, which resizes them to --image_size.",
+            f"the cropped images are {size[0]} x {size[1]}, but the network, which halves them, "
+            f"needs multiples of {step}",
+            "Use --crop none, which resizes them to --image_size.",
         )
 
 
 def _attention_ds(network: NetworkOptions) -> set[int]:
-    """Downsampling factors with attention: image_size // resolution, as published weights have."""
+    """Return the downsampling factors with attention: image_size // resolution, as published."""
     resolutions = numbers("attention_resolutions", network.attention_resolutions)
     if any(resolution < 1 for resolution in resolutions):
         raise UserError(
-            "--attention_resolutions",
-            found=network.attention_resolutions,
-            expected="sizes of feature maps, 1 or more",
-            hint="Write for example --attention_resolutions 16,8.",
+            f"--attention_resolutions {network.attention_resolutions}",
+            "must be sizes of feature maps, 1 or more",
+            "Write for example --attention_resolutions 16,8.",
         )
     return {network.image_size // resolution for resolution in resolutions}
 
 
 def _refuse_uneven_heads(network: NetworkOptions, width: int) -> None:
-    """Raise a UserError where the channels of a level with attention are no whole heads."""
+    """Raise a UserError if the heads do not divide the channels of a level with attention."""
     by_size = network.num_head_channels != -1
     names = ["num_head_channels"] if by_size else ["num_heads", "num_heads_upsample"]
     for name in names:
         value = getattr(network, name)
         if value != -1 and (value < 1 or width % value):
             raise UserError(
-                f"--{name}",
-                found=value,
-                expected=f"a divisor of {width}, the channels of a level with attention",
-                hint=f"Leave --{name} away, or use a power of 2 up to 32.",
+                f"--{name} {value}",
+                f"must divide {width}, the number of channels of a level with attention",
+                f"Omit --{name}, or use a power of 2 up to 32.",
             )
 
 
@@ -290,16 +292,15 @@ def _mask_range(text: str) -> tuple[float, float]:
     values = numbers("mask_range", text, float)
     if len(values) != 2 or not -math.inf < values[0] < values[1] < math.inf:
         raise UserError(
-            "--mask_range", found=text, expected="two rising numbers", hint="Use 0,1 or -1,1."
+            f"--mask_range {text}", "must be two increasing numbers", "Use 0,1 or -1,1."
         )
     return values[0], values[1]
 
 
 def parameter_count(net: torch.nn.Module) -> str:
-    """Say how large a network is."""
-    return (
-        f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} million parameters"
-    )
+    """Return the number of a network's parameters as text."""
+    count = sum(parameter.numel() for parameter in net.parameters())
+    return f"{count / 1e6:.1f} million parameters"
 
 
 def network_for(dataset: SegmentationDataset, flags: Flags, path: Path | None) -> NetworkOptions:

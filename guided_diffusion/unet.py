@@ -1,10 +1,9 @@
-"""The U-Net that denoises a mask under the condition of an image.
+"""The U-Net that denoises a mask conditioned on an image.
 
-Dhariwal & Nichol (2021) with the tensor names of their weights; the condition is the image, which
-Wolleb et al. (2022) put beside the noisy mask as further input channels. A convolution is linear,
-so the image's share of the first one is computed once per image (:meth:`UNetModel.encode`) and
-shared by every ensemble member and every step: the rest of the network never sees the image again,
-and the image is never noised.
+The network and tensor names of Dhariwal & Nichol (2021); as in Wolleb et al. (2022), image and
+noisy mask are concatenated as input channels, and the image is never noised. A convolution is
+linear, so the image's part of the first one is computed once per image (:meth:`UNetModel.encode`)
+and shared by all ensemble members and all steps.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from guided_diffusion.nn import (
     zeroed,
 )
 
-Own = TypeVar("Own", bound="Condition")
+AnyCondition = TypeVar("AnyCondition", bound="Condition")
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Everything of a forward pass that depends on the image alone.
+    """The part of a forward pass that depends on the image alone.
 
-    Networks that know more of the image extend it by fields of their own: tensors [B, ...].
+    Subclasses add fields, tensors [B, ...], for networks that compute more from the image.
 
     Attributes:
-        stem: the image's share of the first feature map, [B, C, H, W].
+        stem: the image's part of the first feature map, [B, C, H, W].
     """
 
     stem: Tensor
@@ -50,25 +49,24 @@ class Condition:
     def __iter__(self) -> Iterator[Tensor]:
         return (getattr(self, entry.name) for entry in fields(self))
 
-    def rows(self: Own, index: Tensor) -> Own:
-        """Pick the condition of the image ``index[i]`` for the i-th network input."""
+    def rows(self: AnyCondition, index: Tensor) -> AnyCondition:
+        """Select the condition of image ``index[i]`` for the i-th network input."""
         return type(self)(*(value[index] for value in self))
 
 
 class UNetModel(nn.Module):
-    """U-Net with residual and attention blocks, told the time and, once per image, the image.
+    """U-Net with residual and attention blocks, conditioned on an image and the timestep.
 
     Args:
         image_size: height and width that attention and depth were chosen for; others work too.
-        in_channels: image channels plus mask channels; as many as the latter where what is diffused
-            has no condition.
+        in_channels: image channels plus mask channels; mask channels only if there is no condition.
         model_channels: width of the first level, a multiple of 32.
         out_channels: K, or 2K with a learned variance.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         attention_resolutions: downsampling factors with attention, e.g. ``(16,)``.
         mask_channels: K, the last of the input channels.
         channel_mult: width of each level in units of ``model_channels``.
-        num_classes: classes of a class-conditional network.
+        num_classes: number of class labels, for a class-conditional network.
         num_heads_upsample: attention heads of the expanding path; -1 for ``num_heads``.
 
     The other arguments are those of :class:`guided_diffusion.nn.BlockStyle`.
@@ -96,6 +94,7 @@ class UNetModel(nn.Module):
         use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
+        # Attributes that other modules read.
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -104,6 +103,8 @@ class UNetModel(nn.Module):
         self.num_res_blocks = num_res_blocks
         self.use_checkpoint = use_checkpoint
         self.widths = widths = [int(mult * model_channels) for mult in channel_mult]
+
+        # Options of all blocks; the expanding path may have another number of heads.
         style = BlockStyle(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -118,9 +119,12 @@ class UNetModel(nn.Module):
             style if num_heads_upsample == -1 else replace(style, num_heads=num_heads_upsample)
         )
 
+        # The embedding of the timestep and of the class label.
         self.time_embed = time_embedding(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, style.emb_channels)
+
+        # The two paths; every input block has a skip connection to an output block.
         self.input_blocks, skips = contracting_path(
             in_channels, widths, num_res_blocks, attention_resolutions, style
         )
@@ -128,6 +132,8 @@ class UNetModel(nn.Module):
         self.output_blocks = _expanding_path(
             skips, widths, num_res_blocks, attention_resolutions, decoder_style
         )
+
+        # The output starts at zero.
         self.out = nn.Sequential(
             GroupNorm32(widths[0]),
             nn.SiLU(),
@@ -138,7 +144,7 @@ class UNetModel(nn.Module):
         """Compute what depends on the image alone.
 
         Args:
-            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings. C may be 0.
+            image: [B, C, H, W]; H and W divisible by 2^(number of halvings). C may be 0.
         """
         weight, bias = self._stem
         if not image.shape[1]:  # torch leaves the result of such a convolution uninitialised
@@ -152,23 +158,26 @@ class UNetModel(nn.Module):
 
         Args:
             x: noisy mask [B, K, H, W].
-            t: times [B], fractional ones allowed.
+            t: timesteps [B], fractional ones allowed.
             condition: of the B images, from :meth:`encode`.
-            y: class labels int64 [B], or float [B, classes] weights that mix the first classes'
-                embeddings; exactly when the network is class-conditional.
+            y: class labels int64 [B], or float [B, n] weights of the embeddings of the first n
+                classes; for class-conditional networks only, and required by them.
+
+        Raises:
+            ValueError: ``y`` is missing or unexpected.
         """
         emb = self.embed(t, y)
         skips = self.contract(self.enter(x, condition), emb)
         return Output(self.expand(skips[-1], skips, emb))
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring published weights to this network: what they lack gets a value that is neutral."""
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return published weights with neutral values for the tensors that they lack."""
         return dict(weights)
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Embed times [B], and class labels, as [B, E]."""
+        """Embed timesteps [B], and class labels, as [B, E]."""
         if (y is not None) != (self.num_classes is not None):
-            raise ValueError("class labels y belong to class-conditional networks, and only there")
+            raise ValueError("class labels y are for class-conditional networks, which need them")
         weight, _ = self._stem
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(weight.dtype))
         return emb if y is None else emb + self._embedded(y)
@@ -179,7 +188,7 @@ class UNetModel(nn.Module):
         return condition.stem + F.conv2d(x, weight[:, -x.shape[1] :], padding=1)
 
     def contract(self, h: Tensor, emb: Tensor) -> list[Tensor]:
-        """Compute the outputs of all input blocks from that of the first, finest first."""
+        """Compute the outputs of all input blocks from the first one's, finest first."""
         skips = [h]
         for block in self.input_blocks[1:]:
             skips.append(block(skips[-1], emb))
@@ -201,9 +210,8 @@ class UNetModel(nn.Module):
     @property
     def _stem(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the first convolution; image channels first, mask channels last."""
-        return self.get_parameter("input_blocks.0.0.weight"), self.get_parameter(
-            "input_blocks.0.0.bias"
-        )
+        first = "input_blocks.0.0"
+        return self.get_parameter(f"{first}.weight"), self.get_parameter(f"{first}.bias")
 
 
 def _expanding_path(
@@ -213,13 +221,13 @@ def _expanding_path(
     attention_ds: Collection[int],
     style: BlockStyle,
 ) -> nn.ModuleList:
-    """Build the output blocks: one for every skip connection, deepest first."""
-    waiting = list(skips)
+    """Build the output blocks: one per skip connection, deepest first."""
+    remaining = list(skips)
     channels = widths[-1]
     blocks = []
     for level, width in reversed(list(enumerate(widths))):
         for position in range(num_res_blocks + 1):
-            layers: list[nn.Module] = [ResBlock(channels + waiting.pop(), width, style)]
+            layers: list[nn.Module] = [ResBlock(channels + remaining.pop(), width, style)]
             channels = width
             if 2**level in attention_ds:
                 layers.append(AttentionBlock(width, style))

@@ -1,4 +1,4 @@
-"""The benchmark of the versions: one line a run, nothing twice, and a U-Net without diffusion."""
+"""The benchmarks: versions (finished runs are kept, a U-Net without diffusion) and device."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def versions() -> ModuleType:
 def test_finished_runs_are_kept(
     versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, told = tmp_path / "versions.jsonl", []
+    out, runs = tmp_path / "versions.jsonl", []
 
-    def pretended(key: dict[str, Any], *rest: object) -> dict[str, Any]:
-        told.append((key["method"], key["seed"], key["evaluations"]))
+    def fake_run(key: dict[str, Any], *rest: object) -> dict[str, Any]:
+        runs.append((key["method"], key["seed"], key["evaluations"]))
         score = 0.5 + 0.1 * key["seed"]
         rules = BLENDS if key["method"] == "2" else ["none"]
         return {
@@ -44,22 +44,14 @@ def test_finished_runs_are_kept(
         }
 
     def run(*methods: str, seeds: Sequence[int]) -> list[tuple[str, int, int]]:
-        told.clear()
-        arguments = [
-            "--data",
-            ROOT / "data",
-            "--out",
-            out,
-            "--methods",
-            *methods,
-            "--seeds",
-            *seeds,
-        ]
+        runs.clear()
+        arguments = ["--data", ROOT / "data", "--out", out]
+        arguments += ["--methods", *methods, "--seeds", *seeds]
         monkeypatch.setattr(sys, "argv", ["versions.py", *map(str, arguments)])
         versions.main()
-        return list(told)
+        return list(runs)
 
-    monkeypatch.setattr(versions, "run", pretended)
+    monkeypatch.setattr(versions, "run", fake_run)
     assert run("unet", "2", seeds=[1]) == [("unet", 1, 1), ("2", 1, 5)]
     whole = out.read_text()
     out.write_text(whole + '{"set": "demo", "meth')  # a run that was killed while it wrote
@@ -73,13 +65,13 @@ def test_finished_runs_are_kept(
     assert f"| version 2 {'| 0.6500 ± 0.0707 ' * 5}|" in rows
 
 
-def test_the_network_without_diffusion_answers_at_once(versions: ModuleType) -> None:
-    """Its loss is Dice + cross-entropy of what it says of no mask at t = 0."""
+def test_the_network_without_diffusion_predicts_in_one_evaluation(versions: ModuleType) -> None:
+    """Its loss is Dice + cross-entropy of its output for an empty mask at t = 0."""
     diffusion = versions.Direct(NoiseSchedule.named("linear", 50), mask_range=(-1.0, 1.0))
-    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def net(x: torch.Tensor, t: torch.Tensor, condition: None, y: None) -> Output:
-        asked.append((x, t))
+        inputs.append((x, t))
         return Output(torch.zeros_like(x))
 
     truth = torch.tensor([[[[1.0, -1.0], [-1.0, -1.0]]]])
@@ -90,12 +82,12 @@ def test_the_network_without_diffusion_answers_at_once(versions: ModuleType) -> 
     level = NoiseLevel(30.0, 0.6, 0.8)
     prediction = diffusion.denoiser(net, None)(torch.randn_like(truth), level)
     assert_close(prediction.x0, torch.zeros_like(truth))
-    assert not any(x.any() or t.any() for x, t in asked)
+    assert not any(x.any() or t.any() for x, t in inputs)
 
 
 @pytest.mark.slow
-def test_what_a_device_reaches(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Shrunk, on whatever there is: each way has its row, measured by the first."""
+def test_the_device_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """At a small size on any device: each setting has a row, compared with the first one."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     device = importlib.import_module("device")
     small = "--image_size 32 --num_channels 32 --num_res_blocks 1 --images 1 --steps 2 --repeats 1"

@@ -1,4 +1,4 @@
-"""Checkpoints: a round trip, the parents' bare weights, damage, malice, and interrupted writes."""
+"""Checkpoints: round trip, published bare weights, damage, malicious files, interrupted writes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read.training["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
-def test_our_own_files_hold_nothing_but_data(trained: Path) -> None:
+def test_own_files_hold_only_data(trained: Path) -> None:
     content = torch.load(trained / LATEST, weights_only=True)
     assert content["step"] == 4
     assert all(type(value) is Tensor for value in content["model"].values())
@@ -95,7 +95,7 @@ def test_loading_never_trusts_a_file(
     assert trusted == [True]
 
 
-def test_files_are_named_by_the_step_and_the_latest_has_a_name_of_its_own(tmp_path: Path) -> None:
+def test_files_are_named_by_step_and_the_latest_has_a_fixed_name(tmp_path: Path) -> None:
     for step in (5, 1_234_567, 9):
         path = save_checkpoint(tmp_path, checkpoint(step))
         assert path == tmp_path / f"savedmodel{step:06d}.pt"
@@ -117,7 +117,7 @@ def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
         assert load_checkpoint(file).model["w"].item() == 42
 
 
-def test_where_links_are_not_to_be_had_the_latest_is_a_copy(
+def test_without_hard_links_the_latest_is_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -137,22 +137,26 @@ def test_a_path_may_be_a_file_or_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "found"),
-    [("", "found nothing"), ("nowhere.pt", "nowhere.pt"), (".", LATEST)],
+    ("path", "problem"),
+    [
+        ("", "no path given"),
+        ("nowhere.pt", "there is no file nowhere.pt"),
+        (".", f"there is no file {LATEST}"),
+    ],
 )
 def test_a_path_without_a_checkpoint(
-    path: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"--resume_checkpoint: found .*{LATEST}") as raised:
+    message = rf"--resume_checkpoint: {problem}\. .* a folder that holds {LATEST}"
+    with pytest.raises(UserError, match=message):
         latest_checkpoint(path, flag="--resume_checkpoint")
-    assert found in str(raised.value)
 
 
 # -------------------------------------------------------------------------- which weights
 
 
-def test_the_slowest_average_is_preferred_and_said() -> None:
+def test_the_slowest_average_is_preferred_and_named() -> None:
     averages = {"0.9": {"w": torch.ones(1)}, "0.9999": {"w": torch.zeros(1)}, "0.99": {}}
     full = checkpoint(12, ema=averages)
     assert full.choose("ema") == (averages["0.9999"], "averaged weights (EMA 0.9999) of step 12")
@@ -171,7 +175,7 @@ def test_bare_weights_have_no_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_bare_weights_of_the_parents(prefix: str, zipped: bool, tmp_path: Path) -> None:
+def test_bare_weights_of_the_parent_projects(prefix: str, zipped: bool, tmp_path: Path) -> None:
     net = network(learn_sigma=True)
     weights = random_weights(net)
     legacy = OrderedDict((prefix + name, nn.Parameter(value)) for name, value in weights.items())
@@ -185,7 +189,7 @@ def test_bare_weights_of_the_parents(prefix: str, zipped: bool, tmp_path: Path) 
     assert_close(dict(net.state_dict()), weights, rtol=0, atol=0)
 
 
-def test_a_legacy_head_is_cut_where_no_variance_is_learned() -> None:
+def test_variance_channels_of_bare_weights_are_dropped_where_none_are_learned() -> None:
     legacy = random_weights(network(learn_sigma=True))
     net = network(learn_sigma=False)
     load_weights(net, legacy, "legacy.pt")
@@ -195,7 +199,7 @@ def test_a_legacy_head_is_cut_where_no_variance_is_learned() -> None:
     assert_close(own["out.2.bias"], legacy["out.2.bias"][:1], rtol=0, atol=0)
 
 
-def test_the_cut_network_gives_the_first_channel() -> None:
+def test_the_cut_network_predicts_the_first_channel() -> None:
     whole, cut = network(learn_sigma=True).eval(), network(learn_sigma=False).eval()
     weights = {name: 0.1 * value for name, value in random_weights(whole).items()}
     load_weights(whole, weights, "")
@@ -213,29 +217,29 @@ def test_the_first_differing_tensor_is_named_with_both_shapes() -> None:
     with pytest.raises(UserError) as raised:
         load_weights(net, random_weights(network(num_channels=64)), "wide.pt")
     text = str(raised.value)
-    assert text.startswith("wide.pt: found time_embed.0.weight of shape (256, 64), expected shape")
-    assert "(128, 32)" in text
+    assert text.startswith("wide.pt: tensor time_embed.0.weight has shape (256, 64), but in the ")
+    assert "it has shape (128, 32). Give the flags" in text
     assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
 
 
-def test_a_deeper_network_is_told_by_its_first_surplus_tensor() -> None:
+def test_weights_of_a_deeper_network_are_refused() -> None:
     weights = random_weights(network(num_res_blocks=2))
-    with pytest.raises(UserError, match=r"a\.pt: found .* of shape \(.*\), expected shape"):
+    with pytest.raises(UserError, match=r"a\.pt: tensor .* has shape \(.*\), but .* it is absent"):
         load_weights(network(), weights, "a.pt")
 
 
 def test_missing_and_surplus_tensors() -> None:
     net = network()
     weights = random_weights(net)
-    with pytest.raises(UserError, match=r"found strange of shape \(2, 3\), .*\(absent\)"):
+    with pytest.raises(UserError, match=r"tensor strange has shape \(2, 3\), .* it is absent"):
         load_weights(net, {**weights, "strange": torch.zeros(2, 3)}, "a.pt")
     del weights["out.2.bias"]
-    with pytest.raises(UserError, match=r"found out\.2\.bias of shape \(absent\), .*shape \(1,\)"):
+    with pytest.raises(UserError, match=r"tensor out\.2\.bias is absent, .* has shape \(1,\)"):
         load_weights(net, weights, "a.pt")
 
 
-def test_a_head_too_small_is_not_stretched() -> None:
-    with pytest.raises(UserError, match=r"out\.2\.weight of shape \(1, .*\(2, "):
+def test_an_output_layer_too_small_is_refused() -> None:
+    with pytest.raises(UserError, match=r"out\.2\.weight has shape \(1, .*\(2, "):
         load_weights(network(learn_sigma=True), random_weights(network()), "a.pt")
 
 
@@ -243,7 +247,7 @@ def test_a_head_too_small_is_not_stretched() -> None:
 
 
 def half_then(failure: BaseException) -> Callable[..., None]:
-    """A torch.save that writes some bytes and fails."""
+    """Replace torch.save by a function that writes some bytes and fails."""
 
     def save(content: object, path: Path) -> None:
         Path(path).write_bytes(b"half of it")
@@ -262,12 +266,17 @@ def fail(failure: BaseException) -> Callable[..., None]:
 FULL = OSError(28, "No space left on device")
 
 
+@pytest.fixture
+def before(tmp_path: Path) -> dict[str, bytes]:
+    """The folder's files after step 5 was saved."""
+    save_checkpoint(tmp_path, checkpoint(5))
+    return contents(tmp_path)
+
+
 @pytest.mark.parametrize("failure", [FULL, RuntimeError("inline_container.cc: write failed")])
 def test_a_full_disk_leaves_the_old_file(
-    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, before: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, checkpoint(5))
-    before = contents(tmp_path)
     monkeypatch.setattr(torch, "save", half_then(failure))
     for step in (5, 6):
         with pytest.raises(UserError, match="earlier checkpoints are intact") as raised:
@@ -279,10 +288,11 @@ def test_a_full_disk_leaves_the_old_file(
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), SystemExit(1), MemoryError()])
 def test_an_interruption_passes_and_leaves_the_old_file(
-    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: BaseException,
+    before: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save_checkpoint(tmp_path, checkpoint(5))
-    before = contents(tmp_path)
     monkeypatch.setattr(torch, "save", half_then(failure))
     with pytest.raises(type(failure)):
         save_checkpoint(tmp_path, checkpoint(6))
@@ -291,10 +301,8 @@ def test_an_interruption_passes_and_leaves_the_old_file(
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 def test_a_failing_rename_leaves_the_old_file(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, before: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, checkpoint(5))
-    before = contents(tmp_path)
     monkeypatch.setattr(os, name, fail(FULL))
     if name == "replace":
         monkeypatch.setattr(Path, name, fail(FULL))
@@ -323,12 +331,12 @@ def test_a_failing_copy_leaves_the_latest_as_it_was(
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"savedmodel000005\.pt: found"):
+    with pytest.raises(UserError, match=r"savedmodel000005\.pt: cannot be written"):
         save_checkpoint(tmp_path / "gone", checkpoint(5))
 
 
-def test_what_is_left_of_a_kill_does_no_harm(tmp_path: Path) -> None:
-    """A killed process cannot tidy up: the next save of the same name does."""
+def test_partial_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    """A killed process cannot remove them; the next save does."""
     path = save_checkpoint(tmp_path, checkpoint(5))
     path.with_name(f".part-{path.name}").write_bytes(b"half of it")
     (tmp_path / f".part-{LATEST}").write_bytes(b"half of it")
@@ -341,7 +349,7 @@ def test_what_is_left_of_a_kill_does_no_harm(tmp_path: Path) -> None:
 
 
 class Malice:
-    """Unpickled by an unguarded reader, it leaves a file."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -367,19 +375,19 @@ def test_a_malicious_file_is_refused_and_not_executed(
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zipped")
 
-    with pytest.raises(UserError, match=r"evil\.pt: found"):
+    with pytest.raises(UserError, match=r"evil\.pt: (holds objects|is damaged)"):
         load_checkpoint(path)
     assert not trace.exists()
 
 
-def test_the_trap_of_that_test_works(tmp_path: Path) -> None:
+def test_an_unguarded_reader_would_execute_it(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Malice(tmp_path / "trace")))
     assert (tmp_path / "trace").exists()
 
 
-def test_code_in_a_file_is_called_by_its_name(tmp_path: Path) -> None:
+def test_code_in_a_file_is_named(tmp_path: Path) -> None:
     torch.save(Malice(tmp_path / "trace"), tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="objects that could run code"):
+    with pytest.raises(UserError, match=r"objects that could run code \(.*mkdir\)"):
         load_checkpoint(tmp_path / "evil.pt")
 
 
@@ -388,10 +396,11 @@ def test_code_in_a_file_is_called_by_its_name(tmp_path: Path) -> None:
     [b"", b"\n", b"step,loss\n1,0.5\n", b"PK\x03\x04", b"\x80\x02", bytes(1000), b"\x93NUMPY"],
     ids=["empty", "blank", "text", "zip head", "pickle head", "zeros", "numpy"],
 )
-def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"other\.pt: found .*expected a checkpoint") as raised:
+    message = r"other\.pt: (is damaged|cannot be read).* Use a checkpoint of this suite"
+    with pytest.raises(UserError, match=message) as raised:
         load_checkpoint(path)
     assert "\n" not in str(raised.value)
     assert "could run code" not in str(raised.value)
@@ -411,9 +420,9 @@ def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     ],
     ids=["list", "empty", "int", "tensor", "optimiser", "headless", "surplus", "unnamed"],
 )
-def test_other_things_that_torch_saves(content: object, tmp_path: Path) -> None:
+def test_other_objects_saved_by_torch_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt: found"):
+    with pytest.raises(UserError, match=r"other\.pt: .*(not a dictionary of|instead of format,)"):
         load_checkpoint(tmp_path / "other.pt")
 
 

@@ -27,12 +27,12 @@ def normals(*shape, seed=0, dtype=torch.float64):
 
 
 def constant(raw):
-    """A network that answers ``raw`` whatever it is asked."""
+    """A network that returns ``raw`` for every input."""
     return lambda x, t, condition, y: Output(raw)
 
 
 def recording(raw, calls):
-    """The same, keeping what it was called with."""
+    """The same, appending the arguments of each call to ``calls``."""
 
     def net(x, t, condition, y):
         calls.append((x, t, condition, y))
@@ -71,10 +71,10 @@ def test_training_losses_are_golden(name, flags):
     for key, value in terms.items():
         torch.testing.assert_close(value, golden[f"term_{key}"], rtol=1e-5, atol=0)
 
-    ((x_t, told, image, y),) = calls
+    ((x_t, timesteps, image, y),) = calls
     torch.testing.assert_close(x_t, golden["model_input"][:, -1:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(image, golden["model_input"][:, :-1], rtol=0, atol=0)
-    assert told.tolist() == golden["model_t"].tolist()
+    assert timesteps.tolist() == golden["model_t"].tolist()
     assert y is None
 
 
@@ -109,11 +109,11 @@ def test_reverse_steps_are_golden(name, learn_sigma, respacing):
         if position:
             expected |= {"variance": std**2, "log_variance": (std**2).log()}
         else:
-            assert not std.any(), "no noise is added on reaching the clean mask"
+            assert not std.any(), "no noise is added in the step to the clean mask"
         for key, value in expected.items():
             truth = golden[key][one].double()
             torch.testing.assert_close(value.expand_as(truth), truth, rtol=1e-5, atol=1e-7)
-        assert all(told.tolist() == golden["model_t"][one].tolist() for _, told, _, _ in calls)
+        assert all(t.tolist() == golden["model_t"][one].tolist() for _, t, _, _ in calls)
 
 
 # losses
@@ -156,7 +156,7 @@ def reverse_std(schedule, now, before, s):
 
 
 def exact_network(schedule, kept, mu, s, *, predict_xstart=False, learn_sigma=True):
-    """What an ideal network says of data ~ N(mu, s^2), its variance included."""
+    """An ideal network for data ~ N(mu, s^2), its variance included."""
     previous = dict(zip(kept, (-1, *kept), strict=False))
 
     def fraction(t):
@@ -186,8 +186,8 @@ def exact_network(schedule, kept, mu, s, *, predict_xstart=False, learn_sigma=Tr
 def test_the_bound_of_an_exact_model_is_the_entropy_of_the_data(kept, predict_xstart):
     # On Gaussian data the reverse process is Gaussian over any stride, so that the variational
     # bound is tight: its terms and the prior's add up to the entropy of the data, here counted in
-    # bins of 2/255. Were a term to compare with time t - 1 and not with the last kept one, or were
-    # one variance wrong, the sum would be too.
+    # bins of 2/255. The sum would be wrong if a term used timestep t - 1 instead of the last kept
+    # one, or if one variance were wrong.
     mu, s, pixels = 0.1, 0.15, 150 * 150
     diffusion = GaussianDiffusion(
         SHORT, timesteps=kept, learn_sigma=True, use_kl=True, predict_xstart=predict_xstart
@@ -206,7 +206,7 @@ def test_the_bound_of_an_exact_model_is_the_entropy_of_the_data(kept, predict_xs
     bits = (entropy - prior) / math.log(2)
     # every term is the mean of `pixels` draws with a deviation below 1 bit
     assert terms["vb"].sum().item() == pytest.approx(bits, abs=4 * math.sqrt(len(kept) / pixels))
-    # and the terms apart: KL(true reverse step || exact model) has the mean log(std / std of q)
+    # and each term: KL(true reverse step || exact model) has the mean log(std / std of q)
     for before, now, vb in zip(kept, kept[1:], terms["vb"][1:].tolist(), strict=False):
         ratio = reverse_std(SHORT, now, before, s) / reverse_std(SHORT, now, before, 0)
         assert vb == pytest.approx(math.log(ratio, 2), abs=4 / math.sqrt(pixels), rel=0.06)
@@ -223,17 +223,17 @@ def test_the_bound_with_fixed_variance_in_closed_form():
     for before, now, vb in zip(kept, kept[1:], terms["vb"][1:].tolist(), strict=False):
         q, p = (reverse_std(SHORT, now, before, value) for value in (0, s))
         beta = 1 - (SHORT.alpha_bar[now] / SHORT.alpha_bar[before]).item()
-        # the mean's error has variance p^2 - q^2, and the model says beta
+        # the mean's error has variance p^2 - q^2, and the model's variance is beta
         nats = 0.5 * (math.log(beta / q**2) + q**2 / beta - 1 + (p**2 - q**2) / beta)
         assert vb == pytest.approx(nats / math.log(2), rel=0.05)
-    # beta would be far too wide for the first term: the second one's posterior stands in for it
+    # beta would be far too wide for the first term: the posterior of the second is used instead
     variance = reverse_std(SHORT, kept[1], kept[0], 0) ** 2
     error = reverse_std(SHORT, kept[0], -1, s) ** 2
     nats = 0.5 * math.log(2 * math.pi * variance) + error / (2 * variance) - math.log(2 / 255)
     assert terms["vb"][0].item() == pytest.approx(nats / math.log(2), rel=0.01)
 
 
-def test_rescaled_bound_has_the_share_of_its_steps():
+def test_rescaled_bound_is_multiplied_by_steps_over_1000():
     x0, eps, raw = normals(2, 1, 4, 4), normals(2, 1, 4, 4, seed=1), normals(2, 2, 4, 4, seed=2)
     t, terms = torch.tensor([10, 40]), []
     for rescaled in (False, True):
@@ -260,7 +260,7 @@ def test_discretised_likelihood_is_a_distribution_over_256_bins(mean, std):
     x = torch.linspace(-1, 1, 256, dtype=torch.float64)
     log_std = torch.tensor(std).double().log()
     likelihood = discretized_gaussian_log_likelihood(x, torch.tensor(mean), log_std).exp()
-    # probabilities are floored at 1e-12
+    # probabilities are clamped at 1e-12
     assert likelihood.sum().item() == pytest.approx(1, abs=1e-9)
     edges = Normal(mean, std).cdf((x[1:] + x[:-1]) / 2)
     exact = torch.cat([edges, torch.ones(1)]) - torch.cat([torch.zeros(1), edges])
@@ -278,26 +278,26 @@ def test_discretised_likelihood_by_hand():
     assert far == pytest.approx(math.log(1e-12))
 
 
-# what the network is told, and how it is read
+# the input of the network, and the interpretation of its output
 
 
-@pytest.mark.parametrize(("rescale", "told"), [(False, [0, 100, 249]), (True, [0, 400, 996])])
-def test_rescaled_times_are_told_in_training_and_in_sampling(rescale, told):
+@pytest.mark.parametrize(("rescale", "scaled"), [(False, [0, 100, 249]), (True, [0, 400, 996])])
+def test_timesteps_are_rescaled_in_training_and_in_sampling(rescale, scaled):
     schedule = NoiseSchedule.named("linear", 250)
     diffusion = GaussianDiffusion(schedule, rescale_timesteps=rescale)
     x0, t, calls = normals(3, 1, 2, 2, dtype=torch.float32), torch.tensor([0, 100, 249]), []
     net = recording(x0, calls)
     diffusion.training_losses(net, x0, t, eps=x0, condition=None)
-    assert calls.pop()[1].tolist() == told
+    assert calls.pop()[1].tolist() == scaled
 
-    for time, expected in zip(t.tolist(), told, strict=True):
+    for time, expected in zip(t.tolist(), scaled, strict=True):
         diffusion.denoiser(net, None)(x0, schedule.at(time))
         assert calls.pop()[1].tolist() == [expected] * 3
     diffusion.denoiser(net, None)(x0, schedule.at(10.25))
     assert calls.pop()[1].tolist() == [41.0 if rescale else 10.25] * 3
 
 
-def test_respaced_training_and_sampling_tell_original_times():
+def test_respaced_training_and_sampling_use_original_timesteps():
     kept = sorted(space_timesteps(1000, "10"))
     diffusion = GaussianDiffusion(LINEAR, timesteps=tuple(kept), learn_sigma=True)
     assert diffusion.kept == (0, 111, 222, 333, 444, 555, 666, 777, 888, 999)
@@ -308,7 +308,7 @@ def test_respaced_training_and_sampling_tell_original_times():
     assert calls.pop()[1].tolist() == kept
 
     ddim(diffusion.denoiser(net, None), x0, LINEAR.levels(kept[::-1]))
-    assert [told[0].item() for _, told, _, _ in calls] == kept[::-1]
+    assert [t[0].item() for _, t, _, _ in calls] == kept[::-1]
 
 
 def test_condition_and_labels_reach_the_network():
@@ -321,7 +321,7 @@ def test_condition_and_labels_reach_the_network():
     assert all(call[2] is condition and call[3] is y for call in calls)
 
 
-def test_noise_is_read_as_the_clean_mask_and_clipped():
+def test_predicted_noise_is_converted_to_the_clean_mask_and_clipped():
     schedule = NoiseSchedule(torch.tensor([0.64], dtype=torch.float64))  # alpha 0.8, sigma 0.6
     diffusion, level = GaussianDiffusion(schedule), schedule.at(0)
     x = torch.tensor([1.0, -2.0, 0.5]).double()[None, None, None]
@@ -336,7 +336,7 @@ def test_noise_is_read_as_the_clean_mask_and_clipped():
     torch.testing.assert_close(default.x0, x0.clamp(-1, 1))
 
 
-def test_a_predicted_clean_mask_is_taken_as_it_is():
+def test_a_predicted_clean_mask_is_used_unchanged():
     diffusion = GaussianDiffusion(SHORT, predict_xstart=True)
     raw = torch.tensor([-3.0, 0.25, 3.0])[None, None, None]
     x = torch.zeros_like(raw)
@@ -361,14 +361,16 @@ def test_learned_variance_is_a_fraction_of_its_bounds():
 def test_an_output_of_the_wrong_width_is_refused(learn_sigma, channels):
     diffusion, x = GaussianDiffusion(SHORT, learn_sigma=learn_sigma), torch.zeros(1, 1, 2, 2)
     net = constant(torch.zeros(1, channels, 2, 2))
-    with pytest.raises(ValueError, match=f"gave {channels} channels where {1 + learn_sigma}"):
+    with pytest.raises(
+        ValueError, match=f"returned {channels} channels instead of {1 + learn_sigma}"
+    ):
         diffusion.denoiser(net, None)(x, SHORT.at(3))
-    with pytest.raises(ValueError, match=f"gave {channels} channels"):
+    with pytest.raises(ValueError, match=f"returned {channels} channels"):
         diffusion.training_losses(net, x, torch.tensor([3]), eps=x, condition=None)
 
 
 @pytest.mark.parametrize("mask_range", [(0.0, 1.0), (-1.0, 1.0), (-0.5, 2.0)])
-def test_mask_range_there_and_back(mask_range):
+def test_mask_range_round_trip(mask_range):
     diffusion = GaussianDiffusion(SHORT, mask_range=mask_range)
     assert diffusion.to_range(torch.tensor([0.0, 1.0])).tolist() == list(mask_range)
     mask = torch.linspace(0, 1, 11)
@@ -376,7 +378,7 @@ def test_mask_range_there_and_back(mask_range):
     assert diffusion.from_range(torch.tensor([-9.0, 9.0])).tolist() == [0, 1]
 
 
-# v-prediction and the loss's weight
+# v-prediction and loss weights
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -401,7 +403,7 @@ def test_a_perfect_predictor_of_v(channels):
 
 
 @pytest.mark.parametrize("flags", [{"learn_sigma": True}, {"use_kl": True}])
-def test_the_bound_is_the_same_whatever_is_predicted(flags):
+def test_the_bound_does_not_depend_on_what_is_predicted(flags):
     x0, eps = normals(3, 1, 4, 4), normals(3, 1, 4, 4, seed=1)
     t = torch.tensor([0, 10, 900])
     alpha_bar = LINEAR.alpha_bar[t][:, None, None, None]
@@ -441,7 +443,7 @@ def test_the_weight_of_a_loss_is_the_capped_signal_to_noise_ratio(kind, gamma):
     torch.testing.assert_close(terms["mse"], mse)
 
 
-def test_weighted_losses_of_one_error_in_x0_are_the_same_whatever_is_predicted():
+def test_weighted_losses_of_an_error_in_x0_do_not_depend_on_what_is_predicted():
     x0, eps = normals(3, 1, 4, 4), normals(3, 1, 4, 4, seed=1)
     t = torch.tensor([5, 100, 900])
     alpha_bar = LINEAR.alpha_bar[t][:, None, None, None]
@@ -466,7 +468,8 @@ def test_weighted_losses_of_one_error_in_x0_are_the_same_whatever_is_predicted()
     "flags",
     [{"predict_v": True, "predict_xstart": True}, {"min_snr_gamma": 5.0, "use_kl": True}],
 )
-def test_flags_that_exclude_each_other(flags):
+def test_flags_that_exclude_each_other_are_refused(flags):
     first, second = flags
-    with pytest.raises(UserError, match=f"--{first}: found .* with --{second} True"):
+    message = f"--{first} {flags[first]}: cannot be combined with --{second} True"
+    with pytest.raises(UserError, match=message):
         create_model_and_diffusion(**flags, num_channels=32)

@@ -1,4 +1,4 @@
-"""Fusion rules and measures of doubt, against values worked out by hand and their properties."""
+"""Fusion rules and measures of uncertainty: values computed by hand, and properties."""
 
 import json
 import math
@@ -46,10 +46,10 @@ def test_vote_counts_members_not_probabilities():
 
 
 def test_staple_of_two_raters_by_hand():
-    # Two raters who agree on 1 and 0 and part on the third pixel; the prior is 1/2. The first
+    # Two raters who agree on 1 and 0 and differ on the third pixel; the prior is 1/2. The first
     # E-step, with p = q for all, gives 1, 0 and 1/2, hence p = (1, 1 / 1.5) and q = (1 / 1.5, 1)
-    # up to 1e-5; then the third pixel has p1 (1 - p2) against (1 - q1) q2: 1/3 each, once more
-    # 1/2. So (1, 0, 1/2) is the fixed point, and no rater is preferred.
+    # up to 1e-5. Then the third pixel has p1 (1 - p2) against (1 - q1) q2, 1/3 each, which is 1/2
+    # again. So (1, 0, 1/2) is the fixed point, and no rater is preferred.
     fused = staple(raters([1, 0, 1], [1, 0, 0]))
     torch.testing.assert_close(fused, torch.tensor([[1, 0, 0.5]]), atol=1e-4, rtol=0)
 
@@ -92,12 +92,12 @@ def disc(size=32, radius=0.5):
     return (line[:, None] ** 2 + line**2 < radius**2).float()
 
 
-def test_staple_is_that_of_itk():
+def test_staple_agrees_with_itk():
     known = json.loads((GOLDEN / "staple_itk.json").read_text(encoding="utf-8"))
     members = torch.tensor([[float(bit) for bit in rater] for rater in known["raters"]])
     fused = staple(members.double().reshape(5, *known["shape"])).flatten()
-    said = ["".join(str(int(bit)) for bit in pixel) for pixel in members.T]
-    expected = torch.tensor([known["probability"][pattern] for pattern in said]).double()
+    patterns = ["".join(str(int(bit)) for bit in pixel) for pixel in members.T]
+    expected = torch.tensor([known["probability"][pattern] for pattern in patterns]).double()
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)
 
     inside = members.double() @ fused / fused.sum()
@@ -135,7 +135,7 @@ def test_staple_beats_the_majority_where_raters_are_bad():
 
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(range(5)))
-def test_fusions_do_not_care_about_the_order_of_members(order):
+def test_fusions_do_not_depend_on_the_order_of_members(order):
     members = torch.stack([noisy(disc(12), 0.1 + 0.05 * seed, seed) for seed in range(5)])
     for fuse in (*FUSIONS.values(), uncertainty):
         torch.testing.assert_close(fuse(members[list(order)]), fuse(members))
@@ -178,7 +178,7 @@ def test_variance_and_entropy_by_hand():
 
 @pytest.mark.parametrize("name", UNCERTAINTIES)
 @given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_measures_keep_to_their_range(name, rows):
+def test_measures_stay_in_their_range(name, rows):
     measure, members = UNCERTAINTIES[name], raters(*rows)
     values = measure.rule(members)
     assert bool((values >= 0).all()) and bool((values <= measure.most).all())
@@ -198,6 +198,6 @@ def test_disagreement_by_hand():
     "members", [torch.zeros(4, 4), torch.zeros(0, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)]
 )
 @pytest.mark.parametrize("function", [*FUSIONS.values(), uncertainty, disagreement])
-def test_members_of_another_kind_are_refused(function, members):
+def test_members_of_wrong_shape_or_dtype_are_refused(function, members):
     with pytest.raises(ValueError, match="members must be float"):
         function(members)

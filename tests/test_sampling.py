@@ -1,7 +1,7 @@
 """Samplers by value: golden numbers, exact-Gaussian endpoints, orders of convergence, the papers.
 
-On data ~ N(mu, s^2) the best denoiser is known, so is the end of the probability flow from every
-starting point, and every sampler has to get there.
+For data ~ N(mu, s^2) the optimal denoiser is known, and so is the end of the probability flow from
+every starting point, which every sampler has to reach.
 """
 
 import math
@@ -44,13 +44,13 @@ def spread(level, s=S):
 
 
 def gaussian(x, level, mu=MU, s=S):
-    """The exact denoiser: x0 expected of x for data ~ N(mu, s^2)."""
+    """The exact denoiser: the expectation of x0 given x for data ~ N(mu, s^2)."""
     gain = level.alpha * s**2 / (level.alpha**2 * s**2 + level.sigma**2)
     return Prediction(mu + gain * (x - level.alpha * mu))
 
 
 def flow(x, start, end, mu=MU, s=S):
-    """Where the probability flow takes x from one level to another."""
+    """The probability flow of x from one level to another."""
     return end.alpha * mu + spread(end, s) / spread(start, s) * (x - start.alpha * mu)
 
 
@@ -60,7 +60,7 @@ def even_levels(start, end, steps):
 
 
 def layout(name, evaluations, **options):
-    """Levels that suit a sampler of the registry, N evaluations."""
+    """Levels for a sampler by its name, for N evaluations."""
     method = "singlestep" if name.endswith("singlestep") else "multistep"
     return solver_levels(LINEAR, evaluations, order=2, method=method, **options)
 
@@ -123,7 +123,7 @@ def test_every_sampler_reaches_the_data(name):
     x = levels[0].alpha * MU + spread(levels[0]) * normals(4000, 1, 1, 5)
     torch.manual_seed(1)
     end = SAMPLERS[name](gaussian, x, levels)
-    # the last evaluation gives the mean of x0, whose deviation is a little below that of the data
+    # the last evaluation is the mean of x0, whose deviation is a little below that of the data
     expected = levels[-2].alpha * S**2 / spread(levels[-2])
     error = 4 / math.sqrt(end.numel())
     assert end.mean().item() == pytest.approx(MU, abs=expected * error + 1e-3)
@@ -230,10 +230,10 @@ def test_unipc_converges_above_its_predictor(order):
 
 
 def variance_error(sampler, levels):
-    """How far the variance of a sampler's result is from the data's, without drawing any noise.
+    """The error of the variance of a sampler's result, without drawing noise.
 
-    Sampler and denoiser are linear here, so that every row of the batch carries one impulse, of one
-    step's noise or of the start's, and the variance is the sum of the squares of their ends.
+    Sampler and denoiser are linear here: each row of the batch holds one impulse, in the noise of
+    one step or of the start, and the variance is the sum of their squared results.
     """
     steps = len(levels) - 1
     impulses = iter(torch.eye(steps + 1, dtype=torch.float64)[..., None, None, None])
@@ -263,7 +263,7 @@ def test_stochastic_samplers_converge_to_the_variance_of_the_data(sampler, order
 
 @pytest.mark.parametrize("times", [[999, 0], [999, 500, 499], [800, 300, 40, 3]])
 @pytest.mark.parametrize("name", ["ddpm", "ddim 0.5", "ddim 1", "sde_dpm_solver++"])
-def test_the_true_clean_mask_lands_on_the_forward_process(name, times):
+def test_the_true_clean_mask_gives_the_forward_process(name, times):
     x0, levels = 0.7, LINEAR.levels(times, end=None)
     x = levels[0].alpha * x0 + levels[0].sigma * normals(40000, 1, 1, 1)
     torch.manual_seed(5)
@@ -363,28 +363,28 @@ def test_rows_of_a_batch_are_independent(name):
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_samplers_keep_the_type_of_the_noise(name):
+def test_samplers_keep_the_dtype_of_the_noise(name):
     x = normals(1, 1, 2, 2).float()
     end = SAMPLERS[name](gaussian, x, layout(name, 6))
     assert end.dtype == torch.float32
     assert end.isfinite().all()
 
 
-def test_a_respaced_run_tells_the_network_the_trained_times():
-    told = []
+def test_a_respaced_run_conditions_the_network_on_trained_timesteps():
+    timesteps = []
 
     def net(x, t, condition, y):
-        told.append(t.tolist())
+        timesteps.append(t.tolist())
         return Output(x)
 
     denoise = GaussianDiffusion(LINEAR).denoiser(net, None)
     kept = sorted(space_timesteps(1000, "ddim5"), reverse=True)
     for sampler in (ddpm, ddim, multistep):
         sampler(denoise, torch.zeros(2, 1, 2, 2), LINEAR.levels(kept))
-        assert told == [[t, t] for t in (800, 600, 400, 200, 0)]
-        told.clear()
+        assert timesteps == [[t, t] for t in (800, 600, 400, 200, 0)]
+        timesteps.clear()
     multistep(denoise, torch.zeros(1, 1, 2, 2), solver_levels(LINEAR, 4))
-    assert told == [[999], [749.25], [499.5], [249.75]]
+    assert timesteps == [[999], [749.25], [499.5], [249.75]]
 
 
 # the solvers against the formulas of the papers
@@ -396,7 +396,7 @@ def value(denoise, x, level, algorithm):
 
 
 def plain_singlestep(denoise, x, s, inner, t, algorithm):
-    """One step, as Lu et al. write it for any inner points: algorithms 4 and 5; ++: 1 and its 3."""
+    """One step for any inner points, Lu et al.: algorithms 4 and 5; ++: 1 and its third order."""
     h = t.log_snr - s.log_snr
     r = [(level.log_snr - s.log_snr) / h for level in inner]
     data = algorithm == "dpmsolver++"
@@ -504,7 +504,7 @@ def test_the_sde_solver_of_first_order_is_ddim_with_eta_one():
     assert (run(multistep_sde) - run(ddim, eta=1.0)).abs().max() > 1e-4
 
 
-def test_below_ten_steps_the_last_is_of_first_order():
+def test_below_ten_steps_the_last_step_has_order_one():
     x = normals(2, 1, 3, 2)
     for steps, lowered in ((9, True), (10, False)):
         levels = even_levels(-2, 3, steps)
@@ -519,8 +519,8 @@ def test_below_ten_steps_the_last_is_of_first_order():
         assert torch.allclose(end, plain, rtol=1e-12) == lowered
 
 
-def test_unipc_below_ten_steps_comes_down_again():
-    # 1, 2, 2, 1 are the orders of four steps: only with five is there room for three
+def test_unipc_lowers_its_order_below_ten_steps():
+    # 1, 2, 2, 1 are the orders of four steps; order 3 needs five
     x = normals(2, 1, 3, 2)
     for steps, same in ((3, True), (4, True), (5, False), (10, False)):
         levels = even_levels(-2, 3, steps)
@@ -528,7 +528,7 @@ def test_unipc_below_ten_steps_comes_down_again():
         assert torch.allclose(second, third, rtol=1e-12) == same
 
 
-# where the levels lie
+# the placement of the levels
 
 
 @pytest.mark.parametrize("steps", [4, 15])

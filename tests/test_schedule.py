@@ -51,7 +51,7 @@ def test_cosine_schedule_by_hand():
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [21, 250, 1000])
-def test_alpha_bar_is_the_product_of_what_betas_leave(name, steps):
+def test_alpha_bar_is_the_cumulative_product_of_one_minus_beta(name, steps):
     betas = get_named_beta_schedule(name, steps)
     alpha_bar = NoiseSchedule.named(name, steps).alpha_bar
     assert alpha_bar.dtype == torch.float64
@@ -62,15 +62,17 @@ def test_alpha_bar_is_the_product_of_what_betas_leave(name, steps):
 
 @pytest.mark.parametrize("steps", [1, 5, 19, 20])
 def test_short_linear_schedule_is_refused(steps):
-    with pytest.raises(UserError, match=rf"--diffusion_steps: found {steps} .*at least 21"):
+    with pytest.raises(
+        UserError, match=rf"--diffusion_steps {steps}: .*at least 21 steps.*{20 / steps:.3g}"
+    ):
         get_named_beta_schedule("linear", steps)
     assert NoiseSchedule.named("cosine", steps).alpha_bar.min() > 0
 
 
 def test_impossible_schedules_are_refused():
-    with pytest.raises(UserError, match="--noise_schedule: found sine, expected linear or cosine"):
+    with pytest.raises(UserError, match=r"--noise_schedule sine: .*Choose linear or cosine\."):
         get_named_beta_schedule("sine", 1000)
-    with pytest.raises(UserError, match="--diffusion_steps: found 0, expected at least 1"):
+    with pytest.raises(UserError, match="--diffusion_steps 0: must be at least 1"):
         get_named_beta_schedule("cosine", 0)
 
 
@@ -87,7 +89,7 @@ def test_add_noise_has_the_moments_of_the_forward_process():
         assert row.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / pixels))
 
 
-def test_add_noise_takes_each_row_to_its_own_time():
+def test_add_noise_uses_the_timestep_of_each_row():
     x0, eps = torch.ones(2, 3, 1, 2), torch.full((2, 3, 1, 2), 2.0)
     schedule = NoiseSchedule(torch.tensor([0.64, 0.36], dtype=torch.float64))
     x_t = schedule.add_noise(x0, torch.tensor([1, 0]), eps)
@@ -95,7 +97,7 @@ def test_add_noise_takes_each_row_to_its_own_time():
     torch.testing.assert_close(x_t[1], torch.full((3, 1, 2), 0.8 + 0.6 * 2))
 
 
-def test_levels_of_whole_times():
+def test_levels_of_integer_timesteps():
     for t in (0, 1, 400, 999):
         level = LINEAR.at(t)
         assert level.t == t
@@ -106,7 +108,7 @@ def test_levels_of_whole_times():
     assert CLEAN.log_snr == math.inf
 
 
-def test_between_two_times_log_alpha_is_linear():
+def test_log_alpha_is_linear_between_timesteps():
     schedule = NoiseSchedule(torch.tensor([0.64, 0.01], dtype=torch.float64))
     level = schedule.at(0.5)
     assert level.t == 0.5
@@ -127,15 +129,15 @@ def test_at_log_snr_inverts_at(t):
 
 
 @pytest.mark.parametrize("t", [-0.001, 999.001, math.nan])
-def test_times_outside_the_schedule_are_refused(t):
+def test_timesteps_outside_the_schedule_are_refused(t):
     with pytest.raises(ValueError, match="outside the schedule"):
         LINEAR.at(t)
 
 
-def test_levels_walk_the_times_given_and_end_clean():
-    walked = LINEAR.levels([999, 500.5, 0])
-    assert [level.t for level in walked] == [999, 500.5, 0, -1]
-    assert walked[-1] == CLEAN
+def test_levels_follow_the_given_timesteps_and_end_clean():
+    levels = LINEAR.levels([999, 500.5, 0])
+    assert [level.t for level in levels] == [999, 500.5, 0, -1]
+    assert levels[-1] == CLEAN
     assert LINEAR.levels([999, 0], end=None) == [LINEAR.at(999), LINEAR.at(0)]
 
 
@@ -161,8 +163,8 @@ def test_respacing_by_hand():
 
 
 def test_respacing_adds_its_stride_up():
-    # 999 / 20 * 10 is 499.5, which rounds to the even 500; added up ten times it falls short of
-    # the half. The same for the thousand counts there are: one float error decides.
+    # 999 / 20 * 10 is 499.5, which rounds to the even 500; added up ten times, 999 / 20 falls short
+    # of the half. A floating-point error decides for the other counts, too.
     assert 499 in space_timesteps(1000, "21")
     for count in range(2, 1001, 7):
         position, kept = 0.0, set()
@@ -202,16 +204,16 @@ def test_ddim_spacing_is_a_constant_stride_from_zero(steps, stride):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("11", "found 11 steps for a section of 10 trained steps"),
-        ("6,2", "found 6 steps for a section of 5 trained steps"),
-        ("0", "found 0 steps"),
-        ("ddim7", "found ddim7"),
-        ("ddim0", "found ddim0"),
-        ("ddim", "expected counts such as 50"),
-        ("ten", "found 'ten'"),
-        ("5,,5", "found '5,,5'"),
-        ("-5", "found '-5'"),
-        ("2.5", "found '2.5'"),
+        ("11", ": a section of 10 trained steps cannot give 11, but 1 to 10 steps"),
+        ("6,2", ": a section of 5 trained steps cannot give 6, but 1 to 5 steps"),
+        ("0", ": a section of 10 trained steps cannot give 0, but 1 to 10 steps"),
+        ("ddim7", " ddim7: no constant stride through 10 steps gives 7"),
+        ("ddim0", " ddim0: no constant stride through 10 steps gives 0"),
+        ("ddim", "'ddim' is not a list of counts. Write whole numbers separated by commas"),
+        ("ten", "'ten' is not a list of counts"),
+        ("5,,5", "'5,,5' is not a list of counts"),
+        ("-5", "'-5' is not a list of counts"),
+        ("2.5", "'2.5' is not a list of counts"),
     ],
 )
 def test_impossible_respacing_is_refused(spec, message):

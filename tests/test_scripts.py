@@ -432,7 +432,7 @@ def under_a_file(tmp: Path) -> Path:
 
 
 BAD_TRAINING: dict[str, Slip] = {
-    "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere", "nothing there")),
+    "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere",)),
     "a file": (lambda b, r, t: ["--data_dir", r / LATEST], (LATEST, "a file")),
     "empty folder": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "an empty folder")),
     "empty, named": (
@@ -515,14 +515,14 @@ BAD_TRAINING: dict[str, Slip] = {
 }
 
 BAD_SAMPLING: dict[str, Slip] = {
-    "no model": (lambda b, r, t: ["--model_path", ""], ("--model_path", "nothing")),
+    "no model": (lambda b, r, t: ["--model_path", ""], ("--model_path", "no path given")),
     "no such model": (lambda b, r, t: ["--model_path", t / "a.pt"], ("--model_path", "a.pt")),
     "empty folder of models": (
         lambda b, r, t: ["--model_path", empty(t)],
         ("--model_path", "empty", LATEST),
     ),
     "a text": (lambda b, r, t: ["--model_path", r / "log.txt"], ("log.txt", "checkpoint")),
-    "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere", "nothing there")),
+    "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere",)),
     "empty data": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "an empty folder")),
     "incomplete slice": (
         lambda b, r, t: ["--data_dir", incomplete(b, t, "testing")],

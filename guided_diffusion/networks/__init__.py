@@ -1,1 +1,1 @@
-"""Networks beside the plain U-Net: MedSegDiff's, and the classifiers of weak supervision."""
+"""Networks other than the plain U-Net: MedSegDiff's, and the classifiers of weak supervision."""

@@ -1,8 +1,8 @@
 """The noise-aware classifier: the U-Net's contracting path with a pooling head.
 
-Dhariwal & Nichol (2021), section 4, with the tensor names of their weights. Its gradient guides a
-sampler (``guidance``) and its maps explain it (``weak``). Both classifiers, this one and
-``resnet``, split their way into :meth:`features` and :meth:`head`.
+Dhariwal & Nichol (2021), section 4, with the tensor names of their weights. For weak supervision,
+its gradient guides a sampler, and its feature maps explain its decision: like the ResNet of
+``resnet`` it computes them with ``features`` and the logits from them with ``head``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
 class EncoderUNetModel(nn.Module):
-    """Image classifier told the time.
+    """Image classifier conditioned on the timestep.
 
     Args:
-        image_size: height and width of the images; the attention pool takes no others.
-        in_channels: of the images.
+        image_size: height and width of the images; the attention pool accepts no others.
+        in_channels: number of image channels.
         model_channels: width of the first level, a multiple of 32.
-        out_channels: classes.
-        num_res_blocks: residual blocks a level.
+        out_channels: number of classes.
+        num_res_blocks: residual blocks per level.
         attention_resolutions: downsampling factors with attention.
         pool: a name of :data:`POOLS`.
 
@@ -46,13 +46,12 @@ class EncoderUNetModel(nn.Module):
         self,
         image_size: int,
         in_channels: int,
+        *,
         model_channels: int,
         out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Collection[int],
-        dropout: float = 0.0,
         channel_mult: Sequence[float] = (1, 2, 4, 8),
-        *,
         pool: str = "adaptive",
         num_head_channels: int = 64,
         use_scale_shift_norm: bool = False,
@@ -66,7 +65,6 @@ class EncoderUNetModel(nn.Module):
         widths = [int(mult * model_channels) for mult in channel_mult]
         style = BlockStyle(
             emb_channels=4 * model_channels,
-            dropout=dropout,
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,
             num_head_channels=num_head_channels,
@@ -87,18 +85,18 @@ class EncoderUNetModel(nn.Module):
         )
 
     def features(self, x: Tensor, t: Tensor | None = None) -> list[Tensor]:
-        """Compute the maps of every block, finest first, the middle's last, as the pool reads it.
+        """Compute the feature maps of every block, finest first, the middle block's last.
 
-        For a pool of the last map alone that is after its normalisation: a gradient before it
-        says nothing of a map's mean (Grad-CAM would look everywhere but at the lesion).
+        If the pool reads the last map alone, that map is returned normalised: gradients before the
+        normalisation say nothing about a map's mean, and Grad-CAM would miss the lesion.
 
         Args:
             x: noisy images [B, C, H, W].
-            t: times [B], fractional ones allowed; None for 0.
+            t: timesteps [B], fractional ones allowed; None for 0.
         """
-        told = torch.zeros(len(x), device=x.device) if t is None else t
+        timesteps = torch.zeros(len(x), device=x.device) if t is None else t
         weight = self.get_parameter("time_embed.0.weight")
-        emb = self.time_embed(timestep_embedding(told, self.model_channels).to(weight.dtype))
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(weight.dtype))
         maps = []
         h = x
         for block in [*self.input_blocks, self.middle_block]:
@@ -107,7 +105,7 @@ class EncoderUNetModel(nn.Module):
         return maps if self.reads_all else [*maps[:-1], self.out[:2](h)]
 
     def head(self, maps: Sequence[Tensor]) -> Tensor:
-        """Turn :meth:`features` into logits [B, K]."""
+        """Compute logits [B, K] from the maps of :meth:`features`."""
         if self.reads_all:
             return self.out(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))
         return self.out[2:](maps[-1])
@@ -118,20 +116,17 @@ class EncoderUNetModel(nn.Module):
         return self.pool.startswith("spatial")
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Classify noisy images [B, C, H, W] at times [B]: logits [B, K]."""
+        """Classify noisy images [B, C, H, W] at timesteps [B]: logits [B, K]."""
         return self.head(self.features(x, t))
 
 
 class AttentionPool2d(nn.Module):
-    """Pooling by attention: a token that is the mean of all positions looks at them.
-
-    Radford et al. (2021), section 2.3.
-    """
+    """Attention pooling: the mean of all positions attends to them. Radford et al. (2021), 2.3."""
 
     def __init__(self, side: int, channels: int, head_channels: int, out_channels: int) -> None:
         super().__init__()
-        places = torch.randn(channels, side**2 + 1) / math.sqrt(channels)
-        self.positional_embedding = nn.Parameter(places)
+        embedding = torch.randn(channels, side**2 + 1) / math.sqrt(channels)
+        self.positional_embedding = nn.Parameter(embedding)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.num_heads = channels // head_channels
@@ -148,7 +143,7 @@ class AttentionPool2d(nn.Module):
 def _head(
     pool: str, deepest: int, all_channels: int, classes: int, *, side: int, head_channels: int
 ) -> nn.Sequential:
-    """Build what turns maps into logits: ``deepest`` channels of the last, or those of all."""
+    """Build the pool and output layers, over ``deepest`` channels of the last map or all of all."""
     if pool == "adaptive":
         return nn.Sequential(
             GroupNorm32(deepest),
@@ -169,4 +164,4 @@ def _head(
         return nn.Sequential(
             nn.Linear(all_channels, 2048), GroupNorm32(2048), nn.SiLU(), nn.Linear(2048, classes)
         )
-    raise ValueError(f"pool {pool!r} is none of {', '.join(POOLS)}")
+    raise ValueError(f"pool {pool!r} is not one of {', '.join(POOLS)}")

@@ -1,10 +1,10 @@
-"""MedSegDiff's condition network, the highway: a small U-Net that reads the image alone.
+"""MedSegDiff's condition network, the highway: a small U-Net over the image.
 
-Wu et al. (2023), with the tensor names of their published weights (``hwm.*``): six levels of
-convolution, batch normalisation and leaky ReLU, each halving the image, and as many on the way
-back. It gives a coarse mask of its own and the feature maps that condition the diffusion network.
-Where the main network's features are to gate it, they pass an FF-Parser, a filter learned in
-Fourier space. ``medsegdiff`` says how the two networks are joined.
+Wu et al. (2023), with the tensor names of their published weights (``hwm.*``): an encoder of six
+levels of convolution, batch normalisation and leaky ReLU, and a decoder. It predicts a coarse mask
+and the feature maps that condition the diffusion network. Features of the diffusion network can
+gate it; they pass through an FF-Parser, a filter learned in Fourier space. ``medsegdiff`` connects
+the two networks.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from guided_diffusion.nn import single_precision
 
 WIDTHS = (32, 64, 128, 256, 480, 480)
 """Channels of each level, finest first; the last is the bottleneck."""
-STEP = 2 ** (len(WIDTHS) - 1)
-"""Height and width have to be multiples of this."""
+SIZE_MULTIPLE = 2 ** (len(WIDTHS) - 1)
+"""Height and width of an image must be multiples of this."""
 _SLOPE = 0.01
 
 
-class Highlights(NamedTuple):
-    """What the highway makes of an image.
+class HighwayOutput(NamedTuple):
+    """The output of the highway for an image.
 
     Attributes:
-        decoded: the maps of the way back, deepest first: [B, 256, H/16, W/16], [B, 128, H/8, W/8],
+        decoded: the decoder's maps, deepest first: [B, 256, H/16, W/16], [B, 128, H/8, W/8],
             [B, 64, H/4, W/4], [B, 32, H/2, W/2], [B, 32, H, W].
         bottleneck: the deepest map, [B, 480, H/32, W/32].
-        coarse: the highway's own mask, float32 [B, K, H, W] in (0, 1).
+        coarse: the coarse mask, float32 [B, K, H, W] in (0, 1).
     """
 
     decoded: list[Tensor]
@@ -47,9 +47,10 @@ class Highway(nn.Module):
     Args:
         in_channels: channels of the image.
         mask_channels: K, channels of the coarse mask.
-        gate_channels: of the main network's maps that gate the outermost levels: the d-th of
-            them is of the size to which level d halves the image. Empty for no gates.
-        image_size: height and width the gates' filters are laid out for; others are interpolated.
+        gate_channels: channels of the diffusion network's maps that gate the outermost levels, at
+            the sizes of levels 1, 2, ... Empty for no gates.
+        image_size: height and width the gates' filters are made for; they are interpolated for
+            others.
 
     Its activations are never recomputed to save memory: a second pass would count each batch twice
     in the running statistics.
@@ -64,6 +65,7 @@ class Highway(nn.Module):
         image_size: int = 256,
     ) -> None:
         super().__init__()
+        # The decoder comes first, in the order of published tensors.
         self.conv_blocks_localization = nn.ModuleList(
             nn.ModuleList([Level([2 * wide, wide]), Level([wide, narrow])])
             for wide, narrow in pairwise([*WIDTHS[-2::-1], WIDTHS[0]])
@@ -87,21 +89,22 @@ class Highway(nn.Module):
     def enter(self, image: Tensor) -> Tensor:
         """Compute the first level's map [B, 32, H, W] of an image [B, C, H, W].
 
-        It depends on the image alone, gates or not.
+        It depends on the image alone, with or without gates.
 
         Raises:
-            ValueError: H or W is no multiple of 32.
+            ValueError: H or W is not a multiple of 32.
         """
-        if image.shape[-1] % STEP or image.shape[-2] % STEP:
+        if image.shape[-1] % SIZE_MULTIPLE or image.shape[-2] % SIZE_MULTIPLE:
             raise ValueError(f"an image of {tuple(image.shape[-2:])} cannot be halved 5 times")
         return cast(Tensor, self.conv_blocks_context[0](image))
 
-    def forward(self, first: Tensor, features: Sequence[Tensor] = ()) -> Highlights:
-        """Go down and up again.
+    def forward(self, first: Tensor, features: Sequence[Tensor] = ()) -> HighwayOutput:
+        """Encode and decode.
 
         Args:
-            first: what :meth:`enter` gave, [B, 32, H, W].
-            features: of the main network, one for each gate: [B, C_d, H / 2^(d+1), W / 2^(d+1)].
+            first: the result of :meth:`enter`, [B, 32, H, W].
+            features: maps of the diffusion network, one per gate: [B, C_d, H / 2^(d+1), W /
+                2^(d+1)].
         """
         skips, x = [first], first
         for level, block in enumerate(self.conv_blocks_context[1:]):
@@ -117,21 +120,21 @@ class Highway(nn.Module):
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = narrow(merge(torch.cat([x, skips.pop()], dim=1)))
             decoded.append(x)
-        return Highlights(decoded, bottleneck, self.seg_outputs[0](x).float().sigmoid())
+        return HighwayOutput(decoded, bottleneck, self.seg_outputs[0](x).float().sigmoid())
 
     def gate(self, x: Tensor, feature: Tensor, level: int) -> Tensor:
-        """Let the main network's feature weigh a map [B, C, h, w], by place and by channel.
+        """Weigh a map [B, C, h, w] per pixel and per channel by a feature of the diffusion network.
 
-        The feature, brought to C channels and filtered by the FF-Parser, weighs each place by one
-        more convolution and each channel by its mean over all places.
+        The feature is projected to C channels and filtered by the FF-Parser. A further convolution
+        of it weighs the pixels, and its mean over all pixels weighs the channels.
         """
         g = self.ffparser[level](self.conv_trans_blocks_a[level](feature)).to(x.dtype)
-        place = self.conv_trans_blocks_b[level](g)
-        return x * place * g.mean(dim=(-2, -1), keepdim=True)
+        per_pixel = self.conv_trans_blocks_b[level](g)
+        return x * per_pixel * g.mean(dim=(-2, -1), keepdim=True)
 
 
 class Level(nn.Module):
-    """Convolution units one after another, through these channels."""
+    """A sequence of convolution units with these channels."""
 
     def __init__(self, channels: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
@@ -148,7 +151,7 @@ class ConvUnit(nn.Module):
     def __init__(self, channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.instnorm = BatchNorm32(out_channels)  # the published name; it never was of instances
+        self.instnorm = BatchNorm32(out_channels)  # the published name, though it is batch norm
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,40 +161,40 @@ class ConvUnit(nn.Module):
 
 
 class BatchNorm32(nn.BatchNorm2d):
-    """Batch normalisation in its weights' float32, whatever the input's type.
+    """Batch normalisation in the dtype of its weights, whatever the input's dtype.
 
-    One value alone has no variance: a batch of one image whose map is one pixel is normalised by
-    the running statistics, in training too.
+    A single value has no variance: a batch of one image whose map is one pixel is normalised by the
+    running statistics, in training too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C, h, w]; the type of ``x`` is kept."""
+        """Normalise [B, C, h, w]; the dtype of ``x`` is kept."""
         value = x.to(self.weight.dtype)
         if x.numel() > self.num_features or not self.training:
             return super().forward(value).to(x.dtype)
-        known = (self.running_mean, self.running_var, self.weight, self.bias)
-        return F.batch_norm(value, *known, eps=self.eps).to(x.dtype)
+        parameters = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(value, *parameters, eps=self.eps).to(x.dtype)
 
 
 class FFParser(nn.Module):
-    """Weigh each frequency of each channel by a learned complex number: Wu et al. (2023).
+    """FF-Parser, Wu et al. (2023): a learned complex weight per frequency and channel.
 
     Args:
         channels: C.
-        size: h = w of the maps whose spectrum has exactly one weight a frequency. Maps of other
-            sizes read the weights between, by frequency in cycles per pixel.
+        size: h = w of the maps for which there is one weight per frequency. For maps of other sizes
+            the weights are interpolated by frequency in cycles per pixel.
     """
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         noise = 0.02 * torch.randn(channels, size, size // 2 + 1, 2)
-        # Published networks start at this noise alone, which closes the gates it belongs to.
+        # Published networks start with this noise alone, which closes their gates.
         self.complex_weight = nn.Parameter(noise + torch.tensor([1.0, 0.0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter [B, C, h, w], periodic at its borders; float32 whatever the type of ``x``."""
+        """Filter [B, C, h, w], periodic at its borders; float32 whatever the dtype of ``x``."""
         with single_precision(x):
-            # Complex numbers lie side by side: channels_last would part them.
+            # The parts of a complex number are adjacent in memory; channels_last separates them.
             weight = interpolate_spectrum(self.complex_weight.contiguous(), x.shape[-2:])
             spectrum = torch.fft.rfft2(x.to(weight.dtype), norm="ortho")
             spectrum = spectrum * torch.view_as_complex(weight.contiguous())
@@ -199,14 +202,14 @@ class FFParser(nn.Module):
 
 
 def interpolate_spectrum(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Read a filter at the frequencies of maps of another size, linearly between its own.
+    """Interpolate a filter linearly to the frequencies of maps of another size.
 
     Args:
-        weight: [C, H, W/2 + 1, 2], laid out as ``rfft2`` does; W even.
+        weight: [C, H, W/2 + 1, 2], in the order of ``rfft2``; W even.
         size: (h, w) of the maps.
 
     Returns:
-        [C, h, w/2 + 1, 2]; ``weight`` itself where the sizes agree.
+        [C, h, w/2 + 1, 2]; ``weight`` itself if the sizes agree.
     """
     own = (weight.shape[1], 2 * (weight.shape[2] - 1))
     if own == tuple(size):
@@ -214,20 +217,20 @@ def interpolate_spectrum(weight: Tensor, size: Sequence[int]) -> Tensor:
     device, dtype = weight.device, weight.dtype
     rows = torch.fft.fftfreq(size[0], device=device, dtype=dtype) * own[0]
     columns = torch.fft.rfftfreq(size[1], device=device, dtype=dtype) * own[1]
-    # The spectrum repeats itself, row H is row 0; the columns end at the highest frequency.
-    down = _between(rows, own[0], wrap=True)
-    across = _between(columns, own[1] // 2 + 1, wrap=False)
+    # Rows are periodic, row H is row 0; columns end at the highest frequency.
+    down = _interpolation(rows, own[0], periodic=True)
+    across = _interpolation(columns, own[1] // 2 + 1, periodic=False)
     return torch.einsum("hH,cHWz,wW->chwz", down, weight, across)
 
 
-def _between(places: Tensor, count: int, *, wrap: bool) -> Tensor:
-    """Weights [n, count] that read at fractional places [n] of ``count`` values."""
-    low = places.floor()
-    part = (places - low)[:, None]
+def _interpolation(positions: Tensor, count: int, *, periodic: bool) -> Tensor:
+    """Weights [n, count] that interpolate ``count`` values at fractional positions [n]."""
+    low = positions.floor()
+    part = (positions - low)[:, None]
     low, high = low.long(), low.long() + 1
-    low, high = (low % count, high % count) if wrap else (low, high.clamp(max=count - 1))
-    one = torch.eye(count, device=places.device, dtype=places.dtype)
-    return (1 - part) * one[low] + part * one[high]
+    low, high = (low % count, high % count) if periodic else (low, high.clamp(max=count - 1))
+    one_hot = torch.eye(count, device=positions.device, dtype=positions.dtype)
+    return (1 - part) * one_hot[low] + part * one_hot[high]
 
 
 def _initialise(module: nn.Module) -> None:

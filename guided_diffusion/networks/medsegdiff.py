@@ -1,9 +1,9 @@
-"""MedSegDiff: the U-Net joined with the highway, as its two published versions join them.
+"""MedSegDiff: the U-Net with the highway as condition network, in its two published versions.
 
-Wu et al. (2023). ``--version new`` (:class:`AnchoredUNet`) adds anchors, the highway's feature
-maps, to the first feature map. ``--version 1`` (:class:`HighwayUNet`) lets the features of the
-U-Net gate the highway and adds the highway's deepest map to its own. All tensors of the plain
-U-Net keep their names; those of the highway are ``hwm.*``. Built by ``script_util``.
+Wu et al. (2023). ``--version new`` (:class:`AnchoredUNet`) adds anchors, which are feature maps of
+the highway, to the first feature map. In ``--version 1`` (:class:`HighwayUNet`) features of the
+U-Net gate the highway, and the highway's deepest map is added to the U-Net's. All tensors of the
+plain U-Net keep their names; those of the highway are ``hwm.*``.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from guided_diffusion.nn import Output, zeroed
 from guided_diffusion.unet import Condition, UNetModel
 
 ANCHORS = 128
-"""Channels of the anchors side by side: 32, the same 32 again, and 64."""
+"""Channels of the concatenated anchors: 32, the same 32 again, and 64."""
 _SECOND_OF_GATES = "hwm.conv_trans_blocks_b."
 _ONCE_RANDOM = ("highway_embedding.", "hwm.conv_trans_blocks_a.", _SECOND_OF_GATES)
 
 
 @dataclass(frozen=True, eq=False)
 class AnchoredCondition(Condition):
-    """What :class:`AnchoredUNet` knows of the image; its stem holds the anchors as well.
+    """The condition of :class:`AnchoredUNet`; its stem includes the anchors.
 
     Attributes:
-        coarse: the highway's own mask, float32 [B, K, H, W] in (0, 1).
+        coarse: the highway's mask, float32 [B, K, H, W] in (0, 1).
     """
 
     coarse: Tensor
 
 
 class AnchoredUNet(UNetModel):
-    """The network of ``--version new``: the highway speaks once per image, before the first step.
+    """The network of ``--version new``: the highway runs once per image, before the first step.
 
     Args:
         unet: the arguments of :class:`guided_diffusion.unet.UNetModel`, by keyword.
 
-    A first level of 128 channels takes the anchors as they are, as published weights do; any other
-    width has a learned projection of them. The diffusion loss does not reach the highway, which
-    learns from its coarse mask alone.
+    If the first level has 128 channels, as in published weights, the anchors are added unchanged,
+    otherwise through a learned projection. The diffusion loss has no gradient into the highway,
+    which learns from the loss of its coarse mask alone.
     """
 
     def __init__(self, **unet: Any) -> None:
@@ -57,19 +57,19 @@ class AnchoredUNet(UNetModel):
         )
 
     def encode(self, image: Tensor) -> AnchoredCondition:
-        """Compute what depends on the image alone: everything of the highway.
+        """Compute what depends on the image alone: the whole highway.
 
         Args:
             image: [B, C, H, W]; H and W multiples of 32.
         """
-        seen = self.hwm(self.hwm.enter(image))
-        *_, third, second, _ = seen.decoded
+        highway = self.hwm(self.hwm.enter(image))
+        *_, third, second, _ = highway.decoded
         narrow, wide = (
             F.interpolate(m.detach(), size=image.shape[-2:], mode="bilinear", align_corners=False)
             for m in (second, third)
         )
         anchors = self.project_anchors(torch.cat([narrow, narrow, wide], dim=1))
-        return AnchoredCondition(super().encode(image).stem + anchors, seen.coarse)
+        return AnchoredCondition(super().encode(image).stem + anchors, highway.coarse)
 
     def forward(
         self,
@@ -78,31 +78,31 @@ class AnchoredUNet(UNetModel):
         condition: AnchoredCondition,  # type: ignore[override]
         y: Tensor | None = None,
     ) -> Output:
-        """Predict from a noisy mask, as the plain network does; the coarse mask is the image's."""
+        """Predict from a noisy mask, as the plain network does; add the image's coarse mask."""
         return Output(super().forward(x, t, condition, y).raw, condition.coarse)
 
 
 @dataclass(frozen=True, eq=False)
 class HighwayCondition(Condition):
-    """What :class:`HighwayUNet` knows of the image before the first step.
+    """The condition of :class:`HighwayUNet`.
 
     Attributes:
-        first: the highway's map up to its first gate, [B, 32, H, W].
+        first: the highway's map before its first gate, [B, 32, H, W].
     """
 
     first: Tensor
 
 
 class HighwayUNet(UNetModel):
-    """The network of ``--version 1``: U-Net and highway speak to each other at every step.
+    """The network of ``--version 1``: U-Net and highway exchange features at every step.
 
     Args:
         unet: the arguments of :class:`guided_diffusion.unet.UNetModel`, by keyword.
 
-    The feature maps with which the U-Net enters its second to fifth level (as far as it has them)
-    gate the highway; the highway's deepest map, projected, is added to the U-Net's. Published
-    networks drew that projection anew in every call, those of January 2023 the convolutions of
-    the gates as well; here they are parameters.
+    The input maps of the U-Net's second to fifth level, as far as there are any, gate the highway;
+    the highway's deepest map is projected and added to the U-Net's. Published networks drew that
+    projection at random in every call, those of January 2023 also the convolutions of the gates;
+    here they are parameters.
     """
 
     def __init__(self, **unet: Any) -> None:
@@ -130,30 +130,30 @@ class HighwayUNet(UNetModel):
         condition: HighwayCondition,  # type: ignore[override]
         y: Tensor | None = None,
     ) -> Output:
-        """Predict from a noisy mask [B, K, H, W] at times [B]; the coarse mask is of this step."""
+        """Predict from a noisy mask [B, K, H, W] at timesteps [B], with this step's coarse mask."""
         emb = self.embed(t, y)
         skips = self.contract(self.enter(x, condition), emb)
-        entering = skips[self.num_res_blocks + 1 :: self.num_res_blocks + 1]
-        seen = self.hwm(condition.first, entering[: len(WIDTHS) - 2])
+        gating = skips[self.num_res_blocks + 1 :: self.num_res_blocks + 1]
+        highway = self.hwm(condition.first, gating[: len(WIDTHS) - 2])
 
-        added, deepest = self.highway_embedding(seen.bottleneck), skips[-1]
+        added, deepest = self.highway_embedding(highway.bottleneck), skips[-1]
         if added.shape != deepest.shape:
             added = F.interpolate(added, deepest.shape[-2:], mode="bilinear", align_corners=False)
-        return Output(self.expand(deepest + added, skips, emb), seen.coarse)
+        return Output(self.expand(deepest + added, skips, emb), highway.coarse)
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Complete published weights by the expectation of what they drew at random instead.
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Complete published weights with the mean of what the published code drew at random.
 
-        The projection and the products of the gates had mean zero: both become 0. Of each gate the
-        second convolution is a constant 1 and the first is 0, so that training can open it. Filters
-        of another image size are interpolated.
+        The projection and the products of the gates had mean zero, so both become 0. In each gate
+        the first convolution is 0 and the second a constant 1, so that training can open it.
+        Filters for another image size are interpolated.
         """
-        adopted = dict(weights)
+        adapted = dict(weights)
         for name, value in self.state_dict().items():
             if name not in weights and name.startswith(_ONCE_RANDOM):
                 constant = name.startswith(_SECOND_OF_GATES) and name.endswith(".bias")
-                adopted[name] = torch.full_like(value, float(constant))
+                adapted[name] = torch.full_like(value, float(constant))
             elif name in weights and name.endswith(".complex_weight"):
                 size = (value.shape[1], 2 * (value.shape[2] - 1))
-                adopted[name] = interpolate_spectrum(weights[name], size)
-        return adopted
+                adapted[name] = interpolate_spectrum(weights[name], size)
+        return adapted

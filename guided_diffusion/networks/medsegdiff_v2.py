@@ -1,31 +1,34 @@
-"""MedSegDiff-V2: a condition U-Net joined with the diffusion U-Net in space and in its spectrum.
+"""MedSegDiff-V2: a condition U-Net, connected to the diffusion U-Net in space and in the spectrum.
 
-Wu et al. (2024), ``--version 2``. A condition U-Net reads the image. Its last feature map, relaxed
-by a Gaussian, tells the diffusion U-Net where to look (uncertain spatial attention); its deepest
-meets the diffusion U-Net's deepest in a stack of SS-Former blocks (``ss_former``); its own mask is
-trained by an anchor loss (``losses.coarse_dice_ce``). The paper has no public code. What it leaves
-open, and what is chosen here:
+Wu et al. (2024), ``--version 2``. A condition U-Net reads the image. Its last feature map, smoothed
+by a Gaussian, gates the first map of the diffusion U-Net (uncertain spatial attention); its deepest
+map and the diffusion U-Net's pass through a stack of SS-Former blocks (``ss_former``); its coarse
+mask is trained with an anchor loss (``losses.coarse_dice_ce``). The paper has no public code. What
+it leaves open is chosen here as follows:
 
 * the condition U-Net has the levels and widths of the diffusion U-Net, so that the two deepest
-  embeddings have one shape; two convolutions a level with group normalisation, no attention;
-* the diffusion loss reaches the condition U-Net through both joints: the two are one model;
-* the diffusion U-Net is shown the noisy mask alone; f_d^0 is what its first convolution gives;
-* the learnable Gaussian has one width per channel, 1 pixel at the start, reaches 3 pixels, and
-  repeats the border;
-* of a product of two spectra the sine takes the real part, with the second one conjugated: a sine
-  of complex numbers grows exponentially. It is divided by the root of the channels;
-* F^-1(M) is the operator on maps whose spectrum is M, divided by the root of the frequencies;
+  embeddings have one shape; two convolutions per level with group normalisation, no attention;
+* the diffusion loss trains the condition U-Net through both connections: the two are one model;
+* the input of the diffusion U-Net is the noisy mask alone; f_d^0 is the output of its first
+  convolution;
+* the learnable Gaussian has one width per channel, initially 1 pixel, a radius of 3 pixels, and
+  replicates the border;
+* the sine is taken of the real part of the product of two spectra, the second one conjugated, since
+  a sine of complex numbers grows exponentially; the product is divided by the square root of the
+  number of channels;
+* F^-1(M) is the operator on maps whose spectrum is M, divided by the square root of the number of
+  frequencies;
 * one head; queries, keys and values are normalised by groups before their projections, which have
   no bias;
-* the MLP refines the sum of what was attended and what was asked about: c0 in the first attention
-  of a block, e in the second; it has one hidden layer of twice the width;
-* each attention has a band-pass filter of its own. Its coordinates are the frequency down, across,
-  and its distance from the mean; two convolutions of 32 channels and a sigmoid make of them the
-  pass of each; an element of M passes by the product of its two frequencies;
+* the MLP refines the sum of attention and value: c0 in the first attention of a block, e in the
+  second; it has one hidden layer of twice the width;
+* each attention has a band-pass filter. Its coordinates are the vertical and horizontal frequency
+  and their distance from zero; two convolutions with 32 channels and a sigmoid map them to the gain
+  of each frequency; an element of M is multiplied by the gains of its two frequencies;
 * w starts at 1, the filters nearly open, and the result of the last block is added to the deepest
-  embedding through a convolution that starts at 0: a new network begins without it;
-* t = 0 mod alpha is asked of each image of a batch, alpha = 5, beta = 10; Dice has one pixel added
-  to both sides;
+  embedding through a convolution that starts at 0, so that a new network begins without it;
+* t = 0 mod alpha is evaluated per image of a batch, alpha = 5, beta = 10; Dice has one added to
+  numerator and denominator;
 * two SS-Former blocks (``--ss_blocks``).
 
 M has (h * w)^2 elements for a deepest map of h x w: choose the depth so that this is small.
@@ -36,28 +39,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from guided_diffusion.networks.ss_former import SSFormerBlock
-from guided_diffusion.nn import Downsample, GroupNorm32, Output, Upsample, zeroed
+from guided_diffusion.nn import Downsample, GroupNorm32, Output, Upsample, maybe_checkpoint, zeroed
 from guided_diffusion.unet import Condition, UNetModel
 
-_REACH = 3
-"""Pixels that the Gaussian reaches in each direction."""
+_RADIUS = 3
+"""Radius of the Gaussian's kernel in pixels."""
 
 
-class Understanding(NamedTuple):
-    """What the condition U-Net makes of an image.
+class ConditionOutput(NamedTuple):
+    """The output of the condition U-Net for an image.
 
     Attributes:
         last: last decoder feature f_c^-1, [B, C_0, H, W].
         deepest: c0, [B, C_n, H / 2^n, W / 2^n].
-        coarse: its own mask, float32 [B, K, H, W] in (0, 1).
+        coarse: the coarse mask, float32 [B, K, H, W] in (0, 1).
     """
 
     last: Tensor
@@ -66,7 +68,7 @@ class Understanding(NamedTuple):
 
 
 class ConditionUNet(nn.Module):
-    """The condition model.
+    """The U-Net that reads the image.
 
     Args:
         in_channels: channels of the image.
@@ -81,17 +83,17 @@ class ConditionUNet(nn.Module):
         super().__init__()
         channels = [in_channels, *widths]
         self.contracting = nn.ModuleList(
-            Convolutions(i, o, use_checkpoint) for i, o in pairwise(channels)
+            ConvBlock(i, o, use_checkpoint) for i, o in pairwise(channels)
         )
         self.halving = nn.ModuleList(Downsample(width) for width in widths[:-1])
         self.doubling = nn.ModuleList(Upsample(width) for width in widths[:0:-1])
         self.expanding = nn.ModuleList(
-            Convolutions(deep + fine, fine, use_checkpoint) for deep, fine in pairwise(widths[::-1])
+            ConvBlock(deep + fine, fine, use_checkpoint) for deep, fine in pairwise(widths[::-1])
         )
         self.out = nn.Conv2d(widths[0], mask_channels, 1)
 
-    def forward(self, image: Tensor) -> Understanding:
-        """Read images [B, C, H, W]; H and W divisible by 2 to the number of halvings."""
+    def forward(self, image: Tensor) -> ConditionOutput:
+        """Encode and decode images [B, C, H, W]; H and W divisible by 2^(number of halvings)."""
         skips = [self.contracting[0](image)]
         for halve, block in zip(self.halving, self.contracting[1:], strict=True):
             skips.append(block(halve(skips[-1])))
@@ -99,10 +101,10 @@ class ConditionUNet(nn.Module):
         h = deepest = skips.pop()
         for double, block in zip(self.doubling, self.expanding, strict=True):
             h = block(torch.cat([double(h), skips.pop()], dim=1))
-        return Understanding(h, deepest, self.out(h).float().sigmoid())
+        return ConditionOutput(h, deepest, self.out(h).float().sigmoid())
 
 
-class Convolutions(nn.Module):
+class ConvBlock(nn.Module):
     """Two times convolution, group normalisation, SiLU."""
 
     def __init__(self, channels: int, out_channels: int, use_checkpoint: bool) -> None:
@@ -119,13 +121,11 @@ class Convolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to [B, C_out, h, w]."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self.layers, x, use_reentrant=False))
-        return cast(Tensor, self.layers(x))
+        return maybe_checkpoint(self.use_checkpoint, self.layers, x)
 
 
 class UncertainSpatialAttention(nn.Module):
-    """U-SA: the anchor, relaxed, and the gate it becomes."""
+    """U-SA: turns the condition's last feature into a gate, with the paper's relaxed anchor."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class UncertainSpatialAttention(nn.Module):
         self.reduce = nn.Conv2d(channels, 1, 1)
 
     def relax(self, feature: Tensor) -> Tensor:
-        """f_anc = max(f_c * k_Gauss, f_c), [B, C, H, W]: widen what the condition is sure of."""
+        """f_anc = max(f_c * k_Gauss, f_c), [B, C, H, W]: widen the regions of high activation."""
         return torch.maximum(gaussian_blur(feature, self.log_width.exp()), feature)
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -147,25 +147,25 @@ def constrain(feature: Tensor, gate: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, width: Tensor) -> Tensor:
-    """Blur each channel of [B, C, H, W] by a Gaussian of its own standard deviation [C], in pixels.
+    """Blur each channel of [B, C, H, W] by a Gaussian with standard deviations [C] in pixels.
 
-    The kernel is cut at 3 pixels and sums to 1; the border is repeated.
+    The kernel ends at 3 pixels and sums to 1; the border is replicated.
     """
-    channels, place = x.shape[1], torch.arange(-_REACH, _REACH + 1, device=x.device)
-    kernel = torch.softmax(-(place**2) / (2 * width[:, None] ** 2), dim=-1).to(x.dtype)
-    x = F.pad(x, (_REACH,) * 4, mode="replicate")
+    channels, offset = x.shape[1], torch.arange(-_RADIUS, _RADIUS + 1, device=x.device)
+    kernel = torch.softmax(-(offset**2) / (2 * width[:, None] ** 2), dim=-1).to(x.dtype)
+    x = F.pad(x, (_RADIUS,) * 4, mode="replicate")
     x = F.conv2d(x, kernel[:, None, :, None], groups=channels)
     return F.conv2d(x, kernel[:, None, None, :], groups=channels)
 
 
 @dataclass(frozen=True, eq=False)
 class SpectrumCondition(Condition):
-    """What :class:`SpectrumUNet` knows of the image.
+    """The condition of :class:`SpectrumUNet`.
 
     Attributes:
-        gate: where the diffusion U-Net is to look, [B, 1, H, W] in (0, 1).
+        gate: weights of the first map's pixels, [B, 1, H, W] in (0, 1).
         deepest: c0, [B, C_n, h, w].
-        coarse: the condition U-Net's own mask, float32 [B, K, H, W] in (0, 1).
+        coarse: the condition U-Net's mask, float32 [B, K, H, W] in (0, 1).
     """
 
     gate: Tensor
@@ -179,7 +179,7 @@ class SpectrumUNet(UNetModel):
     Args:
         in_channels: image channels plus mask channels.
         mask_channels: K.
-        ss_blocks: SS-Former blocks.
+        ss_blocks: number of SS-Former blocks.
         unet: the other arguments of :class:`guided_diffusion.unet.UNetModel`, by keyword.
     """
 
@@ -205,12 +205,12 @@ class SpectrumUNet(UNetModel):
         """Compute what depends on the image alone: all of the condition U-Net, and the gate.
 
         Args:
-            image: [B, C, H, W]; H and W divisible by 2 to the number of halvings.
+            image: [B, C, H, W]; H and W divisible by 2^(number of halvings).
         """
-        seen = self.condition_net(image)
-        gate = self.spatial_attention(seen.last)
-        unseen = super().encode(image[:, :0]).stem
-        return SpectrumCondition(unseen, gate, seen.deepest, seen.coarse)
+        output = self.condition_net(image)
+        gate = self.spatial_attention(output.last)
+        stem = super().encode(image[:, :0]).stem  # the first convolution reads the mask alone
+        return SpectrumCondition(stem, gate, output.deepest, output.coarse)
 
     def forward(
         self,
@@ -219,16 +219,13 @@ class SpectrumUNet(UNetModel):
         condition: SpectrumCondition,  # type: ignore[override]
         y: Tensor | None = None,
     ) -> Output:
-        """Predict from a noisy mask [B, K, H, W] at times [B]; the coarse mask is the image's."""
+        """Predict from a noisy mask [B, K, H, W] at timesteps [B]; add the image's coarse mask."""
         emb = self.embed(t, y)
         first = constrain(self.enter(x, condition), condition.gate)
         skips = self.contract(first, emb)
 
         deepest, joined = skips[-1], condition.deepest
         for block in self.ss_former:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                joined = checkpoint(block, joined, deepest, emb, use_reentrant=False)
-            else:
-                joined = block(joined, deepest, emb)
+            joined = maybe_checkpoint(self.use_checkpoint, block, joined, deepest, emb)
         raw = self.expand(deepest + self.join(joined), skips, emb)
         return Output(raw, condition.coarse)

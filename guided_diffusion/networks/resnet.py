@@ -1,9 +1,9 @@
-"""The other noise-aware classifier: ResNet-50 (He et al., 2016) with the usual tensor names.
+"""ResNet-50 as a noise-aware classifier: He et al. (2016), with torchvision's tensor names.
 
-The weak-supervision seed's ResNet is not told the time and so has to guess how noisy its input is;
-here every stage may be told. Its batch normalisation always used running statistics that were never
-updated, so nothing was normalised; here it is the usual one, which in evaluation computes what
-theirs does from the same weights.
+The ResNet of the published weak-supervision code is not conditioned on the timestep and so has to
+infer how noisy its input is; here every stage can be. Its batch normalisation used running
+statistics that were never updated, so nothing was normalised; here it is the standard one, which in
+evaluation computes the same from the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEPTHS, WIDTHS, STEM = (3, 4, 6, 3), (64, 128, 256, 512), 64
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolution beside a shortcut; gives four times ``width``."""
+    """1x1, 3x3 (strided) and 1x1 convolutions with a shortcut, to 4 * ``width`` channels."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class ResNet50(nn.Module):
     """Image classifier of 50 layers.
 
     Args:
-        in_channels: of the images.
-        out_channels: classes.
-        told_time: add an embedding of the time to the input of every stage.
+        in_channels: number of image channels.
+        out_channels: number of classes.
+        embed_time: add an embedding of the timestep to the input of every stage.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, told_time: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, embed_time: bool = True) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.num_classes = out_channels
@@ -68,8 +68,8 @@ class ResNet50(nn.Module):
             rest = [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
             self.add_module(f"layer{number}", nn.Sequential(first, *rest))
         self.fc = nn.Linear(4 * WIDTHS[-1], out_channels)
-        self.told_time = told_time
-        if told_time:
+        self.embed_time = embed_time
+        if embed_time:
             self.time_embed = time_embedding(STEM)
             self.emb_layers = nn.ModuleList(zeroed(nn.Linear(4 * STEM, c)) for c in inputs)
 
@@ -78,7 +78,7 @@ class ResNet50(nn.Module):
 
         Args:
             x: noisy images [B, C, H, W].
-            t: times [B]; None for 0; not heard by a network that is untold.
+            t: timesteps [B]; None for 0; ignored without ``embed_time``.
         """
         h = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
         maps = []
@@ -88,17 +88,17 @@ class ResNet50(nn.Module):
         return maps
 
     def _shifts(self, x: Tensor, t: Tensor | None) -> Sequence[Tensor | None]:
-        """What the time adds to the input of each stage, [B, C, 1, 1]."""
-        if not self.told_time:
+        """The embedding of the timestep to add to the input of each stage, [B, C, 1, 1]."""
+        if not self.embed_time:
             return [None] * len(DEPTHS)
-        told = torch.zeros(len(x), device=x.device) if t is None else t
-        emb = self.time_embed(timestep_embedding(told, STEM).to(self.fc.weight.dtype))
+        timesteps = torch.zeros(len(x), device=x.device) if t is None else t
+        emb = self.time_embed(timestep_embedding(timesteps, STEM).to(self.fc.weight.dtype))
         return [layer(emb)[:, :, None, None] for layer in self.emb_layers]
 
     def head(self, maps: Sequence[Tensor]) -> Tensor:
-        """Turn :meth:`features` into logits [B, K]."""
+        """Compute logits [B, K] from the maps of :meth:`features`."""
         return self.fc(maps[-1].mean(dim=(2, 3)))
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Classify noisy images [B, C, H, W] at times [B]: logits [B, K]."""
+        """Classify noisy images [B, C, H, W] at timesteps [B]: logits [B, K]."""
         return self.head(self.features(x, t))

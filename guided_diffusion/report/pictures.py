@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from guided_diffusion.files import ROOM, atomic_write
+from guided_diffusion.files import FREE_SPACE_HINT, atomic_write
 from guided_diffusion.report.canvas import (
     BACKGROUND,
     CLASSES,
@@ -47,7 +47,7 @@ STD: Scale = ("std", 0.5)
 """What a map of doubt shows, and its largest value: the standard deviation of values in [0, 1]."""
 
 
-def write_picture(path: Path, pixels: Pixels, *, hint: str = ROOM) -> None:
+def write_picture(path: Path, pixels: Pixels, *, hint: str = FREE_SPACE_HINT) -> None:
     """Write a picture as PNG; it appears whole.
 
     Raises:

@@ -164,7 +164,7 @@ def test_what_auto_means(version: str, wanted: str, settled: str) -> None:
 
 
 def test_a_plain_network_has_nothing_to_train_so() -> None:
-    with pytest.raises(UserError, match="--coarse_loss: found mse"):
+    with pytest.raises(UserError, match="--coarse_loss mse: the plain network has no coarse mask"):
         create_model_and_diffusion(**SMALL, coarse_loss="mse")
 
 

@@ -617,7 +617,7 @@ def test_files_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     segment(make_segmenter(), shelf(2), tmp_path, fingerprint="f", num_samples=1)
     before = contents(tmp_path)
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(UserError, match=r"case1_.*\.png: found .*No space left"):
+    with pytest.raises(UserError, match=r"case1_.*\.png: cannot be written .*No space left"):
         segment(make_segmenter(), shelf(2), tmp_path, fingerprint="f")
     assert contents(tmp_path) == before
 
@@ -635,7 +635,7 @@ def test_a_record_of_another_kind_keeps_nothing(text: str, tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     watched = Watched(make_segmenter())
-    with pytest.raises(UserError, match="--out_dir: found"):
+    with pytest.raises(UserError, match="--out_dir .*: cannot be written"):
         segment(watched, shelf(1), tmp_path / "file" / "out", fingerprint="f")
     assert watched.drew == []
 

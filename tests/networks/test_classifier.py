@@ -1,4 +1,4 @@
-"""Classifiers by value: golden logits and gradients, published tensor names, the time they hear."""
+"""Classifiers by value: golden logits and gradients, published tensor names, timesteps."""
 
 import hashlib
 import json
@@ -74,15 +74,17 @@ def test_of_a_thousand_classes_the_first_rows_are_used():
     rows = torch.randn(1000, 128)
     load_weights(net, {**net.state_dict(), "label_emb.weight": rows}, "model.pt")
     assert torch.equal(net.label_emb.weight, rows[:2])
-    with pytest.raises(UserError, match=r"model\.pt: found label_emb\.weight of shape \(1, 128\)"):
+    with pytest.raises(
+        UserError, match=r"model\.pt: tensor label_emb\.weight has shape \(1, 128\)"
+    ):
         load_weights(net, {**net.state_dict(), "label_emb.weight": rows[:1]}, "model.pt")
 
 
-# ------------------------------------------------------------------------- what the heads read
+# ---------------------------------------------------------------------------------------- pools
 
 
 def by_hand(net, maps):
-    """The logits that each pool makes of the maps, spelled out."""
+    """The logits of each pool from the maps, written out."""
     deepest = maps[-1]  # after normalisation and activation, but for the spatial pools
     if net.pool == "adaptive":
         *_, conv, _ = net.out
@@ -108,7 +110,7 @@ def by_hand(net, maps):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_every_pool_reads_what_it_should(pool):
+def test_every_pool_agrees_with_its_formula(pool):
     net = fill(create_classifier(**SMALL, classifier_pool=pool, num_classes=3)).eval()
     x, t = (
         torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)),
@@ -120,16 +122,16 @@ def test_every_pool_reads_what_it_should(pool):
         assert (net(x) - net(x, t)).abs().min() > 1e-4
 
 
-def test_a_width_that_cannot_be_is_refused():
-    with pytest.raises(UserError, match="--classifier_width: found 40, expected a multiple of 32"):
+def test_an_impossible_width_is_refused():
+    with pytest.raises(UserError, match="--classifier_width 40: must be a multiple of 32"):
         create_classifier(image_size=16, classifier_width=40)
 
 
 # ----------------------------------------------------------------------------------- ResNet-50
 
 
-def test_a_resnet_computes_what_its_parts_say():
-    net = fill(ResNet50(1, 2, told_time=False)).eval()
+def test_a_resnet_agrees_with_its_formula():
+    net = fill(ResNet50(1, 2, embed_time=False)).eval()
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     block = net.layer2[0]
     h = torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -150,24 +152,24 @@ def test_a_resnet_computes_what_its_parts_say():
             (256, 8, 8), (512, 4, 4), (1024, 2, 2), (2048, 1, 1)
         ]  # fmt: skip
         assert_close(net(x), maps[-1][..., 0, 0] @ net.fc.weight.T + net.fc.bias)
-        assert torch.equal(net(x), net(x, torch.tensor([3, 900]))), "untold of the time"
+        assert torch.equal(net(x), net(x, torch.tensor([3, 900]))), "timesteps are ignored"
 
 
-def test_a_resnet_that_is_told_the_time_starts_as_one_that_is_not():
+def test_a_time_conditioned_resnet_starts_as_an_unconditioned_one():
     torch.manual_seed(0)
-    told = ResNet50(1, 2).eval()
-    untold = ResNet50(1, 2, told_time=False).eval()
-    own = {k: v for k, v in told.state_dict().items() if k in untold.state_dict()}
-    untold.load_state_dict(own)
+    conditioned = ResNet50(1, 2).eval()
+    plain = ResNet50(1, 2, embed_time=False).eval()
+    own = {k: v for k, v in conditioned.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(own)
     x, t = torch.randn(2, 1, 32, 32), torch.tensor([3, 900])
     with torch.no_grad():
-        assert torch.equal(told(x, t), untold(x))
+        assert torch.equal(conditioned(x, t), plain(x))
         shift = torch.nn.Linear(256, 64)
-        told.emb_layers[0].load_state_dict(shift.state_dict())
-        emb = told.time_embed(timestep_embedding(t, 64))
-        stem = told.maxpool(told.bn1(told.conv1(x)).relu())
-        first = told.layer1(stem + shift(emb)[:, :, None, None])
-        assert_close(told.features(x, t)[0], first)
+        conditioned.emb_layers[0].load_state_dict(shift.state_dict())
+        emb = conditioned.time_embed(timestep_embedding(t, 64))
+        stem = conditioned.maxpool(conditioned.bn1(conditioned.conv1(x)).relu())
+        first = conditioned.layer1(stem + shift(emb)[:, :, None, None])
+        assert_close(conditioned.features(x, t)[0], first)
 
 
 # ------------------------------------------------------------- a diffusion without a condition

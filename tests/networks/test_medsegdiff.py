@@ -1,4 +1,4 @@
-"""MedSegDiff's networks by value: what the highway may see, what it does, and what all share."""
+"""MedSegDiff's networks by value: the highway's inputs, its parts, and what all versions share."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def small(version, **flags):
     """A network of milliseconds whose every layer does something."""
     net = fill(create_model_and_diffusion(**{**SMALL, "version": version, **flags})[0])
     for module in net.modules():
-        if isinstance(module, FFParser):  # filled, a filter is so faint that it closes its gate
+        if isinstance(module, FFParser):  # filled, a filter is so weak that it closes its gate
             module.complex_weight.data[..., 0] += 1
     return net.eval()
 
@@ -55,14 +55,14 @@ def predict(net, image, mask, t, y=None):
 
 @pytest.fixture(autouse=True)
 def _narrow(narrow_highway):
-    """What is of the published widths is tested beside."""
+    """The published widths are tested in test_medsegdiff_published."""
 
 
-# weights that lack something
+# incomplete published weights
 
 
 def published_weights(net, *, gates):
-    """Bare weights as a published network of version 1 has them: with or without its gates."""
+    """Bare weights as those of a published network of version 1, with or without its gates."""
     drawn = ("highway_embedding.", *(() if gates else ("hwm.conv_trans_blocks_",)))
     return {
         name: value.clone()
@@ -72,16 +72,16 @@ def published_weights(net, *, gates):
 
 
 @pytest.mark.parametrize("gates", [True, False])
-def test_weights_of_both_years_load_and_lack_nothing_that_matters(gates):
-    """What the parents draw anew in each call has mean zero; its expectation stands in for it."""
+def test_weights_of_both_years_are_completed(gates):
+    """What the published code draws at random in each call has mean zero, which is used instead."""
     source, net = small("1"), small("1")
     weights = published_weights(source, gates=gates)
-    adapt_weights = net.adopt(weights)
-    added = {name for name in adapt_weights if name not in weights}
+    adapted = net.adapt_weights(weights)
+    added = {name for name in adapted if name not in weights}
     assert {name.split(".")[0] for name in added} == {"highway_embedding"} | (
         set() if gates else {"hwm"}
     )
-    load_weights(net, adapt_weights, "published.pt")
+    load_weights(net, adapted, "published.pt")
 
     image, mask, t = inputs()
     with torch.no_grad():
@@ -101,13 +101,13 @@ def test_weights_of_both_years_load_and_lack_nothing_that_matters(gates):
 
 def test_closed_gates_can_be_opened_by_training():
     net = small("1")
-    load_weights(net, net.adopt(published_weights(net, gates=False)), "published.pt")
+    load_weights(net, net.adapt_weights(published_weights(net, gates=False)), "published.pt")
     predict(net, *inputs()).coarse.square().mean().backward()
     assert all(a.weight.grad.abs().max() > 0 for a in net.hwm.conv_trans_blocks_a)
 
 
-def test_training_goes_on_from_weights_without_gates():
-    """Exactly closed gates leave maps without variance: each normalisation behind them explodes."""
+def test_training_continues_from_weights_without_gates():
+    """Exactly closed gates give maps without variance, and gradients of normalisations explode."""
     torch.manual_seed(0)
     net = create_model_and_diffusion(**SMALL, version="1")[0]  # with biases of 0: the worst case
     bare = Checkpoint(options={}, step=0, model=published_weights(net, gates=False), ema={})
@@ -128,24 +128,25 @@ def test_training_goes_on_from_weights_without_gates():
 
 def test_filters_of_another_image_size_are_interpolated_on_loading():
     large, net = small("1", image_size=64, attention_resolutions="16"), small("1")
-    adapt_weights = net.adopt(large.state_dict())
-    load_weights(net, adapt_weights, "published.pt")
+    adapted = net.adapt_weights(large.state_dict())
+    load_weights(net, adapted, "published.pt")
     wide = large.hwm.ffparser[0].complex_weight
     assert torch.equal(net.hwm.ffparser[0].complex_weight, wide[:, ::2, ::2])
 
 
-# what the highway sees
+# the inputs of the highway
 
 
-def test_the_highway_of_new_sees_the_image_alone_and_once():
-    net, (image, mask, t) = small("new"), inputs()
+@pytest.mark.parametrize(("version", "name"), [("new", "hwm"), ("2", "condition_net")])
+def test_the_condition_network_reads_the_image_alone_and_once(version, name):
+    net, (image, mask, t) = small(version), inputs()
     calls = []
-    net.hwm.register_forward_hook(lambda *_: calls.append(1))
+    getattr(net, name).register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         condition = net.encode(image)
         before = [value.clone() for value in condition]
         first, second = net(mask, t, condition), net(mask + 1, t, condition)
-        assert len(calls) == 1
+        assert len(calls) == 1 and len(before) == {"new": 2, "2": 4}[version]
         assert torch.equal(first.coarse, second.coarse)
         assert torch.equal(first.coarse, condition.coarse)
         assert all(map(torch.equal, condition, before))
@@ -153,7 +154,7 @@ def test_the_highway_of_new_sees_the_image_alone_and_once():
         assert all(map(torch.equal, net.encode(image), before)), "no weight of the mask is used"
 
 
-def test_the_highway_of_1_enters_by_the_image_alone():
+def test_the_first_level_of_the_highway_of_1_reads_the_image_alone():
     net, (image, mask, t) = small("1"), inputs()
     with torch.no_grad():
         condition = net.encode(image)
@@ -165,14 +166,14 @@ def test_the_highway_of_1_enters_by_the_image_alone():
         assert torch.equal(condition.first, expected)
 
 
-def test_anchors_are_the_highway_s_maps_beside_each_other():
-    """At 128 channels 32 + 32 + 64 maps of the way back, enlarged, are added to the first map."""
+def test_anchors_are_the_concatenated_maps_of_the_highway():
+    """At 128 channels, 32 + 32 + 64 upsampled maps of the decoder are added to the first map."""
     net, (image, _, _) = small("new", num_channels=128, channel_mult="1"), inputs()
     with torch.no_grad():
         stem = F.conv2d(image, net.input_blocks[0][0].weight[:, :3], padding=1)
         stem = stem + net.input_blocks[0][0].bias[:, None, None]
-        seen = net.hwm(net.hwm.enter(image))
-        half, quarter = seen.decoded[3], seen.decoded[2]
+        decoded = net.hwm(net.hwm.enter(image)).decoded
+        half, quarter = decoded[3], decoded[2]
         assert half.shape[1:] == (32, 16, 16) and quarter.shape[1:] == (64, 8, 8)
         expected = torch.cat(
             [
@@ -192,13 +193,13 @@ def test_a_gate_by_the_formula():
     with torch.no_grad():
         net.ffparser[0].complex_weight.copy_(torch.tensor([1.0, 0.0]))
         g = torch.einsum("oi,bihw->bohw", a.weight[..., 0, 0], feature)
-        place_model = torch.einsum("i,bihw->bhw", b.weight[0, :, 0, 0], g)[:, None]
-        expected = x * place_model * g.flatten(2).mean(-1)[..., None, None]
+        per_pixel = torch.einsum("i,bihw->bhw", b.weight[0, :, 0, 0], g)[:, None]
+        expected = x * per_pixel * g.flatten(2).mean(-1)[..., None, None]
         torch.testing.assert_close(net.gate(x, feature, 0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_projected_bottleneck_is_added_to_the_deepest_map():
-    """Three levels meet six: the highway's map is enlarged to the U-Net's."""
+    """The U-Net has three levels and the highway six, so the highway's map is upsampled."""
     net, (image, mask, t) = small("1"), inputs()
     plain = fill(create_model_and_diffusion(**SMALL)[0]).eval()
     deepest = []
@@ -211,7 +212,7 @@ def test_the_projected_bottleneck_is_added_to_the_deepest_map():
         skips = net.contract(net.enter(mask, condition), net.embed(t))
         bottleneck = net.hwm(condition.first, [skips[2], skips[4]]).bottleneck
     (without, added) = deepest
-    assert bottleneck.shape[-2:] == (1, 1), "so that enlarging repeats it"
+    assert bottleneck.shape[-2:] == (1, 1), "so that upsampling repeats it"
     expected = net.highway_embedding(bottleneck).expand_as(without)
     torch.testing.assert_close(added - without, expected, rtol=1e-4, atol=1e-4)
 
@@ -245,7 +246,7 @@ def test_filtering_is_a_circular_convolution():
 
 
 def test_a_smooth_filter_keeps_its_shape_between_its_frequencies():
-    """The response of a one-pixel shift, cos f - i sin f, at sizes it was not laid out for."""
+    """The response of a one-pixel shift, cos f - i sin f, at sizes it was not made for."""
 
     def response(size):
         shift = torch.zeros(1, size, size)
@@ -263,18 +264,18 @@ def test_a_smooth_filter_keeps_its_shape_between_its_frequencies():
     assert interpolate_spectrum(fine, (64, 64)) is fine
 
 
-def test_the_filter_survives_the_memory_order_of_convolutions():
+def test_the_filter_works_in_channels_last_order():
     parser, x = fill(FFParser(4, 8)), normals(2, 4, 8, 8)
     expected = parser(x)
-    turned = parser.to(memory_format=torch.channels_last)
-    assert not turned.complex_weight.is_contiguous()
-    torch.testing.assert_close(turned(x), expected, rtol=0, atol=0)
+    parser.to(memory_format=torch.channels_last)
+    assert not parser.complex_weight.is_contiguous()
+    torch.testing.assert_close(parser(x), expected, rtol=0, atol=0)
 
 
 # batch normalisation
 
 
-def test_batches_are_normalised_by_themselves_in_training_only():
+def test_batch_statistics_are_used_in_training_only():
     norm, x = fill(BatchNorm32(4)), normals(3, 4, 5, 5) * 2 + 1
     known = norm.running_mean.clone(), norm.running_var.clone()
     shape = (1, 4, 1, 1)
@@ -288,7 +289,7 @@ def test_batches_are_normalised_by_themselves_in_training_only():
     assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_one_value_is_normalised_by_the_running_statistics():
+def test_a_single_value_is_normalised_by_the_running_statistics():
     norm, x = fill(BatchNorm32(4)), normals(1, 4, 1, 1)
     expected = fill(BatchNorm32(4)).eval()(x)
     torch.testing.assert_close(norm.train()(x), expected)
@@ -352,7 +353,7 @@ def test_a_mask_of_several_classes_has_a_coarse_mask_of_several(version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_to_single(version, dtype):
+def test_half_precision_is_close_to_single(version, dtype):
     net = small(version)
     with torch.no_grad():
         single = predict(net, *inputs())
@@ -397,7 +398,7 @@ def test_checkpointing_changes_memory_only(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_memory_order_of_convolutions_changes_nothing(version):
+def test_channels_last_order_changes_nothing(version):
     net = small(version)
     with torch.no_grad():
         expected = predict(net, *inputs())
@@ -407,8 +408,8 @@ def test_the_memory_order_of_convolutions_changes_nothing(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compiling_finds_no_break(version):
-    """One whole graph each for what is computed once an image, and for what is at every step."""
+def test_compiling_finds_no_graph_break(version):
+    """The part that runs once per image and the part that runs in every step are one graph each."""
     net, (image, mask, t) = small(version, channel_mult="1,1"), inputs()
     with torch.no_grad():
         expected = predict(net, image, mask, t)
@@ -422,11 +423,11 @@ def test_compiling_finds_no_break(version):
 def test_impossible_sizes_are_refused(version):
     with torch.device("meta"), pytest.raises(UserError) as error:
         create_model_and_diffusion(**{**SMALL, "version": version, "image_size": 48})
-    assert "found 48, expected a multiple of 32" in str(error.value)
+    assert "--image_size 48: must be a multiple of 32" in str(error.value)
     assert "Use --image_size 64." in str(error.value)
 
 
-def test_an_image_that_cannot_be_halved_is_a_mistake_of_the_caller():
+def test_an_image_that_cannot_be_halved_is_refused():
     for version in ("new", "1"):
         with pytest.raises(ValueError, match="cannot be halved 5 times"):
             small(version).encode(normals(1, 3, 40, 32))
@@ -437,14 +438,15 @@ def test_an_image_that_cannot_be_halved_is_a_mistake_of_the_caller():
     [("plain", 16), ("2", 16), ("new", 32), ("1", 32)],
 )
 def test_a_crop_that_cannot_be_halved_is_refused(version, step, brats, tmp_path):
-    """Slices of 40 pixels lose 8 on every side."""
+    """Slices of 40 pixels are cropped by 8 on every side."""
     flags = ["--crop", "wolleb", "--image_size", 64, "--channel_mult", "1,1,1,1,1"]
     command = ["--data_dir", brats / "training", "--out_dir", tmp_path, "--version", version]
     error = refused(script("segmentation_train", *command, *flags))
-    assert f"images of 24 x 24 once they are cropped, expected multiples of {step}" in error
+    assert "--crop: the cropped images are 24 x 24, but the network" in error
+    assert f"needs multiples of {step}. Use --crop none" in error
 
 
-def test_shallow_networks_have_the_gates_their_levels_allow():
+def test_shallow_networks_have_fewer_gates():
     with torch.device("meta"):
         nets = {
             mult: create_model_and_diffusion(**{**SMALL, "version": "1", "channel_mult": mult})[0]
@@ -461,7 +463,7 @@ def test_shallow_networks_have_the_gates_their_levels_allow():
 # a new highway
 
 
-def test_dropout_lies_on_the_way_down_alone():
+def test_only_the_encoder_has_dropout():
     net = Highway(3)
     down, up = (
         [unit for unit in part.modules() if isinstance(unit, ConvUnit)]
@@ -471,7 +473,7 @@ def test_dropout_lies_on_the_way_down_alone():
     assert [unit.dropout for unit in up] == [0.0] * 10
 
 
-def test_half_of_the_channels_are_dropped_whole_in_training_alone():
+def test_half_of_the_channels_are_dropped_in_training_only():
     unit, x = ConvUnit(3, 512, 0.5), normals(2, 3, 8, 8)
     kept = unit.eval()(x)
     unit.instnorm = nn.Identity()
@@ -481,8 +483,8 @@ def test_half_of_the_channels_are_dropped_whole_in_training_alone():
     assert not (kept.flatten(2) == 0).all(2).any()
 
 
-def test_convolutions_start_as_their_slope_asks():
-    """He et al. (2015): variance 2 / (1 + slope^2) over the inputs of a value, and no bias."""
+def test_convolutions_have_the_initial_variance_for_leaky_relu():
+    """He et al. (2015): variance 2 / (1 + slope^2) over the number of inputs, and zero bias."""
     layers = [layer for layer in Highway(3).modules() if isinstance(layer, nn.Conv2d)]
     large = [layer for layer in layers if layer.weight.numel() > 4000]
     assert len(large) > 5
@@ -492,8 +494,8 @@ def test_convolutions_start_as_their_slope_asks():
     assert not any(layer.bias.any() for layer in layers if layer.bias is not None)
 
 
-def test_a_new_filter_lets_nearly_all_pass():
-    """Of noise alone, as published networks start, next to nothing would come through the gate."""
+def test_a_new_filter_passes_nearly_everything():
+    """With noise alone, as published networks start, the gate would be almost closed."""
     x = normals(2, 4, 32, 32)
     torch.manual_seed(0)
     with torch.no_grad():

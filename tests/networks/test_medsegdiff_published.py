@@ -1,4 +1,4 @@
-"""MedSegDiff's networks at published sizes: golden outputs, tensor names, what they take."""
+"""MedSegDiff's networks at published sizes: golden outputs, tensor names, memory and operations."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_published_weights_fit_by_name_order_and_shape(name):
 
 
 def learned(flags):
-    """The parents' heads always have two channels."""
+    """The output layers of the parent projects always have two channels."""
     return {} if "learn_sigma" in flags else {"learn_sigma": True}
 
 
@@ -160,8 +160,8 @@ def test_a_network_that_cannot_fit_is_refused_before_it_is_built(brats, tmp_path
     assert "--attention_resolutions 24 adds no attention: at 32 px" not in said, "32 // 24 is 1"
 
 
-def test_what_spectra_take():
-    """Two blocks of two matrices: of 64 x 64 numbers with 6 levels, of 2^28 with two."""
+def test_memory_of_spectra():
+    """Two blocks of two matrices: 64 x 64 numbers each with 6 levels, 2^28 with two levels."""
     network = {"image_size": 256, "version": "2"}
     assert spectra_gib(NetworkOptions(**network)) == 4 * 4 * 64**2 / 2**30
     assert spectra_gib(NetworkOptions(**network, channel_mult="1,1")) == 4.0

@@ -1,4 +1,4 @@
-"""MedSegDiff-V2, equation by equation, in closed forms; beside it what all versions share."""
+"""MedSegDiff-V2, equation by equation, in closed form."""
 
 import math
 
@@ -20,9 +20,9 @@ from guided_diffusion.networks.ss_former import (
     SSFormerBlock,
     adaptive_instance_norm,
     affinity,
-    attended,
     coordinates,
     inverse_spectrum,
+    mix_spectrum,
     pass_band,
     spectrum,
 )
@@ -54,7 +54,7 @@ def test_each_channel_is_blurred_by_its_own_gaussian():
     torch.testing.assert_close(gaussian_blur(constant, width), constant)
 
 
-def test_the_anchor_is_the_larger_of_blurred_and_sharp():
+def test_the_anchor_is_the_maximum_of_blurred_and_sharp():
     attention, x = UncertainSpatialAttention(2), torch.zeros(1, 2, 7, 7)
     x[:, :, 3, 3] = 1
     blurred = gaussian_blur(x, torch.ones(2))
@@ -71,7 +71,7 @@ def test_the_anchor_is_the_larger_of_blurred_and_sharp():
     torch.testing.assert_close(attention(x), torch.sigmoid(4 * expected[:, :1] - 1))
 
 
-def test_the_gate_adds_to_what_it_sees():
+def test_the_gated_feature_is_added_to_the_feature():
     feature, gate = normals(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
     gate[0] = 0.5
     gate[1, 0, 1, 2] = 1
@@ -85,7 +85,7 @@ def test_the_gate_adds_to_what_it_sees():
 # spectra
 
 
-def test_a_spectrum_keeps_energy_and_comes_back():
+def test_a_spectrum_keeps_energy_and_can_be_inverted():
     x = normals(2, 3, 4, 6)
     spectra = spectrum(x)
     assert spectra.shape == (2, 24, 3)
@@ -93,7 +93,7 @@ def test_a_spectrum_keeps_energy_and_comes_back():
     torch.testing.assert_close(inverse_spectrum(spectra, (4, 6)), x)
 
 
-def test_a_wave_is_two_frequencies():
+def test_a_wave_has_two_frequencies():
     column = torch.arange(8.0)
     wave = torch.cos(2 * math.pi * column / 4).expand(1, 1, 4, 8)
     power = spectrum(wave).abs()[0, :, 0].reshape(4, 8)
@@ -115,24 +115,24 @@ def test_affinity_element_by_element():
 def test_an_affinity_of_each_frequency_to_itself_passes_the_value():
     value = normals(2, 3, 4, 6)
     identity = math.sqrt(24) * torch.eye(24).expand(2, 24, 24)
-    torch.testing.assert_close(attended(identity, value), value, rtol=1e-4, atol=1e-5)
-    assert not attended(torch.zeros(2, 24, 24), value).any()
+    torch.testing.assert_close(mix_spectrum(identity, value), value, rtol=1e-4, atol=1e-5)
+    assert not mix_spectrum(torch.zeros(2, 24, 24), value).any()
 
 
 def test_mixing_is_a_matrix_on_the_spectrum():
-    """All frequencies take the mean's: a flat spectrum is a peak at the corner."""
+    """All frequencies get the coefficient of the mean: a flat spectrum is a peak at the corner."""
     value = torch.full((1, 1, 4, 4), 2.0)
     m = torch.zeros(1, 16, 16)
     m[:, :, 0] = 1
     expected = torch.zeros(1, 1, 4, 4)
     expected[..., 0, 0] = 8.0  # the mean's coefficient is 2 * 4; its 16 copies add up to 16 * 8
-    torch.testing.assert_close(attended(m, value), expected * 16 / (4 * 4))
+    torch.testing.assert_close(mix_spectrum(m, value), expected * 16 / (4 * 4))
 
 
-def test_the_band_is_of_both_frequencies():
-    m, band = normals(2, 3, 3), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
-    filtered = pass_band(m, band)
-    assert torch.equal(filtered[0], m[0]), "a filter of ones passes all"
+def test_the_filter_multiplies_the_gains_of_both_frequencies():
+    m, gain = normals(2, 3, 3), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
+    filtered = pass_band(m, gain)
+    assert torch.equal(filtered[0], m[0]), "gains of one change nothing"
     weights = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.25, 0.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(filtered[1], m[1] * weights)
 
@@ -154,12 +154,12 @@ def test_adaptive_instance_normalisation():
     torch.testing.assert_close(y.mean((2, 3)), shift[..., 0, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_each_time_selects_its_own_band():
+def test_the_gains_depend_on_timestep_and_frequency():
     band, emb = NeuralBandPass(16), normals(2, 16)
-    passes = band(emb, (4, 6))
-    assert passes.shape == (2, 24) and passes.min() > 0 and passes.max() < 1
-    assert (passes[0] - passes[1]).abs().max() > 1e-3
-    assert passes.std(dim=1).min() > 1e-3, "and frequencies differ"
+    gains = band(emb, (4, 6))
+    assert gains.shape == (2, 24) and gains.min() > 0 and gains.max() < 1
+    assert (gains[0] - gains[1]).abs().max() > 1e-3
+    assert gains.std(dim=1).min() > 1e-3
     with torch.no_grad():
         band.write.weight.zero_()
     torch.testing.assert_close(band(emb, (1, 1)), torch.full((2, 1), 1 / (1 + math.exp(-2))))
@@ -178,7 +178,7 @@ def test_an_attention_by_its_equations():
         )
     )
     m = pass_band(affinity(spectrum(q), spectrum(k), attention.period), attention.band(emb, (4, 4)))
-    refined = value + attended(m, v)
+    refined = value + mix_spectrum(m, v)
     expected = refined + attention.mlp(refined)
     torch.testing.assert_close(attention(query, key, value, emb), expected, rtol=1e-4, atol=1e-5)
 
@@ -199,28 +199,13 @@ def test_a_block_blends_and_then_carries():
             attention.period.zero_()
             attention.mlp[-1].weight.zero_()
             attention.mlp[-1].bias.zero_()
-    assert torch.equal(block(c, e, emb), e), "with no period and no MLP the noise passes as it is"
+    assert torch.equal(block(c, e, emb), e), "without period and MLP the noise is unchanged"
 
 
 # the network
 
 
-def test_the_condition_is_of_the_image_alone():
-    net, (image, mask, t) = small("2"), inputs()
-    calls = []
-    net.condition_net.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        condition = net.encode(image)
-        before = [value.clone() for value in condition]
-        first, second = net(mask, t, condition), net(mask + 1, t, condition)
-        assert len(calls) == 1 and len(before) == 4
-        assert torch.equal(first.coarse, second.coarse)
-        assert all(map(torch.equal, condition, before))
-        net.input_blocks[0][0].weight[:, -1] += 1
-        assert all(map(torch.equal, net.encode(image), before)), "no weight of the mask is used"
-
-
-def test_gate_and_embedding_count():
+def test_gate_and_embedding_change_the_prediction():
     net, (image, mask, t) = small("2"), inputs()
     with torch.no_grad():
         condition = net.encode(image)
@@ -232,12 +217,12 @@ def test_gate_and_embedding_count():
             assert (net(mask, t, changed).raw - raw).abs().max() > 1e-3, name
 
 
-def test_a_new_network_starts_without_the_joined_embedding():
+def test_a_new_network_starts_without_the_condition_embedding():
     net = create_model_and_diffusion(image_size=32, in_ch=4, num_channels=32, version="2")[0]
     assert not any(parameter.any() for parameter in net.join.parameters())
 
 
-def test_larger_versions_stack_more_blocks():
+def test_the_number_of_blocks_follows_its_flag():
     with torch.device("meta"):
         nets = [
             create_model_and_diffusion(image_size=32, num_channels=32, version="2", ss_blocks=n)[0]
@@ -250,19 +235,19 @@ def test_the_diffusion_loss_reaches_the_condition_network():
     net = small("2")
     predict(net, *inputs()).raw.square().mean().backward()
     assert net.condition_net.contracting[0].layers[0].weight.grad.abs().max() > 0
-    assert net.condition_net.out.weight.grad is None, "its own mask has its own loss"
+    assert net.condition_net.out.weight.grad is None, "the coarse mask has its own loss"
 
 
 @pytest.mark.parametrize("widths", [(32,), (32, 64), (32, 64, 32)])
-def test_the_condition_network_has_the_levels_of_the_other(widths):
+def test_the_condition_network_has_the_levels_of_the_diffusion_network(widths):
     net = ConditionUNet(3, 2, widths, use_checkpoint=False)
-    seen = net(normals(1, 3, 16, 8))
+    output = net(normals(1, 3, 16, 8))
     halvings = 2 ** (len(widths) - 1)
-    assert seen.last.shape == (1, 32, 16, 8)
-    assert seen.deepest.shape == (1, widths[-1], 16 // halvings, 8 // halvings)
-    logits = torch.einsum("kc,bchw->bkhw", net.out.weight[..., 0, 0], seen.last)
+    assert output.last.shape == (1, 32, 16, 8)
+    assert output.deepest.shape == (1, widths[-1], 16 // halvings, 8 // halvings)
+    logits = torch.einsum("kc,bchw->bkhw", net.out.weight[..., 0, 0], output.last)
     expected = torch.sigmoid(logits + net.out.bias[:, None, None])
-    torch.testing.assert_close(seen.coarse, expected)
+    torch.testing.assert_close(output.coarse, expected)
 
 
 def test_the_last_block_s_result_is_added_to_the_deepest_map():
@@ -280,8 +265,8 @@ def test_the_last_block_s_result_is_added_to_the_deepest_map():
     torch.testing.assert_close(given[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_diffusion_network_is_shown_the_mask_alone():
-    """What it knows of the image comes through the gate and the deepest embedding."""
+def test_the_first_convolution_reads_the_mask_alone():
+    """The image enters through the gate and the deepest embedding."""
     net, (image, mask, t) = small("2"), inputs()
     with torch.no_grad():
         condition, other = net.encode(image), net.encode(image.flip(-1))

@@ -99,12 +99,12 @@ def test_sizes_of_the_two_best_known_networks():
     ("resolutions", "blocks"),
     [
         ("16,8", {4, 5, 7, 8}),  # the levels halved to 32 / 2 and 32 / 4
-        ("17", {1, 2}),  # 32 // 17 is 1: the published networks divide whole numbers
+        ("17", {1, 2}),  # 32 // 17 is 1, as in published networks
         ("12", {4, 5}),
-        ("3", set()),  # 32 // 3 is no power of two
+        ("3", set()),  # 32 // 3 is not a power of two
     ],
 )
-def test_attention_stands_where_whole_division_puts_it(resolutions, blocks):
+def test_attention_levels_follow_from_integer_division(resolutions, blocks):
     with torch.device("meta"):
         net = create_model_and_diffusion(
             image_size=32, channel_mult="1,2,2", attention_resolutions=resolutions
@@ -135,7 +135,7 @@ def test_encoding_once_equals_a_convolution_over_the_concatenation():
         torch.testing.assert_close(predict(net, *INPUTS).raw, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_condition_is_of_the_image_alone():
+def test_the_condition_depends_on_the_image_alone():
     net, (image, mask, t) = small(), INPUTS
     stem = net.input_blocks[0][0].weight
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_the_condition_is_of_the_image_alone():
         assert not torch.equal(net.encode(image).stem, before[0])
 
 
-def test_mask_image_time_and_label_all_count():
+def test_mask_image_timestep_and_label_change_the_prediction():
     net, (image, mask, t) = small(class_cond=True), INPUTS
     y = torch.tensor([0, 1])
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_conditions_are_picked_by_row():
 
 
 @pytest.mark.parametrize(("class_cond", "y"), [(False, torch.tensor([0, 1])), (True, None)])
-def test_labels_belong_to_class_conditional_networks(class_cond, y):
+def test_labels_are_for_class_conditional_networks(class_cond, y):
     with pytest.raises(ValueError, match="class labels"):
         predict(small(class_cond=class_cond), *INPUTS, y)
 
@@ -264,7 +264,7 @@ def test_checkpointing_changes_memory_only(updown):
 
 
 def naive_attention(qkv, heads, *, heads_first):
-    """Attention as the formula has it, one head and one row after another."""
+    """Attention by its formula, for one head and one image after another."""
     batch, width, positions = qkv.shape
     channels = width // 3 // heads
     out = torch.empty(batch, heads * channels, positions, dtype=qkv.dtype)
@@ -283,7 +283,7 @@ def naive_attention(qkv, heads, *, heads_first):
 
 @pytest.mark.parametrize("heads_first", [True, False])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_is_the_formula_in_either_order(heads, heads_first):
+def test_attention_agrees_with_its_formula_in_either_order(heads, heads_first):
     qkv = normals(2, 3 * 8, 5).double() * 2
     torch.testing.assert_close(
         attend(qkv, heads, heads_first=heads_first),
@@ -310,7 +310,7 @@ def test_the_two_orders_differ():
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
-def test_heads_on_the_way_up_may_differ():
+def test_the_expanding_path_may_have_other_heads():
     net = small(num_heads=2, num_heads_upsample=4)
     heads = [m.num_heads for m in net.modules() if isinstance(m, AttentionBlock)]
     assert heads == [2, 2, 4, 4]
@@ -356,12 +356,12 @@ def test_residual_block_by_the_formula(resample, scale_shift):
 
     h = F.silu(F.group_norm(x, 32, block.in_layers[0].weight, block.in_layers[0].bias))
     h = block.in_layers[2](change(h))
-    told = block.emb_layers[1](F.silu(emb))[..., None, None]
+    shift = block.emb_layers[1](F.silu(emb))[..., None, None]
     norm = block.out_layers[0]
     if scale_shift:
-        h = F.group_norm(h, 32, norm.weight, norm.bias) * (1 + told[:, :64]) + told[:, 64:]
+        h = F.group_norm(h, 32, norm.weight, norm.bias) * (1 + shift[:, :64]) + shift[:, 64:]
     else:
-        h = F.group_norm(h + told, 32, norm.weight, norm.bias)
+        h = F.group_norm(h + shift, 32, norm.weight, norm.bias)
     h = block.out_layers[3](F.silu(h))
     torch.testing.assert_close(
         block(x, emb), block.skip_connection(change(x)) + h, rtol=1e-4, atol=1e-5
@@ -378,7 +378,7 @@ def test_resampling_layers_halve_and_double():
     torch.testing.assert_close(up(x), F.conv2d(doubled, up.conv.weight, up.conv.bias, padding=1))
 
 
-# what cannot be built
+# impossible options
 
 
 @pytest.mark.parametrize(
@@ -386,17 +386,21 @@ def test_resampling_layers_halve_and_double():
     [
         (
             {"image_size": 60},
-            "--image_size: found 60, expected a multiple of 8, for the network halves it 3 times. "
+            "--image_size 60: must be a multiple of 8, as the network halves it 3 times. "
             "Use --image_size 64",
         ),
-        ({"image_size": 100}, "--image_size: found 100, expected a multiple of 16"),
-        ({"image_size": 0}, "--image_size: found 0"),
-        ({"num_channels": 48}, "--num_channels: found 48, which makes a level 48 channels wide"),
-        ({"num_channels": 16}, "--num_channels: found 16"),
-        ({"channel_mult": "1,1.7"}, "which makes a level 217.6 channels wide"),
+        ({"image_size": 100}, "--image_size 100: must be a multiple of 16"),
+        ({"image_size": 0}, "--image_size 0: must be a multiple of 8"),
+        ({"num_channels": 48}, "--num_channels 48: makes a level 48 channels wide"),
+        ({"num_channels": 16}, "--num_channels 16: makes a level 16 channels wide"),
+        ({"channel_mult": "1,1.7"}, "--num_channels 128: makes a level 217.6 channels wide"),
         ({"channel_mult": "1;2"}, "--channel_mult '1;2': is not a list of numbers"),
-        ({"attention_resolutions": "0"}, "--attention_resolutions: found 0"),
-        ({"mask_range": "1,0"}, "--mask_range: found 1,0, expected two rising numbers"),
+        (
+            {"attention_resolutions": "0"},
+            "--attention_resolutions 0: must be sizes of feature maps",
+        ),
+        ({"num_heads": 5}, "--num_heads 5: must divide"),
+        ({"mask_range": "1,0"}, "--mask_range 1,0: must be two increasing numbers"),
     ],
 )
 def test_impossible_networks_are_refused(flags, message):
@@ -405,7 +409,7 @@ def test_impossible_networks_are_refused(flags, message):
     assert message in str(error.value)
 
 
-def test_an_unknown_flag_is_a_mistake_of_the_caller():
+def test_an_unknown_flag_is_refused():
     with pytest.raises(TypeError, match="num_chanels"):
         create_model_and_diffusion(num_chanels=32)
 

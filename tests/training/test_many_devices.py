@@ -1,4 +1,4 @@
-"""Two processes on one machine train as one process does with the doubled batch."""
+"""Two processes on one machine train as one process does with twice the batch."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ logger.configure(None if rank() else out, quiet=True)
 loop = make_loop(out, max_steps=4, batch_size=2, microbatch=1, diffusion_steps=2,
                  schedule_sampler="loss-second-moment", save_interval=2)
 forward_backward, gradients = loop.forward_backward, []
-def noting(batch):
+def recording(batch):
     loss = forward_backward(batch)
     gradients.append([p.grad.clone() for p in loop.parameters])
     return loss
-loop.forward_backward = noting
+loop.forward_backward = recording
 loop.run_loop()
 torch.save({
     "sampler": loop.schedule_sampler.state_dict(),
@@ -75,7 +75,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_gradients_and_weights_are_those_of_the_doubled_batch(
+def test_gradients_and_weights_are_those_of_twice_the_batch(
     shared: Path, quiet: None, tmp_path: Path
 ) -> None:
     loop = make_loop(
@@ -88,12 +88,12 @@ def test_gradients_and_weights_are_those_of_the_doubled_batch(
     logger.configure(tmp_path, quiet=True)
     run_step, alone = loop.forward_backward, []
 
-    def noting(batch: Any) -> Any:
+    def recording(batch: Any) -> Any:
         loss = run_step(batch)
         alone.append([p.grad.clone() for p in loop.parameters if p.grad is not None])
         return loss
 
-    loop.forward_backward = noting  # type: ignore[method-assign]
+    loop.forward_backward = recording  # type: ignore[method-assign]
     loop.run_loop()
     ranks = [torch.load(shared / f"rank{rank}") for rank in (0, 1)]
     for rank in ranks:
@@ -119,7 +119,7 @@ def test_gradients_and_weights_are_those_of_the_doubled_batch(
 
 
 @pytest.mark.slow
-def test_all_processes_hold_the_same(shared: Path) -> None:
+def test_all_processes_hold_the_same_weights(shared: Path) -> None:
     one, other = (torch.load(shared / f"rank{rank}") for rank in (0, 1))
     assert_close(one["model"], other["model"], rtol=0, atol=0)
     assert_close(one["sampler"], other["sampler"], rtol=0, atol=0)
@@ -127,7 +127,7 @@ def test_all_processes_hold_the_same(shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_writes_and_one_log_is_kept(shared: Path) -> None:
+def test_one_process_writes_checkpoints_and_log(shared: Path) -> None:
     names = {path.name for path in shared.iterdir()} - {"program.py", "rank0", "rank1"}
     assert names == {
         *("savedmodel000002.pt", "savedmodel000004.pt", LATEST),
@@ -141,7 +141,7 @@ def test_one_writes_and_one_log_is_kept(shared: Path) -> None:
 
 @pytest.mark.slow
 def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
-    """Validated by the first process, stopped early in all."""
+    """The first process validates; all processes stop early."""
     command = [*training(brats, tmp_path), "--max_steps", 40, "--lr", 0, "--patience", 2]
     done = two_processes(
         "scripts/segmentation_train.py", *command, "--val_dir", brats / "testing", "--val_steps", 1
@@ -173,13 +173,13 @@ try:
 except UserError as error:
     (out / f"rank{rank()}").write_text(str(error))
 barrier()
-os._exit(0)  # at the interpreter's own end torch's threads abort a process now and then
+os._exit(0)  # at the interpreter's exit torch's threads sometimes abort the process
 """
 
 
 @pytest.mark.slow
 def test_every_process_names_the_cases_of_all(tmp_path: Path) -> None:
-    """The gradient is everybody's: whose case spoiled it no single process knows."""
+    """The gradient is shared, so no single process knows whose case spoiled it."""
     (tmp_path / "program.py").write_text(SPOILED, encoding="utf-8")
     two_processes(tmp_path / "program.py", tmp_path)
     one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
@@ -212,8 +212,8 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_all_versions_share_their_gradients(tmp_path: Path) -> None:
-    """No parameter is without a gradient, whatever the times: nothing waits or drifts apart."""
+def test_all_network_versions_average_their_gradients(tmp_path: Path) -> None:
+    """Every parameter has a gradient at every timestep, so processes neither wait nor diverge."""
     (tmp_path / "program.py").write_text(VERSIONS, encoding="utf-8")
     two_processes(tmp_path / "program.py", tmp_path)
     one, other = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
@@ -221,8 +221,8 @@ def test_all_versions_share_their_gradients(tmp_path: Path) -> None:
     assert_close(one, other, rtol=0, atol=0)
 
 
-def test_a_process_takes_its_device_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nccl works on the current device: left at the first one, all processes would share it."""
+def test_a_process_sets_its_device_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl uses the current device, which would be the first one in all processes."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -239,10 +239,10 @@ def test_a_process_takes_its_device_before_it_joins(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("visible", "chosen"), [(None, "1,0"), ("4,6", "6,4"), ("GPU-a,b", "b,GPU-a")]
 )
-def test_devices_are_counted_among_those_one_was_given(
+def test_devices_are_counted_among_the_visible_ones(
     visible: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a shared node a job sees its own devices, and --multi_gpu counts those."""
+    """On a shared node a job sees some devices only, and --multi_gpu counts those."""
     seen = []
 
     def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
@@ -264,14 +264,14 @@ def test_devices_are_counted_among_those_one_was_given(
 def test_processes_that_start_at_different_steps_are_refused(
     quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each node with a folder of its own: only the first has the checkpoint to go on from."""
+    """If each node has a separate folder, only the first finds the checkpoint to resume from."""
     monkeypatch.setattr(train_util, "all_gather", lambda values: torch.cat([values, values + 7]))
     with pytest.raises(UserError, match=r"--out_dir.*\[0, 7\]"):
         make_loop(tmp_path, max_steps=1).run_loop()
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_replayed_graphs_and_added_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_and_accumulated_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolved(mode: str) -> int:
         given = {"microbatch": 2, "compile": mode}
         return training_options(Flags(given=given), TrainingOptions).microbatch

@@ -1,4 +1,4 @@
-"""Sampling at scale: several processes, cases that fail, memory that does not grow."""
+"""Sampling at scale: several processes, failing cases, constant memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from guided_diffusion.tools import phantom_folders
 
 
 def sampling(data: Path, model: Path, out: Path) -> list[object]:
-    """A command line of three evaluations and three members."""
+    """Flags for three evaluations and three members."""
     return [
         *("--data_dir", data, "--model_path", model, "--out_dir", out),
         *("--dpm_solver", True, "--steps", 3, "--num_ensemble", 3),
@@ -47,7 +47,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def contains(picture: np.ndarray, part: np.ndarray) -> bool:
-    """Whether a picture [H, W] shows a part [h, w] somewhere, pixel by pixel."""
+    """Say whether a picture [H, W] contains a part [h, w], pixel by pixel."""
     windows = np.lib.stride_tricks.sliding_window_view(picture, part.shape)
     corners = (windows[..., 0, 0] == part[0, 0]) & (windows[..., -1, -1] == part[-1, -1])
     return any(np.array_equal(window, part) for window in windows[corners])
@@ -68,7 +68,7 @@ def together(count: int, *arguments: object) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def of_classes(brats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one step on three declared classes."""
+    """The folder of a run of one training step on three declared classes."""
     folder = tmp_path_factory.mktemp("classes") / "run"
     command = [*training(brats, folder), "--mask_labels", "1,2,4", "--max_steps", 1]
     succeeded(script("segmentation_train", *command))
@@ -76,7 +76,7 @@ def of_classes(brats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("model", ["trained", "of_classes"])
-def test_two_processes_draw_what_one_draws(
+def test_two_processes_draw_the_same_as_one(
     model: str, brats: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     trained = request.getfixturevalue(model)
@@ -92,7 +92,7 @@ def test_two_processes_draw_what_one_draws(
     members = [name for name in left if re.search(r"_output\d", name)]
     assert (len(masks), len(members)) == (4, 4 * 3 * (3 if model == "of_classes" else 1))
     assert all(left[name] == right[name] for name in {*masks, RECORD} & left.keys())
-    for name in members:  # batches of another size round otherwise
+    for name in members:  # batches of another size round differently
         assert np.abs(pixels(one / name).astype(int) - pixels(two / name)).max() <= 1, name
 
     assert done.stdout.count("cases in") == 1
@@ -100,7 +100,7 @@ def test_two_processes_draw_what_one_draws(
     assert "4 of 4 cases are finished and kept" in again.stdout
 
 
-def test_two_processes_restack_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_write_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     phantom_folders.write_brats_volumes(tmp_path, 3, patients=4, size=24, slices=12, training=0.25)
     flags = ("--out_dir", tmp_path / "run", "--max_steps", 1, *NETWORK, *DIFFUSION)
@@ -123,7 +123,9 @@ def test_two_processes_restack_volumes(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (two / ".slices").exists()
 
 
-def test_cases_of_other_settings_are_told_apart(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_cases_of_other_settings_are_distinguished(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
     arguments = sampling(brats / "testing", trained, tmp_path)
     succeeded(script("segmentation_sample", *arguments))
     more = ("--num_samples", 1, "--seed", 3)
@@ -145,7 +147,7 @@ def test_rows_of_a_killed_process_are_not_lost(brats: Path, trained: Path, tmp_p
 
 
 @pytest.mark.parametrize(("which", "compile"), [(0, ""), (0, "default"), (1, "")])
-def test_a_case_that_fails_does_not_take_others_along(
+def test_a_failing_case_does_not_stop_the_others(
     which: int,
     compile: str,
     brats: Path,
@@ -168,7 +170,7 @@ def test_a_case_that_fails_does_not_take_others_along(
     assert "3 of 4 cases are finished and kept" in text and len(rows(out)) == 4
 
 
-def test_where_no_case_can_be_read_the_first_one_says_why(
+def test_if_no_case_can_be_read_the_first_error_is_reported(
     brats: Path, trained: Path, tmp_path: Path
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
@@ -187,7 +189,7 @@ def test_where_no_case_can_be_read_the_first_one_says_why(
         ((0.0, 0.0, 0.0), "3", "0", False),
     ],
 )
-def test_empty_and_full_members_are_pointed_out(
+def test_empty_and_full_members_are_reported(
     levels: tuple[float, ...],
     empty: str,
     full: str,
@@ -211,7 +213,7 @@ def test_empty_and_full_members_are_pointed_out(
 
 
 def test_memory_does_not_grow_with_steps(trained: Path) -> None:
-    """Tensors alive at the last evaluations, beside those of before, are as many at 50 as at 5."""
+    """The memory of tensors alive in the last evaluations is the same for 50 steps as for 5."""
     peaks = []
     for steps in (5, 50):
         segmenter = Segmenter.load(
@@ -232,12 +234,12 @@ def test_memory_does_not_grow_with_steps(trained: Path) -> None:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python holds, garbage apart."""
+    """Bytes of all live tensors, after garbage collection."""
     gc.collect()
     return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
 
 
-def test_many_may_make_a_folder_at_once(tmp_path: Path) -> None:
+def test_a_folder_can_be_made_by_several_threads_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for folder in (tmp_path / str(trial) for trial in range(50)):
             assert set(pool.map(make_folder, [folder] * 8)) == {folder}
@@ -257,7 +259,7 @@ def test_from_python(trained: Path, tmp_path: Path) -> None:
 
 
 def test_files_are_scaled_as_in_training(trained: Path, tmp_path: Path) -> None:
-    """A path is read as the data set was; an array is taken as it is."""
+    """A file is normalised as the data set was; an array is used unchanged."""
     pixels = torch.rand(1, 24, 24) * 40 + 3
     nib.save(nib.Nifti1Image(pixels[0].numpy(), np.eye(4)), tmp_path / "a.nii.gz")
     loaded = Segmenter.load(trained, steps=2, num_ensemble=1)
@@ -273,7 +275,7 @@ def test_files_are_scaled_as_in_training(trained: Path, tmp_path: Path) -> None:
     assert not torch.equal(expected, segmenter(pixels, name="a").members)
 
 
-def test_what_is_normalised_is_remembered(trained: Path, tmp_path: Path) -> None:
+def test_the_normalisation_of_training_is_used(trained: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(latest_checkpoint(trained))
     for recorded, expected in (("zscore", "zscore"), ("none", "none")):
         options = {**checkpoint.options, "normalise": recorded}
@@ -281,12 +283,14 @@ def test_what_is_normalised_is_remembered(trained: Path, tmp_path: Path) -> None
         assert Segmenter.load(path).normalise == expected
 
 
-def test_what_medsegdiff_calls_staple() -> None:
+def test_squared_mean_by_hand() -> None:
     members = torch.tensor([[[0.0, 1.0, 0.5, 1.0]], [[1.0, 1.0, 0.5, 0.0]]])
     torch.testing.assert_close(squared_mean(members), torch.tensor([[0.25, 1.0, 0.25, 0.25]]))
 
 
-def test_the_map_of_doubt_is_the_one_asked_for(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_uncertainty_map_is_the_chosen_measure(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
     for name, measure in UNCERTAINTIES.items():
         out = tmp_path / name
         arguments = [*sampling(brats / "testing", trained, out), "--uncertainty", name]
@@ -298,7 +302,9 @@ def test_the_map_of_doubt_is_the_one_asked_for(brats: Path, trained: Path, tmp_p
         assert found.max() > 0.05
 
 
-def test_a_strip_shows_all_that_there_is(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_debug_strip_shows_modalities_and_members(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
     arguments = [*sampling(brats / "training", trained, tmp_path), "--debug", True]
     said = succeeded(script("segmentation_sample", *arguments, "--num_samples", 1))
     assert "<case>_output<i>.png, <case>_debug.png, predictions.csv" in said
@@ -308,7 +314,7 @@ def test_a_strip_shows_all_that_there_is(brats: Path, trained: Path, tmp_path: P
     for kind in ("output_ens", "output0", "output1", "output2"):
         panel = pixels(tmp_path / f"{name}_{kind}.png").repeat(4, 0).repeat(4, 1)
         assert contains(shown, panel), kind
-    assert shown.shape[1] > 4 * 160, "four modalities beside each other"
+    assert shown.shape[1] > 4 * 160, "four modalities side by side"
 
 
 def test_a_compiled_network_draws_the_same(
@@ -330,14 +336,14 @@ def test_a_compiled_network_draws_the_same(
     assert not calls
     arguments = [*sampling(brats / "training", trained, compiled), "--batch_size", 7]
     text = succeeded(script("segmentation_sample", *arguments, "--compile", "reduce-overhead"))
-    assert set(calls) == {("reduce-overhead", 6)}, "one shape, whatever is left for the last call"
+    assert set(calls) == {("reduce-overhead", 6)}, "one shape, also for the remainder"
     assert "compiled in" in text
     for path in plain.glob("*_output_ens.png"):
         difference = pixels(path).astype(int) - pixels(compiled / path.name)
         assert np.abs(difference).max() <= 1
 
 
-def test_without_a_compiler_it_says_so(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported(brats: Path, trained: Path, tmp_path: Path) -> None:
     arguments = [*sampling(brats / "testing", trained, tmp_path), "--compile", "default"]
 
     def broken(*_: object) -> None:
@@ -348,11 +354,12 @@ def test_without_a_compiler_it_says_so(brats: Path, trained: Path, tmp_path: Pat
         patch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
         done = script("segmentation_sample", *arguments)
     error = refused(done)
-    assert "--compile: found no C++ compiler, expected" in error and "Leave --compile" in error
+    assert "--compile: the compiler does not work (no C++ compiler)." in error
+    assert "omit --compile" in error
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_the_record_is_of_no_use_without_its_masks(
+def test_a_case_whose_mask_is_gone_is_segmented_again(
     brats: Path, trained: Path, tmp_path: Path
 ) -> None:
     arguments = sampling(brats / "testing", trained, tmp_path)

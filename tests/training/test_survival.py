@@ -152,7 +152,7 @@ def test_a_full_disk_at_the_end_is_not_missed(
 def test_a_disk_that_is_too_full_for_the_log(name: str, brats: Path, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     error = refused(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
-    assert f"{tmp_path / name}: found" in error and "No space left" in error
+    assert f"{tmp_path / name}: cannot be written" in error and "No space left" in error
     assert "earlier checkpoints are intact" in error
 
 
@@ -160,7 +160,7 @@ def test_a_log_that_cannot_be_continued(quiet: None, tmp_path: Path) -> None:
     (tmp_path / "progress.csv").mkdir()
     logger.configure(tmp_path, quiet=True)
     logger.logkv("step", 1)
-    with pytest.raises(UserError, match=r"progress\.csv: found .*checkpoints are intact"):
+    with pytest.raises(UserError, match=r"progress\.csv: cannot be written .*checkpoints are intact"):
         logger.dumpkvs()
 
 

@@ -628,7 +628,7 @@ def lonely_mask(folder: Path) -> None:
         (lonely_mask, [], "seg: found 1 masks without an image in tumor/: x_1"),
         (spoil_nothing, ["--batch_size", 50], "--batch_size 50: there are only"),
         (spoil_nothing, ["--src_dir", "nowhere"], "nowhere: found nothing there"),
-        (spoil_nothing, ["--img_size", 17], "--image_size: found 17"),
+        (spoil_nothing, ["--img_size", 17], "--image_size 17: must be a multiple of"),
     ],
 )
 def test_training_refuses(
@@ -643,8 +643,11 @@ def test_training_refuses(
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (["--model_path", "nowhere"], "--model_path: found no file nowhere"),
-        (["--guided", "--classifier_path", "nowhere"], "--classifier_path: found no file nowhere"),
+        (["--model_path", "nowhere"], "--model_path: there is no file nowhere"),
+        (
+            ["--guided", "--classifier_path", "nowhere"],
+            "--classifier_path: there is no file nowhere",
+        ),
         (["--level", 100], "--level 100: the last trained time is 99"),
         (["--level", 40, "--stride", 5], "10 steps of 5 from level 40"),
         (["--tau", 1], "--tau 1"),
@@ -669,7 +672,7 @@ def test_one_network_in_the_other_s_place_is_refused(
     assert "is not a classifier of images" in refused(script("image_p_seg", *common, *paths))
     kept = load_checkpoint(diffusion)
     save_checkpoint(tmp_path, type(kept)(**{**vars(kept), "options": {**kept.options, "in_ch": 3}}))
-    with pytest.raises(UserError, match=r"input_blocks\.0\.0\.weight of shape \(32, 1, 3, 3\)"):
+    with pytest.raises(UserError, match=r"input_blocks\.0\.0\.weight has shape \(32, 1, 3, 3\)"):
         load_image_model(Flags(), folder=str(tmp_path))
 
 
@@ -698,7 +701,7 @@ def test_images_are_diffused_by_the_plain_network_alone(
 ) -> None:
     common = ["--src_dir", weak_data, "--save_dir", tmp_path / "run", *SMALL, "--max_steps", 1]
     said = refused(script("train_tumor_ddfm", *common, "--version", version))
-    assert f"--version: found {version}, expected plain" in said
+    assert f"--version {version}: only the plain network denoises images" in said
     assert not (tmp_path / "run").exists()
 
 
