@@ -105,6 +105,6 @@ def test_a_file_that_disappears_during_the_run_is_one_message(folder: Path, work
     next(batches)
     for path in (folder / "data/masks").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"masks/\d.png: found a file that cannot be read"):
+    with pytest.raises(UserError, match=r"masks/\d.png: cannot be read as a picture"):
         for _ in range(9):
             next(batches)
