@@ -32,27 +32,6 @@ class Batch(NamedTuple):
     label: Tensor | None = None
 
 
-def collate(cases: Sequence[Case]) -> Batch:
-    """Stack fitted cases into a :class:`Batch`; the mask is None unless every case has one."""
-    first = cases[0]
-    for case in cases:
-        if case.image.shape != first.image.shape:
-            raise UserError(
-                f"case {case.name}",
-                f"its size after --crop is {size_text(case.image)}, but case {first.name} has "
-                f"{size_text(first.image)}",
-                "Cropping needs images of one size: pass --crop none to resize them instead.",
-            )
-    masks = [case.mask for case in cases if case.mask is not None]
-    labels = [case.label for case in cases if case.label is not None]
-    return Batch(
-        image=torch.stack([case.image for case in cases]),
-        mask=torch.stack(masks) if len(masks) == len(cases) else None,
-        names=[case.name for case in cases],
-        label=torch.tensor(labels) if len(labels) == len(cases) else None,
-    )
-
-
 class TrainingBatch(NamedTuple):
     """What is diffused, ``x0`` [B, K, H, W] in [0, 1], and its ``condition`` [B, C, H, W].
 
@@ -124,6 +103,31 @@ def training_batches(
     raise batch
 
 
+class _Positions:
+    """A batch sampler: the draws of every batch from a given step on."""
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, first_step: int, rank: int, world_size: int
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.first_place = (first_step * world_size + rank) * batch_size
+        self.stride = world_size * batch_size
+
+    def __iter__(self) -> Iterator[list[_Draw]]:
+        position = self.first_place
+        orders: dict[int, list[int]] = {}
+        while True:
+            batch = []
+            for place in range(position, position + self.batch_size):
+                epoch, offset = divmod(place, self.size)
+                if epoch not in orders:
+                    generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                    orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
+                batch.append(_Draw(orders[epoch][offset], place))
+            yield batch
+            position += self.stride
+
+
 class _Draw(NamedTuple):
     """One drawn case: its index, and its position in the sequence, counted from the first step."""
 
@@ -166,29 +170,25 @@ def _batch_or_error(cases: Sequence[Case | UserError]) -> Batch | UserError:
         return error
 
 
-class _Positions:
-    """A batch sampler: the draws of every batch from a given step on."""
-
-    def __init__(
-        self, size: int, batch_size: int, seed: int, first_step: int, rank: int, world_size: int
-    ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first_place = (first_step * world_size + rank) * batch_size
-        self.stride = world_size * batch_size
-
-    def __iter__(self) -> Iterator[list[_Draw]]:
-        position = self.first_place
-        orders: dict[int, list[int]] = {}
-        while True:
-            batch = []
-            for place in range(position, position + self.batch_size):
-                epoch, offset = divmod(place, self.size)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-                    orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
-                batch.append(_Draw(orders[epoch][offset], place))
-            yield batch
-            position += self.stride
+def collate(cases: Sequence[Case]) -> Batch:
+    """Stack fitted cases into a :class:`Batch`; the mask is None unless every case has one."""
+    first = cases[0]
+    for case in cases:
+        if case.image.shape != first.image.shape:
+            raise UserError(
+                f"case {case.name}",
+                f"its size after --crop is {size_text(case.image)}, but case {first.name} has "
+                f"{size_text(first.image)}",
+                "Cropping needs images of one size: pass --crop none to resize them instead.",
+            )
+    masks = [case.mask for case in cases if case.mask is not None]
+    labels = [case.label for case in cases if case.label is not None]
+    return Batch(
+        image=torch.stack([case.image for case in cases]),
+        mask=torch.stack(masks) if len(masks) == len(cases) else None,
+        names=[case.name for case in cases],
+        label=torch.tensor(labels) if len(labels) == len(cases) else None,
+    )
 
 
 def mix(seed: int, number: int) -> int:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.folders import listing, size_text
+from guided_diffusion.data.folders import counted, listing, size_text
 from guided_diffusion.data.intensity import measure, normalised
 from guided_diffusion.data.readers import Affine
 from guided_diffusion.errors import UserError, refuse
@@ -144,7 +144,8 @@ class SegmentationDataset(Dataset[Case]):
         return len(self.entries)
 
     def __str__(self) -> str:
-        return f"{len(self)} {self.layout} cases, {self.channels} channels, {self.directory}"
+        cases, channels = counted(len(self), f"{self.layout} case"), self.channels
+        return f"{cases}, {counted(channels, 'channel')}, {self.directory}"
 
     def __getitem__(self, index: int) -> Case:
         """Read case ``index``; raises a :class:`UserError` naming a file that cannot be used."""
@@ -195,7 +196,8 @@ def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: i
     if mask is not None and mask.shape[-2:] != image.shape[-2:]:
         raise UserError(
             entry.mask,
-            f"the mask is {size_text(mask)}, but its image {entry.images[0]} is {size_text(image)}",
+            f"the mask is {size_text(mask)}, but its image is {size_text(image)} "
+            f"({entry.images[0]})",
             "Export image and mask at the same size.",
         )
 

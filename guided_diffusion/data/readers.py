@@ -39,14 +39,54 @@ UNREADABLE = (
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def unreadable(path: Path, error: BaseException, kind: str) -> UserError:
-    """The error of a file that cannot be decoded as a ``kind``, with the reason in one line."""
-    why = " ".join(str(error).split()) or type(error).__name__
-    return UserError(
+def image_channels(path: Path) -> int:
+    """Return 1 for NIfTI or a grey picture and 3 for a coloured one, from the header alone."""
+    return 1 if is_nifti(path) else picture_channels(path)
+
+
+def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
+    """Read a picture or NIfTI slice, float32 [channels, H, W], and the affine of the latter."""
+    if not is_nifti(path):
+        return read_picture(path, channels=channels), None
+    values, affine = read_nifti_slice(path)
+    return torch.from_numpy(values)[None], affine
+
+
+def read_mask_file(path: Path, classes: Classes | None = None) -> Tensor:
+    """Read a mask of either kind, float32 [1, H, W] in [0, 1], or [K, H, W] of K classes."""
+    if is_nifti(path):
+        return class_masks(path, read_nifti_slice(path)[0], classes)
+    if classes is None:
+        return read_picture_mask(path)
+    return torch.from_numpy(classes.split(_stored_labels(path), path))
+
+
+def class_masks(path: Path, values: Array, classes: Classes | None) -> Tensor:
+    """Turn labels [H, W] into float32 [1, H, W] by :func:`label_mask`, or [K, H, W] of classes."""
+    if classes is None:
+        return torch.from_numpy(label_mask(path, values))[None]
+    return torch.from_numpy(classes.split(values, path))
+
+
+def label_mask(path: Path, values: Array) -> Array:
+    """Turn labels into {0, 1} (above 0 is 1); fractions in [0, 1] are a soft mask and are kept."""
+    if np.abs(values - np.round(values)).max() < 1e-3:
+        return (np.round(values) > 0).astype(np.float32)
+    if values.min() >= 0 and values.max() <= 1:
+        return values
+    raise UserError(
         path,
-        f"cannot be read as a {kind} ({why})",
-        "Restore it from the source, or remove the case from the data set.",
+        f"has fractional labels from {values.min():g} to {values.max():g}; a mask has whole "
+        "labels, or is soft in [0, 1]",
+        "Check that it is a mask, not an image, and that it was not interpolated.",
     )
+
+
+def label_values(path: Path) -> list[float]:
+    """List the different values that a mask file stores: palette indices, levels or labels."""
+    if is_nifti(path):
+        return [float(value) for value in np.unique(read_nifti(path)[0])]
+    return [float(value) for value in np.unique(np.asarray(_decoded(path)))]
 
 
 def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]:
@@ -69,6 +109,18 @@ def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]
         values = values[..., 0]
     _require_finite(shown or path, values)
     return values, np.asarray(nifti.affine, dtype=np.float64)
+
+
+def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
+    """Read a NIfTI file as :func:`read_nifti` does; it must be two-dimensional, [H, W]."""
+    values, affine = read_nifti(path)
+    if values.ndim != 2:
+        raise UserError(
+            path,
+            f"its shape is {' x '.join(map(str, values.shape))}, but a slice has two axes",
+            "Cut volumes into slices; whole volumes are read in the BRATS layout only.",
+        )
+    return values, affine
 
 
 def nifti_shape(path: Path) -> tuple[int, ...]:
@@ -100,18 +152,6 @@ def nifti_spacing(path: Path) -> tuple[float, ...] | None:
     return tuple(size * scale for size in sizes[: len(nifti_shape(path))])
 
 
-def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
-    """Read a NIfTI file as :func:`read_nifti` does; it must be two-dimensional, [H, W]."""
-    values, affine = read_nifti(path)
-    if values.ndim != 2:
-        raise UserError(
-            path,
-            f"its shape is {' x '.join(map(str, values.shape))}, but a slice has two axes",
-            "Cut volumes into slices; whole volumes are read in the BRATS layout only.",
-        )
-    return values, affine
-
-
 def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Path) -> None:
     """Raise a :class:`UserError` if two files of a case differ in their axes or their spacing.
 
@@ -126,20 +166,6 @@ def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Pa
             f"its affine ({codes}) has other axes or spacing than {other.name} ({wanted_codes})",
             "Resample all files of a case onto one grid.",
         )
-
-
-def label_mask(path: Path, values: Array) -> Array:
-    """Turn labels into {0, 1} (above 0 is 1); fractions in [0, 1] are a soft mask and are kept."""
-    if np.abs(values - np.round(values)).max() < 1e-3:
-        return (np.round(values) > 0).astype(np.float32)
-    if values.min() >= 0 and values.max() <= 1:
-        return values
-    raise UserError(
-        path,
-        f"has fractional labels from {values.min():g} to {values.max():g}; a mask has whole "
-        "labels, or is soft in [0, 1]",
-        "Check that it is a mask, not an image, and that it was not interpolated.",
-    )
 
 
 def picture_channels(path: Path) -> int:
@@ -183,58 +209,6 @@ def read_picture_mask(path: Path) -> Tensor:
     return torch.from_numpy(values)[None]
 
 
-def _require_opaque(path: Path, picture: Image.Image) -> None:
-    """Refuse a mask drawn in its alpha channel, for its colours may be black all over."""
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        low, high = picture.getchannel(picture.getbands()[-1]).getextrema()
-        if low != high:
-            raise UserError(
-                path,
-                "the mask has transparent and opaque parts, but only its grey values are read",
-                "Save it in black and white, without an alpha channel.",
-            )
-
-
-def _require_lossless(path: Path, picture: Image.Image, values: Array) -> None:
-    """Refuse a label map as JPEG, whose compression noise hides labels such as 0, 1, 2."""
-    if picture.format in ("JPEG", "MPO"):
-        raise UserError(
-            path,
-            f"is a JPEG mask whose brightest value is {round(values.max() * 255)}; the foreground "
-            "of a JPEG must be white",
-            "Save label maps as PNG.",
-        )
-
-
-def image_channels(path: Path) -> int:
-    """Return 1 for NIfTI or a grey picture and 3 for a coloured one, from the header alone."""
-    return 1 if is_nifti(path) else picture_channels(path)
-
-
-def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
-    """Read a picture or NIfTI slice, float32 [channels, H, W], and the affine of the latter."""
-    if not is_nifti(path):
-        return read_picture(path, channels=channels), None
-    values, affine = read_nifti_slice(path)
-    return torch.from_numpy(values)[None], affine
-
-
-def read_mask_file(path: Path, classes: Classes | None = None) -> Tensor:
-    """Read a mask of either kind, float32 [1, H, W] in [0, 1], or [K, H, W] of K classes."""
-    if is_nifti(path):
-        return class_masks(path, read_nifti_slice(path)[0], classes)
-    if classes is None:
-        return read_picture_mask(path)
-    return torch.from_numpy(classes.split(_stored_labels(path), path))
-
-
-def class_masks(path: Path, values: Array, classes: Classes | None) -> Tensor:
-    """Turn labels [H, W] into float32 [1, H, W] by :func:`label_mask`, or [K, H, W] of classes."""
-    if classes is None:
-        return torch.from_numpy(label_mask(path, values))[None]
-    return torch.from_numpy(classes.split(values, path))
-
-
 def _stored_labels(path: Path) -> Array:
     """Read the labels of a mask picture [H, W]: its palette indices or grey levels, as stored."""
     picture = _decoded(path)
@@ -248,21 +222,6 @@ def _stored_labels(path: Path) -> Array:
     return values
 
 
-def label_values(path: Path) -> list[float]:
-    """List the different values that a mask file stores: palette indices, levels or labels."""
-    if is_nifti(path):
-        return [float(value) for value in np.unique(read_nifti(path)[0])]
-    return [float(value) for value in np.unique(np.asarray(_decoded(path)))]
-
-
-def _opened(path: Path) -> Image.Image:
-    """The picture with its header read."""
-    try:
-        return Image.open(path)
-    except UNREADABLE as error:
-        raise unreadable(path, error, "picture") from error
-
-
 def _decoded(path: Path) -> Image.Image:
     picture = _opened(path)
     with picture:
@@ -273,6 +232,14 @@ def _decoded(path: Path) -> Image.Image:
             return picture
         except UNREADABLE as error:
             raise unreadable(path, error, "picture") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    """The picture with its header read."""
+    try:
+        return Image.open(path)
+    except UNREADABLE as error:
+        raise unreadable(path, error, "picture") from error
 
 
 def _is_grey(picture: Image.Image) -> bool:
@@ -311,6 +278,29 @@ def _one_channel(path: Path, values: Array, rule: str) -> Array:
     return np.ascontiguousarray(values[..., 0])
 
 
+def _require_opaque(path: Path, picture: Image.Image) -> None:
+    """Refuse a mask drawn in its alpha channel, for its colours may be black all over."""
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        low, high = picture.getchannel(picture.getbands()[-1]).getextrema()
+        if low != high:
+            raise UserError(
+                path,
+                "the mask has transparent and opaque parts, but only its grey values are read",
+                "Save it in black and white, without an alpha channel.",
+            )
+
+
+def _require_lossless(path: Path, picture: Image.Image, values: Array) -> None:
+    """Refuse a label map as JPEG, whose compression noise hides labels such as 0, 1, 2."""
+    if picture.format in ("JPEG", "MPO"):
+        raise UserError(
+            path,
+            f"is a JPEG mask whose brightest value is {round(values.max() * 255)}; the foreground "
+            "of a JPEG must be white",
+            "Save label maps as PNG.",
+        )
+
+
 def _require_finite(path: Path, values: Array) -> None:
     if values.size == 0 or not np.isfinite(values).all():
         raise UserError(
@@ -318,3 +308,13 @@ def _require_finite(path: Path, values: Array) -> None:
             "has NaN or infinite values" if values.size else "has no pixels",
             "Repair the file, or remove the case from the data set.",
         )
+
+
+def unreadable(path: Path, error: BaseException, kind: str) -> UserError:
+    """The error of a file that cannot be decoded as a ``kind``, with the reason in one line."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        path,
+        f"cannot be read as a {kind} ({why})",
+        "Restore it from the source, or remove the case from the data set.",
+    )
