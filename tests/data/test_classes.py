@@ -240,13 +240,13 @@ def test_networks_have_a_channel_per_class() -> None:
 
 def test_the_overlay_of_classes() -> None:
     masks = classes_of("1,2,4").split(LABELS.repeat(8, 0).repeat(8, 1), "")
-    image, doubt = np.zeros((1, 16, 32), np.float32), np.zeros((16, 32))
+    image, uncertainty = np.zeros((1, 16, 32), np.float32), np.zeros((16, 32))
     arguments = {"classes": ("a", "b", "c"), "name": "case", "panel": 64}
-    with_truth = class_overlay(image, masks, masks, doubt, **arguments)
-    without = class_overlay(image, None, masks, doubt, **arguments)
+    with_truth = class_overlay(image, masks, masks, uncertainty, **arguments)
+    without = class_overlay(image, None, masks, uncertainty, **arguments)
     assert with_truth.shape[1] > without.shape[1] and with_truth.dtype == np.uint8
     with pytest.raises(ValueError, match="a mask is"):
-        class_overlay(image, None, masks[:, :4], doubt, **arguments)
+        class_overlay(image, None, masks[:, :4], uncertainty, **arguments)
 
 
 # --------------------------------------------------------------- training, sampling, scoring
@@ -301,10 +301,10 @@ def test_files_of_sampled_classes(sampled: Path, brats: Path) -> None:
 
 
 def test_sampled_classes_are_scored_without_a_flag(sampled: Path, brats: Path) -> None:
-    told = succeeded(
+    said = succeeded(
         script("segmentation_env", "--inp_pth", sampled, "--out_pth", brats / "testing")
     )
-    assert "Dice, mean of classes" in told and "IoU of 4" in told
+    assert "Dice, mean of classes" in said and "IoU of 4" in said
     summary = json.loads((sampled / "summary.json").read_text())
     assert list(summary["classes"]) == ["1", "2", "4"]
     parts = [part["dice"] for part in summary["classes"].values()]
