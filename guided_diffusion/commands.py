@@ -53,10 +53,11 @@ from guided_diffusion.options.tools import CheckOptions
 from guided_diffusion.report.curves import draw_curves
 from guided_diffusion.report.report import write_report
 from guided_diffusion.report.sinks import VisdomSink, open_sinks, page_of
+from guided_diffusion.report.thumbnails import CaseLayers
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.scoring.case_scores import Scoring
 from guided_diffusion.scoring.compare import compare_folders, comparison_text
-from guided_diffusion.scoring.evaluate import Evaluation, evaluate_all
+from guided_diffusion.scoring.evaluate import Evaluation, OnCase, evaluate_all
 from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
@@ -225,10 +226,12 @@ def score(typed: dict[str, Any]) -> None:
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
         return
-    evaluation = _scored(options, options.inp_pth)
+    layers = CaseLayers(options.inp_pth)
+    evaluation = _scored(options, options.inp_pth, on_case=layers if options.report else None)
     written = ["summary.json", "scores.csv"]
     if options.report:
-        written.append(write_report(evaluation, describe_run(evaluation.folder)).name)
+        run = describe_run(evaluation.folder)
+        written.append(write_report(evaluation, run, layers.by_name).name)
     print(summary_text(evaluation.summary))
     print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
     overlays = sorted(evaluation.folder.glob("*_overlay.png"))
@@ -236,7 +239,7 @@ def score(typed: dict[str, Any]) -> None:
         print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
 
 
-def _scored(options: ScoringOptions, folder: str) -> Evaluation:
+def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None) -> Evaluation:
     """Score one folder as the flags say."""
     return evaluate_all(
         folder,
@@ -245,6 +248,7 @@ def _scored(options: ScoringOptions, folder: str) -> Evaluation:
         partial=options.partial,
         mask_labels=options.mask_labels,
         raters=[rater for rater in options.raters.split(",") if rater],
+        on_case=on_case,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from guided_diffusion.report.canvas import HEAT
-from guided_diffusion.report.pictures import STD
+from guided_diffusion.errors import UserError
+from guided_diffusion.report.canvas import HEAT, Pixels
+from guided_diffusion.report.pictures import STD, displayed, image_panel
+from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks
 
 SIDE = 224
 """Longer side of an embedded picture, in pixels."""
@@ -26,7 +30,9 @@ DOUBT_SIDE = 96
 MOST_PATH = 6000
 """Characters of an outline, above which it is drawn more coarsely."""
 MOST_RINGS = 80
-"""Rings of an outline: of noise, the longest."""
+"""Rings of an outline, the longest ones; noise has more."""
+MOST_PICTURES = 300
+"""Cases and classes with embedded pictures: beyond, the worst, the best and an even spread."""
 
 
 class Layers(NamedTuple):
@@ -38,6 +44,43 @@ class Layers(NamedTuple):
     truth: str  # outline
     fused: str  # outline
     doubt: str  # data URI; empty where nothing is uncertain
+
+
+class CaseLayers:
+    """Collects the layers of cases while they are scored, so that no mask is read twice.
+
+    Masks are not kept, and layers only of the first :data:`MOST_PICTURES` cases and classes.
+
+    Args:
+        folder: the result folder, which may hold overlays.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.by_name: dict[str, list[Layers]] = {}
+
+    def __call__(self, files: Sequence[CaseFiles], masks: Sequence[CaseMasks]) -> None:
+        """Add one case: its files and its masks, one of each per class."""
+        if (len(self.by_name) + 1) * len(files) <= MOST_PICTURES:
+            self.by_name[files[0].name] = case_layers(files[0], masks, self.folder)
+
+
+def case_layers(case: CaseFiles, masks: Sequence[CaseMasks], folder: Path) -> list[Layers]:
+    """Make the layers of every class of a case; ``folder`` may hold its overlay."""
+    height, width = masks[0].truth.shape
+    picture = _picture(case, (height, width), folder)
+    return [layers(picture, mask.truth, mask.outlined, mask.uncertainty) for mask in masks]
+
+
+def _picture(case: CaseFiles, size: tuple[int, int], folder: Path) -> Pixels | None:
+    """The image of a case, from the data set or cut out of its overlay; None without either."""
+    try:
+        if case.truth.image is not None:
+            return displayed(case.truth.image())
+        with Image.open(folder / f"{case.name}_overlay.png") as drawn:
+            return image_panel(np.asarray(drawn.convert("RGB")), size)
+    except (UserError, OSError, SyntaxError, ValueError):
+        return None
 
 
 def layers(

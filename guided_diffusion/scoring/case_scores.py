@@ -83,6 +83,7 @@ class CaseMasks(NamedTuple):
     stored: Mask  # the fused soft mask [h, w] at its own size
     soft: Mask  # float32 [H, W] in [0, 1]
     found: Binary  # the fused mask [H, W]
+    outlined: Mask | Binary  # [H, W], drawn at one half: ``soft``, or ``found`` of a declared class
     truth: Mask  # float32 [H, W] in [0, 1]
     members: Binary  # [E, H, W]
     spread: Mask | None  # standard deviation of the members [H, W]; None of fewer than two
@@ -180,6 +181,7 @@ def load_case(
             stored=stored[k],
             soft=soft[k],
             found=found[k],
+            outlined=soft[k] if classes is None else found[k],
             truth=truth[k],
             members=cut[:, k],
             spread=drawn[:, k].std(axis=0) if kept > 1 else None,
