@@ -61,7 +61,7 @@ class BRATSDataset(SegmentationDataset):
     ) -> None:
         index = _index(open_folder(directory), reading, needs_seg=not test_flag)
         self.modalities = index.modalities
-        super().__init__(index.folder, index.slices, channels=index.channels, reading=reading)
+        super().__init__(index.folder, index.entries, channels=index.channels, reading=reading)
         self.notes += index.notes
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
@@ -78,7 +78,10 @@ class BRATSDataset(SegmentationDataset):
 
 
 class BRATSDataset3D(VolumeDataset):
-    """Whole volumes of the modalities, one case per axial slice ``<case>_slice080``."""
+    """Whole volumes of the modalities, one case per axial slice ``<case>_slice080``.
+
+    The patient is the case, not a field of the files' names.
+    """
 
     layout = "BRATS"
 
@@ -86,8 +89,9 @@ class BRATSDataset3D(VolumeDataset):
         self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
     ) -> None:
         index = _index(open_folder(directory), reading, needs_seg=not test_flag)
+        volumes = [entry._replace(patient=_patient_of_case(entry.name)) for entry in index.entries]
         self.modalities = index.modalities
-        super().__init__(index.folder, index.volumes, channels=index.channels, reading=reading)
+        super().__init__(index.folder, volumes, channels=index.channels, reading=reading)
         self.notes += index.notes
 
 
@@ -164,18 +168,13 @@ class _Index(NamedTuple):
 
     folder: Path
     modalities: tuple[str, ...]
-    slices: list[Entry]
+    entries: list[Entry]
     notes: list[str]
 
     @property
     def channels(self) -> int:
-        """How many modalities there are."""
+        """The number of modalities."""
         return len(self.modalities)
-
-    @property
-    def volumes(self) -> list[Entry]:
-        """The entries of volumes: the patient is the case, not a field of the file's name."""
-        return [entry._replace(patient=_patient_of_case(entry.name)) for entry in self.slices]
 
 
 def _index(folder: Path, reading: Reading, *, needs_seg: bool) -> _Index:

@@ -177,12 +177,12 @@ def _notes(evaluation: Evaluation) -> list[str]:
     known = "from the headers" if unit == "mm" else "no header gives a spacing"
     return [
         f"Empty masks: {summary['empty_rule']}.",
-        f"Masks are cut at {summary['threshold']:g} at the size of the truth.",
+        f"Masks are thresholded at {summary['threshold']:g}, at the size of the truth.",
         f"Distances are in {unit} ({known}). HD95 is the larger of the two directed 95th "
         "percentiles, ASSD the mean over both surfaces; both are undefined, and left out, where a "
-        f"mask is empty. Surface Dice forgives {tolerance:g} {unit}.",
-        "Intervals hold the mean with 95 % confidence: bias-corrected and accelerated bootstrap "
-        f"over {summary['interval']['drawn']}.",
+        f"mask is empty. Surface Dice has a tolerance of {tolerance:g} {unit}.",
+        "Intervals are 95 % confidence intervals of the mean, by bias-corrected and accelerated "
+        f"bootstrap over {summary['interval']['drawn']}.",
         "The uncertainty of a case is 1 less the mean Dice of two members, or of two masks drawn "
         "from the fused probability where there are no members.",
     ]
