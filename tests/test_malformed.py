@@ -516,7 +516,7 @@ def test_handled_with_the_right_mask(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: cut(path, 0.5)])
-def test_what_breaks_while_the_run_goes_on_is_one_message(
+def test_a_file_that_breaks_during_the_run_is_one_message(
     tmp_path: Path, workers: int, damage: Callable[[Path], object]
 ) -> None:
     for stem in "abcd":
@@ -533,7 +533,7 @@ def test_what_breaks_while_the_run_goes_on_is_one_message(
 
 
 @pytest.mark.parametrize("target", ["itself", "gone"])
-def test_a_data_folder_that_leads_nowhere(tmp_path: Path, target: str) -> None:
+def test_a_data_folder_that_is_a_broken_link(tmp_path: Path, target: str) -> None:
     link = tmp_path / "itself"
     link.symlink_to(tmp_path / target)
     with pytest.raises(UserError, match="itself: does not exist"):

@@ -32,7 +32,7 @@ MOST_PATH = 6000
 MOST_RINGS = 80
 """Rings of an outline, the longest ones; noise has more."""
 MOST_PICTURES = 300
-"""Cases and classes with embedded pictures: beyond, the worst, the best and an even spread."""
+"""Cases and classes with embedded pictures; of more, the worst, the best and an even spread."""
 
 
 class Layers(NamedTuple):

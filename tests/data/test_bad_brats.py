@@ -130,7 +130,7 @@ def two_of_a_kind(folder: Path) -> None:
     write_slice(write_slice(folder / "1"), LONG.replace("080", "081"))
 
 
-def lonely_case(folder: Path) -> None:
+def incomplete_case(folder: Path) -> None:
     write_slice(folder / "1")
     write_slice(folder / "2", names=("t1", "seg"))
 
@@ -227,7 +227,7 @@ BAD: list[tuple[Callable[[Path], None], str, str]] = [
     ),
     (turned_slice, "t1ce_080_w.nii.gz: its affine (PLS) has other axes", "onto one grid"),
     (two_of_a_kind, "1: has 2 flair files", "a separate folder"),
-    (lonely_case, "2: the case lacks t1ce, t2, flair", "Add the file"),
+    (incomplete_case, "2: the case lacks t1ce, t2, flair", "Add the file"),
     (label_only, "2: the case lacks t1, t1ce, t2, flair", "Add the file"),
     (labels_nowhere, "1: the case lacks seg", "Add the file"),
     (ids_that_meet, "more than one case with the id x_y", "Rename one"),

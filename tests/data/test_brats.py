@@ -68,7 +68,7 @@ def test_only_the_modalities_chosen_are_read(tmp_path: Path, deep: bool) -> None
 
 
 @pytest.mark.parametrize("text", ["flair,dwi", "t1,t1n", "seg"])
-def test_a_modality_that_is_none(text: str) -> None:
+def test_an_unknown_modality(text: str) -> None:
     with pytest.raises(UserError, match=r"^--modalities: .* is not a list of t1, t1ce, t2"):
         find_modalities(text)
 
@@ -89,7 +89,7 @@ def test_modalities_of_a_layout_without_names(tmp_path: Path) -> None:
         open_dataset(tmp_path, reading=Reading(modalities=("t1",)))
 
 
-def test_strays_are_noted_once_and_depth_may_differ(tmp_path: Path) -> None:
+def test_ignored_files_are_noted_once_and_depth_may_differ(tmp_path: Path) -> None:
     for case in ("1", "site/deeper/2"):
         write_slice(tmp_path / case)
         (tmp_path / case / "thumb.png").write_bytes(b"")
@@ -110,7 +110,7 @@ def test_strays_are_noted_once_and_depth_may_differ(tmp_path: Path) -> None:
         ("slice080_{}.nii.gz", ""),
     ],
 )
-def test_whom_a_slice_belongs_to(tmp_path: Path, file_form: str, patient: str) -> None:
+def test_the_patient_of_a_slice(tmp_path: Path, file_form: str, patient: str) -> None:
     assert BRATSDataset(write_slice(tmp_path / "000001", file_form)).patients == [patient]
 
 
@@ -122,7 +122,7 @@ def test_whom_a_slice_belongs_to(tmp_path: Path, file_form: str, patient: str) -
         ("BraTS2021_00000", "BraTS2021_00000"),
     ],
 )
-def test_whom_a_volume_belongs_to(tmp_path: Path, case: str, patient: str) -> None:
+def test_the_patient_of_a_volume(tmp_path: Path, case: str, patient: str) -> None:
     assert set(BRATSDataset3D(write_volumes(tmp_path, (case,))).patients) == {patient}
 
 
@@ -147,7 +147,7 @@ def test_normalisations_by_hand() -> None:
 
 @pytest.mark.parametrize("how", ["minmax", "percentile", "zscore"])
 @pytest.mark.parametrize("value", [0, 7])
-def test_an_image_of_one_value_becomes_nothing(how: str, value: float) -> None:
+def test_an_image_of_one_value_becomes_zero(how: str, value: float) -> None:
     values = np.full((3, 3), value, np.float32)
     assert not normalised(values, measure(values), how).any()
 
@@ -280,7 +280,7 @@ def test_what_is_recorded_cannot_be_contradicted(
     assert re.search(words, refused(script("segmentation_sample", *arguments, *flags)))
 
 
-def test_what_is_recorded_may_be_said_again(brats: Path, flair_model: Path, tmp_path: Path) -> None:
+def test_what_is_recorded_may_be_repeated(brats: Path, flair_model: Path, tmp_path: Path) -> None:
     arguments = sampling(brats / "testing", flair_model, tmp_path)
     flags = ("--modalities", "t2f,T1c", "--normalise", "auto")
     succeeded(script("segmentation_sample", *arguments, *flags))

@@ -77,7 +77,7 @@ def test_the_flag_is_read(
     assert find_classes(str(classes)) == classes
 
 
-def test_nothing_said_is_one_class() -> None:
+def test_without_the_flag_there_is_one_class() -> None:
     assert find_classes("") is None and find_classes(" ") is None
 
 
@@ -99,7 +99,7 @@ def test_nothing_said_is_one_class() -> None:
         "-1",
     ],
 )
-def test_what_is_no_list_of_classes(text: str) -> None:
+def test_an_invalid_list_of_classes(text: str) -> None:
     with pytest.raises(UserError, match=r"--mask_labels: in .* labels from 1 to 255.*Write for"):
         find_classes(text)
 

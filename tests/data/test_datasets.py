@@ -64,7 +64,7 @@ def grey_mask(height: int = 6, width: int = 8) -> np.ndarray:
 
 
 def modality_slice(name: str, shape: tuple[int, ...] = (6, 8)) -> np.ndarray:
-    """A bright voxel at (1, 2) whose value tells the modality."""
+    """A bright voxel at (1, 2) whose value depends on the modality."""
     values = np.zeros(shape)
     values[1, 2] = 0.1 * (1 + ALL.index(name))
     if name == "seg":

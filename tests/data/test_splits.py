@@ -1,4 +1,4 @@
-"""Splits: who is taken, who is left, and every leak by name."""
+"""Splits: the cases that are chosen, and an error for every patient in two parts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_case_may_be_named_beside_its_patient(tmp_path: Path) -> None:
     assert part_of_cases(dataset(), path) == ["training", "training", "", "", "validation"]
 
 
-def test_the_whole_set_stays_as_it_was(tmp_path: Path) -> None:
+def test_the_whole_data_set_is_unchanged(tmp_path: Path) -> None:
     whole = dataset()
     narrowed(whole, split(tmp_path, "x testing"), "testing")
     assert len(whole) == 5 and whole.notes == []
@@ -72,14 +72,14 @@ def test_the_whole_set_stays_as_it_was(tmp_path: Path) -> None:
         ("# nobody\n", "has no case for training"),
     ],
 )
-def test_errors_name_the_line_or_the_leak(tmp_path: Path, text: str, found: str) -> None:
+def test_errors_name_the_line_or_the_patient(tmp_path: Path, text: str, found: str) -> None:
     path = split(tmp_path, text)
     with pytest.raises(UserError) as caught:
         narrowed(dataset(), path, "training")
     assert str(caught.value).startswith(str(path)) and found in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(UserError, match="the split cannot be read"):
             read_split(path)
@@ -88,7 +88,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         read_split(tmp_path / "latin.txt")
 
 
-def test_the_check_gets_every_leak_at_once(tmp_path: Path) -> None:
+def test_the_check_gets_all_errors_at_once(tmp_path: Path) -> None:
     text = "000001 training\n000002 testing\n000003 training\n000004 testing\nnobody testing\n"
     with gathering() as errors:
         part_of_cases(dataset(), split(tmp_path, text))

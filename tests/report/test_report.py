@@ -116,7 +116,7 @@ def test_masks_read_by_scoring_are_not_read_again(scored, monkeypatch):
     assert page(evaluation, {}, some.by_name) == whole, "the others are read again"
 
 
-def test_which_cases_are_pictured():
+def test_the_choice_of_pictured_cases():
     assert choose_pictured([0.5] * 5) == [0, 1, 2, 3, 4]
     dice = [k / 1000 for k in range(1000)]
     some = choose_pictured(dice, 30)

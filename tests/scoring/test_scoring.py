@@ -1,4 +1,4 @@
-"""The field's scores of whole folders: fusions, raters, volumes, and every kind of result file."""
+"""The scores of whole folders: fusions, raters, volumes, and every kind of result file."""
 
 import csv
 import json
@@ -396,7 +396,7 @@ def test_a_truth_with_an_undeclared_label(tmp_path):
 @pytest.mark.parametrize(
     "flags", [("--empty", "never"), ("--tolerance", "-1"), ("--low_dice", "2"), ("--compare", "a")]
 )
-def test_flags_of_scoring_that_cannot_be(tmp_path, flags):
+def test_invalid_scoring_flags(tmp_path, flags):
     pair = folder(tmp_path, {"a_output_ens.png": SQUARE}, {"a": SQUARE})
     ended = script("segmentation_env", "--inp_pth", pair[0], "--out_pth", pair[1], *flags)
     assert ended.code == 2 and flags[0] in ended.err and ended.err.count("\n") == 1
