@@ -153,7 +153,7 @@ def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]
     hint = "Rename the files so that each pair has one stem, or remove the single ones."
     for stems, kind in ((images.keys() - masks, "mask"), (masks.keys() - images, "image")):
         if stems:
-            problem = f"{counted(len(stems), 'stem')} without {kind}: {listing(sorted(stems))}"
+            problem = f"has {counted(len(stems), 'stem')} without {kind}: {listing(sorted(stems))}"
             refuse(UserError(folder, problem, hint, cases=stems))
 
 

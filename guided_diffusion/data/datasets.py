@@ -218,7 +218,8 @@ class Frame:
         if self.image_size < 1 or self.crop < 0:
             raise UserError(
                 "--image_size / --crop",
-                f"image_size {self.image_size} must be positive, and crop {self.crop} at least 0",
+                f"image_size {self.image_size} or crop {self.crop} is out of range; the size must "
+                "be positive and the crop at least 0",
                 "Pass a size such as --image_size 256.",
             )
 

@@ -183,12 +183,12 @@ def _require_pairs(
     """Refuse masks without a tumour image, and tumour images without a mask where it is needed."""
     bare = sorted(masks.keys() - tumours.keys())
     if bare:
-        problem = f"{counted(len(bare), 'mask')} without an image in tumor/: {listing(bare)}"
+        problem = f"has {counted(len(bare), 'mask')} without an image in tumor/: {listing(bare)}"
         hint = "Rename the files so that each mask has its image's stem, or remove the masks."
         refuse(UserError(folder / "seg", problem, hint, cases=bare))
     bare = sorted(tumours.keys() - masks.keys())
     if bare and masks_needed:
-        problem = f"{counted(len(bare), 'image')} without a mask in seg/: {listing(bare)}"
+        problem = f"has {counted(len(bare), 'image')} without a mask in seg/: {listing(bare)}"
         hint = "Add the masks; training on labels alone (train_tumor_ddfm.py) needs none."
         refuse(UserError(folder / "tumor", problem, hint, cases=bare))
 

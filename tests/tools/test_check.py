@@ -97,7 +97,7 @@ def test_every_problem_is_listed(folder: Path) -> None:
     assert run.code == 2 and run.err == ""
     problems = run.out.split("training would fail:\n")[1].splitlines()
     assert len(problems) == 12
-    assert "set: 8 stems without mask: a, b, c, d, e and 3 more" in problems[0]
+    assert "set: has 8 stems without mask: a, b, c, d, e and 3 more" in problems[0]
     assert problems[1:9] == [f"    {stem}" for stem in [*"abcdefg", "same"]]
     assert "has no case or patient nobody; its ids are such as" in problems[9]
     bad = f"  bad: {folder}/images/bad.png: cannot be read as a picture"
