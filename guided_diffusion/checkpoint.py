@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write
+from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, nearest_path
 from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
@@ -130,7 +130,10 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
         raise UserError(
             flag,
             f"there is no file {file}" if str(path) else "no path given",
-            f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
+            nearest_path(
+                Path(path).expanduser(),
+                f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
+            ),
         )
     return file
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from guided_diffusion.errors import UserError, exit_on_user_error
-from guided_diffusion.options.flags import Flags, did_you_mean
+from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
+from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
 from guided_diffusion.options.segmentation import (
     SAMPLE,
@@ -40,7 +40,7 @@ from guided_diffusion.options.weak import (
 if TYPE_CHECKING:
     from guided_diffusion.data.datasets import SegmentationDataset
     from guided_diffusion.inference.segmenter import Segmenter
-    from guided_diffusion.scoring.evaluate import Evaluation
+    from guided_diffusion.scoring.evaluate import Evaluation, OnCase
 
 
 def train(flags: Flags) -> None:
@@ -76,6 +76,7 @@ def score(flags: Flags) -> None:
     """Score predicted masks against the ground truth."""
     from guided_diffusion.inference.provenance import describe_run
     from guided_diffusion.report.report import write_report
+    from guided_diffusion.report.thumbnails import CaseLayers
     from guided_diffusion.scoring.compare import compare_folders, comparison_text
     from guided_diffusion.scoring.summary import summary_text
 
@@ -85,10 +86,12 @@ def score(flags: Flags) -> None:
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
         return
-    evaluation = _scored(options, options.inp_pth)
+    layers = CaseLayers(options.inp_pth)
+    evaluation = _scored(options, options.inp_pth, on_case=layers if options.report else None)
     written = ["summary.json", "scores.csv"]
     if options.report:
-        written.append(write_report(evaluation, describe_run(evaluation.folder)).name)
+        run = describe_run(evaluation.folder)
+        written.append(write_report(evaluation, run, layers.by_name).name)
     print(summary_text(evaluation.summary))
     print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
     overlays = sorted(evaluation.folder.glob("*_overlay.png"))
@@ -96,7 +99,7 @@ def score(flags: Flags) -> None:
         print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
 
 
-def _scored(options: ScoringOptions, folder: str) -> Evaluation:
+def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None) -> Evaluation:
     """Score one folder as the flags say."""
     from guided_diffusion.scoring.case_scores import Scoring
     from guided_diffusion.scoring.evaluate import evaluate_all
@@ -108,6 +111,7 @@ def _scored(options: ScoringOptions, folder: str) -> Evaluation:
         partial=options.partial,
         mask_labels=options.mask_labels,
         raters=[rater for rater in options.raters.split(",") if rater],
+        on_case=on_case,
     )
 
 
@@ -301,7 +305,11 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
         of_script = {script: own for own, it in COMMANDS.items() for script in it.scripts}
         name = of_script.get(name, name)
         if name not in COMMANDS:
-            raise UserError(name, "there is no such command", did_you_mean(name, COMMANDS, "-h"))
+            raise UserError(
+                name,
+                "there is no such command",
+                did_you_mean(name, COMMANDS, "-h lists all commands."),
+            )
         command = COMMANDS[name]
         command.run(
             parse(

@@ -1,8 +1,7 @@
-"""One's own folders: ``images/`` and ``masks/`` with equal stems, the way Kvasir-SEG comes too.
+"""The CUSTOM layout: ``images/`` and ``masks/`` with equal stems, as Kvasir-SEG is published too.
 
 Pictures (png, jpg, tif, bmp; grey or colour, 8 or 16 bit) or NIfTI files, slices or whole volumes,
-paired by stem and never by position. :func:`open_custom` looks at the first file to tell which it
-is. Called by ``layouts``.
+are paired by stem and never by position. :func:`open_custom` opens either, by the first file.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
     ENDINGS,
+    counted,
     image_files,
     is_nifti,
     listing,
@@ -38,8 +38,9 @@ class CustomDataset(SegmentationDataset):
     """Pairs of ``images/<stem>`` and ``masks/<stem>``: image [1 or 3, H, W], mask [1, H, W].
 
     The first readable image decides between grey and colour (a grey picture in a coloured set is
-    repeated, the other way round is an error). With ``test_flag=True`` the folder ``masks`` may be
-    absent, and the images may lie in ``directory`` itself. A case is called by its stem.
+    repeated, a coloured one in a grey set is an error). With ``test_flag=True`` the folder
+    ``masks`` may be absent, and the images may lie in ``directory`` itself. A case is named by its
+    stem.
     """
 
     layout = "CUSTOM"
@@ -76,7 +77,7 @@ class CustomVolumes(VolumeDataset):
 
 
 class KvasirDataset(CustomDataset):
-    """Kvasir-SEG (Jha et al. 2020), which comes as a :class:`CustomDataset`."""
+    """Kvasir-SEG (Jha et al. 2020), which has the layout of a :class:`CustomDataset`."""
 
     layout = "KVASIR"
 
@@ -84,7 +85,7 @@ class KvasirDataset(CustomDataset):
 def open_custom(
     directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
 ) -> SegmentationDataset:
-    """Open pairs of pictures or slices, or of volumes, told apart by the first image's header."""
+    """Open pairs of pictures or slices, or of volumes; the first image's header decides."""
     folder = open_folder(directory)
     within = subfolder(folder, "images") or folder
     names = (name for name in names_in(within) if not name.startswith("."))
@@ -95,7 +96,7 @@ def open_custom(
 
 
 def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
-    """One entry per stem, with its mask unless there are none; checks that pairs are complete."""
+    """List one entry per stem, with its mask unless there are none; all pairs must be complete."""
     images = _image_files(folder, bare=test_flag)
     masks = _mask_files(folder, optional=test_flag)
     if masks:
@@ -104,9 +105,8 @@ def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
     if not images:
         raise UserError(
             folder,
-            found="no image that has a mask",
-            expected="images and masks of equal stems",
-            hint="Rename the files so that each pair has one stem.",
+            "no image has a mask of the same stem",
+            "Rename the files so that each pair has one stem.",
         )
     _require_one_kind([*images.values(), *masks.values()])
     return [Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()]
@@ -118,9 +118,8 @@ def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
     if not found:
         raise UserError(
             within or folder,
-            found="no folder images" if within is None else "no image",
-            expected=f"images/ with {' '.join(ENDINGS)} files beside masks/",
-            hint="Pass the folder that holds images and masks.",
+            f"has no {'folder images' if within is None else 'image'}",
+            f"Pass the folder that holds masks/ and images/, with {' '.join(ENDINGS)} files.",
         )
     return found
 
@@ -131,15 +130,14 @@ def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
     if not found and not optional:
         raise UserError(
             within or folder,
-            found="no folder masks" if within is None else "no mask",
-            expected="masks/ with one mask per image, of the same stem",
-            hint="Add the masks: training needs them.",
+            f"has no {'folder masks' if within is None else 'mask'}",
+            "Add masks/ with one mask per image, of the same stem: training needs them.",
         )
     return found
 
 
 def _channels(entries: list[Entry]) -> int:
-    """What the first image has that can be read; the first one's error where none can."""
+    """The channels of the first readable image; where none is, its error is refused."""
     errors: list[UserError] = []
     for entry in entries:
         try:
@@ -152,26 +150,20 @@ def _channels(entries: list[Entry]) -> int:
 
 
 def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:
-    for lonely, kind in ((images.keys() - masks, "mask"), (masks.keys() - images, "image")):
-        if lonely:
-            error = UserError(
-                folder,
-                found=f"{len(lonely)} stems without {kind}: {listing(sorted(lonely))}",
-                expected="images and masks of equal stems",
-                hint="Rename the files so that each pair has one stem, or remove the single ones.",
-                cases=lonely,
-            )
-            refuse(error)
+    hint = "Rename the files so that each pair has one stem, or remove the single ones."
+    for stems, kind in ((images.keys() - masks, "mask"), (masks.keys() - images, "image")):
+        if stems:
+            problem = f"has {counted(len(stems), 'stem')} without {kind}: {listing(sorted(stems))}"
+            refuse(UserError(folder, problem, hint, cases=stems))
 
 
 def _require_one_kind(paths: list[Path]) -> None:
-    """A NIfTI file's first axis runs along x, a picture's along y: a mixed pair would be turned."""
+    """Refuse NIfTI files among pictures: their first axis is x, not y, so pairs would not match."""
     first = is_nifti(paths[0])
     for path in paths:
         if is_nifti(path) != first:
             raise UserError(
                 path,
-                found="NIfTI files and pictures in one set",
-                expected=f"files of one kind as {paths[0].name}",
-                hint="Convert the images and masks to the same format.",
+                f"NIfTI files and pictures are mixed in one data set, as with {paths[0].name}",
+                "Convert the images and masks to the same format.",
             )

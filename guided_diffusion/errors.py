@@ -7,6 +7,7 @@ exit code 2. Any other exception that escapes is a bug in this package and keeps
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,18 +27,8 @@ class UserError(Exception):
 
     cases: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        what: object,
-        problem: str = "",
-        hint: str = "",
-        *,
-        cases: Iterable[str] = (),
-        found: object = "",
-        expected: object = "",
-    ) -> None:
+    def __init__(self, what: object, problem: str, hint: str, *, cases: Iterable[str] = ()) -> None:
         self.cases = tuple(sorted(cases))
-        problem = problem or f"found {found}, expected {expected}"
         super().__init__(f"{what}: {problem}. {hint}")
 
     def __reduce__(self) -> tuple[Callable[[str], UserError], tuple[str]]:
@@ -69,6 +60,12 @@ def gathering() -> Iterator[list[UserError]]:
         yield gathered
     finally:
         _gathered.reset(token)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Suggest the nearest of the known words; where none is near, give the other hint."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {close[0]}?" if close else otherwise
 
 
 @contextmanager

@@ -6,6 +6,7 @@ that an interrupted run never leaves half a checkpoint, log, mask or score behin
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -96,3 +97,14 @@ class Background:
             job()
         except BaseException as error:  # the main thread raises it, whatever it is
             self._error = error
+
+
+def nearest_path(path: Path, otherwise: str) -> str:
+    """Suggest what is there for a path that is not; where nothing is near, give ``otherwise``."""
+    missing = next((part for part in (path, *path.parents) if part.parent.is_dir()), path)
+    try:
+        there = {entry.name: entry for entry in missing.parent.iterdir()}
+    except OSError:
+        return otherwise
+    close = difflib.get_close_matches(missing.name, there, n=1)
+    return f"Did you mean {there[close[0]]}?" if close else otherwise

@@ -1,8 +1,8 @@
 """The ISIC layout: dermoscopy pictures ``ISIC_<id>.jpg`` with ``ISIC_<id>_Segmentation.png``.
 
-Pairs come from the CSV of ISBI 2016, in both generations (``id,label`` with image and mask side by
-side; relative paths in the columns 1 and 2) and under both names (Part1 and Part3B), or, without a
-CSV, from the ids of the files. Called by ``layouts``.
+Pairs come from the CSV of ISBI 2016, in both generations (``id,label`` with image and mask in one
+folder; relative paths in the columns 1 and 2) and under both names (Part1 and Part3B), or, without
+a CSV, from the ids of the files.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from guided_diffusion.errors import UserError, refuse
 _CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.csv")
 _PICTURE = re.compile(r"ISIC_(\d+)")
 _MASK = re.compile(r"ISIC_(\d+)_Segmentation", re.IGNORECASE)
-_SIDES = {False: ("train", "training"), True: ("test", "testing")}
-_SIDE = re.compile(r"(?:.*_)?(?:(train|training)|(test|testing))(?:_.*)?", re.IGNORECASE)
+_PARTS = {False: ("train", "training"), True: ("test", "testing")}
+_PART = re.compile(r"(?:.*_)?(?:(train|training)|(test|testing))(?:_.*)?", re.IGNORECASE)
 
 
 class ISICDataset(SegmentationDataset):
     """Colour pictures with one mask each: image [3, H, W] in [0, 1], at full size.
 
     ``directory`` holds the CSV or the files, or is a root with ``Train`` and ``Test``, of which
-    ``test_flag`` chooses one. With ``test_flag=True`` the masks may be absent, all of them. A case
-    is called by its number ("0000003").
+    ``test_flag`` chooses one. With ``test_flag=True`` all masks may be absent. A case is named by
+    its number ("0000003").
     """
 
     layout = "ISIC"
@@ -47,7 +47,7 @@ class ISICDataset(SegmentationDataset):
     def __init__(
         self, directory: str | Path, test_flag: bool = False, reading: Reading = AS_STORED
     ) -> None:
-        folder = _side_of(open_folder(directory), test_flag)
+        folder = _part_of(open_folder(directory), test_flag)
         table = find_csv(folder, test_flag)
         entries = _table_entries(table) if table is not None else _paired_by_id(folder, test_flag)
 
@@ -66,32 +66,32 @@ class ISICDataset(SegmentationDataset):
 
 def has_csv(folder: Path) -> bool:
     """Whether the folder, or its Train or Test, holds the CSV."""
-    sides = {folder, *(_side_of(folder, test) for test in (False, True))}
-    return any(find_csv(side, False) for side in sides)
+    folders = {folder, *(_part_of(folder, test) for test in (False, True))}
+    return any(find_csv(part, False) for part in folders)
 
 
 def has_pictures(folder: Path) -> bool:
-    """Whether pictures named by an ISIC number lie in the folder or below."""
+    """Whether the folder or one below it holds pictures named by an ISIC number."""
     names = (name for _, files in walk(folder) for name in files if name.startswith("ISIC_"))
     return any(_id_of(_PICTURE, name) for name in names)
 
 
 def find_csv(folder: Path, test_flag: bool) -> Path | None:
-    """The CSV directly in ``folder``: of the side asked for, else what there is; Part1 first."""
+    """Find the CSV directly in ``folder``: of the requested part, else any; Part1 first."""
     wanted = "Test" if test_flag else "Training"
     found = [match for name in names_in(folder) if (match := _CSV.fullmatch(name))]
     found.sort(key=lambda match: (match[2] != wanted, match[1]))
     return folder / found[0].string if found else None
 
 
-def _side_of(folder: Path, test_flag: bool) -> Path:
-    """The Train or Test folder of a root that holds them; ``folder`` itself where it does not."""
-    called = (name for name in names_in(folder) if name.lower() in _SIDES[test_flag])
+def _part_of(folder: Path, test_flag: bool) -> Path:
+    """The Train or Test folder of a root that has them, else ``folder`` itself."""
+    called = (name for name in names_in(folder) if name.lower() in _PARTS[test_flag])
     return next((folder / name for name in called if (folder / name).is_dir()), folder)
 
 
 def _table_entries(table: Path) -> list[Entry]:
-    """The entries of a CSV of either generation, told apart row by row."""
+    """Read the entries of a CSV, deciding row by row which generation it is."""
     rows = _read_rows(table)
     if rows and _is_header(rows[0]):
         rows = rows[1:]
@@ -106,12 +106,8 @@ def _read_rows(table: Path) -> list[list[str]]:
         rows = csv.reader(text.splitlines(), delimiter=separator)
         return [[field.strip() for field in row] for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            table,
-            found=f"a table that cannot be read ({error})",
-            expected="comma-separated values in UTF-8",
-            hint="Save it again as CSV in UTF-8.",
-        ) from error
+        problem = f"the table cannot be read as comma-separated values ({error})"
+        raise UserError(table, problem, "Save it again as CSV in UTF-8.") from error
 
 
 def _is_header(row: list[str]) -> bool:
@@ -128,17 +124,16 @@ def _entry_of_row(table: Path, number: int, row: list[str]) -> Entry:
         mask = table.parent / row[2].replace("\\", "/") if row[2] else None
         return Entry(name_of(image), (image,), mask)
     if row[0] and len(row) <= 2:
-        return _side_by_side(table, row[0])
+        return _entry_of_id(table, row[0])
     raise UserError(
         f"{table}, row {number}",
-        found=",".join(row),
-        expected="'number,image path,mask path' or 'id,label'",
-        hint="Correct the row, or remove the CSV: pairs are then found by their ids.",
+        f"'{','.join(row)}' is neither 'number,image path,mask path' nor 'id,label'",
+        "Correct the row, or remove the CSV: pairs are then found by their ids.",
     )
 
 
-def _side_by_side(table: Path, case: str) -> Entry:
-    """First generation: image and mask in ..._Data, the mask else in the folder ..._GroundTruth."""
+def _entry_of_id(table: Path, case: str) -> Entry:
+    """First generation: image and mask in ..._Data, or the mask in the folder ..._GroundTruth."""
     truths = table.with_suffix("")
     data = truths.with_name(truths.name.replace("_GroundTruth", "_Data"))
     near = data / f"{case}_Segmentation.png"
@@ -148,15 +143,15 @@ def _side_by_side(table: Path, case: str) -> Entry:
 
 
 def _paired_by_id(folder: Path, test_flag: bool) -> list[Entry]:
-    """Without a CSV: every ISIC picture below, and the mask of the same number wherever it is.
+    """Without a CSV: every ISIC picture below, and the mask of the same number in any folder.
 
-    Where folders of both sides are there (``..._Training_Data``, ``..._Test_Data``), only the
-    pictures of the side asked for count.
+    Where there are folders of both parts (``..._Training_Data``, ``..._Test_Data``), only the
+    pictures of the requested part count.
     """
     files = [root / name for root, names in walk(folder) for name in names]
-    sides = {path: _side(path.relative_to(folder)) for path in files if _PICTURE.match(path.name)}
-    if {False, True} <= set(sides.values()):
-        files = [path for path in files if sides.get(path, test_flag) in (test_flag, None)]
+    parts = {path: _part(path.relative_to(folder)) for path in files if _PICTURE.match(path.name)}
+    if {False, True} <= set(parts.values()):
+        files = [path for path in files if parts.get(path, test_flag) in (test_flag, None)]
     masks = {number: path for path in files if (number := _id_of(_MASK, path.name))}
     return [
         Entry(number, (path,), masks.get(number, path.with_name(f"{path.stem}_Segmentation.png")))
@@ -165,21 +160,21 @@ def _paired_by_id(folder: Path, test_flag: bool) -> list[Entry]:
     ]
 
 
-def _side(path: Path) -> bool | None:
-    """Whether a folder in a path says test (True) or training (False); None where none does."""
-    matches = [match for part in path.parts[:-1] if (match := _SIDE.fullmatch(part))]
+def _part(path: Path) -> bool | None:
+    """Whether a folder in a path is named for test (True) or training (False); None for neither."""
+    matches = [match for name in path.parts[:-1] if (match := _PART.fullmatch(name))]
     return matches[-1][2] is not None if matches else None
 
 
 def _id_of(pattern: re.Pattern[str], file_name: str) -> str | None:
-    """The number in a picture's or a mask's name, None for any other file."""
+    """The number in the name of a picture or mask; None for any other file."""
     stem, ending = split_name(file_name)
     match = pattern.fullmatch(stem) if ending in PICTURES else None
     return match[1] if match else None
 
 
 def name_of(image: Path) -> str:
-    """'0000003' for ``ISIC_0000003.jpg``; the stem of a picture that is called otherwise."""
+    """'0000003' for ``ISIC_0000003.jpg``; the stem of a picture with another name."""
     return _id_of(_PICTURE, image.name) or safe_name(split_name(image.name)[0])
 
 
@@ -187,14 +182,14 @@ def _require_cases(folder: Path, entries: list[Entry]) -> None:
     if not entries:
         raise UserError(
             folder,
-            found="no ISIC picture",
-            expected="ISBI2016_ISIC_Part1_*_GroundTruth.csv, or pictures named ISIC_<number>.jpg",
-            hint="Pass the folder with the CSV, or the one above Train and Test.",
+            "has no ISIC picture: neither ISBI2016_ISIC_Part1_*_GroundTruth.csv nor "
+            "ISIC_<number>.jpg",
+            "Pass the folder with the CSV or the pictures, or the one above Train and Test.",
         )
 
 
 def _checked_masks(source: Path, entries: list[Entry], *, optional: bool) -> list[Entry]:
-    """Every file is there; where no mask is, and that is allowed, the entries lose theirs."""
+    """Require every file to exist; if ``optional`` and no mask does, remove the masks."""
     entries = _with_files(source, entries, "pictures", lambda entry: entry.images[0])
     missing = [entry for entry in entries if entry.mask is None or not entry.mask.is_file()]
     if optional and len(missing) == len(entries):
@@ -207,14 +202,13 @@ def _checked_masks(source: Path, entries: list[Entry], *, optional: bool) -> lis
 def _with_files(
     source: Path, entries: list[Entry], kind: str, file_of: Callable[[Entry], Path]
 ) -> list[Entry]:
+    """The entries whose file exists; the others are refused."""
     missing = [entry for entry in entries if not file_of(entry).is_file()]
     if missing:
         error = UserError(
             source,
-            found=f"{len(missing)} of {len(entries)} {kind} missing: "
-            f"{listing(map(file_of, missing))}",
-            expected="every file",
-            hint="Restore the files, or take their cases out of the set.",
+            f"{len(missing)} of {len(entries)} {kind} missing: {listing(map(file_of, missing))}",
+            "Restore the files, or remove their cases from the data set.",
             cases=[entry.name for entry in missing],
         )
         refuse(error)

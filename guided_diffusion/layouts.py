@@ -1,7 +1,7 @@
-"""Which loader reads a folder: the registry, the automatic choice, the truths to score by.
+"""The layouts of data sets: their registry, recognising them, and the truths to score against.
 
-A new layout is one loader and one line in ``LAYOUTS``. Called by ``runs`` for training and
-prediction, and by scoring through :func:`open_masks`.
+A new layout is one loader and one line in ``LAYOUTS``. :func:`open_dataset` opens a folder for
+training or prediction, :func:`open_masks` the masks alone for scoring.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, Segmentati
 from guided_diffusion.data.folders import (
     image_files,
     is_nifti,
+    listing,
     many_objects,
     open_folder,
     safe_name,
@@ -55,9 +56,9 @@ def open_dataset(
     test: bool = False,
     reading: Reading = AS_STORED,
 ) -> SegmentationDataset:
-    """Open a folder by the layout called ``data_name``, or by the one that is unmistakable.
+    """Open a folder by the layout called ``data_name``, or by the one that it is recognised as.
 
-    With ``test=True`` masks may be absent (they are loaded where they are). Raises
+    With ``test=True`` masks may be absent, and are loaded where they are present. Raises
     :class:`UserError` for an unknown name, a missing or empty folder, and a folder that no layout,
     or more than one, recognises.
     """
@@ -71,25 +72,23 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
     if name not in LAYOUTS:
         raise UserError(
             "--data_name",
-            found=repr(data_name),
-            expected=f"one of {', '.join(LAYOUTS)}",
-            hint="Leave it out to have the layout recognised.",
+            f"{data_name!r} is not one of {', '.join(LAYOUTS)}",
+            "Omit it to have the layout recognised.",
         )
     dataset = LAYOUTS[name](folder, test, reading)
     if reading.modalities and not dataset.modalities:
         raise UserError(
             "--modalities",
-            found=",".join(reading.modalities),
-            expected=f"nothing for the {name} layout, whose channels have no names",
-            hint="Leave --modalities away; a model trained on modalities needs BraTS data.",
+            f"{','.join(reading.modalities)} cannot be chosen in the {name} layout, whose channels "
+            "have no names",
+            "Omit --modalities; a model trained on modalities needs BraTS data.",
         )
     if any(end is not None for end in reading.slices) and not dataset.entries[0].volume:
         first, end = ("" if end is None else end for end in reading.slices)
         raise UserError(
             "--slices",
-            found=f"{first}:{end}",
-            expected=f"nothing for {folder}, which holds pictures or slices, not volumes",
-            hint="Leave --slices away.",
+            f"{first}:{end} cannot be selected, for {folder} holds pictures or slices, not volumes",
+            "Omit --slices.",
         )
     return dataset
 
@@ -99,21 +98,22 @@ def recognise(folder: Path, *, test: bool = False) -> str:
     found = _recognised(folder, test=test)
     if len(found) == 1:
         return found[0]
+    state = f"fits {' and '.join(found)}" if found else f"holds {_contents(folder)}"
     raise UserError(
         folder,
-        found=f"the layouts {' and '.join(found)}" if found else _contents(folder),
-        expected="one of: NIfTI files named by modality (BRATS); an ISBI2016 CSV or pictures named "
-        "ISIC_<number> (ISIC); images/ and masks/ (CUSTOM); normal/ and tumor/ (TUMOR)",
-        hint="Pass the folder that holds the data, or name its layout with --data_name.",
+        f"{state}, but must fit one of these layouts: NIfTI files named by modality (BRATS); an "
+        "ISBI2016 CSV or pictures named ISIC_<number> (ISIC); images/ and masks/ (CUSTOM); normal/ "
+        "and tumor/ (TUMOR)",
+        "Pass the folder that holds the data, or name its layout with --data_name.",
     )
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A mask to score by, read when called; ``patient`` is empty where nobody knows.
+    """A mask to score against, read when called; ``patient`` is empty where it is unknown.
 
-    ``volume`` and ``plane`` say where in a volume it lies; ``source`` is its file, whose header
-    may know the size of a pixel; ``image`` decodes the picture itself, float32 [C, H, W].
+    ``volume`` and ``plane`` are its place in a volume; ``source`` is its file, whose header may
+    state the size of a pixel; ``image`` decodes the picture itself, float32 [C, H, W].
     """
 
     read: Callable[[], Array]
@@ -129,11 +129,11 @@ class Truth:
 
 
 def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, Truth]:
-    """The truths for scoring by case id.
+    """List the truths for scoring by case id.
 
-    ``folder`` is a data set of any layout, or holds mask files, called
+    ``folder`` is a data set of any layout, or holds mask files named
     ``ISIC_<id>_Segmentation.png``, ``<id>.png``, ``<id>_mask.png``, ``<id>_seg.nii.gz`` and the
-    like, with any ending the loaders read.
+    like, with any ending the loaders read. Raises :class:`UserError` where there is no mask.
     """
     folder = open_folder(folder)
     for name in _recognised(folder, test=True):
@@ -155,7 +155,7 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
 
 
 def _recognised(folder: Path, *, test: bool) -> list[str]:
-    """Every layout whose marks are there; images/ with ISIC's mask names count as ISIC alone."""
+    """List every layout that fits; images/ with ISIC's mask names count as ISIC alone."""
     if is_classified(folder):
         return ["TUMOR"]
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
@@ -168,14 +168,11 @@ def _recognised(folder: Path, *, test: bool) -> list[str]:
 
 
 def _contents(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return (
-        f"{len(names)} files and folders ({', '.join(names[:5])})" if names else "an empty folder"
-    )
+    return listing(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
 def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
-    """Mask files directly in ``folder``; if some are called masks, the others are not masks."""
+    """Mask files directly in ``folder``; if some are named as masks, only those are."""
     files = image_files(folder)
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
     masks: dict[str, Truth] = {}
@@ -183,19 +180,13 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
     for stem, path in (named or files).items():
         found = dict(_truths_in(path, _case_id(stem), classes, store))
         if twice := found.keys() & masks.keys():
-            raise UserError(
-                folder,
-                found=f"two masks for case {min(twice)}",
-                expected="one mask per case",
-                hint="Remove one of them.",
-            )
+            raise UserError(folder, f"has two masks for case {min(twice)}", "Remove one of them.")
         masks |= found
     if not masks:
         raise UserError(
             folder,
-            found=_contents(folder),
-            expected="a labelled data set, or mask files such as <case>.png",
-            hint="Pass the folder with the ground truth.",
+            f"holds {_contents(folder)}, but no mask file such as <case>.png",
+            "Pass the folder with the ground truth: a labelled data set, or mask files.",
         )
     return masks
 
@@ -203,7 +194,7 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
 def _truths_in(
     path: Path, case: str, classes: Classes | None, store: VolumeStore
 ) -> Iterator[tuple[str, Truth]]:
-    """The one mask of a file, or every axial plane of a volume as a mask of its own."""
+    """Yield the one mask of a file, or a mask for every axial plane of a volume."""
     shape = nifti_shape(path) if is_nifti(path) else ()
     if len(shape) != 3:
         yield case, Truth(partial(_file_mask, path, classes), source=path)

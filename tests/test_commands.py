@@ -85,6 +85,37 @@ def test_first_slips(argv: list[str], message: str, capsys: pytest.CaptureFixtur
     assert message in said.err and said.out == "" and said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (["train", "--data_dir", "data/trainning"], "data/training"),
+        (["train", "--data_dir", "dta/training/below"], "data"),
+        (["train", "--data_dir", "data/training", "--val_dir", "data/test"], "data/testing"),
+        (["train", "--data_dir", "data/training", "--split", "splits.txt"], "split.txt"),
+        (["sample", "--model_path", "runs/fisrt"], "runs/first"),
+        (["score", "--inp_pth", "run", "--out_pth", "data/testing"], "runs"),
+        (["check", "--data_dir", "xyz"], ""),
+    ],
+)
+def test_a_mistyped_path_suggests_one_that_is_there(
+    argv: list[str],
+    near: str,
+    brats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "data").symlink_to(brats)
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "split.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(argv=argv)
+    said = capsys.readouterr()
+    hint = re.search(r"Did you mean (.*)\?\n", said.out + said.err)
+    assert (hint[1] if hint else "") == near
+
+
 def test_the_overview_and_about(capsys: pytest.CaptureFixture[str]) -> None:
     main(argv=[])
     text = capsys.readouterr().out
@@ -102,7 +133,7 @@ def test_the_overview_and_about(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "message"),
     [
         ({"num_ensamble": 25}, "num_ensamble: no such flag. Did you mean num_ensemble?"),
-        ({"foo": 1}, "foo: no such flag. docs/cli.md lists them all."),
+        ({"foo": 1}, "foo: no such flag. docs/cli.md lists all flags."),
         ({"sampler": "dmp"}, "sampler: 'dmp' is not a choice. Use '', 'ddpm', 'ddim', "),
         ({"fusion": "median"}, "fusion: 'median' is not a choice. Use 'mean', 'vote', "),
         ({"steps": "many"}, "steps: 'many' is not a whole number. Give a whole number."),

@@ -434,7 +434,7 @@ def under_a_file(tmp: Path) -> Path:
 BAD_TRAINING: dict[str, Slip] = {
     "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere",)),
     "a file": (lambda b, r, t: ["--data_dir", r / LATEST], (LATEST, "a file")),
-    "empty folder": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "an empty folder")),
+    "empty folder": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "holds nothing")),
     "empty, named": (
         lambda b, r, t: ["--data_dir", empty(t), "--data_name", "BRATS"],
         ("empty", "NIfTI"),
@@ -523,7 +523,7 @@ BAD_SAMPLING: dict[str, Slip] = {
     ),
     "a text": (lambda b, r, t: ["--model_path", r / "log.txt"], ("log.txt", "checkpoint")),
     "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere",)),
-    "empty data": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "an empty folder")),
+    "empty data": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "holds nothing")),
     "incomplete slice": (
         lambda b, r, t: ["--data_dir", incomplete(b, t, "testing")],
         ("t1ce", "000006"),

@@ -1,8 +1,7 @@
-"""Augmentation: the small changes a training case goes through, the same for image and mask.
+"""Augmentation: small random changes of a training case, the same for image and mask.
 
-Flips, rotation and scale are one affine grid that samples the image and the mask alike; intensity
-changes (gamma, noise) touch the image only. Everything follows from the generator it is given.
-Called by ``train_util`` when ``--augment True``, never in evaluation.
+Flips, rotation and scaling are one affine grid on which image and mask are sampled alike; intensity
+changes (gamma, noise) touch the image only. The result depends on the generator alone.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class Augmentation:
 
     Attributes:
         flip: probability of a flip, for each of the two axes.
-        degrees: largest rotation about the centre, either way.
+        degrees: largest rotation about the centre, in either direction.
         scale: largest change of size, 0.1 for 1/1.1 to 1.1.
-        gamma: largest exponent of the intensities in logarithms, 0.2 for exp(-0.2) to exp(0.2).
-        noise: largest standard deviation of Gaussian noise, as a part of the channel's range.
+        gamma: largest absolute logarithm of the gamma exponent, 0.2 for exp(-0.2) to exp(0.2).
+        noise: largest standard deviation of Gaussian noise, as a fraction of the channel's range.
     """
 
     flip: float = 0.5
@@ -36,10 +35,10 @@ class Augmentation:
     noise: float = 0.03
 
     def __call__(self, case: Case, generator: Generator) -> Case:
-        """Change ``case`` (image float32 [C, h, w], mask float32 [K, h, w] in {0, 1}) by chance.
+        """Change ``case`` (image float32 [C, h, w], mask float32 [K, h, w] in {0, 1}) at random.
 
-        Sizes stay, the mask is cut at one half once and stays in {0, 1}, every channel stays within
-        its own range. What the turned square lacks at its corners is mirrored in image and mask.
+        Sizes stay the same. The mask is thresholded once, at one half, and every channel keeps its
+        own range. Where the rotated grid leaves the picture, image and mask are mirrored.
         """
         height, width = case.image.shape[-2:]
         theta = self._theta(height / width, generator)
@@ -52,7 +51,7 @@ class Augmentation:
         )
 
     def _theta(self, aspect: float, generator: Generator) -> Tensor:
-        """Where each pixel comes from: float32 [2, 3] for ``affine_grid``; aspect is h / w."""
+        """Draw the affine map, float32 [2, 3] for ``affine_grid``; ``aspect`` is h / w."""
         flip_x, flip_y, turn, size = torch.rand(4, generator=generator).tolist()
         mirror_x = -1.0 if flip_x < self.flip else 1.0
         mirror_y = -1.0 if flip_y < self.flip else 1.0
@@ -67,7 +66,7 @@ class Augmentation:
         return torch.tensor(rows)
 
     def _intensities(self, image: Tensor, generator: Generator) -> Tensor:
-        """Gamma and noise, drawn for every channel; its lowest value, the background, stays."""
+        """Apply gamma and noise, drawn per channel; the lowest value, the background, is kept."""
         low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
         span = (high - low).clamp_min(torch.finfo(image.dtype).tiny)
         level = (image - low).div_(span)
@@ -81,7 +80,7 @@ class Augmentation:
 
 
 def _sampled(planes: Tensor, theta: Tensor) -> Tensor:
-    """[C, h, w] sampled bilinearly on the affine grid of ``theta``, mirrored beyond the border."""
+    """Sample [C, h, w] bilinearly on the affine grid of ``theta``, mirrored beyond the border."""
     grid = functional.affine_grid(theta[None], [1, *planes.shape], align_corners=False)
     sampled = functional.grid_sample(
         planes[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False

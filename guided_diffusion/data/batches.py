@@ -1,10 +1,8 @@
-"""What a case is, what every data set promises, and how a case meets the network's square.
+"""Batches for training: stacking cases, and an endless seeded sequence that any step can resume.
 
-The contract comes first: :class:`Case` (one picture with its mask), :class:`Entry` (the files
-behind it) and :class:`SegmentationDataset`, which the loaders of the floor above fill, one layout
-each. Then :class:`Frame`, the one place where pictures and masks are cropped or resized and
-brought back. Called by the loaders, by training (through :class:`Framed`) and by prediction
-(:meth:`Frame.restore`).
+:func:`training_batches` yields batches epoch after epoch; which cases are in a batch, and how they
+are augmented, depends on the seed and the step alone. The ``prepare_...`` functions say what is
+diffused and what conditions it.
 """
 
 from __future__ import annotations
@@ -34,31 +32,10 @@ class Batch(NamedTuple):
     label: Tensor | None = None
 
 
-def collate(cases: Sequence[Case]) -> Batch:
-    """Stack fitted cases into a :class:`Batch`; the mask is None unless every case has one."""
-    first = cases[0]
-    for case in cases:
-        if case.image.shape != first.image.shape:
-            raise UserError(
-                f"case {case.name}",
-                found=f"{size_text(case.image)} for the network",
-                expected=f"{size_text(first.image)} as case {first.name}",
-                hint="A crop needs pictures of one size: pass --crop none to resize them instead.",
-            )
-    masks = [case.mask for case in cases if case.mask is not None]
-    labels = [case.label for case in cases if case.label is not None]
-    return Batch(
-        image=torch.stack([case.image for case in cases]),
-        mask=torch.stack(masks) if len(masks) == len(cases) else None,
-        names=[case.name for case in cases],
-        label=torch.tensor(labels) if len(labels) == len(cases) else None,
-    )
-
-
 class TrainingBatch(NamedTuple):
-    """What a batch teaches: ``x0`` [B, K, H, W] in [0, 1] under a ``condition`` [B, C, H, W].
+    """What is diffused, ``x0`` [B, K, H, W] in [0, 1], and its ``condition`` [B, C, H, W].
 
-    ``y``: class labels int64 [B] of what is class-conditional.
+    ``y`` holds the class labels, int64 [B], of a class-conditional network.
     """
 
     x0: Tensor
@@ -67,19 +44,19 @@ class TrainingBatch(NamedTuple):
 
 
 def prepare_masks(batch: Batch) -> TrainingBatch:
-    """Segmentation: masks are diffused, and images are their condition."""
+    """Prepare a segmentation batch: masks are diffused, conditioned on the images."""
     if batch.mask is None:
         raise ValueError("a training batch needs masks")
     return TrainingBatch(batch.mask, batch.image)
 
 
 def prepare_images(batch: Batch) -> TrainingBatch:
-    """Generation: images are diffused, and nothing is their condition."""
+    """Prepare a generation batch: images are diffused, without a condition."""
     return TrainingBatch(batch.image, batch.image[:, :0])
 
 
 def prepare_labelled_images(batch: Batch) -> TrainingBatch:
-    """Generation by class, and classification."""
+    """Prepare a batch of images with their class labels, for generation or classification."""
     return TrainingBatch(batch.image, batch.image[:, :0], batch.label)
 
 
@@ -94,20 +71,20 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield full batches for ever, epoch after epoch in a new order, from any step on.
+    """Yield full batches without end, each epoch in a new order, starting at any step.
 
     Args:
         dataset: cases at the network's size.
         batch_size: cases in one batch of one process.
-        seed: of orders and augmentation.
-        first_step: batches that earlier runs have taken.
-        workers: processes that read; 0 for this one.
+        seed: of the orders and the augmentation.
+        first_step: the number of batches that earlier runs have used.
+        workers: number of reading processes; 0 reads in this one.
         augmentation: changes each drawn case.
-        rank: this process's number; its batches are its share of the steps' larger ones.
-        world_size: how many processes share each step.
+        rank: the rank of this process, which gets its share of every step's global batch.
+        world_size: the number of processes that share each step.
 
     Raises:
-        UserError: a file cannot be used; whichever process reads it, the error arrives here.
+        UserError: a file cannot be used, whichever process read it.
     """
     drawn = _Drawn(dataset, seed, augmentation)
     loader = DataLoader(
@@ -122,54 +99,12 @@ def training_batches(
         if isinstance(batch, UserError):
             break
         yield batch
-    del loader  # ends the processes here and now; an error's frames would keep it for the collector
+    del loader  # ends the workers now; the traceback below would keep the loader alive
     raise batch
 
 
-class _Draw(NamedTuple):
-    """One case of the stream: which it is, and its place, counted from the stream's beginning."""
-
-    number: int
-    place: int
-
-
-class _Drawn(Dataset["Case | UserError"]):
-    """A data set by draws: how a case is augmented follows from the seed and its place alone."""
-
-    def __init__(
-        self, dataset: Dataset[Case], seed: int, augmentation: Augmentation | None
-    ) -> None:
-        self.dataset, self.seed, self.augmentation = dataset, seed, augmentation
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, draw: _Draw) -> Case | UserError:
-        """Case ``draw.number``, changed; an error is handed on, for processes garble exceptions."""
-        try:
-            case = self.dataset[draw.number]
-        except UserError as error:
-            return error
-        if self.augmentation is None:
-            return case
-        seed = mix(mix(self.seed, draw.place), 1)
-        return self.augmentation(case, torch.Generator().manual_seed(seed))
-
-
-def _batch_or_error(cases: Sequence[Case | UserError]) -> Batch | UserError:
-    good: list[Case] = []
-    for case in cases:
-        if isinstance(case, UserError):
-            return case
-        good.append(case)
-    try:
-        return collate(good)
-    except UserError as error:
-        return error
-
-
 class _Positions:
-    """The draws of every batch from a step on; which they are follows from seed and step."""
+    """A batch sampler: the draws of every batch from a given step on."""
 
     def __init__(
         self, size: int, batch_size: int, seed: int, first_step: int, rank: int, world_size: int
@@ -193,7 +128,70 @@ class _Positions:
             position += self.stride
 
 
+class _Draw(NamedTuple):
+    """One drawn case: its index, and its position in the sequence, counted from the first step."""
+
+    number: int
+    place: int
+
+
+class _Drawn(Dataset["Case | UserError"]):
+    """A data set indexed by draws; the augmentation depends on the seed and the position alone."""
+
+    def __init__(
+        self, dataset: Dataset[Case], seed: int, augmentation: Augmentation | None
+    ) -> None:
+        self.dataset, self.seed, self.augmentation = dataset, seed, augmentation
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: _Draw) -> Case | UserError:
+        """Case ``draw.number``, augmented; errors are returned, as workers garble exceptions."""
+        try:
+            case = self.dataset[draw.number]
+        except UserError as error:
+            return error
+        if self.augmentation is None:
+            return case
+        seed = mix(mix(self.seed, draw.place), 1)
+        return self.augmentation(case, torch.Generator().manual_seed(seed))
+
+
+def _batch_or_error(cases: Sequence[Case | UserError]) -> Batch | UserError:
+    good: list[Case] = []
+    for case in cases:
+        if isinstance(case, UserError):
+            return case
+        good.append(case)
+    try:
+        return collate(good)
+    except UserError as error:
+        return error
+
+
+def collate(cases: Sequence[Case]) -> Batch:
+    """Stack fitted cases into a :class:`Batch`; the mask is None unless every case has one."""
+    first = cases[0]
+    for case in cases:
+        if case.image.shape != first.image.shape:
+            raise UserError(
+                f"case {case.name}",
+                f"its size after --crop is {size_text(case.image)}, but case {first.name} has "
+                f"{size_text(first.image)}",
+                "Cropping needs images of one size: pass --crop none to resize them instead.",
+            )
+    masks = [case.mask for case in cases if case.mask is not None]
+    labels = [case.label for case in cases if case.label is not None]
+    return Batch(
+        image=torch.stack([case.image for case in cases]),
+        mask=torch.stack(masks) if len(masks) == len(cases) else None,
+        names=[case.name for case in cases],
+        label=torch.tensor(labels) if len(labels) == len(cases) else None,
+    )
+
+
 def mix(seed: int, number: int) -> int:
-    """Make one 63-bit seed of two numbers, such that neighbours share nothing."""
+    """Hash two numbers to one 63-bit seed, so that neighbouring numbers give unrelated seeds."""
     mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**64
     return (mixed ^ (mixed >> 31)) * 0x94D049BB133111EB % 2**63

@@ -1,9 +1,8 @@
-"""Decoded cases on disk, for as long as a run lives: each is read from its source once.
+"""A cache of decoded cases on disk that lasts as long as a run: each source is decoded once.
 
-Opening a JPEG or unzipping a slice costs milliseconds, reading an array back a tenth of one. The
-arrays lie in a temporary folder that every reading process shares and that the run removes at its
-end, so nothing can be stale; the operating system keeps in memory what it has room for. Wired by
-the composition root.
+Opening a JPEG or unzipping a slice takes milliseconds, reading an array back a tenth of one. The
+arrays lie in a temporary folder that all reading processes share and that the run removes at its
+end, so nothing can be stale; the operating system keeps as much of it in memory as fits.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ GIB = 2**30
 
 
 class CachedDataset(Dataset[Case]):
-    """A framed data set that decodes each case once, as far as ``most_bytes`` on disk allow.
+    """A resized data set that decodes each case once, within ``most_bytes`` on disk.
 
-    Cases come back bit for bit, without their affine, which training has no use for. The room is
-    given to the cases by their index, so that all processes agree on it without talking. A disk
-    that is full ends the remembering, not the run.
+    Cached cases are bit-identical, but without their affine, which training does not need. The
+    first cases by index are cached, so that all processes agree without communicating. A full disk
+    ends the caching, not the run.
 
     Args:
         dataset: cases at the network's size, all of one shape.
-        most_bytes: room for arrays; 0 remembers nothing.
-        directory: where the temporary folder is made; None for the system's place.
+        most_bytes: disk space for the arrays; 0 caches nothing.
+        directory: where the temporary folder is made; None for the system's default.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class CachedDataset(Dataset[Case]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Case:
-        """Case ``index``, fitted: float32 image [C, h, w], mask [K, h, w] in {0, 1}."""
+        """Case ``index``, resized: float32 image [C, h, w], mask [K, h, w] in {0, 1}."""
         path = self.folder / f"{index}.npy"
         try:
             return self._load(path, self.dataset.dataset.names[index])
@@ -67,7 +66,7 @@ class CachedDataset(Dataset[Case]):
         )
 
     def _save(self, path: Path, case: Case) -> None:
-        """Write a case under its name once it is complete: another process may look for it."""
+        """Write a case, renaming it once it is complete: another process may look for it."""
         part = path.with_suffix(f".{os.getpid()}")
         mask = np.empty(0) if case.mask is None else case.mask.numpy()
         try:
@@ -81,18 +80,18 @@ class CachedDataset(Dataset[Case]):
 
 
 def _temporary_folder(owner: object, directory: Path | None) -> Path:
-    """A folder that goes with its owner, or at the end of the process that made it."""
+    """Make a folder that is removed with its owner, or when the process that made it ends."""
     folder = Path(tempfile.mkdtemp(prefix="decoded-", dir=directory))
     weakref.finalize(owner, _remove, folder, os.getpid())
     return folder
 
 
 def _remove(folder: Path, maker: int) -> None:
-    """Remove the folder; copies of its owner in reading processes leave it alone."""
+    """Remove the folder in the process that made it; copies of the owner in workers keep it."""
     if os.getpid() == maker:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bytes(case: Case) -> int:
-    """What a case takes on disk."""
+    """The size of a case on disk."""
     return case.image.nbytes + (0 if case.mask is None else case.mask.numel())

@@ -1,16 +1,15 @@
-"""Which labels of a mask's file make which class, and how soft classes become one label map again.
+"""Classes: which labels of a mask file make each class, and how soft classes become a label map.
 
 ``--mask_labels`` names the classes: ``1,2,4``, the regions ``WT,TC,ET`` of BraTS, or, in general,
 ``core=1+4,oedema=2``. Classes that share no label exclude each other: a pixel goes to the likeliest
-one. Regions that overlap are cut at one half each. Called by the readers, by prediction and by
-scoring.
+one. Overlapping regions are thresholded separately, each at one half.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -35,9 +34,9 @@ class Classes:
 
     Attributes:
         names: of the classes, fit for file names.
-        labels: the values in a file that make each class; the first says how it is written.
-        unused: further values that a file may hold, which are of no class.
-        either: values of which a file may hold one at most.
+        labels: the values in a file that make each class.
+        unused: further values that a file may hold, which belong to no class.
+        either: values of which a file may hold at most one.
     """
 
     names: tuple[str, ...]
@@ -49,19 +48,19 @@ class Classes:
         return len(self.names)
 
     def __str__(self) -> str:
-        """As the flag has it, in the one spelling that a checkpoint remembers."""
-        return ",".join(map(_spelled, self.names, self.labels))
+        """The flag's value, in the canonical form that a checkpoint records."""
+        return ",".join(map(_flag_item, self.names, self.labels))
 
     @property
     def exclusive(self) -> bool:
-        """Whether no label is of two classes."""
+        """Whether no label belongs to two classes."""
         return not any(set(one) & set(two) for one, two in combinations(self.labels, 2))
 
     @property
     def values(self) -> tuple[int, ...]:
-        """How each class is written in a label map: by its first label that tells it from others.
+        """The value that stands for each class in a label map: its first unambiguous label.
 
-        That is a label of this class alone, else one of no class that is painted later.
+        That is a label of this class alone, else one that no class painted later has.
         """
         return tuple(self._value(k) for k in range(len(self)))
 
@@ -75,7 +74,7 @@ class Classes:
 
     @property
     def painted(self) -> list[int]:
-        """The order of painting: the widest region first, so that it hides none within."""
+        """The order of painting: the widest region first, so that it hides none inside it."""
         return sorted(range(len(self)), key=lambda k: -len(self.labels[k]))
 
     def split(self, values: npt.ArrayLike, source: object) -> npt.NDArray[np.float32]:
@@ -90,37 +89,37 @@ class Classes:
         if np.abs(values - stored).max() >= 1e-3:
             raise UserError(
                 source,
-                found=f"fractional labels from {values.min():g} to {values.max():g}",
-                expected=f"whole numbers, of {FLAG} {self}",
-                hint="Was an image given as the mask, or the label map interpolated?",
+                f"has fractional labels from {values.min():g} to {values.max():g}, but "
+                f"{FLAG} {self} needs whole numbers",
+                "Check that it is a mask, not an image, and that it was not interpolated.",
             )
         self._require_declared({int(value) for value in found}, source)
         return np.stack([np.isin(stored, labels) for labels in self.labels]).astype(np.float32)
 
     def _require_declared(self, found: set[int], source: object) -> None:
         declared = {label for labels in self.labels for label in labels}
-        strange = sorted(found - declared - {0, *self.unused})
-        if strange:
+        unknown = sorted(found - declared - {0, *self.unused})
+        if unknown:
             raise UserError(
                 source,
-                found=f"label {', '.join(map(str, strange[:5]))}, which no class declares",
-                expected=f"0 or a label of {FLAG} {self}",
-                hint=f"Give it a class, as in {FLAG} {self},{strange[0]}, or add it to one, as in "
-                f"{FLAG} {self.names[0]}={'+'.join(map(str, (*self.labels[0], strange[0])))},...",
+                f"has label {', '.join(map(str, unknown[:5]))}, which no class declares "
+                f"({FLAG} {self})",
+                f"Give it a class, as in {FLAG} {self},{unknown[0]}, or add it to one, as in "
+                f"{FLAG} {self.names[0]}={_plus((*self.labels[0], unknown[0]))}.",
             )
         if len(found & set(self.either)) > 1:
             raise UserError(
                 source,
-                found=f"the labels {' and '.join(map(str, sorted(self.either)))} together",
-                expected="one of them, the enhancing tumour",
-                hint=f"Write the regions out, as in {FLAG} WT=1+2+3,TC=1+3,ET=3,cavity=4.",
+                f"has the labels {' and '.join(map(str, sorted(self.either)))} together, but only "
+                "one of them can be the enhancing tumour",
+                f"Write the regions out, as in {FLAG} WT=1+2+3,TC=1+3,ET=3,cavity=4.",
             )
 
     def masks(self, soft: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Soft classes float [K, H, W] in [0, 1] -> bool [K, H, W].
 
-        At least one half; of classes that exclude each other only the likeliest, the first of
-        equals.
+        True from one half up; of classes that exclude each other only the likeliest one, which is
+        the first of equals.
         """
         soft = np.asarray(soft)
         found: npt.NDArray[np.bool_] = soft >= 0.5
@@ -141,7 +140,7 @@ def find_classes(text: str) -> Classes | None:
     """Read ``--mask_labels``; None where it is empty: everything above 0 is one class.
 
     Raises:
-        UserError: what is no list of labels and regions, or names a class or its labels twice.
+        UserError: ``text`` is no list of labels and regions, or repeats a name or a set of labels.
     """
     items = [item.strip().replace(" ", "") for item in text.split(",")]
     if items == [""]:
@@ -151,7 +150,7 @@ def find_classes(text: str) -> Classes | None:
     twice = [name for name in names if [n.lower() for n in names].count(name.lower()) > 1]
     same = [one for one, two in combinations(map(set, labels), 2) if one == two]
     if twice or same:
-        raise _invalid_classes(text, f"{twice[0]} twice" if twice else f"{_plus(same[0])} twice")
+        raise _invalid_classes(text, f"{(twice or [_plus(sorted(same[0]))])[0]} is given twice")
     if not any(BRATS.get(name) == own for name, own in pairs):
         return Classes(names, labels)
     known = {label for own in labels for label in own}
@@ -165,36 +164,36 @@ def _read_item(item: str, text: str) -> tuple[str, tuple[int, ...]]:
         return item.upper(), BRATS[item.upper()]
     match = _ITEM.fullmatch(item)
     if match is None:
-        raise _invalid_classes(text, repr(item))
+        raise _invalid_classes(text, f"{item!r} is no class")
     labels = tuple(int(label) for label in match["labels"].split("+"))
     if not all(0 < label <= MOST for label in labels) or len(set(labels)) < len(labels):
-        raise _invalid_classes(text, repr(item))
+        raise _invalid_classes(text, f"the labels of {item!r} are not valid")
     if match["name"] is None and len(labels) > 1:
-        raise _invalid_classes(text, f"{item!r}, a class without a name")
+        raise _invalid_classes(text, f"the class {item!r} has no name")
     return match["name"] or str(labels[0]), labels
 
 
-def _invalid_classes(text: str, found: str) -> UserError:
+def _invalid_classes(text: str, problem: str) -> UserError:
     return UserError(
         FLAG,
-        found=f"{found} in {text!r}",
-        expected=f"labels from 1 to {MOST}, the regions {', '.join(BRATS)}, or named sums of "
-        "labels, each once, separated by commas",
-        hint=f"Write for example {FLAG} 1,2,4 or {FLAG} WT,TC,ET or {FLAG} core=1+4,oedema=2.",
+        f"in {text!r}, {problem}; classes are labels from 1 to {MOST}, the regions "
+        f"{', '.join(BRATS)}, or named sums of labels, each once, separated by commas",
+        f"Write for example {FLAG} 1,2,4 or {FLAG} WT,TC,ET or {FLAG} core=1+4,oedema=2.",
     )
 
 
-def _spelled(name: str, labels: tuple[int, ...]) -> str:
+def _flag_item(name: str, labels: tuple[int, ...]) -> str:
+    """One class as :func:`_read_item` reads it: its name alone where that says the labels."""
     plain = BRATS.get(name) == labels or labels == (int(name) if name.isdecimal() else 0,)
-    return name if plain else f"{name}={'+'.join(map(str, labels))}"
+    return name if plain else f"{name}={_plus(labels)}"
 
 
-def _plus(labels: set[int]) -> str:
-    return "+".join(map(str, sorted(labels)))
+def _plus(labels: Iterable[int]) -> str:
+    return "+".join(map(str, labels))
 
 
 def record_text(classes: Classes) -> str:
-    """What a result folder says of its classes, in ``classes.json``."""
+    """The content of ``classes.json``, which records the classes of a result folder."""
     return json.dumps(
         {
             "mask_labels": str(classes),
@@ -206,10 +205,10 @@ def record_text(classes: Classes) -> str:
 
 
 def recorded_classes(folder: Path) -> Classes | None:
-    """The classes of a result folder by its own record; None where it has none.
+    """The classes that a result folder records; None where it has no record.
 
     Raises:
-        UserError: a record that cannot be read.
+        UserError: the record cannot be read.
     """
     path = folder / RECORD
     if not path.exists():
@@ -219,14 +218,13 @@ def recorded_classes(folder: Path) -> Classes | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             path,
-            found=f"a record that cannot be read ({error})",
-            expected="the classes that sampling noted",
-            hint="Sample again, or remove the file and name the classes with " + FLAG + ".",
+            f"does not hold the classes that sampling recorded ({error})",
+            f"Sample again, or remove the file and name the classes with {FLAG}.",
         ) from error
 
 
 def each(classes: Classes | None) -> Iterator[tuple[int, str]]:
-    """The channel and the end of a file's name for every class; one without an end by default."""
+    """Yield the channel and the file name's ending of every class; (0, "") without classes."""
     if classes is None:
         yield 0, ""
     else:

@@ -1,10 +1,8 @@
-"""What a case is, what every data set promises, and how a case meets the network's square.
+"""The contract of all data sets, and the geometry between a case and the network's input.
 
-The contract comes first: :class:`Case` (one picture with its mask), :class:`Entry` (the files
-behind it) and :class:`SegmentationDataset`, which the loaders of the floor above fill, one layout
-each. Then :class:`Frame`, the one place where pictures and masks are cropped or resized and
-brought back. Called by the loaders, by training (through :class:`ResizedDataset`) and by prediction
-(:meth:`Frame.restore`).
+:class:`Case` is one image with its mask, :class:`Entry` the files it is read from, and
+:class:`SegmentationDataset` the base class of the loaders, one for each layout. :class:`Frame` is
+the one place where images and masks are cropped or resized, and restored to their own size.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.folders import listing, size_text
+from guided_diffusion.data.folders import counted, listing, size_text
 from guided_diffusion.data.intensity import measure, normalised
 from guided_diffusion.data.readers import Affine
 from guided_diffusion.errors import UserError, refuse
@@ -31,12 +29,12 @@ WOLLEB_SIZE, WOLLEB_CROP = 240, 8
 
 
 class Case(NamedTuple):
-    """One picture to segment, at its own size, and its truth where there is one.
+    """One image to segment, at its own size, with its mask where there is one.
 
     ``image`` is float32 [C, H, W]: pictures in [0, 1], NIfTI slices as stored. ``mask`` is float32
     [K, H, W] in [0, 1] (soft borders stay soft until :meth:`Frame.fit_mask`), or None. ``name`` is
     unique within its set and safe as a file name. ``affine`` is float64 [4, 4] for NIfTI input.
-    ``label`` is the class of the whole image where its folder says one.
+    ``label`` is the class of the whole image, where its folder states one.
     """
 
     image: Tensor
@@ -47,10 +45,10 @@ class Case(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where a case lies on disk: its id, one file per channel (or one picture), its mask's file.
+    """The files of a case: its id, one file per channel (or one picture), and its mask's file.
 
-    ``plane`` is the axial position for one slice of a volume, None for two-dimensional files;
-    ``patient`` is whom the case belongs to, empty where nobody knows.
+    ``plane`` is the axial position of a slice in its volume, None for two-dimensional files;
+    ``patient`` is the patient's id, empty where it is unknown.
     """
 
     name: str
@@ -61,21 +59,21 @@ class Entry(NamedTuple):
 
     @property
     def volume(self) -> str:
-        """The name of the volume that a slice was cut from; empty for two-dimensional files."""
+        """The name of the volume that a slice belongs to; empty for two-dimensional files."""
         return "" if self.plane is None else self.name.rpartition("_slice")[0]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read; every loader is given one and uses what its layout knows.
+    """How files are read; every loader uses the settings that apply to its layout.
 
     Attributes:
-        modalities: which channels, in this order; empty for all there are.
-        slices: first and last-plus-one axial slice of a volume, as Python's slices have them.
+        modalities: the channels, in this order; empty for all that are present.
+        slices: first axial slice of a volume and the one after the last, as in a Python slice.
         blank_slices: keep slices of a volume whose image is constant.
-        normalise: a name of :data:`guided_diffusion.intensity.NORMALISATIONS`.
+        normalise: a name of :data:`guided_diffusion.data.intensity.NORMALISATIONS`.
         cache_dir: where decoded volumes are kept; None keeps a few in memory.
-        classes: the mask's channels; None makes one of everything above 0.
+        classes: the mask's channels; None makes one channel of everything above 0.
     """
 
     modalities: tuple[str, ...] = ()
@@ -90,16 +88,15 @@ AS_STORED = Reading()
 
 
 class SegmentationDataset(Dataset[Case]):
-    """What every layout promises: its facts without decoding a file, its cases one by one.
+    """The base class of the loaders: what is known without decoding a file, and the cases.
 
-    A loader lists its entries and hands them to ``__init__``, then says how to read one entry's
-    image and mask; sorting, unique names and the checks of every case happen here.
+    A loader passes its entries to ``__init__`` and implements ``read_image`` and ``read_mask``;
+    sorting, unique names and the checks of every case are done here.
 
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
-    ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (where the
-    channels are called so), ``classes`` (of the mask, None for one of everything), ``normalise``
-    (never 'auto') and ``notes``: what the run should say about the folder, such as files that were
-    left aside.
+    ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (the names
+    of the channels, where they have any), ``classes`` (of the mask, None for a single one),
+    ``normalise`` (never 'auto') and ``notes`` for the run to print, such as ignored files.
     """
 
     layout = ""
@@ -125,13 +122,13 @@ class SegmentationDataset(Dataset[Case]):
 
     @property
     def patients(self) -> list[str]:
-        """Whom each case belongs to, in the order of ``names``; empty text where nobody knows."""
+        """The patient of each case, in the order of ``names``; empty where unknown."""
         return [entry.patient for entry in self.entries]
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Decode the image, float32 [C, H, W], and its affine where the format has one.
 
-        Values are as stored, but for a slice of a volume, which is scaled by the whole of it.
+        Values are as stored, except in a slice of a volume, which is scaled by the whole volume.
         """
         raise NotImplementedError
 
@@ -147,10 +144,11 @@ class SegmentationDataset(Dataset[Case]):
         return len(self.entries)
 
     def __str__(self) -> str:
-        return f"{len(self)} {self.layout} cases, {self.channels} channels, {self.directory}"
+        cases, channels = counted(len(self), f"{self.layout} case"), self.channels
+        return f"{cases}, {counted(channels, 'channel')}, {self.directory}"
 
     def __getitem__(self, index: int) -> Case:
-        """Read case ``index``; a file that cannot be used is a :class:`UserError` naming it."""
+        """Read case ``index``; raises a :class:`UserError` naming a file that cannot be used."""
         entry = self.entries[index]
         image, affine = self.read_image(entry)
         if entry.plane is None:
@@ -162,7 +160,7 @@ class SegmentationDataset(Dataset[Case]):
 
 
 def readable(dataset: SegmentationDataset, indices: Iterable[int]) -> Iterator[Case]:
-    """Read cases one after the other, leaving out those that cannot be used."""
+    """Read cases one after the other, skipping those that cannot be used."""
     for index in indices:
         try:
             case = dataset[index]
@@ -172,7 +170,7 @@ def readable(dataset: SegmentationDataset, indices: Iterable[int]) -> Iterator[C
 
 
 def scaled(image: Tensor, how: str) -> Tensor:
-    """[C, H, W], every channel scaled by its own intensities."""
+    """Scale every channel of [C, H, W] by its own intensities."""
     if how == "none":
         return image
     channels = (channel.numpy() for channel in image)
@@ -180,43 +178,37 @@ def scaled(image: Tensor, how: str) -> Tensor:
 
 
 def _require_unique(directory: Path, sorted_names: Sequence[str]) -> None:
-    """Two cases with one name would overwrite each other's results."""
+    """Refuse equal names, for such cases would overwrite each other's results."""
     twice = sorted({first for first, second in pairwise(sorted_names) if first == second})
     if twice:
-        error = UserError(
-            directory,
-            found=f"more than one case with the id {listing(twice)}",
-            expected="one case per id",
-            hint="Rename one of the files, or move it to another folder.",
-            cases=twice,
-        )
-        refuse(error)
+        problem = f"holds more than one case with the id {listing(twice)}"
+        hint = "Rename one of the files, or move it to another folder."
+        refuse(UserError(directory, problem, hint, cases=twice))
 
 
 def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: int) -> None:
     if image.shape[0] != channels:
         raise UserError(
             entry.images[0],
-            found=f"{image.shape[0]} image channels",
-            expected=f"{channels} as in the rest of the set",
-            hint="Convert the picture, or remove it from the set.",
+            f"has {image.shape[0]} channels, but the rest of the data set has {channels}",
+            "Convert the image, or remove it from the data set.",
         )
     if mask is not None and mask.shape[-2:] != image.shape[-2:]:
         raise UserError(
             entry.mask,
-            found=f"a mask of {size_text(mask)} for an image of {size_text(image)}",
-            expected=f"the size of its image {entry.images[0]}",
-            hint="Export image and mask at the same size.",
+            f"the mask is {size_text(mask)}, but its image is {size_text(image)} "
+            f"({entry.images[0]})",
+            "Export image and mask at the same size.",
         )
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How a case is brought to the network's square and back.
+    """How a case is brought to the size of the network's input and back.
 
-    ``crop`` = 0 resizes to ``image_size`` x ``image_size``. ``crop`` > 0 takes that many pixels off
-    every side and resizes nothing, so the network sees the cropped size whatever ``image_size``
-    says (Wolleb: 240 -> 224). A case that already has the target size is not resampled.
+    ``crop`` = 0 resizes to ``image_size`` x ``image_size``. ``crop`` > 0 removes that many pixels
+    from every side and resizes nothing, so the network's input has the cropped size whatever
+    ``image_size`` is (Wolleb: 240 -> 224). A case of the target size is not resampled.
     """
 
     image_size: int
@@ -226,9 +218,9 @@ class Frame:
         if self.image_size < 1 or self.crop < 0:
             raise UserError(
                 "--image_size / --crop",
-                found=f"image_size {self.image_size}, crop {self.crop}",
-                expected="a positive size and a crop of 0 or more pixels",
-                hint="Give a size such as --image_size 256.",
+                f"image_size {self.image_size} or crop {self.crop} is out of range; the size must "
+                "be positive and the crop at least 0",
+                "Pass a size such as --image_size 256.",
             )
 
     def fit_image(self, image: Tensor) -> Tensor:
@@ -238,25 +230,25 @@ class Frame:
     def fit_mask(self, mask: Tensor) -> Tensor:
         """Mask float32 [K, H, W] in [0, 1] -> [K, h, w] in {0, 1}, by the image's geometry.
 
-        The coverage of every target pixel is computed first and cut at one half last, once, so that
-        areas are kept (cutting before the resize, or at 0 after it, would dilate the mask).
+        The coverage of every target pixel is thresholded once, at one half, after the resize, so
+        that areas are kept: a threshold before the resize, or at 0, would dilate the mask.
         """
         return (self.fit_image(mask) >= 0.5).to(mask.dtype)
 
     def fit(self, case: Case) -> Case:
-        """Image and mask of ``case`` brought to the square; name and affine are kept."""
+        """Crop or resize image and mask of ``case``; name and affine are kept."""
         mask = None if case.mask is None else self.fit_mask(case.mask)
         return case._replace(image=self.fit_image(case.image), mask=mask)
 
     def seen(self, values: Tensor) -> Tensor:
-        """The part of a map [..., H, W] at the case's size that the network sees."""
+        """The part of a map [..., H, W] at the case's size that the network's input covers."""
         return self._cropped(values) if self.crop else values
 
     def restore(self, soft: Tensor, size: tuple[int, int]) -> Tensor:
         """Soft map [..., h, w] -> [..., H, W] for ``size`` = (H, W); stays within its own range.
 
-        A cropped border comes back as 0. Raises :class:`UserError` where no picture of ``size`` can
-        have been cropped to h x w.
+        A cropped border is filled with 0. Raises :class:`UserError` where cropping an image of
+        ``size`` cannot give h x w.
         """
         if not self.crop:
             return _resize(soft, size)
@@ -264,9 +256,9 @@ class Frame:
         if (soft.shape[-2] + border, soft.shape[-1] + border) != tuple(size):
             raise UserError(
                 "--crop",
-                found=f"a map of {size_text(soft)} for a picture of {size[0]} x {size[1]}",
-                expected=f"a picture {border} pixels larger than the map on both axes",
-                hint="Use the crop that the checkpoint was trained with.",
+                f"a map of {size_text(soft)} does not fit an image of {size[0]} x {size[1]}, which "
+                f"should be {border} pixels larger on both axes",
+                "Use the crop that the checkpoint was trained with.",
             )
         return functional.pad(soft, (self.crop,) * 4)
 
@@ -279,9 +271,9 @@ class Frame:
         if min(height, width) <= 2 * self.crop:
             raise UserError(
                 "--crop",
-                found=f"a picture of {height} x {width}",
-                expected=f"more than {2 * self.crop} pixels on both axes",
-                hint="Pass --crop none to resize instead.",
+                f"an image of {height} x {width} is too small, it needs more than "
+                f"{2 * self.crop} pixels on both axes",
+                "Pass --crop none to resize instead.",
             )
         return image[..., self.crop : height - self.crop, self.crop : width - self.crop]
 
@@ -298,15 +290,13 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 def auto_frame(
     layout: str, size: tuple[int, int], *, version: str, image_size: int, crop: str = "auto"
 ) -> Frame:
-    """The frame for ``--crop auto|none|wolleb``, from the layout and the cases' own size (H, W).
+    """Choose the frame for ``--crop auto|none|wolleb`` by layout and the cases' size (H, W).
 
     auto: BraTS slices of 240 x 240 with the plain network and ``image_size`` 256 are cropped to 224
     as Wolleb et al. (2022) do; everything else is resized to ``image_size``.
     """
     if crop not in CROPS:
-        raise UserError(
-            "--crop", found=repr(crop), expected=f"one of {', '.join(CROPS)}", hint="Pick one."
-        )
+        raise UserError("--crop", f"{crop!r} is not a crop", f"Choose one of {', '.join(CROPS)}.")
     as_wolleb = (
         layout == "BRATS"
         and tuple(size) == (WOLLEB_SIZE, WOLLEB_SIZE)
@@ -318,9 +308,9 @@ def auto_frame(
 
 
 class ResizedDataset(Dataset[Case]):
-    """A data set seen through a frame: every case at the network's size, its mask in {0, 1}.
+    """A data set at the size of the network's input, with masks in {0, 1}.
 
-    Where two classes that exclude each other cover half of a pixel each, the first one has it.
+    Where two classes that exclude each other cover half of a pixel each, the first one gets it.
     """
 
     def __init__(self, dataset: SegmentationDataset, frame: Frame) -> None:
@@ -331,7 +321,7 @@ class ResizedDataset(Dataset[Case]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Case:
-        """Case ``index``, fitted."""
+        """Case ``index``, cropped or resized."""
         case, classes = self.frame.fit(self.dataset[index]), self.dataset.classes
         if case.mask is None or classes is None or not classes.exclusive:
             return case
@@ -339,5 +329,5 @@ class ResizedDataset(Dataset[Case]):
 
 
 def read_as(dataset: SegmentationDataset) -> dict[str, str]:
-    """How a data set's images were read, as flags; a checkpoint remembers it."""
+    """How a data set's images are read, as flags for the checkpoint to record."""
     return {"modalities": ",".join(dataset.modalities), "normalise": dataset.normalise}

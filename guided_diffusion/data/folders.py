@@ -1,7 +1,7 @@
-"""Folders, names, pictures and NIfTI slices: everything between the disk and an array.
+"""Folders and file names: what a data set holds on disk, before any file is opened.
 
-What lies on disk is checked here, once: a file that cannot be used is a :class:`UserError` that
-names it. Called by ``datasets`` and the loaders, one of which there is for each layout.
+Listings are sorted, so that a data set has one order on every file system, and written for folders
+of 100,000 files. A folder that cannot be used is a :class:`UserError` that names it.
 """
 
 from __future__ import annotations
@@ -17,27 +17,26 @@ from pathlib import Path
 from torch import Tensor
 
 from guided_diffusion.errors import UserError, refuse
+from guided_diffusion.files import nearest_path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI = (".nii.gz", ".nii")
+ENDINGS = (*PICTURES, *NIFTI)
 _RESERVED = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 
 
 def open_folder(directory: str | os.PathLike[str]) -> Path:
-    """The folder with ``~`` expanded; a missing one, or a file, is a :class:`UserError`."""
+    """The folder with ``~`` expanded; a :class:`UserError` where it is missing, or a file."""
     folder = Path(directory).expanduser()
     if folder.is_dir():
         return folder
-    raise UserError(
-        folder,
-        found="a file" if folder.exists() else "nothing there",
-        expected="a folder of images and masks",
-        hint="Pass the folder that holds the data set.",
-    )
+    problem = "is a file, not a folder" if folder.exists() else "does not exist"
+    hint = "Pass the folder that holds the data set."
+    raise UserError(folder, problem, hint if folder.exists() else nearest_path(folder, hint))
 
 
 def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below (and ``directory`` itself) with its sorted file names; nothing is opened.
+    """Yield ``directory`` and every folder below it, each with its sorted file names.
 
     Hidden files and folders are left out. Links to folders are followed, but no folder is visited
     twice, so a link that points upwards ends the walk there.
@@ -46,15 +45,15 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
     pending = [os.fspath(directory)]
     while pending:
         root = pending.pop()
-        folders, files, place = _folder_contents(root)
-        if place not in seen:
-            seen.add(place)
+        folders, files, inode = _folder_contents(root)
+        if inode not in seen:
+            seen.add(inode)
             yield Path(root), files
             pending += [f"{root}/{name}" for name in reversed(folders)]
 
 
 def _folder_contents(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
-    """The visible folders and files in a folder, sorted, and which folder of the disk it is."""
+    """The visible folders and files in a folder, sorted, and its device and inode numbers."""
     folders: list[str] = []
     files: list[str] = []
     try:
@@ -66,43 +65,47 @@ def _folder_contents(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
     except OSError as error:
         raise UserError(
             root,
-            found=f"a folder that cannot be listed ({error.strerror})",
-            expected="a readable folder",
-            hint="Change its permissions, or move it out of the data set.",
+            f"the folder cannot be listed ({error.strerror})",
+            "Change its permissions, or move it out of the data set.",
         ) from error
     return sorted(folders), sorted(files), (stat.st_dev, stat.st_ino)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """A link that leads nowhere, or in a circle, is no folder: opening it will say so."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Keep Python's search for cycles away while 100,000 paths are listed: it takes half the time.
-
-    Paths and entries hold no cycles, so nothing is missed.
-    """
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder; a broken or circular link is not, and fails when it is opened."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def names_in(folder: Path) -> list[str]:
     """The sorted names in a folder, as text: 50,000 path objects would take ten times as long."""
     return sorted(os.listdir(folder))  # noqa: PTH208
+
+
+def subfolder(folder: Path, name: str) -> Path | None:
+    """The folder called ``name`` directly below, in upper or lower case; None without one."""
+    found = (folder / called for called in names_in(folder) if called.lower() == name)
+    return next((path for path in found if path.is_dir()), None)
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The pictures and NIfTI files directly in ``folder``, by stem."""
+    found: dict[str, Path] = {}
+    for name in names_in(folder):
+        stem, ending = split_name(unicodedata.normalize("NFC", name))
+        if name.startswith(".") or ending not in ENDINGS:
+            continue
+        if stem in found:
+            problem = f"{found[stem].name} and {name} have the same stem"
+            refuse(UserError(folder, problem, "Rename or remove one of them."))
+        found[stem] = folder / name
+    return found
 
 
 def split_name(file_name: str) -> tuple[str, str]:
@@ -117,18 +120,33 @@ def split_name(file_name: str) -> tuple[str, str]:
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether the file's ending says NIfTI."""
+    """Whether the file's ending is that of NIfTI."""
     return path.name.lower().endswith(NIFTI)
 
 
 def safe_name(text: str) -> str:
-    """A case id that any file system takes: separators and reserved characters become '_'.
+    """A case id that is a valid name on any file system.
 
-    So do bytes that are no text, which a name on disk may have.
+    Separators, reserved characters and bytes that are not text become '_'.
     """
     readable = text.encode("utf-8", "replace").decode()
     name = _RESERVED.sub("_", unicodedata.normalize("NFC", readable))
     return name.strip(" .") or "_"
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Pause Python's cyclic garbage collection while many paths are listed: half the time.
+
+    Paths and entries hold no cycles, so nothing is missed.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def listing(items: Iterable[object], *, most: int = 5) -> str:
@@ -138,34 +156,11 @@ def listing(items: Iterable[object], *, most: int = 5) -> str:
     return ", ".join(texts[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 mask' or '2 masks' for a message."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def size_text(image: Tensor) -> str:
     """'240 x 224' for a message."""
     return f"{image.shape[-2]} x {image.shape[-1]}"
-
-
-ENDINGS = (*PICTURES, *NIFTI)
-
-
-def subfolder(folder: Path, name: str) -> Path | None:
-    """The folder called ``name`` directly below, in any case of letters."""
-    found = (folder / called for called in names_in(folder) if called.lower() == name)
-    return next((path for path in found if path.is_dir()), None)
-
-
-def image_files(folder: Path) -> dict[str, Path]:
-    """The pictures and NIfTI files directly in ``folder``, by stem."""
-    found: dict[str, Path] = {}
-    for name in names_in(folder):
-        stem, ending = split_name(unicodedata.normalize("NFC", name))
-        if name.startswith(".") or ending not in ENDINGS:
-            continue
-        if stem in found:
-            error = UserError(
-                folder,
-                found=f"{found[stem].name} and {name}",
-                expected="one file per stem",
-                hint="Rename or remove one of them.",
-            )
-            refuse(error)
-        found[stem] = folder / name
-    return found

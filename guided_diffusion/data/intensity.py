@@ -1,8 +1,7 @@
-"""Intensity scales: bringing one image, slice or volume, to a range the network can use.
+"""Intensity normalisation: bringing an image, slice or volume to a range the network can use.
 
-What a scale needs to know of an image is measured once (:class:`Levels`) and applied to any part of
-it, so that a slice is scaled by its whole volume. Called by ``datasets`` for two-dimensional images
-and by ``volumes``.
+The statistics of an image are measured once (:class:`Levels`) and applied to any part of it, so
+that a slice is scaled by its whole volume.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ NORMALISATIONS = ("auto", "none", "minmax", "percentile", "zscore")
 
 
 class Levels(NamedTuple):
-    """An image's intensities in short.
+    """The statistics of an image's intensities.
 
-    ``low`` and ``high`` are the extremes, ``p1`` and ``p99`` percentiles of all voxels, ``mean``
-    and ``std`` those of the voxels that are not 0, which in skull-stripped images are the brain.
+    ``low`` and ``high`` are the extremes and ``p1`` and ``p99`` percentiles of all voxels; ``mean``
+    and ``std`` are those of the non-zero voxels, which are the brain in skull-stripped images.
     """
 
     low: float
@@ -42,11 +41,11 @@ def measure(values: Array) -> Levels:
 
 
 def normalised(values: Array, levels: Levels, how: str) -> Array:
-    """Scale values by what was measured of the image they are a part of.
+    """Scale values, float32 of any shape, by the statistics of the image they are a part of.
 
-    ``none`` leaves them; ``minmax`` maps the extremes to 0 and 1; ``percentile`` maps p1 and p99 to
-    0 and 1 and clips; ``zscore`` gives the brain mean 0 and deviation 1 and keeps 0 at 0. An image
-    of one value becomes 0.
+    ``none`` changes nothing; ``minmax`` maps the extremes to 0 and 1; ``percentile`` maps p1 and
+    p99 to 0 and 1 and clips; ``zscore`` gives the brain mean 0 and deviation 1 and keeps 0 at 0. An
+    image of one value becomes 0. Raises :class:`UserError` for an unknown ``how``.
     """
     if how == "none":
         return values
@@ -60,9 +59,8 @@ def normalised(values: Array, levels: Levels, how: str) -> Array:
         return np.clip(scaled, np.float32(0), np.float32(1))
     raise UserError(
         "--normalise",
-        found=repr(how),
-        expected=f"one of {', '.join(NORMALISATIONS)}",
-        hint="Leave it out for the layout's own.",
+        f"{how!r} is not one of {', '.join(NORMALISATIONS)}",
+        "Omit it for the default of the layout.",
     )
 
 

@@ -1,7 +1,6 @@
-"""Folders, names, pictures and NIfTI slices: everything between the disk and an array.
+"""Decoding of NIfTI files, pictures and masks to float32 arrays and tensors.
 
-What lies on disk is checked here, once: a file that cannot be used is a :class:`UserError` that
-names it. Called by ``datasets`` and the loaders, one of which there is for each layout.
+Every file is checked here, once: one that cannot be used is a :class:`UserError` that names it.
 """
 
 from __future__ import annotations
@@ -40,23 +39,62 @@ UNREADABLE = (
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def unreadable(path: Path, error: BaseException, kind: str) -> UserError:
-    """Say that a file could not be decoded, and why, in one line."""
-    why = " ".join(str(error).split()) or type(error).__name__
-    return UserError(
+def image_channels(path: Path) -> int:
+    """Return 1 for NIfTI or a grey picture and 3 for a coloured one, from the header alone."""
+    return 1 if is_nifti(path) else picture_channels(path)
+
+
+def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
+    """Read a picture or NIfTI slice, float32 [channels, H, W], and the affine of the latter."""
+    if not is_nifti(path):
+        return read_picture(path, channels=channels), None
+    values, affine = read_nifti_slice(path)
+    return torch.from_numpy(values)[None], affine
+
+
+def read_mask_file(path: Path, classes: Classes | None = None) -> Tensor:
+    """Read a mask of either kind, float32 [1, H, W] in [0, 1], or [K, H, W] of K classes."""
+    if is_nifti(path):
+        return class_masks(path, read_nifti_slice(path)[0], classes)
+    if classes is None:
+        return read_picture_mask(path)
+    return torch.from_numpy(classes.split(_stored_labels(path), path))
+
+
+def class_masks(path: Path, values: Array, classes: Classes | None) -> Tensor:
+    """Turn labels [H, W] into float32 [1, H, W] by :func:`label_mask`, or [K, H, W] of classes."""
+    if classes is None:
+        return torch.from_numpy(label_mask(path, values))[None]
+    return torch.from_numpy(classes.split(values, path))
+
+
+def label_mask(path: Path, values: Array) -> Array:
+    """Turn labels into {0, 1} (above 0 is 1); fractions in [0, 1] are a soft mask and are kept."""
+    if np.abs(values - np.round(values)).max() < 1e-3:
+        return (np.round(values) > 0).astype(np.float32)
+    if values.min() >= 0 and values.max() <= 1:
+        return values
+    raise UserError(
         path,
-        found=f"a file that cannot be read ({why})",
-        expected=f"a {kind}",
-        hint="Restore it from the source, or take the case out of the set.",
+        f"has fractional labels from {values.min():g} to {values.max():g}; a mask has whole "
+        "labels, or is soft in [0, 1]",
+        "Check that it is a mask, not an image, and that it was not interpolated.",
     )
+
+
+def label_values(path: Path) -> list[float]:
+    """List the different values that a mask file stores: palette indices, levels or labels."""
+    if is_nifti(path):
+        return [float(value) for value in np.unique(read_nifti(path)[0])]
+    return [float(value) for value in np.unique(np.asarray(_decoded(path)))]
 
 
 def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]:
     """Decode a NIfTI file: float32 array without trailing axes of length 1, its affine [4, 4].
 
     Values are scaled as the header says and otherwise as stored. Raises :class:`UserError`, naming
-    ``shown`` where it is given, if the file cannot be decoded, is empty, or holds colours, complex,
-    NaN or infinite values.
+    ``shown`` where it is given, if the file cannot be decoded, is empty, or holds colours or
+    complex, NaN or infinite values.
     """
     try:
         with np.errstate(all="ignore"):
@@ -73,8 +111,20 @@ def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]
     return values, np.asarray(nifti.affine, dtype=np.float64)
 
 
+def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
+    """Read a NIfTI file as :func:`read_nifti` does; it must be two-dimensional, [H, W]."""
+    values, affine = read_nifti(path)
+    if values.ndim != 2:
+        raise UserError(
+            path,
+            f"its shape is {' x '.join(map(str, values.shape))}, but a slice has two axes",
+            "Cut volumes into slices; whole volumes are read in the BRATS layout only.",
+        )
+    return values, affine
+
+
 def nifti_shape(path: Path) -> tuple[int, ...]:
-    """The shape from the header alone, without trailing axes of length 1."""
+    """Read the shape from the header alone, without trailing axes of length 1."""
     try:
         nifti: Any = nib.load(path)
         shape = tuple(int(length) for length in nifti.shape)
@@ -86,9 +136,9 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
 
 
 def nifti_spacing(path: Path) -> tuple[float, ...] | None:
-    """The size of a voxel along each axis, in millimetres, from the header alone.
+    """Read the size of a voxel along each axis, in millimetres, from the header alone.
 
-    None where the header does not say it: a size that is zero or no number.
+    None where the header does not state it: where a size is zero or not finite.
     """
     try:
         nifti: Any = nib.load(path)
@@ -102,52 +152,24 @@ def nifti_spacing(path: Path) -> tuple[float, ...] | None:
     return tuple(size * scale for size in sizes[: len(nifti_shape(path))])
 
 
-def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
-    """:func:`read_nifti` for a file that must be two-dimensional, [H, W]."""
-    values, affine = read_nifti(path)
-    if values.ndim != 2:
-        raise UserError(
-            path,
-            found=f"a volume of {' x '.join(map(str, values.shape))}",
-            expected="a two-dimensional slice",
-            hint="Cut volumes into slices; whole volumes are read in the BRATS layout only.",
-        )
-    return values, affine
-
-
 def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Path) -> None:
-    """Raise a :class:`UserError` if two files of a case run along other axes, or at other spacing.
+    """Raise a :class:`UserError` if two files of a case differ in their axes or their spacing.
 
-    The origin may differ, and an affine without rotation, flip or spacing counts as one not said.
+    The origin may differ, and an identity matrix counts as unknown.
     """
     axes, wanted = affine[:3, :3], expected[:3, :3]
-    unsaid = any(np.array_equal(matrix, np.eye(3)) for matrix in (axes, wanted))
-    if not unsaid and np.abs(axes - wanted).max() > 0.01:
+    unknown = any(np.array_equal(matrix, np.eye(3)) for matrix in (axes, wanted))
+    if not unknown and np.abs(axes - wanted).max() > 0.01:
         codes, wanted_codes = ("".join(map(str, nib.aff2axcodes(a))) for a in (affine, expected))
         raise UserError(
             path,
-            found=f"an affine of other axes or spacing ({codes})",
-            expected=f"the axes and spacing of {other.name} ({wanted_codes})",
-            hint="Resample all files of a case onto one grid.",
+            f"its affine ({codes}) has other axes or spacing than {other.name} ({wanted_codes})",
+            "Resample all files of a case onto one grid.",
         )
 
 
-def label_mask(path: Path, values: Array) -> Array:
-    """Label map -> {0, 1} (above 0 is 1); fractions in [0, 1] are a soft mask and are kept."""
-    if np.abs(values - np.round(values)).max() < 1e-3:
-        return (np.round(values) > 0).astype(np.float32)
-    if values.min() >= 0 and values.max() <= 1:
-        return values
-    raise UserError(
-        path,
-        found=f"fractional labels from {values.min():g} to {values.max():g}",
-        expected="whole label numbers, or a soft mask in [0, 1]",
-        hint="Was an image given as the mask, or the label map interpolated?",
-    )
-
-
 def picture_channels(path: Path) -> int:
-    """1 for a grey picture, 3 for a coloured one, from the header alone."""
+    """Return 1 for a grey picture and 3 for a coloured one, from the header alone."""
     with _opened(path) as picture:
         return 1 if _is_grey(picture) else 3
 
@@ -155,25 +177,23 @@ def picture_channels(path: Path) -> int:
 def read_picture(path: Path, *, channels: int) -> Tensor:
     """Decode a picture to float32 [channels, H, W] in [0, 1].
 
-    Grey is repeated where 3 channels are asked for; transparency is dropped; orientation tags are
-    ignored, as masks rarely carry them. A coloured picture in a grey set is a :class:`UserError`.
+    Grey is repeated for 3 channels, transparency is dropped, and orientation tags are ignored, as
+    masks rarely have them. A coloured picture for 1 channel is a :class:`UserError`.
     """
     values = _levels(path, _decoded(path))
     if values.ndim == 2:
         return torch.from_numpy(values).expand(channels, -1, -1).clone()
     if channels == 3:
         return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-    return torch.from_numpy(_one_channel(path, values, "a grey picture as the rest of the set"))[
-        None
-    ]
+    return torch.from_numpy(_one_channel(path, values, "the rest of the data set is grey"))[None]
 
 
 def read_picture_mask(path: Path) -> Tensor:
-    """Decode a mask picture to float32 [1, H, W] in [0, 1], soft borders kept.
+    """Decode a mask picture to float32 [1, H, W] in [0, 1]; soft borders are kept.
 
-    A palette picture is a label map: index above 0 is 1. So is a lossless grey one whose brightest
-    value is below an eighth of white (labels 0, 1, 2, ...). A coloured mask, one drawn in its
-    transparency and labels in a JPEG are each a :class:`UserError`.
+    A palette picture is a label map, in which indices above 0 become 1. So is a lossless grey one
+    whose brightest value is below an eighth of white (labels 0, 1, 2, ...). A coloured mask, a mask
+    drawn in the alpha channel and labels in a JPEG are each a :class:`UserError`.
     """
     picture = _decoded(path)
     _require_opaque(path, picture)
@@ -182,84 +202,36 @@ def read_picture_mask(path: Path) -> Tensor:
 
     values = _levels(path, picture)
     if values.ndim == 3:
-        values = _one_channel(path, values, "a grey, black-and-white or palette mask")
+        values = _one_channel(path, values, "a mask is grey, black and white or a palette")
     if picture.mode != "F" and 0 < values.max() < 1 / 8:
         _require_lossless(path, picture, values)
         values = (values > 0).astype(np.float32)
     return torch.from_numpy(values)[None]
 
 
-def _require_opaque(path: Path, picture: Image.Image) -> None:
-    """Where transparency draws the mask, its colours may be black all over."""
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        low, high = picture.getchannel(picture.getbands()[-1]).getextrema()
-        if low != high:
-            raise UserError(
-                path,
-                found="a mask with transparent and opaque parts",
-                expected="a mask that is told by its grey values",
-                hint="Save it in black and white, without an alpha channel.",
-            )
-
-
-def _require_lossless(path: Path, picture: Image.Image, values: Array) -> None:
-    """JPEG blurs small numbers: labels 0, 1, 2 cannot be told from its noise."""
-    if picture.format in ("JPEG", "MPO"):
-        raise UserError(
-            path,
-            found=f"a JPEG mask whose brightest value is {round(values.max() * 255)}",
-            expected="white for the foreground in a JPEG",
-            hint="Save label maps as PNG.",
-        )
-
-
-def image_channels(path: Path) -> int:
-    """1 for a NIfTI file or a grey picture, 3 for a coloured picture, from the header alone."""
-    return 1 if is_nifti(path) else picture_channels(path)
-
-
-def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
-    """One image of either kind, float32 [channels, H, W], and the affine of a NIfTI slice."""
-    if not is_nifti(path):
-        return read_picture(path, channels=channels), None
-    values, affine = read_nifti_slice(path)
-    return torch.from_numpy(values)[None], affine
-
-
-def read_mask_file(path: Path, classes: Classes | None = None) -> Tensor:
-    """One mask of either kind, float32 [1, H, W] in [0, 1], or [K, H, W] of K classes."""
-    if is_nifti(path):
-        return class_masks(path, read_nifti_slice(path)[0], classes)
-    if classes is None:
-        return read_picture_mask(path)
-    return torch.from_numpy(classes.split(_stored_labels(path), path))
-
-
-def class_masks(path: Path, values: Array, classes: Classes | None) -> Tensor:
-    """Labels [H, W] -> float32 [1, H, W] by :func:`label_mask`, or [K, H, W] of K classes."""
-    if classes is None:
-        return torch.from_numpy(label_mask(path, values))[None]
-    return torch.from_numpy(classes.split(values, path))
-
-
 def _stored_labels(path: Path) -> Array:
-    """The labels of a mask picture [H, W]: its palette indices or grey levels, as stored."""
+    """Read the labels of a mask picture [H, W]: its palette indices or grey levels, as stored."""
     picture = _decoded(path)
     _require_opaque(path, picture)
     values = np.asarray(picture).astype(np.float32)
     if values.ndim == 3:
         grey = values if values.shape[2] == 3 else np.repeat(values[..., :1], 3, axis=2)
-        values = _one_channel(path, grey, "a grey or palette picture of labels")
+        values = _one_channel(path, grey, "a label map is grey or a palette")
     _require_finite(path, values)
     _require_lossless(path, picture, values / np.float32(255))
     return values
 
 
-def label_values(path: Path) -> list[float]:
-    """The different values that a mask file stores, sorted: palette indices, levels or labels."""
-    if is_nifti(path):
-        return [float(value) for value in np.unique(read_nifti(path)[0])]
-    return [float(value) for value in np.unique(np.asarray(_decoded(path)))]
+def _decoded(path: Path) -> Image.Image:
+    picture = _opened(path)
+    with picture:
+        if picture.format in ("TIFF", "GIF") and getattr(picture, "n_frames", 1) > 1:
+            raise UserError(path, "holds several pictures", "Split it into single pictures.")
+        try:
+            picture.load()
+            return picture
+        except UNREADABLE as error:
+            raise unreadable(path, error, "picture") from error
 
 
 def _opened(path: Path) -> Image.Image:
@@ -270,29 +242,12 @@ def _opened(path: Path) -> Image.Image:
         raise unreadable(path, error, "picture") from error
 
 
-def _decoded(path: Path) -> Image.Image:
-    picture = _opened(path)
-    with picture:
-        if picture.format in ("TIFF", "GIF") and getattr(picture, "n_frames", 1) > 1:
-            raise UserError(
-                path,
-                found="a file of several pictures",
-                expected="one picture per file",
-                hint="Split it into single pictures.",
-            )
-        try:
-            picture.load()
-            return picture
-        except UNREADABLE as error:
-            raise unreadable(path, error, "picture") from error
-
-
 def _is_grey(picture: Image.Image) -> bool:
     return picture.mode in ("1", "L", "LA", "La", "F", *_DEEP_GREY)
 
 
 def _levels(path: Path, picture: Image.Image) -> Array:
-    """Pixel values in [0, 1], [H, W] for grey modes and [H, W, 3] for all others."""
+    """Return pixel values in [0, 1], [H, W] for grey modes and [H, W, 3] for all others."""
     if picture.mode == "F":
         values, white = np.asarray(picture, dtype=np.float32), 1
     elif picture.mode in _DEEP_GREY:
@@ -306,30 +261,60 @@ def _levels(path: Path, picture: Image.Image) -> Array:
     if values.min() < 0 or values.max() > white:
         raise UserError(
             path,
-            found=f"values from {values.min():g} to {values.max():g}",
-            expected=f"values from 0 to {white}",
-            hint="Scale the picture, or store it with 8 or 16 bits.",
+            f"has values from {values.min():g} to {values.max():g}, outside of 0 to {white}",
+            "Scale the picture, or store it with 8 or 16 bits.",
         )
     return np.asarray(values / np.float32(white), dtype=np.float32)
 
 
-def _one_channel(path: Path, values: Array, expected: str) -> Array:
-    """[H, W, 3] -> [H, W] where the channels agree up to compression noise."""
+def _one_channel(path: Path, values: Array, rule: str) -> Array:
+    """Reduce [H, W, 3] to [H, W] where the channels agree up to compression noise."""
     if np.ptp(values, axis=2).max() > 8 / 255:
         raise UserError(
             path,
-            found="a coloured picture",
-            expected=expected,
-            hint="Convert it, or check that images and masks were not swapped.",
+            f"is a coloured picture, but {rule}",
+            "Convert it, or check that images and masks were not swapped.",
         )
     return np.ascontiguousarray(values[..., 0])
+
+
+def _require_opaque(path: Path, picture: Image.Image) -> None:
+    """Refuse a mask drawn in its alpha channel, for its colours may be black all over."""
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        low, high = picture.getchannel(picture.getbands()[-1]).getextrema()
+        if low != high:
+            raise UserError(
+                path,
+                "the mask has transparent and opaque parts, but only its grey values are read",
+                "Save it in black and white, without an alpha channel.",
+            )
+
+
+def _require_lossless(path: Path, picture: Image.Image, values: Array) -> None:
+    """Refuse a label map as JPEG, whose compression noise hides labels such as 0, 1, 2."""
+    if picture.format in ("JPEG", "MPO"):
+        raise UserError(
+            path,
+            f"is a JPEG mask whose brightest value is {round(values.max() * 255)}; the foreground "
+            "of a JPEG must be white",
+            "Save label maps as PNG.",
+        )
 
 
 def _require_finite(path: Path, values: Array) -> None:
     if values.size == 0 or not np.isfinite(values).all():
         raise UserError(
             path,
-            found="NaN or infinite values" if values.size else "no pixels",
-            expected="finite numbers",
-            hint="Repair the file, or take the case out of the set.",
+            "has NaN or infinite values" if values.size else "has no pixels",
+            "Repair the file, or remove the case from the data set.",
         )
+
+
+def unreadable(path: Path, error: BaseException, kind: str) -> UserError:
+    """The error of a file that cannot be decoded as a ``kind``, with the reason in one line."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        path,
+        f"cannot be read as a {kind} ({why})",
+        "Restore it from the source, or remove the case from the data set.",
+    )

@@ -1,9 +1,9 @@
-"""Images that are labelled as a whole: a folder ``normal/``, a folder ``tumor/``, perhaps masks.
+"""The TUMOR layout: images with image-level labels, in the folders ``normal/`` and ``tumor/``.
 
-The layout of the weak-supervision seed: ``<src_dir>/{training,validate}/{normal,tumor}/`` with
+The layout of the weak-supervision parent: ``<src_dir>/{training,validate}/{normal,tumor}/`` with
 pictures or NIfTI slices of any size, and masks of equal stems in ``seg/``, which only scoring and
-supervised training read. Also its NumPy volumes with ``splits.pkl``. Called by ``layouts`` and by
-the weak-supervision scripts.
+supervised training read. :class:`SlicedArrays` reads that parent's NumPy volumes, which are divided
+by ``splits.pkl``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from guided_diffusion.data.datasets import (
     Reading,
     SegmentationDataset,
 )
-from guided_diffusion.data.folders import image_files, listing, open_folder, safe_name, subfolder
+from guided_diffusion.data.folders import (
+    counted,
+    image_files,
+    listing,
+    open_folder,
+    safe_name,
+    subfolder,
+)
 from guided_diffusion.data.readers import (
     UNREADABLE,
     Affine,
@@ -42,17 +49,17 @@ CLASSES = ("normal", "tumor")
 SPELLINGS = {"normal": ("normal",), "tumor": ("tumor", "tumour")}
 PARTS = {"training": ("training",), "validation": ("validate", "validation")}
 MOST_LABEL = 7
-"""The seed takes labels above this for background."""
+"""Labels above this are background, as in the weak-supervision parent."""
 _PATIENT = re.compile(r"(.*\d.*)_\D*\d+")
 
 
 class LabelledImages(SegmentationDataset):
-    """A data set that knows a class of each whole image: 0 for normal, 1 for a lesion."""
+    """A data set with a label for each whole image: 0 for normal, 1 for a lesion."""
 
     labels: dict[str, int]
 
     def __getitem__(self, index: int) -> Case:
-        """Read case ``index`` with its label; masks are read where there are any."""
+        """Read case ``index`` with its label, and its mask where there is one."""
         case = super().__getitem__(index)
         return case._replace(label=self.labels[case.name])
 
@@ -66,9 +73,9 @@ class LabelledImages(SegmentationDataset):
 class TumourImages(LabelledImages):
     """Pictures in ``normal/`` and ``tumor/``: image [1 or 3, H, W], mask [1, H, W].
 
-    The first picture decides between grey and colour. A case is called by its stem, and its patient
-    by what stands before the stem's last number, if there is a number in that. A normal image's
-    mask is empty. With ``test_flag=True`` tumours may lack masks; masks never may lack images.
+    The first picture decides between grey and colour. A case is named by its stem, and its patient
+    by the part before the stem's last number, if that part contains a number. The mask of a normal
+    image is empty. With ``test_flag=True`` tumours may lack masks; masks may never lack images.
     """
 
     layout = "TUMOR"
@@ -80,9 +87,7 @@ class TumourImages(LabelledImages):
         pictures = _classified(folder)
         seg = subfolder(folder, "seg")
         masks = image_files(seg) if seg else {}
-        _require_images(folder, masks, pictures["tumor"])
-        if not test_flag:
-            _require_masks(folder, masks, pictures["tumor"])
+        _require_pairs(folder, pictures["tumor"], masks, masks_needed=not test_flag)
         entries = [
             Entry(safe_name(stem), (path,), masks.get(stem), patient=patient_of(stem))
             for found in pictures.values()
@@ -113,7 +118,7 @@ class TumourImages(LabelledImages):
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """Which of the folders ``normal`` and ``tumor`` (or ``tumour``) are below."""
+    """The folders ``normal`` and ``tumor`` (or ``tumour``) that exist, by class."""
     found = {
         name: next(filter(None, (subfolder(folder, s) for s in spellings)), None)
         for name, spellings in SPELLINGS.items()
@@ -122,13 +127,13 @@ def class_folders(folder: Path) -> dict[str, Path]:
 
 
 def is_classified(folder: Path) -> bool:
-    """Whether a folder is unmistakably sorted: both classes, or tumours and their masks."""
+    """Whether a folder is sorted by class: it has both classes, or tumours and their masks."""
     found = class_folders(folder)
     return len(found) == len(CLASSES) or ("tumor" in found and subfolder(folder, "seg") is not None)
 
 
 def patient_of(stem: str) -> str:
-    """'brats15_003' for 'brats15_003_013'; empty where only one number is there."""
+    """'brats15_003' for 'brats15_003_013'; empty for a stem with one number only."""
     match = _PATIENT.fullmatch(stem)
     return safe_name(match[1]) if match else ""
 
@@ -137,7 +142,7 @@ def part_folder(src_dir: str | Path, part: str) -> Path:
     """The folder of a part of a data set: ``training``, or ``validate`` or ``validation``.
 
     Raises:
-        UserError: it is not there.
+        UserError: it does not exist.
     """
     folder = open_folder(src_dir)
     for name in PARTS[part]:
@@ -145,74 +150,60 @@ def part_folder(src_dir: str | Path, part: str) -> Path:
             return found
     raise UserError(
         "--src_dir",
-        found=f"no folder {' or '.join(PARTS[part])} in {folder}",
-        expected="training/ and validate/ (or validation/), each with normal/ and tumor/",
-        hint="Pass the folder above training/.",
+        f"{folder} has no folder {' or '.join(PARTS[part])}",
+        "Pass the folder above training/ and validate/ (or validation/), each of which has normal/ "
+        "and tumor/.",
     )
 
 
 def require_both(dataset: LabelledImages) -> None:
-    """Raise a UserError where a class has no image: nothing can be learned from the other alone."""
+    """Raise a UserError where a class has no image: a classifier needs both."""
     for label, name in enumerate(CLASSES):
         if label not in dataset.labels.values():
             raise UserError(
                 dataset.directory / name,
-                found="no image",
-                expected="pictures or NIfTI slices of this class",
-                hint="Both classes need images to train on: one alone tells nothing.",
+                "has no image",
+                "Add pictures or NIfTI slices of this class: training needs both classes.",
             )
 
 
 def _classified(folder: Path) -> dict[str, dict[str, Path]]:
-    """The pictures of each class by stem; one of them may have none."""
+    """The pictures of each class by stem; one of the classes may have none."""
     pictures = {name: image_files(path) for name, path in class_folders(folder).items()}
     if not any(pictures.values()):
         raise UserError(
-            folder,
-            found="no image in normal/ or tumor/",
-            expected="normal/ and tumor/ with the images of either class",
-            hint="Sort the images into the two folders.",
+            folder, "has no image in normal/ or tumor/", "Sort the images into these two folders."
         )
     return {name: pictures.get(name, {}) for name in CLASSES}
 
 
-def _require_images(folder: Path, masks: dict[str, Path], tumours: dict[str, Path]) -> None:
-    lonely = sorted(masks.keys() - tumours.keys())
-    if lonely:
-        error = UserError(
-            folder / "seg",
-            found=f"{len(lonely)} masks without an image in tumor/: {listing(lonely)}",
-            expected="masks with the stems of tumour images",
-            hint="Rename the files so that each mask has its image's stem, or remove the masks.",
-            cases=lonely,
-        )
-        refuse(error)
-
-
-def _require_masks(folder: Path, masks: dict[str, Path], tumours: dict[str, Path]) -> None:
-    lonely = sorted(tumours.keys() - masks.keys())
-    if lonely:
-        error = UserError(
-            folder / "tumor",
-            found=f"{len(lonely)} images without a mask in seg/: {listing(lonely)}",
-            expected="a mask for every tumour, to train on masks",
-            hint="Add the masks; training on labels alone (train_tumor_ddfm.py) needs none.",
-            cases=lonely,
-        )
-        refuse(error)
+def _require_pairs(
+    folder: Path, tumours: dict[str, Path], masks: dict[str, Path], *, masks_needed: bool
+) -> None:
+    """Refuse masks without a tumour image, and tumour images without a mask where it is needed."""
+    bare = sorted(masks.keys() - tumours.keys())
+    if bare:
+        problem = f"has {counted(len(bare), 'mask')} without an image in tumor/: {listing(bare)}"
+        hint = "Rename the files so that each mask has its image's stem, or remove the masks."
+        refuse(UserError(folder / "seg", problem, hint, cases=bare))
+    bare = sorted(tumours.keys() - masks.keys())
+    if bare and masks_needed:
+        problem = f"has {counted(len(bare), 'image')} without a mask in seg/: {listing(bare)}"
+        hint = "Add the masks; training on labels alone (train_tumor_ddfm.py) needs none."
+        refuse(UserError(folder / "tumor", problem, hint, cases=bare))
 
 
 class SlicedArrays(LabelledImages):
-    """The seed's NumPy volumes: ``.npy`` arrays [slices, 2, H, W], images and label maps.
+    """The parent's NumPy volumes: ``.npy`` arrays [slices, 2, H, W], images and label maps.
 
-    ``splits.pkl`` holds one dictionary per fold, with the names of the files of ``train``, ``val``
-    and ``test``. Cases are called ``<file>_slice080``, and a file is a patient. Values outside
-    [0, 1] are scaled by their volume's range.
+    ``splits.pkl`` holds one dictionary per fold, with the file names of ``train``, ``val`` and
+    ``test``. Cases are named ``<file>_slice080``, and a file is a patient. Values outside [0, 1]
+    are scaled by their volume's range.
 
     Args:
-        src_dir: where ``splits.pkl`` lies.
+        src_dir: the folder of ``splits.pkl``.
         parts: keys of the split, such as ``("train", "val")``.
-        data_folder: where the arrays lie, below ``src_dir``, at any depth.
+        data_folder: the folder below ``src_dir`` that holds the arrays, at any depth.
         fold: which split.
         class_index: the label that makes a slice positive; 2 stands for 2 and 3.
     """
@@ -261,10 +252,10 @@ class SlicedArrays(LabelledImages):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain containers and NumPy arrays; anything else could run code."""
+    """An unpickler of plain containers and NumPy arrays; anything else could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Find one of the few classes that a list of file names can need."""
+        """Find one of the few classes that a list of file names needs."""
         harmless = {"_reconstruct", "scalar", "ndarray", "dtype", "OrderedDict", "encode"}
         if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in harmless:
             return super().find_class(module, name)
@@ -272,7 +263,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
-    """The file names of some parts of a fold."""
+    """Read the file names of some parts of a fold."""
     try:
         with path.open("rb") as file:
             splits = _PlainUnpickler(file).load()
@@ -280,9 +271,8 @@ def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
     except IndexError as error:
         raise UserError(
             "--fold",
-            found=fold,
-            expected=f"0 to {len(splits) - 1}, the folds of {path}",
-            hint="Leave --fold away for the first.",
+            f"{path} has the folds 0 to {len(splits) - 1}, but not {fold}",
+            "Omit --fold for the first one.",
         ) from error
     except (*UNREADABLE, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
         raise unreadable(
@@ -291,9 +281,8 @@ def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
     if not names:
         raise UserError(
             path,
-            found=f"no file for {' and '.join(parts)} in fold {fold}",
-            expected="names of .npy files",
-            hint="Choose another --fold.",
+            f"names no .npy file for {' and '.join(parts)} in fold {fold}",
+            "Choose another --fold.",
         )
     return names
 
@@ -305,9 +294,8 @@ def _found_files(folder: Path, names: Iterable[str]) -> list[Path]:
     if missing:
         raise UserError(
             folder,
-            found=f"no file {listing(missing)}",
-            expected="every file that splits.pkl names",
-            hint="Check --src_dir and --data_folder.",
+            f"lacks {listing(missing)}, named in splits.pkl",
+            "Check --src_dir and --data_folder.",
         )
     return [found[name] for name in sorted({Path(name).name for name in wanted})]
 
@@ -320,15 +308,14 @@ def _read_array(path: Path) -> np.ndarray:
     if values.ndim != 4 or values.shape[1] != 2 or not len(values):
         raise UserError(
             path,
-            found=f"an array of shape {values.shape}",
-            expected="[slices, 2, H, W]: images and label maps",
-            hint="Restore it from the source, or take it out of splits.pkl.",
+            f"its shape is {values.shape}, not [slices, 2, H, W] with images and label maps",
+            "Restore it from the source, or remove it from splits.pkl.",
         )
     return values
 
 
 class Pictures(Dataset[Case]):
-    """Chosen images of a labelled data set at the network's size, with labels, without masks."""
+    """Chosen images of a labelled data set at the network's input size, without masks."""
 
     def __init__(
         self, dataset: LabelledImages, frame: Frame, indices: Sequence[int] | None = None
@@ -341,7 +328,7 @@ class Pictures(Dataset[Case]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Case:
-        """Picture ``index``, fitted."""
+        """Picture ``index``, cropped or resized."""
         return self.frame.fit(self.dataset.picture(self.indices[index]))
 
     @property
@@ -351,9 +338,9 @@ class Pictures(Dataset[Case]):
 
 
 def held_out(dataset: LabelledImages, share: float, *, seed: int) -> tuple[list[int], list[int]]:
-    """Divide cases into those to train on and those to validate on, patients on one side each.
+    """Divide the indices of the cases by patient: those to train on, and those held out.
 
-    A case without a patient is one of its own. At least one patient is kept where ``share`` is
+    A case without a patient counts as one. At least one patient is held out where ``share`` is
     above 0, unless a class would be left without an image to train on.
     """
     owners = [entry.patient or entry.name for entry in dataset.entries]

@@ -1,9 +1,9 @@
-"""Slices of volumes without decompressing a volume for each: every NIfTI volume is decoded once.
+"""Axial slices of NIfTI volumes, each volume decoded once instead of once per slice.
 
-:class:`VolumeStore` hands out volumes to cut. With a folder, a compressed volume is unpacked into
-it once (NIfTI lies on disk plane by plane, so a plane is one short read) beside what was measured
-of it, and both are redone when the source changes; without a folder, the last few volumes stay
-decoded in memory. :class:`VolumeDataset` is the loader of axial slices that layouts build on.
+:class:`VolumeStore` provides volumes to slice. With a folder, a compressed volume is unpacked into
+it once (NIfTI is stored plane by plane, so a plane is one short read) beside its statistics, and
+both are redone when the source changes; without a folder, the last few volumes stay decoded in
+memory. :class:`VolumeDataset` is the base class of the loaders of volumes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ Stamp = tuple[int, int]
 
 
 class Volume(NamedTuple):
-    """One decoded volume: voxels [H, W, D] that can be cut, its affine, and what was measured."""
+    """One decoded volume: its voxels [H, W, D], affine [4, 4] and statistics.
+
+    ``constant`` holds the positions of planes of one value, ``stamp`` size and time of the source.
+    """
 
     voxels: Any
     affine: Affine
@@ -53,14 +56,14 @@ class Volume(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Memory in use: none where the voxels stay on disk."""
+        """The memory in use; 0 where the voxels stay on disk."""
         return self.voxels.nbytes if isinstance(self.voxels, np.ndarray) else 0
 
 
 class VolumeStore:
-    """Volumes by path, decoded once: into ``folder``, or, where that is None, into memory.
+    """Volumes by path, decoded once: into ``folder``, or into memory where that is None.
 
-    ``most_bytes`` bounds the decoded voxels in memory; the volume in use stays whatever its size.
+    ``most_bytes`` bounds the decoded voxels in memory; the volume in use is kept at any size.
     """
 
     def __init__(self, folder: Path | None, *, most_bytes: int = MEMORY) -> None:
@@ -69,11 +72,11 @@ class VolumeStore:
         self._open: OrderedDict[Path, Volume] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A reading process starts with nothing decoded."""
+        """Leave out the decoded volumes, so that a reading process starts without any."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def __call__(self, path: Path) -> Volume:
-        """The volume at ``path``; a :class:`UserError` where it cannot be used."""
+        """Return the volume at ``path``; a :class:`UserError` where it cannot be used."""
         stamp = _stamp(path)
         volume = self._open.pop(path, None)
         if volume is None or volume.stamp != stamp:
@@ -103,13 +106,13 @@ class VolumeStore:
 class VolumeDataset(SegmentationDataset):
     """Whole volumes, one case per axial slice: image [C, H, W], scaled by its whole volume.
 
+    Cases are named ``<volume>_slice080``; the depth comes from the header.
+
     Args:
         directory: the data set's folder.
         volumes: one entry per volume, with one file per channel.
         channels: of the image.
-        reading: which slices, on which scale, and where decoded volumes are kept.
-
-    Cases are called ``<volume>_slice080``; the depth comes from the header.
+        reading: which slices, which normalisation, and where decoded volumes are kept.
     """
 
     usual_scale = "minmax"
@@ -136,7 +139,7 @@ class VolumeDataset(SegmentationDataset):
         return torch.from_numpy(np.stack(planes)), plane_affine(first.affine, entry.plane or 0)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Read one plane of the labels, float32 [K, H, W]; one class is what is above 0."""
+        """Read one plane of the labels, float32 [K, H, W]; a single class is what is above 0."""
         values = self.read_labels(entry)
         if entry.mask is None or values is None:
             return None
@@ -151,9 +154,9 @@ class VolumeDataset(SegmentationDataset):
         if volume.voxels.shape != grid.voxels.shape:
             raise UserError(
                 path,
-                found=f"a grid of {_grid_text(volume.voxels.shape)}",
-                expected=f"{_grid_text(grid.voxels.shape)} as {entry.images[0].name}",
-                hint="Export all files of a case on one grid.",
+                f"its grid is {_grid_text(volume.voxels.shape)}, but that of "
+                f"{entry.images[0].name} is {_grid_text(grid.voxels.shape)}",
+                "Export all files of a case on one grid.",
             )
         require_same_axes(path, volume.affine, grid.affine, other=entry.images[0])
         with _reading(path):
@@ -162,27 +165,27 @@ class VolumeDataset(SegmentationDataset):
 
 
 def plane_affine(affine: Affine, plane: int) -> Affine:
-    """The affine of one plane of a volume with ``affine`` [4, 4]."""
+    """Compute the affine of one plane of a volume with ``affine`` [4, 4]."""
     moved = affine.copy()
     moved[:3, 3] += plane * affine[:3, 2]
     return moved
 
 
 def constant_planes(values: Array) -> frozenset[int]:
-    """Positions of the axial planes of [H, W, D] that hold one value only."""
+    """Find the positions of the axial planes of [H, W, D] that hold one value only."""
     low, high = values.min(axis=(0, 1)), values.max(axis=(0, 1))
     return frozenset(map(int, np.flatnonzero(low == high)))
 
 
 def unpacked(path: Path, facts: Path) -> Path:
-    """Where the voxels of ``path`` lie bare: in the file itself, unless it is compressed."""
+    """Where the uncompressed voxels of ``path`` are: in the file itself, unless it is .gz."""
     return facts.with_suffix(".nii") if path.name.lower().endswith(".gz") else path
 
 
 def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
-    """Unpack a volume and measure it; the facts come last, so that they vouch for the voxels.
+    """Unpack a volume and measure it; the facts are written last, so they imply the voxels.
 
-    Several processes may do so at once: each writes a file of its own and renames it.
+    Several processes may do so at once: each writes a separate file and renames it.
     """
     bare = unpacked(path, facts)
     own = bare.with_name(f"{bare.stem}-{os.getpid()}.nii")
@@ -205,7 +208,7 @@ def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
 
 
 def _gunzip(path: Path, target: Path) -> None:
-    """Unpack piece by piece; an error of reading names ``path``, one of writing is the caller's."""
+    """Unpack in pieces; a read error names ``path``, a write error is left to the caller."""
     with ExitStack() as stack:
         with _reading(path):
             packed = stack.enter_context(gzip.open(path))
@@ -232,7 +235,7 @@ def _read_volume(path: Path, *, shown: Path | None = None) -> tuple[Array, Affin
 
 
 def _proxy(path: Path) -> tuple[Any, Affine]:
-    """Voxels [H, W, D] that are read from disk when they are cut, and the affine."""
+    """Return voxels [H, W, D] that are read from disk when they are sliced, and the affine."""
     nifti: Any = nib.load(path)
     return nifti.dataobj.reshape(nifti.shape[:3]), np.asarray(nifti.affine, dtype=np.float64)
 
@@ -245,7 +248,7 @@ def _stamp(path: Path) -> Stamp:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """An error of the disk or of the format, inside, is one of the file ``path``."""
+    """Turn an error of the disk or the format into a :class:`UserError` that names ``path``."""
     try:
         yield
     except UNREADABLE as error:
@@ -253,7 +256,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Entry]:
-    """One entry per chosen axial slice; opens headers only, unless blank slices are left out."""
+    """Yield one entry per chosen slice; opens headers only, unless blank slices are left out."""
     try:
         shape = nifti_shape(volume.images[0])
         require_volume(volume.images[0], shape)
@@ -264,9 +267,9 @@ def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Ent
     if not chosen:
         raise UserError(
             "--slices",
-            found=":".join("" if end is None else str(end) for end in reading.slices),
-            expected=f"some of the {shape[2]} slices of {volume.images[0]}",
-            hint="Count from 0, the end left out: 80:129 leaves 49 of 155.",
+            f"{':'.join('' if end is None else str(end) for end in reading.slices)} selects none "
+            f"of the {shape[2]} slices of {volume.images[0]}",
+            "Count from 0 and exclude the end: 80:129 selects 49 of 155.",
         )
     blank: frozenset[int] = frozenset()
     if not reading.blank_slices:
@@ -281,9 +284,8 @@ def require_volume(path: Path, shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or 0 in shape:
         raise UserError(
             path,
-            found=f"{len(shape)} axes ({_grid_text(shape)})",
-            expected="a volume of three axes",
-            hint="Keep slices, volumes and time series in data sets of their own.",
+            f"its shape is {_grid_text(shape)}, but a volume has three axes, none of them empty",
+            "Keep slices, volumes and time series in separate data sets.",
         )
 
 

@@ -155,9 +155,8 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
     if earlier != classes and (out_dir / "predictions.csv").exists():
         raise UserError(
             out_dir,
-            found=f"results of {_called(earlier)}",
-            expected=f"a new folder, or one with results of {_called(classes)}",
-            hint="Choose another --out_dir.",
+            f"holds results of {_called(earlier)}, these would be of {_called(classes)}",
+            "Choose another --out_dir.",
         )
     barrier()  # every process has read what the first one now writes
     if rank():

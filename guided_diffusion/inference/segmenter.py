@@ -113,7 +113,7 @@ class Segmenter:
         source: where the weights are from, for the log.
         classes: what the mask's channels are; None for one of everything.
         normalise: how the pixels of files were scaled in training: a name of
-            :data:`guided_diffusion.intensity.NORMALISATIONS`.
+            :data:`guided_diffusion.data.intensity.NORMALISATIONS`.
     """
 
     def __init__(

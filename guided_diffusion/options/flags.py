@@ -7,15 +7,14 @@ apart from those that a checkpoint or the data decided. No torch here: ``-h`` an
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, did_you_mean
 
 Group = TypeVar("Group")
 
@@ -93,7 +92,9 @@ class Flags:
         given = {}
         for name, value in values.items():
             if name not in known:
-                raise UserError(name, "no such flag", did_you_mean(name, known, "docs/cli.md"))
+                raise UserError(
+                    name, "no such flag", did_you_mean(name, known, "docs/cli.md lists all flags.")
+                )
             group, entry = known[name]
             convert, kind = _KINDS[get_type_hints(group)[name]]
             try:
@@ -177,12 +178,6 @@ _KINDS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     float: (float, "a number"),
     str: (str, "a text"),
 }
-
-
-def did_you_mean(word: str, known: Iterable[str], listing: str) -> str:
-    """Suggest the nearest of the known words, else say where all are listed."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {close[0]}?" if close else f"{listing} lists them all."
 
 
 def recorded(*options: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
-from guided_diffusion.options.flags import Flags, did_you_mean
+from guided_diffusion.errors import did_you_mean
+from guided_diffusion.options.flags import Flags
 
 
 def parse(
@@ -77,7 +78,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        hint = did_you_mean(unknown[1] if unknown else "", self.known, "--help_all")
+        hint = did_you_mean(
+            unknown[1] if unknown else "", self.known, "--help_all lists all flags."
+        )
         print(f"error: {message}. {hint}", file=sys.stderr)
         sys.exit(2)
 

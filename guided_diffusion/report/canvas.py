@@ -1,6 +1,6 @@
-"""What pictures are made of: colours, a canvas with captions, smooth outlines and blending.
+"""The drawing tools of all pictures: colours, a canvas with captions, outlines and blending.
 
-Contours are drawn from the level set of the enlarged mask, so they are smooth at any size.
+Outlines are drawn from the level set of the enlarged mask, so they are smooth at any size.
 """
 
 from __future__ import annotations
@@ -42,15 +42,97 @@ HEAT: tuple[Colour, ...] = (
 MARGIN, GAP, HEADER, FOOTER = 20, 12, 50, 34
 
 
+class Caption(NamedTuple):
+    """The line below a panel: its title, and at the right a legend or a colour bar."""
+
+    title: str
+    marks: tuple[tuple[Colour, str], ...] = ()
+    bar: Scale | None = None
+    note: str = ""
+
+
+class Canvas:
+    """A dark page: a header line, and panels in rows, each with its caption below."""
+
+    def __init__(self, panels: int, size: tuple[int, int], *, rows: int = 1) -> None:
+        self.size, self.panels = size, panels
+        width = 2 * MARGIN + panels * size[0] + (panels - 1) * GAP
+        height = HEADER + rows * (size[1] + FOOTER)
+        self.picture = Image.new("RGB", (width, height), BACKGROUND)
+        self.draw = ImageDraw.Draw(self.picture)
+
+    def header(self, name: str, verdict: str) -> None:
+        """Write the verdict at the right and the name, shortened to fit, at the left."""
+        right = self.picture.width - MARGIN
+        self._text((right, HEADER // 2), verdict, size=17, anchor="rm")
+        space = right - MARGIN - self._width(verdict, size=17) - 24
+        self._text((MARGIN, HEADER // 2), self._shortened(name, space), size=19, anchor="lm")
+
+    def place(self, index: int, pixels: Floats, caption: Caption) -> None:
+        """Paste panel ``index`` and write its caption."""
+        width, height = self.size
+        row, column = divmod(index, self.panels)
+        left, top = MARGIN + column * (width + GAP), HEADER + row * (height + FOOTER)
+        middle = top + height + FOOTER // 2
+        self.picture.paste(Image.fromarray(soft_png(pixels)), (left, top))
+        space = width - (self._width(caption.note, size=13) + 10 if caption.note else 0)
+        title = self._shortened(caption.title, space, size=14)
+        self._text((left, middle), title, size=14, anchor="lm", fill=QUIET)
+        self._text((left + width, middle), caption.note, size=13, anchor="rm", fill=HEAT[4])
+        if caption.bar:
+            self._bar(left + width, middle, caption.bar)
+        self._legend(left + width, middle, caption.marks)
+
+    def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
+        space = self.size[0] - 90
+        share = space / max(len(marks), 1) - 32
+        fits = sum(self._width(name, size=13) + 32 for _, name in marks) <= space
+        for colour, name in reversed(marks):
+            label = name if fits else self._shortened(name, share, size=13)
+            self._text((right, middle), label, size=13, anchor="rm", fill=QUIET)
+            right -= round(self._width(label, size=13)) + 6
+            self.draw.rectangle((right - 14, middle - 1, right, middle + 1), fill=colour)
+            right -= 14 + 12
+
+    def _bar(self, right: int, middle: int, of: Scale, length: int = 90) -> None:
+        """Draw the scale of the uncertainty, from 0, in the colours of the map."""
+        name, most = of
+        scale = f"{most:g}"
+        self._text((right, middle), scale, size=13, anchor="rm", fill=QUIET)
+        end = right - round(self._width(scale, size=13)) - 6
+        ramp = np.tile(heat(np.linspace(0, 1, length)), (10, 1, 1))
+        self.picture.paste(Image.fromarray(ramp), (end - length, middle - 5))
+        self.draw.rectangle((end - length - 1, middle - 6, end, middle + 5), outline=(70, 74, 84))
+        self._text((end - length - 7, middle), f"{name}  0", size=13, anchor="rm", fill=QUIET)
+
+    def _shortened(self, name: str, space: float, *, size: int = 19) -> str:
+        """The name, with its middle left out where it is wider than ``space``."""
+        kept = len(name)
+        shown = name
+        while kept > 8 and self._width(shown, size=size) > space:
+            kept -= 1
+            shown = f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
+        return shown
+
+    def _width(self, text: str, *, size: int) -> float:
+        return self.draw.textlength(text, font=ImageFont.load_default(size=size))
+
+    def _text(
+        self, at: tuple[int, int], text: str, *, size: int, anchor: str, fill: Colour = INK
+    ) -> None:
+        font = ImageFont.load_default(size=size)
+        self.draw.text(at, text, font=font, fill=fill, anchor=anchor)
+
+
 def soft_png(values: ArrayLike) -> Pixels:
-    """Soft mask in [0, 1] -> 8-bit levels, rounded half up so that 0.5 becomes 128 (foreground)."""
+    """Convert [0, 1] to 8-bit levels, rounded half up so that 0.5 becomes 128 (foreground)."""
     levels = np.asarray(values, dtype=np.float64) * 255 + 0.5
     result: Pixels = np.floor(np.clip(levels, 0, 255)).astype(np.uint8)
     return result
 
 
 def heat(values: ArrayLike) -> Pixels:
-    """Colour map: values [...] in [0, 1] (clipped) -> uint8 [..., 3], dark to bright."""
+    """Map values [...] in [0, 1] (clipped) to colours, uint8 [..., 3], dark to bright."""
     position = np.clip(np.asarray(values, dtype=np.float32), 0, 1) * (len(HEAT) - 1)
     channels = [np.interp(position, range(len(HEAT)), channel) for channel in np.transpose(HEAT)]
     result: Pixels = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
@@ -58,7 +140,7 @@ def heat(values: ArrayLike) -> Pixels:
 
 
 def enlarge(values: Floats, size: tuple[int, int]) -> Floats:
-    """Resize [H, W] or [H, W, C] to ``size`` (width, height), smoothly and in floating point."""
+    """Resize [H, W] or [H, W, C] to ``size`` (width, height), bicubic and in floating point."""
     if values.ndim == 3:
         planes = [enlarge(plane, size) for plane in np.moveaxis(values, -1, 0)]
         stacked: Floats = np.clip(np.stack(planes, axis=-1), 0, 1)
@@ -68,7 +150,7 @@ def enlarge(values: Floats, size: tuple[int, int]) -> Floats:
 
 
 def enlarge_mask(mask: NDArray[Any], size: tuple[int, int]) -> Floats:
-    """Resize a mask and round off the stairs of its pixels, so that its 0.5 contour is clean."""
+    """Resize a mask and smooth the steps of its pixels, so that its 0.5 contour is clean."""
     levels = Image.fromarray(soft_png(mask)).resize(size, Image.Resampling.BICUBIC)
     scale = size[0] / mask.shape[1]
     if scale > 1:
@@ -87,7 +169,7 @@ def draw_line(picture: Floats, mask: Floats, colour: Colour, *, width: float = 2
 
 
 def _gradient(mask: Floats) -> tuple[Floats, Floats]:
-    """Change per pixel along both axes; a side of one pixel has none."""
+    """Compute the change per pixel along both axes; 0 along a side of one pixel."""
     steps = [
         np.gradient(mask, axis=axis) if mask.shape[axis] > 1 else np.zeros_like(mask)
         for axis in (0, 1)
@@ -96,88 +178,7 @@ def _gradient(mask: Floats) -> tuple[Floats, Floats]:
 
 
 def blend(picture: Floats, colour: Colour, alpha: Floats) -> Floats:
-    """Lay a colour over a picture [H, W, 3] where ``alpha`` [H, W] in [0, 1] says so."""
+    """Blend a colour into a picture [H, W, 3] with the opacity ``alpha`` [H, W] in [0, 1]."""
     paint = np.asarray(colour, dtype=np.float32) / np.float32(255)
     mixed: Floats = picture + alpha[..., None] * (paint - picture)
     return mixed
-
-
-class Caption(NamedTuple):
-    """What stands below a panel: its title, and at the right a legend or the colour bar."""
-
-    title: str
-    marks: tuple[tuple[Colour, str], ...] = ()
-    bar: Scale | None = None
-    note: str = ""
-
-
-class Canvas:
-    """The dark sheet: a header line, and panels in rows, each with its caption below."""
-
-    def __init__(self, panels: int, size: tuple[int, int], *, rows: int = 1) -> None:
-        self.size, self.panels = size, panels
-        width = 2 * MARGIN + panels * size[0] + (panels - 1) * GAP
-        height = HEADER + rows * (size[1] + FOOTER)
-        self.picture = Image.new("RGB", (width, height), BACKGROUND)
-        self.draw = ImageDraw.Draw(self.picture)
-
-    def header(self, name: str, verdict: str) -> None:
-        """The name at the left, shortened to the room that the verdict leaves it."""
-        right = self.picture.width - MARGIN
-        self._text((right, HEADER // 2), verdict, size=17, anchor="rm")
-        room = right - MARGIN - self._width(verdict, size=17) - 24
-        self._text((MARGIN, HEADER // 2), self._shortened(name, room), size=19, anchor="lm")
-
-    def place(self, index: int, pixels: Floats, caption: Caption) -> None:
-        """Paste panel ``index`` and write its caption."""
-        width, height = self.size
-        row, column = divmod(index, self.panels)
-        left, top = MARGIN + column * (width + GAP), HEADER + row * (height + FOOTER)
-        middle = top + height + FOOTER // 2
-        self.picture.paste(Image.fromarray(soft_png(pixels)), (left, top))
-        room = width - (self._width(caption.note, size=13) + 10 if caption.note else 0)
-        title = self._shortened(caption.title, room, size=14)
-        self._text((left, middle), title, size=14, anchor="lm", fill=QUIET)
-        self._text((left + width, middle), caption.note, size=13, anchor="rm", fill=HEAT[4])
-        if caption.bar:
-            self._bar(left + width, middle, caption.bar)
-        self._legend(left + width, middle, caption.marks)
-
-    def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
-        room, share = self.size[0] - 90, (self.size[0] - 90) / max(len(marks), 1) - 32
-        fits = sum(self._width(name, size=13) + 32 for _, name in marks) <= room
-        for colour, name in reversed(marks):
-            label = name if fits else self._shortened(name, share, size=13)
-            self._text((right, middle), label, size=13, anchor="rm", fill=QUIET)
-            right -= round(self._width(label, size=13)) + 6
-            self.draw.rectangle((right - 14, middle - 1, right, middle + 1), fill=colour)
-            right -= 14 + 12
-
-    def _bar(self, right: int, middle: int, of: Scale, length: int = 90) -> None:
-        """The scale of the uncertainty, from 0, in the colours of the map."""
-        name, most = of
-        scale = f"{most:g}"
-        self._text((right, middle), scale, size=13, anchor="rm", fill=QUIET)
-        end = right - round(self._width(scale, size=13)) - 6
-        ramp = np.tile(heat(np.linspace(0, 1, length)), (10, 1, 1))
-        self.picture.paste(Image.fromarray(ramp), (end - length, middle - 5))
-        self.draw.rectangle((end - length - 1, middle - 6, end, middle + 5), outline=(70, 74, 84))
-        self._text((end - length - 7, middle), f"{name}  0", size=13, anchor="rm", fill=QUIET)
-
-    def _shortened(self, name: str, room: float, *, size: int = 19) -> str:
-        """The name, with its middle left out where it is wider than ``room``."""
-        kept = len(name)
-        shown = name
-        while kept > 8 and self._width(shown, size=size) > room:
-            kept -= 1
-            shown = f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
-        return shown
-
-    def _width(self, text: str, *, size: int) -> float:
-        return self.draw.textlength(text, font=ImageFont.load_default(size=size))
-
-    def _text(
-        self, at: tuple[int, int], text: str, *, size: int, anchor: str, fill: Colour = INK
-    ) -> None:
-        font = ImageFont.load_default(size=size)
-        self.draw.text(at, text, font=font, fill=fill, anchor=anchor)

@@ -1,7 +1,8 @@
-"""The figures of the report as inline SVG: a histogram, curves and a scatter, drawn with strings.
+"""The charts of the report as inline SVG: a histogram, curves and a scatter plot.
 
-No library and no script: colours come from the page's own style, by class, so that a figure follows
-light and dark. Every figure has a title for those who cannot see it. Called by ``report``.
+They are written as strings, without a library or a script. Colours come from the page's style, by
+CSS class, so that charts follow its light and dark mode. Every chart has a title for screen
+readers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
 
 
 class Axis(NamedTuple):
-    """One axis: its label, its two ends, and where it has marks."""
+    """One axis: its label, its two ends, and the positions of its marks."""
 
     label: str
     low: float = 0.0
@@ -30,127 +31,38 @@ class Axis(NamedTuple):
     marks: tuple[float, ...] = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
     def share(self, value: float) -> float:
-        """Where a value lies between the ends, in [0, 1]."""
+        """The relative position of a value between the ends, in [0, 1]."""
         span = self.high - self.low
         return min(1.0, max(0.0, (value - self.low) / span)) if span else 0.0
 
 
 class Plot(NamedTuple):
-    """The two axes of a figure, and what it is called."""
+    """The title and the two axes of a chart."""
 
     title: str
     across: Axis
     up: Axis
 
     def at(self, point: Point) -> Point:
-        """Where a point of the axes lies on the picture."""
+        """Convert a point from the axes' units to the picture's coordinates."""
         x = LEFT + self.across.share(point[0]) * (WIDTH - LEFT - RIGHT)
         return round(x, 1), round(HEIGHT - BOTTOM - self.up.share(point[1]) * _up(), 1)
 
 
-def _up() -> int:
-    return HEIGHT - TOP - BOTTOM
-
-
-def figure(frame: Plot, *parts: str) -> str:
-    """The whole figure: axes, and the parts on them."""
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(frame.title)}">'
-        f"<title>{escape(frame.title)}</title>{_axes(frame)}{''.join(parts)}</svg>"
-    )
-
-
-def _axes(frame: Plot) -> str:
-    floor, end = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = []
-    for mark in frame.up.marks:
-        y = frame.at((frame.across.low, mark))[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{end}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">')
-        parts.append(f"{mark:g}</text>")
-    for mark in frame.across.marks:
-        x = frame.at((mark, frame.up.low))[0]
-        parts.append(f'<text class="tick" x="{x}" y="{floor + 15}" text-anchor="middle">')
-        parts.append(f"{mark:g}</text>")
-    middle = (TOP + floor) / 2
-    return (
-        "".join(parts)
-        + f'<line class="base" x1="{LEFT}" y1="{floor}" x2="{end}" y2="{floor}"/>'
-        + f'<text class="label" x="{(LEFT + end) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
-        + f"{escape(frame.across.label)}</text>"
-        + f'<text class="label" transform="translate(12 {middle}) rotate(-90)" '
-        + f'text-anchor="middle">{escape(frame.up.label)}</text>'
-    )
-
-
-def bars(frame: Plot, counts: Sequence[int]) -> str:
-    """Bars of equal width over the whole axis, each with its count for a pointer that rests."""
-    step = (frame.across.high - frame.across.low) / max(1, len(counts))
-    drawn = []
-    for index, count in enumerate(counts):
-        low = frame.across.low + index * step
-        left, top = frame.at((low, count))
-        right, floor = frame.at((low + step, frame.up.low))
-        drawn.append(
-            f'<rect class="bar" x="{left + 0.75:.1f}" y="{top}" '
-            f'width="{max(0.5, right - left - 1.5):.1f}" height="{floor - top:.1f}">'
-            f"<title>{low:g} to {low + step:g}: {count}</title></rect>"
-        )
-    return "".join(drawn)
-
-
-def curve(frame: Plot, points: Sequence[Point], kind: str) -> str:
-    """A line through the points; ``kind`` is its class in the style: one, two or quiet."""
-    if not points:
-        return ""
-    placed = " ".join("{},{}".format(*frame.at(point)) for point in points)
-    return f'<polyline class="curve {kind}" points="{placed}"/>'
-
-
-def dots(frame: Plot, points: Sequence[Point], names: Sequence[str]) -> str:
-    """A dot for each point, with its name for a pointer that rests."""
-    drawn = []
-    for point, name in zip(points, names, strict=True):
-        x, y = frame.at(point)
-        drawn.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.6">')
-        drawn.append(f"<title>{escape(name)}</title></circle>")
-    return "".join(drawn)
-
-
-def upright(frame: Plot, value: float, label: str) -> str:
-    """A vertical line at a value of the axis across, with its label."""
-    x, top = frame.at((value, frame.up.high))
-    end = x > WIDTH * 0.7
-    return (
-        f'<line class="mark" x1="{x}" y1="{top}" x2="{x}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="note" x="{x + (-5 if end else 5)}" y="{top + 9}" '
-        f'text-anchor="{"end" if end else "start"}">{escape(label)}</text>'
-    )
-
-
-def round_marks(most: float, number: int = 4) -> tuple[float, ...]:
-    """Round numbers from 0 to at least ``most``, about so many."""
-    if most <= 0:
-        return (0, 1)
-    power = 10.0 ** math.floor(math.log10(most / number))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m * (1 + 1e-9) >= most / number)
-    return tuple(round(step * index, 12) for index in range(math.ceil(most / step - 1e-9) + 1))
-
-
 def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
-    """The four figures of one class (named, or "" for the only one) as HTML."""
+    """Draw the four charts of one class (named, or "" for the only one) as HTML."""
     of_class = f" of {name}" if name else ""
     drawn = [
         (_histogram(rows), f"Dice{of_class} of the cases with a lesion."),
         (
             _reliability(part),
             f"How often a pixel{of_class} of a given fused probability is "
-            "foreground. On the diagonal the probability can be believed.",
+            "foreground. On the diagonal the probability is calibrated.",
         ),
         (
             _sparsification(part),
-            f"Errors left{of_class} when the most uncertain pixels are taken "
-            "away; below, the best order there is.",
+            f"Errors left{of_class} when the most uncertain pixels are removed; "
+            "below, in the best possible order.",
         ),
         (_scatter(rows), f"The uncertainty of a case{of_class} against its Dice."),
     ]
@@ -175,7 +87,7 @@ def _histogram(rows: Sequence[CaseScore]) -> str:
 
 def _reliability(part: Summary) -> str:
     bins = part["calibration"]["curve"]
-    frame = Plot("Reliability curve", Axis("fused probability"), Axis("share of foreground"))
+    frame = Plot("Reliability curve", Axis("fused probability"), Axis("fraction of foreground"))
     points = [(bin["probability"], bin["frequency"]) for bin in bins]
     return figure(
         frame,
@@ -192,7 +104,7 @@ def _sparsification(part: Summary) -> str:
     marks = round_marks(max(measured["error"]) * 100)
     frame = Plot(
         "Sparsification curve",
-        Axis("share of pixels taken away"),
+        Axis("fraction of pixels removed"),
         Axis("errors left, %", 0, marks[-1], marks),
     )
     lines = {
@@ -210,7 +122,96 @@ def _scatter(rows: Sequence[CaseScore]) -> str:
     ]
     if not known:
         return ""
-    marks = round_marks(max(doubt for doubt, _, _ in known))
+    marks = round_marks(max(uncertainty for uncertainty, _, _ in known))
     frame = Plot("Uncertainty and Dice", Axis("uncertainty", 0, marks[-1], marks), Axis("Dice"))
-    points: list[Point] = [(doubt, dice) for doubt, dice, _ in known]
+    points: list[Point] = [(uncertainty, dice) for uncertainty, dice, _ in known]
     return figure(frame, dots(frame, points, [name for _, _, name in known]))
+
+
+def figure(frame: Plot, *parts: str) -> str:
+    """Draw a chart: its axes, and the parts on them."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(frame.title)}">'
+        f"<title>{escape(frame.title)}</title>{_axes(frame)}{''.join(parts)}</svg>"
+    )
+
+
+def _axes(frame: Plot) -> str:
+    base, end = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for mark in frame.up.marks:
+        y = frame.at((frame.across.low, mark))[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{end}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">')
+        parts.append(f"{mark:g}</text>")
+    for mark in frame.across.marks:
+        x = frame.at((mark, frame.up.low))[0]
+        parts.append(f'<text class="tick" x="{x}" y="{base + 15}" text-anchor="middle">')
+        parts.append(f"{mark:g}</text>")
+    middle = (TOP + base) / 2
+    return (
+        "".join(parts)
+        + f'<line class="base" x1="{LEFT}" y1="{base}" x2="{end}" y2="{base}"/>'
+        + f'<text class="label" x="{(LEFT + end) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
+        + f"{escape(frame.across.label)}</text>"
+        + f'<text class="label" transform="translate(12 {middle}) rotate(-90)" '
+        + f'text-anchor="middle">{escape(frame.up.label)}</text>'
+    )
+
+
+def _up() -> int:
+    return HEIGHT - TOP - BOTTOM
+
+
+def bars(frame: Plot, counts: Sequence[int]) -> str:
+    """Draw bars of equal width over the whole axis, each with its count as a tooltip."""
+    step = (frame.across.high - frame.across.low) / max(1, len(counts))
+    drawn = []
+    for index, count in enumerate(counts):
+        low = frame.across.low + index * step
+        left, top = frame.at((low, count))
+        right, base = frame.at((low + step, frame.up.low))
+        drawn.append(
+            f'<rect class="bar" x="{left + 0.75:.1f}" y="{top}" '
+            f'width="{max(0.5, right - left - 1.5):.1f}" height="{base - top:.1f}">'
+            f"<title>{low:g} to {low + step:g}: {count}</title></rect>"
+        )
+    return "".join(drawn)
+
+
+def curve(frame: Plot, points: Sequence[Point], kind: str) -> str:
+    """Draw a line through the points; ``kind`` is its CSS class: one, two or quiet."""
+    if not points:
+        return ""
+    placed = " ".join("{},{}".format(*frame.at(point)) for point in points)
+    return f'<polyline class="curve {kind}" points="{placed}"/>'
+
+
+def dots(frame: Plot, points: Sequence[Point], names: Sequence[str]) -> str:
+    """Draw a dot for each point, with its name as a tooltip."""
+    drawn = []
+    for point, name in zip(points, names, strict=True):
+        x, y = frame.at(point)
+        drawn.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.6">')
+        drawn.append(f"<title>{escape(name)}</title></circle>")
+    return "".join(drawn)
+
+
+def upright(frame: Plot, value: float, label: str) -> str:
+    """Draw a vertical line with a label at a value of the horizontal axis."""
+    x, top = frame.at((value, frame.up.high))
+    end = x > WIDTH * 0.7
+    return (
+        f'<line class="mark" x1="{x}" y1="{top}" x2="{x}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="note" x="{x + (-5 if end else 5)}" y="{top + 9}" '
+        f'text-anchor="{"end" if end else "start"}">{escape(label)}</text>'
+    )
+
+
+def round_marks(most: float, number: int = 4) -> tuple[float, ...]:
+    """Choose about ``number`` round steps from 0 to at least ``most``."""
+    if most <= 0:
+        return (0, 1)
+    power = 10.0 ** math.floor(math.log10(most / number))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m * (1 + 1e-9) >= most / number)
+    return tuple(round(step * index, 12) for index in range(math.ceil(most / step - 1e-9) + 1))

@@ -1,6 +1,6 @@
-"""The curves of a run as a picture, drawn from its ``progress.csv``.
+"""The curves of a training run as a picture, drawn from its ``progress.csv``.
 
-Called while training, after each checkpoint, by ``runs``. Needs matplotlib, the extra ``plot``.
+This needs matplotlib, the extra ``plot``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUARTERS = ("first quarter of t", "second", "third", "last (most noise)")
 
 
 def read_points(path: Path) -> dict[str, Points]:
-    """The steps and values of every column of a ``progress.csv``, finite numbers only."""
+    """Read the steps and values of every column of a ``progress.csv``, finite numbers only."""
     columns: dict[str, Points] = {}
     if not path.exists():
         return columns
@@ -44,7 +44,7 @@ def _number(text: object) -> float:
 
 
 def smoothed(values: list[float], half: int) -> list[float]:
-    """The mean of each value and its neighbours, up to ``half`` of them on either side."""
+    """Average each value with up to ``half`` neighbours on either side."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -56,7 +56,7 @@ def draw_curves(log: Path, picture: Path) -> bool:
     """Draw loss, loss by quarter of t, gradient norm, learning rate and validation.
 
     Returns:
-        Whether there was something to draw, and matplotlib to draw it.
+        Whether the picture was drawn; not without a loss in the log, nor without matplotlib.
     """
     columns = read_points(log)
     if "loss" not in columns:
@@ -81,7 +81,7 @@ def draw_curves(log: Path, picture: Path) -> bool:
     figure = Figure(figsize=(4.6 * across, 6.4), dpi=110, facecolor="white", layout="constrained")
     grid = figure.subplots(2, across).flatten()
     for axes, (title, draw) in zip(grid, panels, strict=False):
-        _furnish(axes, title)
+        _style(axes, title)
         draw(axes)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -90,7 +90,7 @@ def draw_curves(log: Path, picture: Path) -> bool:
     return True
 
 
-def _furnish(axes: Any, title: str) -> None:
+def _style(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -102,7 +102,7 @@ def _furnish(axes: Any, title: str) -> None:
 
 
 def _line(axes: Any, points: Points | None, colour: str, label: str = "") -> None:
-    """A noisy curve: its values faint, its running mean on top; logarithmic where it spans much."""
+    """Draw the values faintly and their running mean on top, on a suitable scale."""
     if points is None:
         return
     steps, values = points
@@ -116,7 +116,7 @@ def _line(axes: Any, points: Points | None, colour: str, label: str = "") -> Non
 
 
 def _scale(axes: Any) -> None:
-    """A logarithmic axis of plain numbers where the means span much; it may cut outliers off."""
+    """Use a logarithmic axis where the means span a factor of 8; it may cut off outliers."""
     means = [y for line in axes.lines if line.get_alpha() is None for y in line.get_ydata()]
     low, high = min(means), max(means)
     if 0 < 8 * low < high:
@@ -127,7 +127,7 @@ def _scale(axes: Any) -> None:
 
 
 def _leads(value: float) -> bool:
-    """Whether a number begins with 2 or 5, which is enough of them on an axis."""
+    """Whether a number begins with 2 or 5: enough labels between powers of ten."""
     return f"{value:e}"[0] in "25"
 
 
@@ -145,14 +145,10 @@ def _quarters(axes: Any, columns: dict[str, Points]) -> None:
 
 
 def _validation(axes: Any, columns: dict[str, Points]) -> None:
-    for name, label, colour in (
-        ("val_dice", "Dice", COLOURS[0]),
-        ("val_iou", "IoU", COLOURS[2]),
-    ):
+    style = {"linewidth": 1.8, "marker": "o", "markersize": 3}
+    for name, label, colour in (("val_dice", "Dice", COLOURS[0]), ("val_iou", "IoU", COLOURS[2])):
         if name in columns:
-            axes.plot(
-                *columns[name], color=colour, linewidth=1.8, marker="o", markersize=3, label=label
-            )
+            axes.plot(*columns[name], color=colour, label=label, **style)
     steps, dice = columns["val_dice"]
     best = max(range(len(dice)), key=dice.__getitem__)
     axes.plot(steps[best], dice[best], "o", markersize=9, mfc="none", mec=INK)

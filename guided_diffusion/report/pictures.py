@@ -1,9 +1,7 @@
-"""Pictures of a case that a person would want to look at, with NumPy and Pillow alone.
+"""Pictures of cases, drawn with NumPy and Pillow alone.
 
-Here live the 8-bit form of a soft mask, the colour map of the uncertainty, the overlay (image,
-truth, fused mask and uncertainty side by side) and the contact sheet of a data set. Contours are
-drawn from the level set of the enlarged mask, so they are smooth at any size. Prediction,
-validation and the check of a data set call it.
+An overlay shows image, truth, fused mask and uncertainty of a case side by side, for one class or
+several; a contact sheet shows many cases of a data set with the outlines of their masks.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from guided_diffusion.data.folders import counted
 from guided_diffusion.files import FREE_SPACE_HINT, atomic_write
 from guided_diffusion.report.canvas import (
     BACKGROUND,
@@ -44,11 +43,11 @@ from guided_diffusion.report.canvas import (
 from guided_diffusion.scoring import metrics
 
 STD: Scale = ("std", 0.5)
-"""What a map of doubt shows, and its largest value: the standard deviation of values in [0, 1]."""
+"""Name and largest value of an uncertainty: the standard deviation of values in [0, 1]."""
 
 
 def write_picture(path: Path, pixels: Pixels, *, hint: str = FREE_SPACE_HINT) -> None:
-    """Write a picture as PNG; it appears whole.
+    """Write a picture, uint8 [h, w, 3] or [h, w], as PNG, atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -68,28 +67,24 @@ def overlay(
     scale: Scale = STD,
     panel: int = 320,
 ) -> Pixels:
-    """One picture of a case: image | ground truth | fused mask | uncertainty.
+    """Draw one case: image | ground truth | fused mask | uncertainty.
 
-    ``image`` float [C, H, W] of any range (three channels are colour, else the last one is shown
+    ``image`` is float [C, H, W] of any range (three channels are colour, else the last one is shown
     in grey), ``truth`` [H, W] in {0, 1} or None (its panel is left out), ``fused`` [H, W] in
-    [0, 1], ``uncertainty`` [H, W], which ``scale`` names, with its largest value. ``panel`` is the
-    longer side of a panel in pixels. Returns uint8 [h, w, 3]. Raises ValueError when sizes differ.
+    [0, 1], ``uncertainty`` [H, W]; ``scale`` holds the name and the largest value of the latter.
+    ``panel`` is the longer side of a panel in pixels. Returns uint8 [h, w, 3]. Raises ValueError
+    when sizes differ.
     """
     case = _Case.of(image, truth, fused, np.asarray(uncertainty) / scale[1], panel)
     panels = [
         (case.picture, Caption("image")),
         (case.with_truth(), Caption("ground truth")),
         (case.with_fused(), Caption("fused mask", marks=case.marks())),
-        (case.with_doubt(), Caption("uncertainty", bar=scale)),
+        (case.with_uncertainty(), Caption("uncertainty", bar=scale)),
     ]
     if truth is None:
         del panels[1]
-
-    canvas = Canvas(len(panels), case.size)
-    canvas.header(name, _verdict(truth, fused, members))
-    for index, (pixels, caption) in enumerate(panels):
-        canvas.place(index, pixels, caption)
-    return np.asarray(canvas.picture)
+    return _row(panels, case.size, name=name, verdict=_verdict(truth, fused, members))
 
 
 def map_overlay(
@@ -101,7 +96,7 @@ def map_overlay(
     name: str,
     panel: int = 320,
 ) -> Pixels:
-    """As :func:`overlay`, for a mask that was cut from a map: image | truth | mask | map.
+    """Draw a case as :func:`overlay`, with a thresholded map: image | truth | mask | map.
 
     ``mask`` is [H, W] in {0, 1}, ``heat_map`` is [H, W] in [0, 1].
     """
@@ -110,36 +105,12 @@ def map_overlay(
         (case.picture, Caption("image")),
         (case.with_truth(), Caption("ground truth")),
         (case.with_fused(), Caption("mask", marks=() if truth is None else ((TRUTH, "truth"),))),
-        (case.with_doubt(), Caption("map")),
+        (case.with_uncertainty(), Caption("map")),
     ]
     if truth is None:
         del panels[1]
-    canvas = Canvas(len(panels), case.size)
-    canvas.header(name, "" if truth is None else _verdict(truth, mask, 1).partition("  ·")[0])
-    for index, (pixels, caption) in enumerate(panels):
-        canvas.place(index, pixels, caption)
-    return np.asarray(canvas.picture)
-
-
-def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
-    """The image itself, cut out of an :func:`overlay` of a case of ``size`` (height, width).
-
-    None where the picture has not the measures of an overlay of such a case.
-    """
-    height = drawn.shape[0] - HEADER - FOOTER
-    width = max(1, round(height * size[1] / size[0]))
-    room = drawn.shape[1] - 2 * MARGIN + GAP
-    panels = round(room / (width + GAP))
-    if height < 1 or panels not in (3, 4):
-        return None
-    width = room // panels - GAP
-    panel: Pixels = drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]
-    return panel
-
-
-def displayed(image: ArrayLike) -> Pixels:
-    """An image [C, H, W] of any range as overlays show it, uint8 [H, W, 3]."""
-    return soft_png(_displayed(np.asarray(image, dtype=np.float32)))
+    verdict = "" if truth is None else _verdict(truth, mask, 1).partition("  ·")[0]
+    return _row(panels, case.size, name=name, verdict=verdict)
 
 
 def class_overlay(
@@ -154,10 +125,10 @@ def class_overlay(
     scale: Scale = STD,
     panel: int = 320,
 ) -> Pixels:
-    """As :func:`overlay`, for K classes, each in a colour that the legend names.
+    """Draw a case as :func:`overlay`, with K classes in the colours of the legend.
 
-    ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, ``uncertainty`` is [H, W]; wide
-    regions come first. Raises ValueError when the sizes differ.
+    ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, the widest region first;
+    ``uncertainty`` is [H, W]. Raises ValueError when the sizes differ.
     """
     found = np.asarray(masks) > 0
     case = _Case.of(image, None, found.any(axis=0), np.asarray(uncertainty) / scale[1], panel)
@@ -165,123 +136,35 @@ def class_overlay(
     panels = [
         (case.picture, Caption("image")),
         (_painted(case, found), Caption("fused mask", marks=marks)),
-        (case.with_doubt(), Caption("uncertainty", bar=scale)),
+        (case.with_uncertainty(), Caption("uncertainty", bar=scale)),
     ]
-    verdict = "1 member" if members == 1 else f"{members} members"
+    verdict = counted(members, "member")
     if truth is not None:
         true = np.asarray(truth) > 0
         verdict = f"{_class_verdict(true, found, classes)}  ·  {verdict}"
         panels.insert(1, (_painted(case, true), Caption("ground truth")))
+    return _row(panels, case.size, name=name, verdict=verdict)
 
-    canvas = Canvas(len(panels), case.size)
+
+def _row(
+    panels: Sequence[tuple[Floats, Caption]], size: tuple[int, int], *, name: str, verdict: str
+) -> Pixels:
+    """Draw panels of one ``size`` (width, height) in a row under a header."""
+    canvas = Canvas(len(panels), size)
     canvas.header(name, verdict)
     for index, (pixels, caption) in enumerate(panels):
         canvas.place(index, pixels, caption)
     return np.asarray(canvas.picture)
 
 
-def _painted(case: _Case, masks: NDArray[np.bool_]) -> Floats:
-    """The picture under the outlined masks [K, H, W], tinted by the last of them at each pixel."""
-    painted = case.picture
-    colours = [colour for _, colour in zip(masks, cycle(CLASSES), strict=False)]
-    for k, colour in enumerate(colours):
-        seen = masks[k] & ~masks[k + 1 :].any(axis=0)
-        painted = blend(painted, colour, 0.4 * enlarge_mask(seen, case.size))
-    for mask, colour in zip(masks, colours, strict=True):
-        if mask.any():
-            painted = draw_line(painted, enlarge_mask(mask, case.size), colour, width=1.7)
-    return painted
-
-
-def _class_verdict(
-    truth: NDArray[np.bool_], found: NDArray[np.bool_], classes: Sequence[str]
-) -> str:
-    """Dice of the classes that are there; of more than four, their mean."""
-    counts = [metrics.confusion(*pair) for pair in zip(found, truth, strict=True)]
-    scores = [
-        (name, metrics.dice(count))
-        for name, count in zip(classes, counts, strict=True)
-        if not (count.empty_truth and count.empty_prediction)
-    ]
-    if not scores:
-        return "no lesion, none predicted"
-    if len(scores) > 4:
-        return f"mean Dice {sum(score for _, score in scores) / len(scores):.3f}"
-    return "Dice  " + "  ".join(f"{name} {score:.3f}" for name, score in scores)
-
-
-class Tile(NamedTuple):
-    """One case of a contact sheet: image [C, H, W], mask [K, H, W] or None, and what to write."""
-
-    image: ArrayLike
-    mask: ArrayLike | None
-    name: str
-
-
-def contact_sheet(
-    tiles: Sequence[Tile], *, title: str, subtitle: str = "", columns: int = 6, panel: int = 220
-) -> Pixels:
-    """A page of cases with the outlines of their masks, one colour for each class.
-
-    ``panel`` is the side of a tile in pixels. Returns uint8 [h, w, 3]. Raises ValueError where a
-    mask has not the size of its image.
-    """
-    columns = max(1, min(columns, len(tiles)))
-    rows = -(-len(tiles) // columns)
-    canvas = Canvas(columns, (panel, panel), rows=rows)
-    canvas.header(title, subtitle)
-    for index, tile in enumerate(tiles):
-        pixels, caption = _outlined(tile, panel)
-        canvas.place(index, pixels, caption)
-    return np.asarray(canvas.picture)
-
-
-def strip(
-    panels: Sequence[ArrayLike], captions: Sequence[str], *, title: str, columns: int
-) -> Pixels:
-    """Grey pictures in rows of ``columns``: each [H, W] in [0, 1] and of one size.
-
-    Returns uint8 [h, w, 3].
-    """
-    height, width = np.shape(panels[0])
-    scale = max(1, 160 // max(height, width))
-    rows = -(-len(panels) // columns)
-    canvas = Canvas(columns, (max(160, width * scale), height * scale), rows=rows)
-    canvas.header(title, "")
-    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        grey = np.repeat(np.asarray(panel, dtype=np.float32)[..., None], 3, axis=-1)
-        canvas.place(index, grey.repeat(scale, axis=0).repeat(scale, axis=1), Caption(caption))
-    return np.asarray(canvas.picture)
-
-
-def _outlined(tile: Tile, panel: int) -> tuple[Floats, Caption]:
-    """The tile on a square of background, and its caption: its name, and whether it is empty."""
-    shown = _displayed(np.asarray(tile.image, dtype=np.float32))
-    masks = np.zeros((0, *shown.shape[:2])) if tile.mask is None else np.asarray(tile.mask)
-    if masks.shape[1:] != shown.shape[:2]:
-        raise ValueError(f"image is {shown.shape[:2]}, mask is {masks.shape[1:]}")
-
-    scale = panel / max(shown.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in shown.shape[:2])
-    picture = enlarge(shown, (width, height))
-    for mask, colour in zip(masks, cycle(CLASSES), strict=False):
-        if mask.any():
-            picture = draw_line(picture, enlarge_mask(mask, (width, height)), colour, width=2.3)
-    square = np.full((panel, panel, 3), BACKGROUND, dtype=np.float32) / np.float32(255)
-    top, left = (panel - height) // 2, (panel - width) // 2
-    square[top : top + height, left : left + width] = picture
-    state = "no mask" if tile.mask is None else "" if masks.any() else "empty"
-    return square, Caption(tile.name, note=state)
-
-
 class _Case(NamedTuple):
-    """Everything of one case, enlarged to a panel of ``size`` (width, height)."""
+    """The layers of one case, enlarged to a panel of ``size`` (width, height)."""
 
     size: tuple[int, int]
     picture: Floats  # [h, w, 3] in [0, 1]
     truth: Floats | None  # [h, w], smoothed, contour at 0.5
     fused: Floats
-    doubt: Floats  # [h, w] in [0, 1]
+    uncertainty: Floats  # [h, w] in [0, 1]
 
     @classmethod
     def of(
@@ -300,13 +183,12 @@ class _Case(NamedTuple):
 
         scale = panel / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        doubt = np.asarray(uncertainty, dtype=np.float32)
         return cls(
             size=size,
             picture=enlarge(shown, size),
             truth=None if truth is None else enlarge_mask(np.asarray(truth), size),
             fused=enlarge_mask(soft, size),
-            doubt=np.clip(enlarge(doubt, size), 0, 1),
+            uncertainty=np.clip(enlarge(np.asarray(uncertainty, np.float32), size), 0, 1),
         )
 
     def marks(self) -> tuple[tuple[Colour, str], ...]:
@@ -322,19 +204,131 @@ class _Case(NamedTuple):
         outlined = draw_line(tinted, self.fused, FUSED)
         return outlined if self.truth is None else draw_line(outlined, self.truth, TRUTH, width=1.7)
 
-    def with_doubt(self) -> Floats:
-        """The colours added to the dimmed grey image: without doubt only the image is left."""
+    def with_uncertainty(self) -> Floats:
+        """Add the map's colours to the dimmed grey image, which alone is seen at 0."""
         grey = self.picture.mean(axis=-1, keepdims=True) * 0.45
-        colours = heat(self.doubt).astype(np.float32) / np.float32(255)
-        mixed: Floats = grey * (1 - self.doubt[..., None]) + colours
+        colours = heat(self.uncertainty).astype(np.float32) / np.float32(255)
+        mixed: Floats = grey * (1 - self.uncertainty[..., None]) + colours
         return np.clip(mixed, 0, 1)
 
 
-def _displayed(image: Floats) -> Floats:
-    """Image [C, H, W] of any range -> [H, W, 3] in [0, 1]: colour if C is 3, else its last channel.
+def _painted(case: _Case, masks: NDArray[np.bool_]) -> Floats:
+    """Outline the masks [K, H, W] on the picture, tinted by the last one at each pixel."""
+    painted = case.picture
+    colours = [colour for _, colour in zip(masks, cycle(CLASSES), strict=False)]
+    for k, colour in enumerate(colours):
+        seen = masks[k] & ~masks[k + 1 :].any(axis=0)
+        painted = blend(painted, colour, 0.4 * enlarge_mask(seen, case.size))
+    for mask, colour in zip(masks, colours, strict=True):
+        if mask.any():
+            painted = draw_line(painted, enlarge_mask(mask, case.size), colour, width=1.7)
+    return painted
 
-    Colour that already lies in [0, 1] is left as it is; everything else is stretched between its
-    1st and 99.5th percentile.
+
+def _verdict(truth: ArrayLike | None, fused: ArrayLike, members: int) -> str:
+    """The right side of the header: Dice at 0.5 where there is a truth, and the members."""
+    drawn = counted(members, "member")
+    if truth is None:
+        return drawn
+
+    counts = metrics.confusion(metrics.binarise(fused), metrics.binarise(truth))
+    if counts.empty_truth:
+        found = "none predicted" if counts.empty_prediction else f"{counts.fp} pixels predicted"
+        return f"no lesion, {found}  ·  {drawn}"
+    return f"Dice {metrics.dice(counts):.3f}  ·  {drawn}"
+
+
+def _class_verdict(
+    truth: NDArray[np.bool_], found: NDArray[np.bool_], classes: Sequence[str]
+) -> str:
+    """The Dice of the classes present; of more than four, their mean."""
+    counts = [metrics.confusion(*pair) for pair in zip(found, truth, strict=True)]
+    scores = [
+        (name, metrics.dice(count))
+        for name, count in zip(classes, counts, strict=True)
+        if not (count.empty_truth and count.empty_prediction)
+    ]
+    if not scores:
+        return "no lesion, none predicted"
+    if len(scores) > 4:
+        return f"mean Dice {sum(score for _, score in scores) / len(scores):.3f}"
+    return "Dice  " + "  ".join(f"{name} {score:.3f}" for name, score in scores)
+
+
+class Tile(NamedTuple):
+    """One case of a contact sheet: image [C, H, W], mask [K, H, W] or None, and its name."""
+
+    image: ArrayLike
+    mask: ArrayLike | None
+    name: str
+
+
+def contact_sheet(
+    tiles: Sequence[Tile], *, title: str, subtitle: str = "", columns: int = 6, panel: int = 220
+) -> Pixels:
+    """Draw a page of cases with the outlines of their masks, one colour for each class.
+
+    ``panel`` is the side of a tile in pixels. Returns uint8 [h, w, 3]. Raises ValueError where a
+    mask and its image differ in size.
+    """
+    columns = max(1, min(columns, len(tiles)))
+    rows = -(-len(tiles) // columns)
+    canvas = Canvas(columns, (panel, panel), rows=rows)
+    canvas.header(title, subtitle)
+    for index, tile in enumerate(tiles):
+        pixels, caption = _outlined(tile, panel)
+        canvas.place(index, pixels, caption)
+    return np.asarray(canvas.picture)
+
+
+def _outlined(tile: Tile, panel: int) -> tuple[Floats, Caption]:
+    """Draw a tile on a square background; its caption has its name, and whether it is empty."""
+    shown = _displayed(np.asarray(tile.image, dtype=np.float32))
+    masks = np.zeros((0, *shown.shape[:2])) if tile.mask is None else np.asarray(tile.mask)
+    if masks.shape[1:] != shown.shape[:2]:
+        raise ValueError(f"image is {shown.shape[:2]}, mask is {masks.shape[1:]}")
+
+    scale = panel / max(shown.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in shown.shape[:2])
+    picture = enlarge(shown, (width, height))
+    for mask, colour in zip(masks, cycle(CLASSES), strict=False):
+        if mask.any():
+            picture = draw_line(picture, enlarge_mask(mask, (width, height)), colour, width=2.3)
+    square = np.full((panel, panel, 3), BACKGROUND, dtype=np.float32) / np.float32(255)
+    top, left = (panel - height) // 2, (panel - width) // 2
+    square[top : top + height, left : left + width] = picture
+    state = "no mask" if tile.mask is None else "" if masks.any() else "empty"
+    return square, Caption(tile.name, note=state)
+
+
+def strip(
+    panels: Sequence[ArrayLike], captions: Sequence[str], *, title: str, columns: int
+) -> Pixels:
+    """Draw grey pictures, [H, W] in [0, 1] and of one size, in rows of ``columns``.
+
+    Returns uint8 [h, w, 3].
+    """
+    height, width = np.shape(panels[0])
+    scale = max(1, 160 // max(height, width))
+    rows = -(-len(panels) // columns)
+    canvas = Canvas(columns, (max(160, width * scale), height * scale), rows=rows)
+    canvas.header(title, "")
+    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        grey = np.repeat(np.asarray(panel, dtype=np.float32)[..., None], 3, axis=-1)
+        canvas.place(index, grey.repeat(scale, axis=0).repeat(scale, axis=1), Caption(caption))
+    return np.asarray(canvas.picture)
+
+
+def displayed(image: ArrayLike) -> Pixels:
+    """Convert an image [C, H, W] of any range as overlays show it, to uint8 [H, W, 3]."""
+    return soft_png(_displayed(np.asarray(image, dtype=np.float32)))
+
+
+def _displayed(image: Floats) -> Floats:
+    """Convert an image [C, H, W] of any range to [H, W, 3] in [0, 1].
+
+    Three channels are colour, of which values in [0, 1] are kept; else the last channel is shown in
+    grey. Everything else is stretched between its 1st and 99.5th percentile.
     """
     if image.ndim != 3:
         raise ValueError(f"image must be [C, H, W], not {image.shape}")
@@ -348,14 +342,17 @@ def _displayed(image: Floats) -> Floats:
     return stretched
 
 
-def _verdict(truth: ArrayLike | None, fused: ArrayLike, members: int) -> str:
-    """The right side of the header: Dice at 0.5 where there is a truth, and the members."""
-    drawn = "1 member" if members == 1 else f"{members} members"
-    if truth is None:
-        return drawn
+def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
+    """Cut the image out of an :func:`overlay` of a case of ``size`` (height, width).
 
-    counts = metrics.confusion(metrics.binarise(fused), metrics.binarise(truth))
-    if counts.empty_truth:
-        found = "none predicted" if counts.empty_prediction else f"{counts.fp} pixels predicted"
-        return f"no lesion, {found}  ·  {drawn}"
-    return f"Dice {metrics.dice(counts):.3f}  ·  {drawn}"
+    Returns None where the picture does not have the dimensions of such an overlay.
+    """
+    height = drawn.shape[0] - HEADER - FOOTER
+    width = max(1, round(height * size[1] / size[0]))
+    total = drawn.shape[1] - 2 * MARGIN + GAP
+    panels = round(total / (width + GAP))
+    if height < 1 or panels not in (3, 4):
+        return None
+    width = total // panels - GAP
+    panel: Pixels = drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]
+    return panel

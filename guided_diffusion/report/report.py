@@ -1,8 +1,8 @@
-"""``report.html``: a scored folder as one page that opens anywhere, without network or framework.
+"""``report.html``: a scored folder as one self-contained page, without network or framework.
 
-The page is the template ``report.html`` beside this file, filled with tables, figures (``charts``)
-and the layers of the cases (``thumbnails``). All values are those of ``scores.csv``. Of very many
-cases only some are pictured, so that the file stays small. Called by ``runs`` after scoring.
+The page is the template ``report.html`` beside this file, filled with tables, charts and the layers
+of the cases. All values are those of ``scores.csv``. Of very many cases only some are pictured, so
+that the file stays small.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from guided_diffusion.errors import UserError
 from guided_diffusion.report.charts import figures
-from guided_diffusion.report.pictures import displayed, image_panel
 from guided_diffusion.report.tables import (
     case_table_head,
     case_table_row,
@@ -30,32 +26,41 @@ from guided_diffusion.report.tables import (
     headline,
     parts_of,
 )
-from guided_diffusion.report.thumbnails import Layers, layers
-from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks, CaseScore, load_case
+from guided_diffusion.report.thumbnails import MOST_PICTURES, Layers, case_layers
+from guided_diffusion.scoring.case_scores import CaseScore, load_case
 from guided_diffusion.scoring.evaluate import Evaluation
 from guided_diffusion.scoring.predictions import Reader
 from guided_diffusion.scoring.tables import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MOST_PICTURES = 300
-"""Cases and classes with embedded pictures: beyond, the worst, the best and an even spread."""
 
 
-def write_report(evaluation: Evaluation, run: Mapping[str, str]) -> Path:
+def write_report(
+    evaluation: Evaluation,
+    run: Mapping[str, str],
+    layers: Mapping[str, Sequence[Layers]] | None = None,
+) -> Path:
     """Write ``report.html`` into the scored folder and return its path.
 
-    ``run`` is what was run, as the page shows it: labels and texts in order.
+    Args:
+        evaluation: the scored folder.
+        run: what was run: labels and texts, in the order in which the page shows them.
+        layers: those of cases by name, collected while scoring; other cases are read again.
 
     Raises:
         UserError: the file cannot be written.
     """
     path = evaluation.folder / "report.html"
-    write_text(path, page(evaluation, run))
+    write_text(path, page(evaluation, run, layers))
     return path
 
 
-def page(evaluation: Evaluation, run: Mapping[str, str]) -> str:
-    """The whole page as text."""
+def page(
+    evaluation: Evaluation,
+    run: Mapping[str, str],
+    layers: Mapping[str, Sequence[Layers]] | None = None,
+) -> str:
+    """Format the whole page as text; the arguments are those of :func:`write_report`."""
     rows = _rows(evaluation)
     parts = {
         "title": escape(evaluation.folder.resolve().name or "results"),
@@ -70,14 +75,14 @@ def page(evaluation: Evaluation, run: Mapping[str, str]) -> str:
         "classes": class_choice(evaluation),
         "run": _definitions(run),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in _notes(evaluation)),
-        "data": _data(evaluation, rows),
+        "data": _data(evaluation, rows, layers or {}),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"<!--\{(\w+)\}-->", lambda match: parts[match[1]], template)
 
 
 def _rows(evaluation: Evaluation) -> list[tuple[str, CaseScore]]:
-    """Every row of ``scores.csv`` with its class, the classes of a case one after the other."""
+    """List every row of ``scores.csv`` with its class, the classes of a case in succession."""
     by_class = [[(name, row) for row in scores.rows] for name, scores in evaluation.scores.items()]
     return [pair for pairs in zip(*by_class, strict=True) for pair in pairs]
 
@@ -99,23 +104,20 @@ def _subtitle(evaluation: Evaluation) -> str:
     return " · ".join(parts)
 
 
-def _data(evaluation: Evaluation, rows: Sequence[tuple[str, CaseScore]]) -> str:
-    """What the page's script needs, as JSON that no case's name can end."""
+def _data(
+    evaluation: Evaluation,
+    rows: Sequence[tuple[str, CaseScore]],
+    collected: Mapping[str, Sequence[Layers]],
+) -> str:
+    """Format the data of the page's script as JSON that no case's name can terminate."""
     pictured = set(choose_pictured([row.dice for _, row in rows]))
-    by_case = {case[0].name: case for case in evaluation.cases}
+    drawn = _complete(collected, evaluation, {rows[index][1].name for index in pictured})
     names = list(evaluation.scores)
     entries: list[dict[str, Any]] = []
-    drawn: dict[str, list[Layers]] = {}
-    read, volume = Reader(), ""
     for index, (name, row) in enumerate(rows):
         entry: dict[str, Any] = {"name": row.name, "class": name, "dice": row.dice}
         entry["lesion"] = not row.empty_truth
         if index in pictured:
-            if row.name not in drawn:
-                case = by_case[row.name]
-                if case[0].truth.volume != volume:
-                    read, volume = Reader(), case[0].truth.volume
-                drawn = {row.name: _case_layers(case, evaluation, read)}
             entry |= drawn[row.name][names.index(name)]._asdict()
         entry["links"] = _links(evaluation.folder, row.name)
         entries.append(entry)
@@ -123,8 +125,24 @@ def _data(evaluation: Evaluation, rows: Sequence[tuple[str, CaseScore]]) -> str:
     return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
 
+def _complete(
+    collected: Mapping[str, Sequence[Layers]], evaluation: Evaluation, names: Collection[str]
+) -> dict[str, Sequence[Layers]]:
+    """The layers of the named cases: those collected, and the others from their files."""
+    drawn = dict(collected)
+    read, volume = Reader(), ""
+    for case in evaluation.cases:
+        name = case[0].name
+        if name in names and name not in drawn:
+            if case[0].truth.volume != volume:
+                read, volume = Reader(), case[0].truth.volume
+            masks = load_case(case, evaluation.classes, read, fuse=False)
+            drawn[name] = case_layers(case[0], masks, evaluation.folder)
+    return drawn
+
+
 def choose_pictured(dice: Sequence[float | None], most: int = MOST_PICTURES) -> list[int]:
-    """Which cases get a picture: all, or the worst, the best and an even spread between them.
+    """Choose the cases with a picture: all, or the worst, the best and an even spread between.
 
     Those without a Dice come last.
     """
@@ -139,46 +157,13 @@ def choose_pictured(dice: Sequence[float | None], most: int = MOST_PICTURES) -> 
     return sorted(order[place] for place in places)
 
 
-def _case_layers(case: Sequence[CaseFiles], evaluation: Evaluation, read: Reader) -> list[Layers]:
-    """The layers of every class of a case."""
-    masks = load_case(case, evaluation.classes, read, fuse=False)
-    picture = _picture(case[0], masks[0], evaluation.folder)
-    return [
-        layers(
-            picture,
-            of_class.truth,
-            of_class.found if evaluation.classes else of_class.soft,
-            np.sqrt(of_class.soft * (1 - of_class.soft))
-            if of_class.spread is None
-            else of_class.spread,
-        )
-        for of_class in masks
-    ]
-
-
-def _picture(case: CaseFiles, masks: CaseMasks, folder: Path) -> NDArray[np.uint8] | None:
-    """The image of a case: from the data set, else out of the overlay that sampling drew.
-
-    The report does without where neither can be read.
-    """
-    height, width = masks.truth.shape
-    try:
-        if case.truth.image is not None:
-            return displayed(case.truth.image())
-        with Image.open(folder / f"{case.name}_overlay.png") as drawn:
-            return image_panel(np.asarray(drawn.convert("RGB")), (height, width))
-    except (UserError, OSError, SyntaxError, ValueError):
-        return None
-
-
 def _links(folder: Path, name: str) -> dict[str, str]:
-    """Full pictures beside the report, by what they show."""
+    """The full-size pictures beside the report, by label."""
     kinds = {"overlay": "overlay", "mask": "mask", "soft mask": "output_ens"}
     files = {label: f"{name}_{kind}.png" for label, kind in kinds.items()}
     return {label: file for label, file in files.items() if (folder / file).exists()}
 
 
-# ------------------------------------------------------------------------------- what was run
 def _definitions(run: Mapping[str, str]) -> str:
     return "".join(
         f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in run.items() if text
@@ -186,18 +171,18 @@ def _definitions(run: Mapping[str, str]) -> str:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
-    """How to read the numbers."""
+    """The notes on how to read the numbers."""
     summary = evaluation.summary
     unit, tolerance = summary["distances"]["unit"], summary["distances"]["tolerance"]
     known = "from the headers" if unit == "mm" else "no header gives a spacing"
     return [
         f"Empty masks: {summary['empty_rule']}.",
-        f"Masks are cut at {summary['threshold']:g} at the size of the truth.",
+        f"Masks are thresholded at {summary['threshold']:g}, at the size of the truth.",
         f"Distances are in {unit} ({known}). HD95 is the larger of the two directed 95th "
         "percentiles, ASSD the mean over both surfaces; both are undefined, and left out, where a "
-        f"mask is empty. Surface Dice forgives {tolerance:g} {unit}.",
-        "Intervals hold the mean with 95 % confidence: bias-corrected and accelerated bootstrap "
-        f"over {summary['interval']['drawn']}.",
-        "The uncertainty of a case is 1 less the mean Dice of two members, or what the fused mask "
-        "alone lets expect.",
+        f"mask is empty. Surface Dice has a tolerance of {tolerance:g} {unit}.",
+        "Intervals are 95 % confidence intervals of the mean, by bias-corrected and accelerated "
+        f"bootstrap over {summary['interval']['drawn']}.",
+        "The uncertainty of a case is 1 less the mean Dice of two members, or of two masks drawn "
+        "from the fused probability where there are no members.",
     ]

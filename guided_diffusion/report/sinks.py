@@ -1,7 +1,7 @@
-"""Two places where a run can be watched live: a visdom server, and TensorBoard's event files.
+"""Live displays of a run: a visdom server, and TensorBoard's event files.
 
-Both are optional, and neither is waited for. Visdom is spoken to in its own protocol (JSON over
-HTTP), so it need not be installed where training runs. Given to ``logger`` by ``runs``.
+Both are optional, and neither delays the run. The visdom sink speaks the server's protocol (JSON
+over HTTP) itself, so visdom need not be installed where training runs.
 """
 
 from __future__ import annotations
@@ -30,15 +30,31 @@ _CHARTS |= {"speed": ("steps_per_s",), "validation": ("val_",)}
 _MOST_POINTS = 2000
 
 
-class VisdomSink:
-    """Draws lines and pictures on a visdom server; one that is silent or away changes nothing.
+def open_sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | TensorBoardSink]:
+    """Open the live displays that the flags ask for."""
+    folder = Path(run.out_dir).expanduser()
+    sinks: list[VisdomSink | TensorBoardSink] = []
+    if watch.tensorboard:
+        sinks.append(TensorBoardSink(folder))
+    if watch.visdom:
+        sinks.append(VisdomSink(watch.visdom, environment=page_of(run)))
+    return sinks
 
-    Messages wait in a short queue for a thread that posts them; what finds the queue full is
-    dropped. After a failure the server is left alone for a while.
+
+def page_of(run: RunOptions) -> str:
+    """The visdom environment that a run draws on: the name of its result folder."""
+    return Path(run.out_dir).expanduser().name or "main"
+
+
+class VisdomSink:
+    """Draws lines and pictures on a visdom server; without one, nothing happens.
+
+    Messages wait in a short queue for a thread that posts them, and are dropped while the queue is
+    full. After a failure nothing is posted for a while.
 
     Args:
         port: of the server, on this machine unless ``host`` names another.
-        environment: visdom's word for the page that a run draws on.
+        environment: the visdom environment (page) that the run draws on.
         timeout: seconds that a post may take.
         pause: seconds without a post after one that failed.
     """
@@ -62,7 +78,7 @@ class VisdomSink:
         self._thread: Thread | None = None
 
     def numbers(self, values: dict[str, Any]) -> None:
-        """Draw a row of the log: one window a chart, one line a number."""
+        """Draw a row of the log: one window for each chart, one line for each number."""
         step = float(values.get("step", 0))
         for chart, beginnings in _CHARTS.items():
             named = {key: v for key, v in values.items() if key.startswith(beginnings)}
@@ -76,7 +92,7 @@ class VisdomSink:
                 self._put(chart, _line_chart(chart, self.lines[chart]))
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
-        """Show a picture in a window of its name."""
+        """Show a picture in the window of that name."""
         self._put(name, _image(name, pixels, step))
 
     def _put(self, window: str, message: dict[str, Any]) -> None:
@@ -88,7 +104,7 @@ class VisdomSink:
             self.queue.put_nowait(("events", message))
 
     def close(self, patience: float = 2.0) -> None:
-        """Give what is waiting a moment to arrive, unless the server is silent."""
+        """Wait at most ``patience`` seconds for the queue, unless the server does not answer."""
         limit = time.monotonic() + patience
         while self.queue.unfinished_tasks and time.monotonic() < limit:
             if time.monotonic() < self._silent_until:
@@ -108,12 +124,12 @@ class VisdomSink:
         request = Request(f"{self.url}/{endpoint}", body, {"Content-Type": "application/json"})
         try:
             self._opener.open(request, timeout=self.timeout).close()
-        except Exception:  # whatever a server says or does not say, the run goes on
+        except Exception:  # no failure of the server may end the run
             self._silent_until = time.monotonic() + self.pause
 
 
 def _line_chart(title: str, lines: dict[str, tuple[list[float], list[float]]]) -> dict[str, Any]:
-    """The whole chart, as it is: a server that was started anew has it complete."""
+    """The message of the complete chart, so that a restarted server has it all."""
     data = [
         {"x": list(xs), "y": list(ys), "name": name, "type": "scatter", "mode": "lines"}
         for name, (xs, ys) in lines.items()
@@ -150,9 +166,8 @@ class TensorBoardSink:
         except ImportError:
             raise UserError(
                 "--tensorboard",
-                found="no TensorBoard",
-                expected="the package tensorboard",
-                hint="Run python -m pip install tensorboard, or leave --tensorboard away.",
+                "the package tensorboard is not installed",
+                "Run python -m pip install tensorboard, or omit --tensorboard.",
             ) from None
         self.writer = SummaryWriter(str(folder))
 
@@ -167,21 +182,5 @@ class TensorBoardSink:
         self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Write what is buffered."""
         self.writer.close()
-
-
-def open_sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | TensorBoardSink]:
-    """Where else the run is to be watched."""
-    folder = Path(run.out_dir).expanduser()
-    sinks: list[VisdomSink | TensorBoardSink] = []
-    if watch.tensorboard:
-        sinks.append(TensorBoardSink(folder))
-    if watch.visdom:
-        sinks.append(VisdomSink(watch.visdom, environment=page_of(run)))
-    return sinks
-
-
-def page_of(run: RunOptions) -> str:
-    """The page of a visdom server that a run draws on."""
-    return Path(run.out_dir).expanduser().name or "main"

@@ -1,4 +1,4 @@
-"""The tables of the report, as HTML: scores, masks of the ensemble, sizes, and one row a case."""
+"""The tables of the report as HTML: scores, masks of the ensemble, lesion sizes, and the cases."""
 
 from __future__ import annotations
 
@@ -37,27 +37,13 @@ MASKS = {
 
 
 def parts_of(evaluation: Evaluation) -> list[tuple[str, Summary]]:
-    """The summary of each class by name; of the only one without."""
+    """The summary of each class with its name, which is empty for an only class."""
     summary = evaluation.summary
     return list(summary["classes"].items()) if "classes" in summary else [("", summary)]
 
 
-# ---------------------------------------------------------------------------------------- numbers
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for people; a dash where there is none."""
-    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _label(key: str, evaluation_unit: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """The name of a measure, with the unit of what is a distance."""
-    unit, tolerance = evaluation_unit["unit"], evaluation_unit["tolerance"]
-    if key in ("hd95", "assd"):
-        return f"{labels[key]}, {unit}"
-    return f"{labels[key]}, {tolerance:g} {unit}" if key == "surface_dice" else labels[key]
-
-
 def headline(evaluation: Evaluation) -> str:
-    """The few numbers to take away, of the first class or of the only one."""
+    """Format the key figures: the Dice of every class, and more where there is only one."""
     summary = evaluation.summary
     cells = []
     for name, part in parts_of(evaluation):
@@ -73,30 +59,16 @@ def headline(evaluation: Evaluation) -> str:
             label = _label(key, summary["distances"], METRIC_LABELS)
             cells.append(_figure_cell(number(found["mean"], digits), label, _range(found, digits)))
     if "classes" not in summary:
-        error, worth = part["calibration"]["error"], part["uncertainty"]
+        error, uncertainty = part["calibration"]["error"], part["uncertainty"]
         cells.append(_figure_cell(number(error), "Calibration error", "expected, all pixels"))
-        if worth["auroc"] is not None:
-            found_by = f"uncertainty, Dice < {worth['low_dice']:g}"
-            cells.append(_figure_cell(number(worth["auroc"], 2), "AUROC", found_by))
+        if uncertainty["auroc"] is not None:
+            note = f"uncertainty, Dice < {uncertainty['low_dice']:g}"
+            cells.append(_figure_cell(number(uncertainty["auroc"], 2), "AUROC", note))
     return "".join(cells)
 
 
-def _figure_cell(value: str, label: str, note: str) -> str:
-    return (
-        f'<div class="figure-cell"><dt>{escape(label)}</dt><dd>{value}</dd>'
-        f"<dd>{escape(note)}</dd></div>"
-    )
-
-
-def _range(described: Mapping[str, Any], digits: int = 3) -> str:
-    if described["low"] is None:
-        return ""
-    return f"{number(described['low'], digits)} to {number(described['high'], digits)}"
-
-
-# ----------------------------------------------------------------------------------------- tables
 def class_tables(name: str, part: Summary) -> str:
-    """All tables of one class."""
+    """Format all tables of one class."""
     of_class = f" of {escape(name)}" if name else ""
     return (
         _table(
@@ -167,6 +139,51 @@ def _size_rows(part: Summary) -> list[list[str]]:
     ]
 
 
+def case_table_head(evaluation: Evaluation) -> str:
+    """Format the head of the table of cases."""
+    labels = ["Case", *(["Class"] if evaluation.classes else [])]
+    labels += [_label(key, evaluation.summary["distances"], SHORT) for key in COLUMNS]
+    keys = ["name", *(["class"] if evaluation.classes else []), *COLUMNS]
+    return "".join(
+        f'<th scope="col" data-key="{key}" aria-sort="none">'
+        f'<button type="button">{escape(label)}</button></th>'
+        for key, label in zip(keys, labels, strict=True)
+    )
+
+
+def case_table_row(index: int, name: str, row: CaseScore) -> str:
+    """Format the row of one case; the cells hold the full values of ``scores.csv``."""
+    values = [getattr(row, key) for key in COLUMNS]
+    cells = "".join(
+        f'<td data-key="{key}" data-value="{"" if value is None else value}">'
+        f"{number(value, 1 if key == 'hd95' else 3)}</td>"
+        for key, value in zip(COLUMNS, values, strict=True)
+    )
+    of_class = f'<td data-key="class" data-value="{escape(name)}">{escape(name)}</td>'
+    return (
+        f'<tr data-index="{index}" tabindex="-1"><th scope="row" data-key="name" '
+        f'data-value="{escape(row.name)}">{escape(row.name)}</th>'
+        f"{of_class if name else ''}{cells}</tr>"
+    )
+
+
+def class_choice(evaluation: Evaluation) -> str:
+    """Format the control that chooses a class; empty where there is only one."""
+    if not evaluation.classes:
+        return ""
+    options = "".join(f"<option>{escape(name)}</option>" for name in evaluation.classes.names)
+    return (
+        f'<label>Class <select id="class"><option value="">all</option>{options}</select></label>'
+    )
+
+
+def _figure_cell(value: str, label: str, note: str) -> str:
+    return (
+        f'<div class="figure-cell"><dt>{escape(label)}</dt><dd>{value}</dd>'
+        f"<dd>{escape(note)}</dd></div>"
+    )
+
+
 def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = [
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -184,40 +201,20 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     )
 
 
-# ------------------------------------------------------------------------------------------ cases
-def case_table_head(evaluation: Evaluation) -> str:
-    """Make the head of the table of cases."""
-    labels = ["Case", *(["Class"] if evaluation.classes else [])]
-    labels += [_label(key, evaluation.summary["distances"], SHORT) for key in COLUMNS]
-    keys = ["name", *(["class"] if evaluation.classes else []), *COLUMNS]
-    return "".join(
-        f'<th scope="col" data-key="{key}" aria-sort="none">'
-        f'<button type="button">{escape(label)}</button></th>'
-        for key, label in zip(keys, labels, strict=True)
-    )
+def _label(key: str, distances: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """The name of a metric, with its unit where it is a distance."""
+    unit, tolerance = distances["unit"], distances["tolerance"]
+    if key in ("hd95", "assd"):
+        return f"{labels[key]}, {unit}"
+    return f"{labels[key]}, {tolerance:g} {unit}" if key == "surface_dice" else labels[key]
 
 
-def case_table_row(index: int, name: str, row: CaseScore) -> str:
-    """One case; the cells' full values are those of ``scores.csv``."""
-    values = [getattr(row, key) for key in COLUMNS]
-    cells = "".join(
-        f'<td data-key="{key}" data-value="{"" if value is None else value}">'
-        f"{number(value, 1 if key == 'hd95' else 3)}</td>"
-        for key, value in zip(COLUMNS, values, strict=True)
-    )
-    of_class = f'<td data-key="class" data-value="{escape(name)}">{escape(name)}</td>'
-    return (
-        f'<tr data-index="{index}" tabindex="-1"><th scope="row" data-key="name" '
-        f'data-value="{escape(row.name)}">{escape(row.name)}</th>'
-        f"{of_class if name else ''}{cells}</tr>"
-    )
-
-
-def class_choice(evaluation: Evaluation) -> str:
-    """Make the control that chooses a class; empty where there is only one."""
-    if not evaluation.classes:
+def _range(described: Mapping[str, Any], digits: int = 3) -> str:
+    if described["low"] is None:
         return ""
-    options = "".join(f"<option>{escape(name)}</option>" for name in evaluation.classes.names)
-    return (
-        f'<label>Class <select id="class"><option value="">all</option>{options}</select></label>'
-    )
+    return f"{number(described['low'], digits)} to {number(described['high'], digits)}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Format a number; None becomes a dash."""
+    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")

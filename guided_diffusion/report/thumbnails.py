@@ -1,14 +1,16 @@
-"""The layers of one case, small enough that a report holds hundreds: picture, outlines, doubt.
+"""The layers of a case in the report: picture, outlines and uncertainty, small enough for hundreds.
 
 Masks are outlines in SVG's path language, which stay crisp at any size and take the colours of the
-page; the picture is a small JPEG and the uncertainty a small PNG whose transparency is the
-certainty, both as data URIs. Called by ``report``.
+page; the picture is a small JPEG and the uncertainty a small PNG, transparent where there is none,
+both as data URIs.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,38 +18,79 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from guided_diffusion.report.canvas import HEAT
-from guided_diffusion.report.pictures import STD
+from guided_diffusion.errors import UserError
+from guided_diffusion.report.canvas import HEAT, Floats, Pixels
+from guided_diffusion.report.pictures import STD, displayed, image_panel
+from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks
 
 SIDE = 224
 """Longer side of an embedded picture, in pixels."""
-DOUBT_SIDE = 96
-"""Longer side of an embedded uncertainty: it is smooth, and seen through."""
+UNCERTAINTY_SIDE = 96
+"""Longer side of an embedded uncertainty, which is smooth."""
 MOST_PATH = 6000
-"""Characters of an outline, above which it is drawn more coarsely."""
+"""Characters of an outline; longer ones are simplified."""
 MOST_RINGS = 80
-"""Rings of an outline: of noise, the longest."""
+"""Rings of an outline, the longest ones; noise has more."""
+MOST_PICTURES = 300
+"""Cases and classes with embedded pictures; of more, the worst, the best and an even spread."""
 
 
 class Layers(NamedTuple):
-    """One case as the report draws it: the size of its picture, and its layers as text."""
+    """The layers of one case or class as text, and the size of its picture."""
 
     width: int
     height: int
     image: str  # data URI; empty where there is no picture
     truth: str  # outline
     fused: str  # outline
-    doubt: str  # data URI; empty where nothing is uncertain
+    uncertainty: str  # data URI; empty where nothing is uncertain
+
+
+class CaseLayers:
+    """Collects the layers of cases while they are scored, so that no mask is read twice.
+
+    Masks are not kept, and layers only of the first :data:`MOST_PICTURES` cases and classes.
+
+    Args:
+        folder: the result folder, which may hold overlays.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.by_name: dict[str, list[Layers]] = {}
+
+    def __call__(self, files: Sequence[CaseFiles], masks: Sequence[CaseMasks]) -> None:
+        """Add one case: its files and its masks, one of each per class."""
+        if (len(self.by_name) + 1) * len(files) <= MOST_PICTURES:
+            self.by_name[files[0].name] = case_layers(files[0], masks, self.folder)
+
+
+def case_layers(case: CaseFiles, masks: Sequence[CaseMasks], folder: Path) -> list[Layers]:
+    """Make the layers of every class of a case; ``folder`` may hold its overlay."""
+    height, width = masks[0].truth.shape
+    picture = _picture(case, (height, width), folder)
+    return [layers(picture, mask.truth, mask.outlined, mask.uncertainty) for mask in masks]
+
+
+def _picture(case: CaseFiles, size: tuple[int, int], folder: Path) -> Pixels | None:
+    """The image of a case, from the data set or cut out of its overlay; None without either."""
+    try:
+        if case.truth.image is not None:
+            return displayed(case.truth.image())
+        with Image.open(folder / f"{case.name}_overlay.png") as drawn:
+            return image_panel(np.asarray(drawn.convert("RGB")), size)
+    except (UserError, OSError, SyntaxError, ValueError):
+        return None
 
 
 def layers(
-    picture: NDArray[np.uint8] | None, truth: ArrayLike, fused: ArrayLike, doubt: ArrayLike
+    picture: Pixels | None, truth: ArrayLike, fused: ArrayLike, uncertainty: ArrayLike
 ) -> Layers:
-    """Make the layers of a case.
+    """Make the layers of a case or class.
 
     ``picture`` is uint8 [h, w, 3] of any size, or None; ``truth`` and ``fused`` are [H, W] in
-    [0, 1], outlined at one half; ``doubt`` is [H, W] in [0, 0.5]. Outlines are in units of the
-    embedded picture, whose longer side is :data:`SIDE`.
+    [0, 1], outlined at one half; ``uncertainty`` is [H, W] in [0, 0.5]. Outlines are in units of
+    the embedded picture, whose longer side is :data:`SIDE`.
     """
     height, width = np.shape(truth)
     scale = SIDE / max(height, width)
@@ -57,15 +100,15 @@ def layers(
         image="" if picture is None else _jpeg(picture, size),
         truth=outline(truth, scale=scale),
         fused=outline(fused, scale=scale),
-        doubt=_haze(np.asarray(doubt, dtype=np.float32)),
+        uncertainty=_heat_png(np.asarray(uncertainty, dtype=np.float32)),
     )
 
 
 def outline(mask: ArrayLike, *, scale: float = 1.0) -> str:
-    """The 0.5 level set of a mask [H, W] as an SVG path, times ``scale``; empty without any.
+    """Trace the 0.5 level set of a mask [H, W] as an SVG path, times ``scale``; may be empty.
 
-    Holes are paths of their own (rule ``evenodd``). Corners nearer than half a unit to their chord
-    are left out, more of them where the outline is long.
+    Holes are separate rings (rule ``evenodd``). Corners nearer than half a unit to their chord are
+    left out, more of them where the outline is long.
     """
     padded = np.pad(np.asarray(mask, dtype=np.float32), 1)
     found = sorted(find_contours(padded, 0.4999), key=len)[-MOST_RINGS:]
@@ -81,18 +124,18 @@ def outline(mask: ArrayLike, *, scale: float = 1.0) -> str:
 
 
 def _thinned(ring: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Every second corner of a long ring, fewer of a very long one: the choice below takes time."""
+    """Keep every second corner of a long ring, fewer of a very long one: simplifying is slow."""
     step = 1 if len(ring) < 100 else max(2, len(ring) // 1000)
     return ring if step == 1 else np.concatenate([ring[:-1:step], ring[:1]])
 
 
 def _ring(points: NDArray[np.float64]) -> str:
-    """One closed ring of (row, column) positions; one of fewer than three corners is nothing."""
+    """Format one closed ring of (row, column) positions; empty for fewer than three corners."""
     corners = [f"{x:.1f},{y:.1f}".replace(".0", "") for y, x in points[:-1]]
     return f"M{' '.join(corners)}z" if len(corners) > 2 else ""
 
 
-def _jpeg(picture: NDArray[np.uint8], size: tuple[int, int]) -> str:
+def _jpeg(picture: Pixels, size: tuple[int, int]) -> str:
     small = Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     grey = small.convert("L")
     if np.abs(np.asarray(small).astype(int) - np.asarray(grey)[..., None]).max() <= 2:
@@ -102,11 +145,12 @@ def _jpeg(picture: NDArray[np.uint8], size: tuple[int, int]) -> str:
     return _uri(file, "jpeg")
 
 
-def _haze(doubt: NDArray[np.float32]) -> str:
-    """The uncertainty in sixteen steps, from nothing to the brightest of the map's colours."""
-    scale = min(1.0, DOUBT_SIDE / max(doubt.shape))
-    size = (max(1, round(doubt.shape[1] * scale)), max(1, round(doubt.shape[0] * scale)))
-    small = np.asarray(Image.fromarray(doubt).resize(size, Image.Resampling.BOX))
+def _heat_png(uncertainty: Floats) -> str:
+    """Draw the uncertainty in sixteen steps, from transparent to the map's brightest colour."""
+    height, width = uncertainty.shape
+    scale = min(1.0, UNCERTAINTY_SIDE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = np.asarray(Image.fromarray(uncertainty).resize(size, Image.Resampling.BOX))
     steps = np.rint(np.clip(small / STD[1], 0, 1) * 15).astype(np.uint8)
     if not steps.any():
         return ""

@@ -1,11 +1,10 @@
-"""Whether a probability, or an uncertainty, can be believed.
+"""Calibration of probabilities, and how well an uncertainty predicts errors.
 
 Pixels are counted by their 8-bit level (:class:`Tally`), so that a data set of any size is one
-small table: from it come the reliability curve, the expected calibration error (Naeini et al.,
-2015) and the sparsification curve (Ilg et al., 2018). Of whole cases there are the area under the
-ROC curve and the rank correlation of uncertainty and error; of several members and several raters
-the generalised energy distance and the best member's Dice. Called by scoring; all functions are
-pure.
+small table. From it come the reliability curve, the expected calibration error (Naeini et al.,
+2015) and the sparsification curve (Ilg et al., 2018). Whole cases give the area under the ROC curve
+and the rank correlation of uncertainty and error; several members and several raters the
+generalised energy distance (Kohl et al., 2018) and the best member's Dice. All functions are pure.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ BINS = 15
 
 
 class Tally(NamedTuple):
-    """Pixels by 8-bit level, int64 [256, 2]: how many there are, and how many of them are hits.
+    """Numbers of pixels by 8-bit level, int64 [256, 2]: all of them, and the hits among them.
 
-    Of a fused probability (0 to 1) a hit is foreground in the truth; of an uncertainty (standard
-    deviation, 0 to 0.5) a hit is an error of the mask. Tallies of cases add up.
+    For a fused probability (0 to 1) a hit is a foreground pixel of the truth; for an uncertainty
+    (standard deviation, 0 to 0.5) it is an error of the mask. Tallies of cases add up.
     """
 
     counts: Counts
@@ -49,16 +48,16 @@ class Tally(NamedTuple):
 
     @classmethod
     def empty(cls) -> Tally:
-        """Of no pixel."""
+        """The tally of no pixel."""
         return cls(np.zeros((LEVELS, 2), dtype=np.int64))
 
     def plus(self, other: Tally) -> Tally:
-        """The pixels of both."""
+        """Add the pixels of another tally."""
         return Tally(self.counts + other.counts)
 
 
 class Bin(NamedTuple):
-    """One bin of a reliability curve: its pixels, their mean probability, their share of hits."""
+    """One bin of a reliability curve: its pixels, their mean probability and fraction of hits."""
 
     pixels: int
     probability: float
@@ -66,7 +65,7 @@ class Bin(NamedTuple):
 
 
 def reliability(tally: Tally, bins: int = BINS) -> list[Bin]:
-    """The reliability curve of a probability: equal bins of [0, 1], those without pixels left out.
+    """Compute the reliability curve of a probability: the non-empty ones of equal bins of [0, 1].
 
     A level on a border belongs to the bin above.
     """
@@ -83,9 +82,10 @@ def reliability(tally: Tally, bins: int = BINS) -> list[Bin]:
 
 
 def calibration_error(tally: Tally, bins: int = BINS) -> float:
-    """Expected calibration error, Naeini et al. (2015), eq. 3: in [0, 1], NaN of no pixel.
+    """Compute the expected calibration error, Naeini et al. (2015), eq. 3: in [0, 1].
 
-    The mean over pixels of the distance between a bin's mean probability and its share of hits.
+    The mean over pixels of the distance between a bin's mean probability and its fraction of hits;
+    NaN without any pixel.
     """
     curve = reliability(tally, bins)
     total = sum(bin.pixels for bin in curve)
@@ -94,12 +94,12 @@ def calibration_error(tally: Tally, bins: int = BINS) -> float:
 
 
 class Sparsification(NamedTuple):
-    """What error is left when the most uncertain pixels are taken away, Ilg et al. (2018).
+    """The error that remains when the most uncertain pixels are removed, Ilg et al. (2018).
 
-    ``removed`` [N] rises from 0 to below 1; ``error`` [N] is the share of errors among the rest,
-    ``oracle`` [N] what it would be if the errors themselves went first. ``area`` is the mean
-    distance of the two over the share removed (AUSE), relative to the error with nothing removed:
-    0 is perfect, random removal gives 1 less the oracle's own area.
+    ``removed`` [N] rises from 0 to below 1; ``error`` [N] is the fraction of errors among the
+    remaining pixels, ``oracle`` [N] the same if the errors themselves were removed first. ``area``
+    is the mean distance of the two over the fraction removed (AUSE), relative to the error with
+    nothing removed: 0 is perfect, random removal gives 1 less the oracle's own area.
     """
 
     removed: list[float]
@@ -109,28 +109,29 @@ class Sparsification(NamedTuple):
 
 
 def sparsification(tally: Tally) -> Sparsification:
-    """The sparsification curve of an uncertainty; empty, with a NaN area, where nothing is wrong.
+    """Compute the sparsification curve of an uncertainty; empty, with a NaN area, without errors.
 
-    Pixels of one level go together, and in between the curve is that of taking them at random.
+    Within one level the curve is that of removing the pixels at random.
     """
     pixels, errors = tally.counts[::-1].T.astype(np.float64)
     total, wrong = pixels.sum(), errors.sum()
     if not wrong:
         return Sparsification([], [], [], float("nan"))
 
-    gone = np.concatenate([[0], np.cumsum(pixels)]) / total
-    found = np.concatenate([[0], np.cumsum(errors)]) / total
+    pixel_share = np.concatenate([[0], np.cumsum(pixels)]) / total
+    error_share = np.concatenate([[0], np.cumsum(errors)]) / total
     removed = np.linspace(0, 1, 101)[:-1]
-    error = (wrong / total - np.interp(removed, gone, found)) / (1 - removed)
+    error = (wrong / total - np.interp(removed, pixel_share, error_share)) / (1 - removed)
     oracle = np.clip(wrong / total - removed, 0, None) / (1 - removed)
     area = float((error - oracle).mean() / (wrong / total))
     return Sparsification(removed.tolist(), error.tolist(), oracle.tolist(), area)
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
-    """Area under the ROC curve: how often a positive has the higher score, a tie counting half.
+    """Compute the area under the ROC curve: how often a positive scores higher; ties count half.
 
-    Mann and Whitney (1947). ``scores`` [N], ``positive`` bool [N]. NaN where one side is empty.
+    Mann and Whitney (1947). ``scores`` [N], ``positive`` bool [N]. NaN without positives or without
+    negatives.
     """
     values, marked = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     ours, others = int(marked.sum()), int((~marked).sum())
@@ -141,7 +142,7 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
 
 
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation of two lists [N], ties sharing their mean rank.
+    """Compute Spearman's rank correlation of two lists [N]; ties share their mean rank.
 
     NaN where one of the lists does not vary, or they are empty.
     """
@@ -153,9 +154,9 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def expected_disagreement(probability: ArrayLike) -> float:
-    """1 - Dice that two masks drawn from a soft mask [...] would have, as a ratio of expectations.
+    """Estimate 1 - Dice of two masks drawn from a soft mask [...], as a ratio of expectations.
 
-    In [0, 1]: sum p (1 - p) / sum p; 0 of an empty mask. It stands in for the disagreement of the
+    In [0, 1]: sum p (1 - p) / sum p; 0 for an empty mask. It replaces the disagreement of the
     members where only the fused mask is kept.
     """
     p = np.asarray(probability, dtype=np.float64)
@@ -164,9 +165,9 @@ def expected_disagreement(probability: ArrayLike) -> float:
 
 
 def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:
-    """Dice of every mask [N, ...] with every other one [M, ...] -> float64 [N, M].
+    """Compute the Dice of every mask [N, ...] with each of [M, ...], float64 [N, M].
 
-    Two empty masks agree perfectly.
+    It is 1 for two empty masks.
     """
     one = first.reshape(len(first), -1).astype(np.float32)
     two = second.reshape(len(second), -1).astype(np.float32)
@@ -177,11 +178,11 @@ def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:
 
 
 def energy_distance(members: Masks, raters: Masks) -> float:
-    """Generalised energy distance of members [E, ...] and raters [R, ...], bool, of one case.
+    """Compute the generalised energy distance of members [E, ...] and raters [R, ...], bool.
 
     Kohl et al. (2018), eq. 8, squared as they report it, with d = 1 - IoU: 2 E d(S, Y) -
     E d(S, S') - E d(Y, Y'), the expectations over all pairs, those of a mask with itself included.
-    In [0, 2]; 0 where members and raters are the same masks in the same shares.
+    In [0, 2]; 0 where members and raters are the same masks in the same proportions.
     """
     across, ours, theirs = (
         1 - dice / (2 - dice)  # IoU from Dice
@@ -195,7 +196,7 @@ def energy_distance(members: Masks, raters: Masks) -> float:
 
 
 def best_dice(members: Masks, raters: Masks) -> float:
-    """Mean over the raters [R, ...] of the Dice of the member [E, ...] that suits each best.
+    """Compute the mean over raters [R, ...] of the Dice of each one's best member [E, ...].
 
     Rahman et al. (2023) call it maximum Dice matching.
     """

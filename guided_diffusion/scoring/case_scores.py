@@ -1,9 +1,8 @@
-"""Everything that is measured of one case: of its fused mask, its members, and how they would fuse.
+"""The scores of one case: of its fused mask, its members, and the members under every fusion rule.
 
-A case is read (:func:`load_case`), brought to the truth's size, and scored (:func:`score_case`):
-ratios of counts, surface distances, the members' agreement with each other and with several raters,
-and the pixels of its probability and its uncertainty, counted by level. Called by ``evaluate`` for
-one class and for several.
+:func:`load_case` reads a case and brings it to the truth's size; :func:`score_case` computes ratios
+of counts, surface distances, the members' agreement with each other and with several raters, and
+the tallies of pixels by probability and by uncertainty.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class Scoring:
     """How masks are scored.
 
     Attributes:
-        empty: one of :data:`guided_diffusion.metrics.EMPTY_RULES`.
+        empty: one of :data:`guided_diffusion.scoring.metrics.EMPTY_RULES`.
         tolerance: of the surface Dice, in the unit of the distances.
-        low_dice: cases below it are the ones that the uncertainty should find.
-        spacing: whether every truth knows the size of its pixels, so that distances are in mm.
+        low_dice: cases with a lower Dice are those that the uncertainty should find.
+        spacing: whether every truth has a known pixel size, so that distances are in mm.
     """
 
     empty: str = "match"
@@ -54,12 +53,12 @@ class Scoring:
 
     @property
     def unit(self) -> str:
-        """That of all distances."""
+        """The unit of all distances."""
         return "mm" if self.spacing else "px"
 
 
 class CaseFiles(NamedTuple):
-    """Where one case lies: its fused mask (or None), its members in order, and its truths.
+    """The files of one case: its fused mask (or None), its members in order, and its truths.
 
     ``spacing`` is the size of a pixel along the axes of the truth's file, in millimetres.
     """
@@ -78,12 +77,13 @@ class CaseFiles(NamedTuple):
 
 
 class CaseMasks(NamedTuple):
-    """One case (of several classes: one class of it), all but ``stored`` at the truth's size."""
+    """The masks of one case, or of one class of it, all but ``stored`` at the truth's size."""
 
     name: str
-    stored: Mask  # the fused soft mask [h, w] as it came
+    stored: Mask  # the fused soft mask [h, w] at its own size
     soft: Mask  # float32 [H, W] in [0, 1]
     found: Binary  # the fused mask [H, W]
+    outlined: Mask | Binary  # [H, W], drawn at one half: ``soft``, or ``found`` of a declared class
     truth: Mask  # float32 [H, W] in [0, 1]
     members: Binary  # [E, H, W]
     spread: Mask | None  # standard deviation of the members [H, W]; None of fewer than two
@@ -91,9 +91,14 @@ class CaseMasks(NamedTuple):
     raters: Binary  # [R, H, W]
     spacing: tuple[float, ...] | None
 
+    @property
+    def uncertainty(self) -> Mask:
+        """The members' standard deviation [H, W] in [0, 0.5], or the fused probability's own."""
+        return np.sqrt(self.soft * (1 - self.soft)) if self.spread is None else self.spread
+
 
 class MaskScore(NamedTuple):
-    """What is measured of any mask against its truth; None where it is undefined or left out."""
+    """The scores of any mask against its truth; None where one is undefined or left out."""
 
     dice: float | None
     iou: float | None
@@ -137,7 +142,7 @@ class CaseScore(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A case's row, its masks' scores by name, and its pixels by probability and uncertainty."""
+    """A case's row, the scores of its masks by name, and its tallies."""
 
     row: CaseScore
     masks: dict[str, MaskScore]
@@ -150,10 +155,10 @@ def load_case(
 ) -> list[CaseMasks]:
     """Read one case: the files of each class, or of the only one; ``read`` decodes them.
 
-    ``fuse``: also put the members together by every rule there is.
+    With ``fuse`` the members are also fused by every rule there is.
 
-    Raises UserError for a file that cannot be read as a mask, for members whose sizes differ, and
-    for a truth or a rater's mask that is none.
+    Raises:
+        UserError: a file, a truth or a rater's mask is not a readable mask, or sizes differ.
     """
     truth = _read_truth(files[0].truth, files[0].name, len(files))
     size = (truth.shape[1], truth.shape[2])
@@ -176,6 +181,7 @@ def load_case(
             stored=stored[k],
             soft=soft[k],
             found=found[k],
+            outlined=soft[k] if classes is None else found[k],
             truth=truth[k],
             members=cut[:, k],
             spread=drawn[:, k].std(axis=0) if kept > 1 else None,
@@ -188,28 +194,29 @@ def load_case(
 
 
 def _cut(soft: Mask, classes: Classes | None) -> Binary:
-    """Soft masks [K, H, W] -> binary ones; of classes that exclude each other the likeliest."""
+    """Binarise soft masks [K, H, W]; of classes that exclude each other the likeliest wins."""
     return metrics.binarise(soft) if classes is None else classes.masks(soft)
 
 
 def _read_predictions(files: Sequence[CaseFiles], read: Reader) -> tuple[Mask, Mask]:
-    """The fused mask [K, h, w], or the mean of the members, and the members [E, K, h, w]."""
+    """Read the fused mask [K, h, w], or the mean of the members, and the members [E, K, h, w]."""
     first = files[0].sources[0]
     size = read(first).shape
-    masks = [[_of_size(read(source), source, size, first) for source in f.sources] for f in files]
+    masks = [
+        [_require_size(read(source), source, size, first) for source in f.sources] for f in files
+    ]
     stacked = np.stack([np.stack(channels) for channels in zip(*masks, strict=False)])
     if files[0].fused is None:
         return stacked.mean(axis=0), stacked
     return stacked[0], stacked[1:]
 
 
-def _of_size(mask: Mask, source: Source, size: tuple[int, ...], first: Source) -> Mask:
+def _require_size(mask: Mask, source: Source, size: tuple[int, ...], first: Source) -> Mask:
     if mask.shape != size:
         raise UserError(
             source.path,
-            found=f"a mask of {pixels_text(mask.shape)}",
-            expected=f"{pixels_text(size)} as in {first.path.name}",
-            hint="The folder holds files of two runs: sample into an empty folder.",
+            f"the mask is {pixels_text(mask.shape)}, but {first.path.name} is {pixels_text(size)}",
+            "The folder holds files of two runs: sample into an empty folder.",
         )
     return mask
 
@@ -217,8 +224,8 @@ def _of_size(mask: Mask, source: Source, size: tuple[int, ...], first: Source) -
 def at_size(mask: Mask, size: tuple[int, int], *, cropped: bool = False) -> Mask:
     """Bring a prediction [h, w] to the truth's size.
 
-    ``cropped``: it is Diffusion-based-Segmentation's own tensor. That cuts 8 pixels off every side
-    of 240 x 240, which are given back.
+    ``cropped`` marks a tensor of Diffusion-based-Segmentation, which removes 8 pixels from every
+    side of 240 x 240; these are padded with 0.
     """
     kept = WOLLEB_SIZE - 2 * WOLLEB_CROP
     if cropped and (mask.shape, size) == ((kept, kept), (WOLLEB_SIZE, WOLLEB_SIZE)):
@@ -227,7 +234,7 @@ def at_size(mask: Mask, size: tuple[int, int], *, cropped: bool = False) -> Mask
 
 
 def resize(mask: Mask, size: tuple[int, int], *, antialias: bool | None = None) -> Mask:
-    """Bilinear resize of [H, W] to ``size`` (height, width), antialiased where it shrinks.
+    """Resize [H, W] bilinearly to ``size`` (height, width), antialiased where it shrinks.
 
     Where it enlarges, antialiasing changes the last bit only, and takes ten times as long.
     """
@@ -242,7 +249,7 @@ def resize(mask: Mask, size: tuple[int, int], *, antialias: bool | None = None) 
 
 
 def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
-    """Score one case (or one class of it) at the truth's size, and by the parents' arithmetic."""
+    """Score one case, or one class of it, at the truth's size and by the parents' arithmetic."""
     truth = metrics.binarise(masks.truth)
     counts = metrics.confusion(masks.found, truth)
     parent_iou, parent_dice = metrics.parent_scores(
@@ -251,7 +258,7 @@ def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
     scores = dict(_all_masks(masks, truth, scoring))
     fused = scores["fused"]
     single = [score.dice for name, score in scores.items() if name.startswith("member ")]
-    between, doubt = _agreement(masks)
+    between, uncertainty = _agreement(masks)
     distance, best = _rated(masks)
     row = CaseScore(
         name=masks.name,
@@ -267,17 +274,18 @@ def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
         **{key: value for key, value in fused._asdict().items() if key not in ("dice", "iou")},
         size=(counts.tp + counts.fn) * math.prod(_plane_spacing(masks, scoring) or (1.0,)),
         dice_between=between,
-        uncertainty=doubt,
+        uncertainty=uncertainty,
         energy_distance=distance,
         dice_best=best,
     )
-    return Scored(row, scores, *_tallies(masks, truth))
+    errors = Tally.of(masks.uncertainty, masks.found != truth, most=0.5)
+    return Scored(row, scores, Tally.of(masks.soft, truth), errors)
 
 
 def _all_masks(
     masks: CaseMasks, truth: Binary, scoring: Scoring
 ) -> Iterator[tuple[str, MaskScore]]:
-    """The fused mask, every member, and the members by every rule of fusion."""
+    """Score the fused mask, every member, and the members under every fusion rule."""
     named = {
         "fused": masks.found,
         **{f"member {index}": member for index, member in enumerate(masks.members)},
@@ -293,9 +301,9 @@ def _all_masks(
 def mask_score(
     counts: metrics.Confusion, distances: surface.SurfaceDistances | None, scoring: Scoring
 ) -> MaskScore:
-    """All measures of one mask from its counts and its surface distances, None where undefined.
+    """Compute the scores of one mask from its counts and its surface distances.
 
-    Without distances (a mask is empty) surface Dice is what Dice is by the rule for empty masks.
+    Without distances (a mask is empty) the surface Dice is the Dice by the rule for empty masks.
     """
     ratios = metrics.ratios(counts, rule=scoring.empty)
     known = {key: None if math.isnan(value) else value for key, value in ratios._asdict().items()}
@@ -314,7 +322,7 @@ def _plane_spacing(masks: CaseMasks, scoring: Scoring) -> tuple[float, ...] | No
 
 
 def _agreement(masks: CaseMasks) -> tuple[float | None, float]:
-    """The Dice between members, and the uncertainty of the case."""
+    """Compute the Dice between members, and the uncertainty of the case."""
     pairs = len(masks.members) * (len(masks.members) - 1)
     if not pairs:
         return None, expected_disagreement(masks.soft)
@@ -324,23 +332,17 @@ def _agreement(masks: CaseMasks) -> tuple[float | None, float]:
 
 
 def _rated(masks: CaseMasks) -> tuple[float | None, float | None]:
-    """Energy distance and best Dice of the members (or the fused mask) with several raters."""
+    """Compute energy distance and best Dice of the members (or the fused mask) and the raters."""
     if not len(masks.raters):
         return None, None
     members = masks.members if len(masks.members) else masks.found[None]
     return energy_distance(members, masks.raters), best_dice(members, masks.raters)
 
 
-def _tallies(masks: CaseMasks, truth: Binary) -> tuple[Tally, Tally]:
-    """The pixels by fused probability, and by uncertainty: the members' deviation, else p's own."""
-    doubt = np.sqrt(masks.soft * (1 - masks.soft)) if masks.spread is None else masks.spread
-    return Tally.of(masks.soft, truth), Tally.of(doubt, masks.found != truth, most=0.5)
-
-
 def _parent_size(mask: Mask) -> Mask:
     """Bring a mask to the parents' 256 x 256 as torchvision resizes a uint8 tensor: rounded.
 
-    Antialiased always, because the last bit decides which way a tie is rounded.
+    It is always antialiased, because the last bit decides how a tie is rounded.
     """
     levels = np.round(mask * np.float32(255))
     levels = resize(levels, (metrics.PARENT_SIZE, metrics.PARENT_SIZE), antialias=True)
@@ -351,31 +353,27 @@ def _parent_size(mask: Mask) -> Mask:
 def _read_truth(
     truth: Truth, name: str, channels: int, *, size: tuple[int, int] | None = None
 ) -> Mask:
-    """A truth as float32 [K, H, W]; UserError unless it is a finite mask in [0, 1]."""
+    """Read a truth as float32 [K, H, W]; a UserError unless it is a finite mask in [0, 1]."""
     values = np.asarray(truth(), dtype=np.float32)
     values = values[None] if channels == 1 and values.ndim == 2 else values
-    fault = None
+    problem = None
     if values.ndim != 3 or values.size == 0 or len(values) != channels:
-        fault = f"an array of shape {values.shape}"
+        problem = f"has the shape {values.shape}, which is not that of a mask"
     elif not np.isfinite(values).all():
-        fault = "values that are NaN or infinite"
+        problem = "has NaN or infinite values"
     elif values.min() < 0 or values.max() > 1:
-        fault = f"values from {values.min():g} to {values.max():g}"
+        problem = f"has values from {values.min():g} to {values.max():g}, outside of [0, 1]"
     elif size and values.shape[1:] != size:
-        fault = f"a rater's mask of {pixels_text(values.shape[1:])}"
+        problem = f"the rater's mask is {pixels_text(values.shape[1:])}, not {pixels_text(size)}"
 
-    if fault:
-        raise UserError(
-            f"truth of case {name}",
-            found=fault,
-            expected=f"a mask of {pixels_text(size)}" if size else "one mask with values in [0, 1]",
-            hint="Repair this file in --raters." if size else "Repair this file in --out_pth.",
-        )
+    if problem:
+        flag = "--raters" if size else "--out_pth"
+        raise UserError(f"truth of case {name}", problem, f"Repair this file in {flag}.")
     return values
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Arithmetic mean of what is there; None where nothing is."""
+    """Compute the mean of the known values; None without any."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
 

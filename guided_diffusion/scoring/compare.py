@@ -1,8 +1,8 @@
-"""Two result folders on the same cases: which is better, by how much, and how sure that is.
+"""Comparison of two scored folders on the same cases: which is better, by how much, how surely.
 
-Both folders are scored as always (``evaluate``); then their rows are paired by case (and class),
-and every measure is compared by its mean difference, the interval of that, and Wilcoxon's test.
-``comparison.json`` is written into the second folder. Called by ``runs``.
+Rows are paired by case (and class), and every metric is compared by its mean difference with a
+confidence interval and Wilcoxon's signed-rank test. ``comparison.json`` is written into the second
+folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from guided_diffusion.data.folders import counted
 from guided_diffusion.errors import UserError
 from guided_diffusion.scoring.case_scores import CaseScore
 from guided_diffusion.scoring.evaluate import Evaluation
@@ -26,11 +27,11 @@ EXTREMES = 5
 def compare_folders(first: Evaluation, second: Evaluation) -> Comparison:
     """Compare two scored folders, write ``comparison.json`` into the second, and return it.
 
-    Differences are the second's score less the first's. Where all cases have patients, the units of
-    interval and test are patients.
+    Differences are the second's score less the first's. Where all cases have patients, interval and
+    test are over patients.
 
     Raises:
-        UserError: other cases or classes on one side.
+        UserError: the folders have different cases or classes.
     """
     one, two = _rows(first), _rows(second)
     if one.keys() != two.keys():
@@ -77,11 +78,11 @@ def _value(row: CaseScore, key: str) -> float:
 def _extremes(
     one: Mapping[tuple[str, str], CaseScore], two: Mapping[tuple[str, str], CaseScore]
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """The cases whose Dice fell most and rose most, the furthest first."""
+    """The cases whose Dice fell and rose most, the largest changes first."""
     change = {case: _value(two[case], "dice") - _value(one[case], "dice") for case in one}
     order = sorted((c for c in one if not math.isnan(change[c])), key=lambda c: (change[c], c))
 
-    def told(case: tuple[str, str]) -> Comparison:
+    def row(case: tuple[str, str]) -> Comparison:
         of_class = {"class": case[1]} if case[1] else {}
         return {
             "name": case[0],
@@ -91,8 +92,8 @@ def _extremes(
             "difference": change[case],
         }
 
-    worst = [told(case) for case in order[:EXTREMES] if change[case] < 0]
-    best = [told(case) for case in order[::-1][:EXTREMES] if change[case] > 0]
+    worst = [row(case) for case in order[:EXTREMES] if change[case] < 0]
+    best = [row(case) for case in order[::-1][:EXTREMES] if change[case] > 0]
     return worst, best
 
 
@@ -107,14 +108,14 @@ def _unpaired(
     shown = ", ".join(" ".join(name).strip() for name in names[:10])
     return UserError(
         "--compare",
-        found=f"{len(names)} cases in {place} alone ({shown})",
-        expected=f"the same cases and classes in {first.folder} and {second.folder}",
-        hint="Sample the missing cases, or name an --out_pth without their truths.",
+        f"{first.folder} and {second.folder} differ in their cases or classes: "
+        f"{counted(len(names), 'case')} only in {place} ({shown})",
+        "Sample the missing cases, or pass an --out_pth without their truths.",
     )
 
 
 def comparison_text(found: Comparison) -> str:
-    """The table that is printed."""
+    """Format a comparison as the table to print."""
     head = f"{'second less first':<24}{'difference':>11}{'95 % interval':>22}{'p':>9}"
     lines = [head + f"{'higher':>8}{'lower':>7}"]
     for key, paired in found["measures"].items():

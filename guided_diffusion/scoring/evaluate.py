@@ -1,15 +1,15 @@
-"""Scoring a folder of predicted masks against their truths, for ``scripts/segmentation_env.py``.
+"""Scoring a folder of predicted masks against their truths.
 
-Here predictions are paired with truths by case id, each case is scored (``case_scores``), slices of
-one volume also together, and the tables are written beside the predictions: ``scores.csv``,
-``masks.csv``, ``patients.csv``, ``summary.json``. Cases stream through; what is kept of one is its
-row. ``evaluate_all`` is the door, for one class and for several; this room itself prints nothing.
+Predictions are paired with truths by case id, each case is scored, slices of one volume also
+together, and the tables are written beside the predictions: ``scores.csv``, ``masks.csv``,
+``patients.csv``, ``summary.json``. Cases are read one after the other, and only their scores are
+kept. :func:`evaluate_all` is the entry point, for one class and for several.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -18,14 +18,16 @@ from typing import NamedTuple
 import numpy as np
 
 from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
-from guided_diffusion.data.folders import is_nifti
+from guided_diffusion.data.folders import counted, is_nifti
 from guided_diffusion.data.readers import nifti_spacing
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import nearest_path
 from guided_diffusion.layouts import Truth, open_masks
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.case_scores import (
     Binary,
     CaseFiles,
+    CaseMasks,
     MaskScore,
     Scored,
     Scoring,
@@ -34,14 +36,17 @@ from guided_diffusion.scoring.case_scores import (
     score_case,
 )
 from guided_diffusion.scoring.patients import PatientScore, score_patients
-from guided_diffusion.scoring.predictions import Found, Reader, find_predictions
+from guided_diffusion.scoring.predictions import Reader, find_predictions
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
 from guided_diffusion.scoring.surface import surface_distances
 from guided_diffusion.scoring.tables import write_tables
 
+OnCase = Callable[[Sequence[CaseFiles], Sequence[CaseMasks]], None]
+"""Takes the files and masks of a case that has been read, one of each per class."""
+
 
 class Evaluation(NamedTuple):
-    """A scored folder: what was asked, what was found, and everything measured."""
+    """A scored folder: the settings, the files and the scores."""
 
     folder: Path
     scoring: Scoring
@@ -54,7 +59,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     inp_pth: str | Path | None, out_pth: str | Path | None, *, partial: bool = False
 ) -> Summary:
-    """Score a folder of masks of one class with the standard settings, and return the summary."""
+    """Score a folder of masks of one class with the default settings, and return the summary."""
     return evaluate_all(inp_pth, out_pth, partial=partial, one_class=True).summary
 
 
@@ -67,24 +72,25 @@ def evaluate_all(
     mask_labels: str = "",
     raters: Sequence[str] = (),
     one_class: bool = False,
+    on_case: OnCase | None = None,
 ) -> Evaluation:
     """Score the predictions in ``inp_pth`` against the truths in ``out_pth``.
 
-    Args:
-        inp_pth: the result folder; ``find_predictions`` says what is read.
-        out_pth: whatever ``open_masks`` finds for a data layout.
-        scoring: how; None for the standard.
-        partial: score the cases that are on both sides.
-        mask_labels: the classes; without them those that sampling noted, without either one.
-        raters: folders with further masks of the same cases, one for each rater.
-        one_class: everything above 0 is one class, whatever the folder says.
-
     Writes ``scores.csv``, ``masks.csv`` (of members and fusions), ``patients.csv`` where patients
-    are known, and ``summary.json`` into ``inp_pth``, each whole or not at all, after every case has
-    been scored.
+    are known, and ``summary.json`` into ``inp_pth``, atomically, after all cases have been scored.
+
+    Args:
+        inp_pth: the result folder, read by ``find_predictions``.
+        out_pth: a folder of truths, read by ``open_masks``.
+        scoring: the settings; None for the defaults.
+        partial: score the cases that are in both folders.
+        mask_labels: the classes; empty for those that sampling recorded, else a single class.
+        raters: folders with further masks of the same cases, one for each rater.
+        one_class: treat everything above 0 as one class, whatever the folder records.
+        on_case: called with each case's files and masks, so that nobody reads them again.
 
     Raises:
-        UserError: a missing or empty folder, cases without a partner, a file that is not a
+        UserError: a missing or empty folder, cases in one folder only, a file that is not a
             readable mask, a class without files, a truth with a label of no class.
     """
     folder = folder_of(inp_pth, "--inp_pth")
@@ -97,7 +103,7 @@ def evaluate_all(
     scoring = replace(scoring or Scoring(), spacing=spaced)
 
     names = ("",) if classes is None else classes.names
-    scores = _score(cases, names, classes, scoring)
+    scores = _score(cases, names, classes, scoring, on_case)
     summary = {**summarise_all(scores, scoring), **noted(folder)}
     write_tables(folder, scores, summary)
     return Evaluation(folder, scoring, classes, cases, scores, summary)
@@ -121,9 +127,9 @@ def _cases(
         if [case.name for case in cases] != [case.name for case in by_class[0]]:
             raise UserError(
                 folder,
-                found=f"other cases of class {end[1:]} than of class {ends[0][1:]}",
-                expected="a file of each class for every case",
-                hint="Sample again: finished cases are kept.",
+                f"has other cases of class {end[1:]} than of class {ends[0][1:]}; every case needs "
+                "a file of each class",
+                "Sample again: finished cases are kept.",
             )
     return list(zip(*by_class, strict=True))
 
@@ -133,42 +139,37 @@ def pair_cases(
 ) -> list[CaseFiles]:
     """Pair the predictions in ``folder`` with the truths, sorted by id.
 
-    ``end`` stands behind the files' names where they are of one class of several.
+    ``end`` follows the files' names where they are of one class of several. With ``partial`` the
+    cases on one side only are left out.
 
-    Raises UserError that lists the cases which are on one side only (with ``partial`` they are
-    left out), and when no case is on both.
+    Raises:
+        UserError: a case is on one side only, or none is on both.
     """
     predicted = find_predictions(folder, end)
     if not predicted:
         raise UserError(
             folder,
-            found="no prediction",
-            expected=f"files named <case>_output_ens{end}.png directly in it",
-            hint="Give --inp_pth the folder that segmentation_sample.py wrote (its --out_dir).",
+            f"has no prediction, such as files named <case>_output_ens{end}.png directly in it",
+            "Pass to --inp_pth the folder that segmentation_sample.py wrote (its --out_dir).",
         )
 
     common = sorted(predicted.keys() & truths.keys())
     if not common or (not partial and predicted.keys() ^ truths.keys()):
         raise _unpaired(folder, predicted.keys(), truths.keys())
-    return [_case(name, predicted[name], truths[name]) for name in common]
-
-
-def _case(name: str, found: Found, truth: Truth) -> CaseFiles:
-    return CaseFiles(name, found.fused, found.members, truth)
+    return [CaseFiles(name, *predicted[name], truth=truths[name]) for name in common]
 
 
 def _with_raters(
     cases: list[tuple[CaseFiles, ...]], raters: Sequence[Mapping[str, Truth]]
 ) -> list[tuple[CaseFiles, ...]]:
-    """Give every case the masks of its raters; each has to have them all."""
+    """Add the masks of its raters to every case; none may be missing."""
     names = {case[0].name for case in cases}
     for number, rater in enumerate(raters, 1):
         if missing := names - rater.keys():
             raise UserError(
                 "--raters",
-                found=f"no mask of rater {number} for {_cases_text(missing)}",
-                expected="a mask of every rater for every case",
-                hint="Complete the folder, or leave it out.",
+                f"rater {number} has no mask for {_cases_text(missing)}",
+                "Complete the folder, or omit it.",
             )
     return [
         tuple(file._replace(raters=tuple(rater[file.name] for rater in raters)) for file in case)
@@ -179,7 +180,7 @@ def _with_raters(
 def _with_spacing(
     cases: list[tuple[CaseFiles, ...]],
 ) -> tuple[list[tuple[CaseFiles, ...]], bool]:
-    """Give every case the size of its pixels; whether all of them know it."""
+    """Add its pixel size to every case; also return whether it is known for all of them."""
     sizes = {
         path: nifti_spacing(path) if path is not None and is_nifti(path) else None
         for path in {case[0].truth.source for case in cases}
@@ -195,14 +196,15 @@ def _score(
     names: Sequence[str],
     classes: Classes | None,
     scoring: Scoring,
+    on_case: OnCase | None,
 ) -> dict[str, ClassScores]:
-    """Score every case, those of a volume together; the order is that of the cases."""
+    """Score every case in order, the slices of a volume together."""
     scores = {name: ClassScores() for name in names}
     volumes: dict[str, dict[str, MaskScore]] = {name: {} for name in names}
     groups = [sorted(group, key=_plane) for _, group in groupby(cases, _volume)]
     for group in groups:
         truth = group[0][0].truth
-        rows, of_volume = _score_group(group, classes, scoring)
+        rows, of_volume = _score_group(group, classes, scoring, on_case)
         for k, name in enumerate(names):
             for scored in rows[k]:
                 scores[name].add(scored, patient=truth.patient)
@@ -216,7 +218,7 @@ def _score(
 
 
 def _volume(case: tuple[CaseFiles, ...]) -> str:
-    """What is scored together: the slices of a volume, or one case alone."""
+    """The key of the cases to score together: the slices of a volume, or a single case."""
     return case[0].truth.volume or f"/{case[0].name}"
 
 
@@ -225,24 +227,30 @@ def _plane(case: tuple[CaseFiles, ...]) -> int:
 
 
 def _score_group(
-    cases: Sequence[tuple[CaseFiles, ...]], classes: Classes | None, scoring: Scoring
+    cases: Sequence[tuple[CaseFiles, ...]],
+    classes: Classes | None,
+    scoring: Scoring,
+    on_case: OnCase | None,
 ) -> tuple[list[list[Scored]], list[MaskScore]]:
-    """Score the slices of one volume, and the volume where they are all of it; by class."""
+    """Score the slices of one volume, and the volume itself where they are contiguous; by class."""
     read = Reader()
     rows: list[list[Scored]] = [[] for _ in cases[0]]
     stacks: list[list[tuple[Binary, Binary]]] = [[] for _ in cases[0]]
     whole_volume = _is_whole(cases)
     for files in cases:
-        for k, masks in enumerate(load_case(files, classes, read)):
+        by_class = load_case(files, classes, read)
+        for k, masks in enumerate(by_class):
             rows[k].append(score_case(masks, scoring))
             if whole_volume:
                 stacks[k].append((masks.found, metrics.binarise(masks.truth)))
+        if on_case is not None:
+            on_case(files, by_class)
     spacing = cases[0][0].spacing if scoring.spacing else None
     return rows, [_score_volume(stack, spacing, scoring) for stack in stacks if stack]
 
 
 def _is_whole(cases: Sequence[tuple[CaseFiles, ...]]) -> bool:
-    """Whether these are neighbouring planes of one volume, without a gap."""
+    """Whether these are adjacent planes of one volume, without a gap."""
     planes = [case[0].truth.plane for case in cases if case[0].truth.plane is not None]
     return bool(planes) and planes == list(range(planes[0], planes[0] + len(cases)))
 
@@ -261,7 +269,7 @@ def _patients(
     patient_of: Mapping[str, str],
     scoring: Scoring,
 ) -> list[PatientScore]:
-    """One row per patient: the counts of all cases together, the surfaces of an only volume."""
+    """One row per patient: the pooled counts, and the surfaces of a patient's only volume."""
     counts = {row.name: metrics.Confusion(row.tp, row.fp, row.fn, row.tn) for row in scores.rows}
     number = Counter(patient_of.values())
     surfaces = {
@@ -273,7 +281,7 @@ def _patients(
 
 
 def _unpaired(folder: Path, predicted: Iterable[str], true: Iterable[str]) -> UserError:
-    """The error that lists the cases which are on one side only."""
+    """The error that lists the cases on one side only."""
     missing, surplus = set(true) - set(predicted), set(predicted) - set(true)
     parts = []
     if missing:
@@ -286,25 +294,23 @@ def _unpaired(folder: Path, predicted: Iterable[str], true: Iterable[str]) -> Us
         hint = f"Complete the folders, or score the {common} common cases with --partial True."
     else:
         hint = "Not one case is on both sides: check that --out_pth is the data that was sampled."
-    expected = "one prediction <case>_output_ens.png per truth"
-    return UserError(folder, found="; ".join(parts), expected=expected, hint=hint)
+    return UserError(folder, "; ".join(parts), hint)
 
 
 def _cases_text(names: Iterable[str], most: int = 10) -> str:
     """'3 cases (a, b, c)', with the first ten names at most."""
     listed = sorted(names)
     shown = ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
-    return f"{len(listed)} {'case' if len(listed) == 1 else 'cases'} ({shown})"
+    return f"{counted(len(listed), 'case')} ({shown})"
 
 
 def folder_of(path: str | Path | None, flag: str) -> Path:
-    """The folder a flag names, or a UserError that says what is wrong with it."""
+    """The folder that a flag names; a UserError where it is not one."""
     if path is None or not str(path):
-        found, hint = "nothing", f"Add {flag} with a folder."
-    elif not Path(path).exists():
-        found, hint = f"{path}, which does not exist", "Check the path."
-    elif not Path(path).is_dir():
-        found, hint = f"{path}, which is a file", "Give the folder it lies in."
-    else:
-        return Path(path)
-    raise UserError(flag, found=found, expected="a folder", hint=hint)
+        raise UserError(flag, "is missing", f"Add {flag} with a folder.")
+    if not Path(path).exists():
+        hint = nearest_path(Path(path), "Check the path.")
+        raise UserError(f"{flag} {path}", "does not exist", hint)
+    if not Path(path).is_dir():
+        raise UserError(f"{flag} {path}", "is a file, not a folder", "Pass the folder it is in.")
+    return Path(path)

@@ -1,9 +1,9 @@
-"""What a list of scores says: centre, spread, how sure its mean is; and of two lists, which wins.
+"""Statistics of scores: mean, spread and confidence interval of one list, comparison of two.
 
 Means come with the bias-corrected and accelerated (BCa) bootstrap interval of Efron (1987), which
-follows the skew of scores that crowd below 1. Where scores belong to groups (slices to patients),
-whole groups are drawn, for slices of one patient are not independent. The same scores give the
-same interval: the generator's seed is fixed. Called by scoring and the comparison of two folders.
+follows the skew of scores that accumulate below 1. Where scores belong to groups (slices to
+patients), whole groups are drawn, for slices of one patient are not independent. The same scores
+give the same interval: the generator's seed is fixed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES = 5000
 SEED = 0
-_MOST_AT_ONCE = 2**21  # drawn numbers in memory
+_MOST_AT_ONCE = 2**21  # drawn indices in memory
 
 
 class Interval(NamedTuple):
-    """The two ends of a confidence interval; NaN where fewer than two groups were seen."""
+    """The two ends of a confidence interval; NaN for fewer than two groups."""
 
     low: float
     high: float
 
 
 class Description(NamedTuple):
-    """Of ``number`` finite scores: mean, median, standard deviation (n - 1), the mean's interval.
+    """Mean, median, standard deviation (n - 1) and the mean's interval of ``number`` scores.
 
-    All but ``number`` are NaN where there is no score, ``sd`` and the interval where there is one.
+    All but ``number`` are NaN without a score, ``sd`` and the interval with a single one.
     """
 
     number: int
@@ -45,11 +45,11 @@ class Description(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Two lists of scores of the same cases: the mean of second minus first, and how sure it is.
+    """The mean difference, second minus first, of two lists of scores of the same cases.
 
     ``units`` is the number of cases, or of groups; ``higher`` and ``lower`` count those whose mean
-    difference is above and below 0. ``p_value`` is that of the two-sided Wilcoxon signed-rank test
-    (1945) on the units' mean differences, 1 where no unit differs.
+    difference is above and below 0. ``p_value`` is that of the two-sided signed-rank test of
+    Wilcoxon (1945) on the units' mean differences, 1 where no unit differs.
     """
 
     units: int
@@ -62,16 +62,11 @@ class Paired(NamedTuple):
 
 
 def describe(scores: ArrayLike, groups: Sequence[object] | None = None) -> Description:
-    """Describe scores [N]; those that are NaN are left out.
+    """Describe scores [N]; those that are not finite are left out.
 
-    ``groups`` says of each score whom it belongs to; None: every score stands alone.
+    ``groups`` holds the group of each score; None: every score is independent.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    kept = np.isfinite(values)
-    members = (
-        None if groups is None else [group for group, k in zip(groups, kept, strict=True) if k]
-    )
-    values = values[kept]
+    values, groups = _finite(np.asarray(scores, dtype=np.float64), groups)
     if not len(values):
         return Description(0, *[float("nan")] * 5)
     return Description(
@@ -79,7 +74,7 @@ def describe(scores: ArrayLike, groups: Sequence[object] | None = None) -> Descr
         mean=float(values.mean()),
         median=float(np.median(values)),
         sd=float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
-        **mean_interval(values, members)._asdict(),
+        **mean_interval(values, groups)._asdict(),
     )
 
 
@@ -90,10 +85,11 @@ def mean_interval(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """BCa bootstrap interval of the mean of finite scores [N], Efron (1987), eqs. 2.3 and 6.6.
+    """Compute the BCa interval of the mean of finite scores [N], Efron (1987), eqs. 2.3 and 6.6.
 
-    The mean over all scores is recomputed on groups drawn with replacement; a group brings all of
-    its scores. NaN with fewer than two groups; both ends are the mean where nothing varies.
+    The mean over all scores is recomputed on groups drawn with replacement; a drawn group
+    contributes all of its scores. NaN for fewer than two groups; both ends are the mean where
+    nothing varies.
     """
     sums, counts = _by_group(np.asarray(scores, dtype=np.float64), groups)
     if len(sums) < 2:
@@ -119,30 +115,36 @@ def compare(first: ArrayLike, second: ArrayLike, groups: Sequence[object] | None
     With ``groups`` the units of the test are the groups' mean differences.
     """
     difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    kept = np.isfinite(difference)
-    members = (
-        None if groups is None else [group for group, k in zip(groups, kept, strict=True) if k]
-    )
-    difference = difference[kept]
+    difference, groups = _finite(difference, groups)
     if not len(difference):
         nan = float("nan")
         return Paired(0, nan, nan, nan, nan, higher=0, lower=0)
 
-    sums, counts = _by_group(difference, members)
+    sums, counts = _by_group(difference, groups)
     units = sums / counts
     changed = units[units != 0]
     return Paired(
         units=len(units),
         difference=float(difference.mean()),
-        **mean_interval(difference, members)._asdict(),
+        **mean_interval(difference, groups)._asdict(),
         p_value=float(wilcoxon(changed).pvalue) if len(changed) else 1.0,
         higher=int((units > 0).sum()),
         lower=int((units < 0).sum()),
     )
 
 
+def _finite(
+    values: Floats, groups: Sequence[object] | None
+) -> tuple[Floats, Sequence[object] | None]:
+    """Leave out the values that are not finite, and their groups."""
+    kept = np.isfinite(values)
+    if groups is not None:
+        groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
+    return values[kept], groups
+
+
 def _by_group(values: Floats, groups: Sequence[object] | None) -> tuple[Floats, Floats]:
-    """Sum and number of the scores of each group."""
+    """Compute sum and number of the scores of each group."""
     if groups is None:
         return values, np.ones_like(values)
     places: dict[object, int] = {}
@@ -151,7 +153,7 @@ def _by_group(values: Floats, groups: Sequence[object] | None) -> tuple[Floats, 
 
 
 def _resampled(sums: Floats, counts: Floats, resamples: int) -> Floats:
-    """The mean of each of so many draws of groups; drawn in pieces, so that memory is bounded."""
+    """Compute the mean of each draw of groups; drawn in pieces, so that memory is bounded."""
     generator, groups = np.random.default_rng(SEED), len(sums)
     piece = max(1, _MOST_AT_ONCE // groups)
     means = []

@@ -1,8 +1,7 @@
-"""How a mask is scored against its truth, from four counts and in NumPy alone.
+"""Overlap metrics of a mask against its truth, from the four confusion counts; NumPy alone.
 
-Here live the confusion counts with the ratios made of them, the rules for empty masks, and the
-arithmetic of MedSegDiff's evaluation script, kept so that published numbers can be compared. The
-scoring (``evaluate``), the pictures and the tests call it; nothing here reads a file or prints.
+The confusion counts with the ratios computed from them, the rules for empty masks, and the
+arithmetic of MedSegDiff's evaluation script, so that published numbers can be compared.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ class Confusion(NamedTuple):
 
 
 def binarise(values: ArrayLike, threshold: float = THRESHOLD) -> NDArray[np.bool_]:
-    """Foreground is where ``values >= threshold``; any shape, range [0, 1].
+    """Threshold values in [0, 1] of any shape: foreground is where ``values >= threshold``.
 
-    With "greater or equal" a soft mask and its 8-bit file always agree at 0.5: level 128 is the
-    first one that 0.5 is rounded to.
+    With "greater or equal" a soft mask and its 8-bit file always agree at 0.5, which is rounded to
+    level 128.
     """
     return np.asarray(values) >= threshold
 
@@ -71,19 +70,19 @@ def confusion(prediction: ArrayLike, truth: ArrayLike) -> Confusion:
 
 
 def dice(counts: Confusion, *, empty: float = 1.0) -> float:
-    """2 tp / (2 tp + fp + fn), Dice (1945); ``empty`` where both masks are empty."""
+    """Compute 2 tp / (2 tp + fp + fn), Dice (1945); ``empty`` where both masks are empty."""
     tp, fp, fn, _ = counts
     return _ratio(2 * tp, 2 * tp + fp + fn, empty)
 
 
 def iou(counts: Confusion, *, empty: float = 1.0) -> float:
-    """Intersection over union, Jaccard (1912): tp / (tp + fp + fn); ``empty`` where both are."""
+    """Compute tp / (tp + fp + fn), Jaccard (1912); ``empty`` where both masks are empty."""
     tp, fp, fn, _ = counts
     return _ratio(tp, tp + fp + fn, empty)
 
 
 def sensitivity(counts: Confusion, *, empty: float = 1.0) -> float:
-    """Share of the truth that was found, tp / (tp + fn).
+    """Compute the fraction of the truth that is found, tp / (tp + fn).
 
     NaN (undefined) where the truth alone is empty, ``empty`` where both masks are.
     """
@@ -91,7 +90,7 @@ def sensitivity(counts: Confusion, *, empty: float = 1.0) -> float:
 
 
 def precision(counts: Confusion, *, empty: float = 1.0) -> float:
-    """Share of the prediction that is true, tp / (tp + fp).
+    """Compute the fraction of the prediction that is true, tp / (tp + fp).
 
     NaN (undefined) where the prediction alone is empty, ``empty`` where both masks are.
     """
@@ -99,12 +98,12 @@ def precision(counts: Confusion, *, empty: float = 1.0) -> float:
 
 
 def specificity(counts: Confusion) -> float:
-    """Share of the background left alone, tn / (tn + fp); NaN where the truth fills the image."""
+    """Compute tn / (tn + fp), in [0, 1]; NaN where the truth fills the image."""
     return _ratio(counts.tn, counts.tn + counts.fp, float("nan"))
 
 
 def volume_difference(counts: Confusion) -> float:
-    """How much larger the prediction is than the truth: (fp - fn) / (tp + fn), in [-1, inf).
+    """Compute the relative difference in size, (fp - fn) / (tp + fn), in [-1, inf).
 
     NaN where the truth is empty.
     """
@@ -112,7 +111,7 @@ def volume_difference(counts: Confusion) -> float:
 
 
 class Ratios(NamedTuple):
-    """All scores that the four counts give; NaN where one is undefined or left out."""
+    """All scores from the four counts; NaN where one is undefined or left out."""
 
     dice: float
     iou: float
@@ -123,7 +122,7 @@ class Ratios(NamedTuple):
 
 
 def ratios(counts: Confusion, *, rule: str = "match") -> Ratios:
-    """Every ratio by one of :data:`EMPTY_RULES`, which says what empty masks count for."""
+    """Compute every ratio; ``rule``, one of :data:`EMPTY_RULES`, is that for empty masks."""
     if rule == "skip" and counts.empty_truth:
         return Ratios(*[float("nan")] * len(Ratios._fields))
 
@@ -140,12 +139,12 @@ def ratios(counts: Confusion, *, rule: str = "match") -> Ratios:
 
 
 def parent_scores(prediction: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
-    """MedSegDiff's ``(iou, dice)`` of one image, from its ``segmentation_env.py``.
+    """Compute MedSegDiff's ``(iou, dice)`` of one image, as in its ``segmentation_env.py``.
 
-    The prediction [H, W], of any positive scale, is divided by its own maximum; the truth [H, W]
-    is in [0, 1]. Both are cut at five thresholds, smoothed by 1e-6 (IoU) and 1e-4 (Dice), and
-    averaged over the thresholds. The parents do this at 256 x 256 (``PARENT_SIZE``): bringing
-    both sides there is the caller's part. Raises ValueError when the shapes differ.
+    The prediction [H, W], of any positive scale, is divided by its maximum; the truth [H, W] is in
+    [0, 1]. Both are binarised at five thresholds, and the scores, smoothed by 1e-6 (IoU) and 1e-4
+    (Dice), are averaged over these. The parents do this at 256 x 256 (``PARENT_SIZE``), to which
+    the caller resizes both. Raises ValueError when the shapes differ.
     """
     soft, true = np.asarray(prediction, dtype=np.float32), np.asarray(truth, dtype=np.float32)
     _same_shape(soft, true)
@@ -160,7 +159,7 @@ def parent_scores(prediction: ArrayLike, truth: ArrayLike) -> tuple[float, float
 def _parent_pair(
     soft: NDArray[np.float32], true: NDArray[np.float32], tau: np.float32
 ) -> tuple[float, float]:
-    """Both scores at one threshold, the truth cut at it as well."""
+    """Compute both scores at one threshold, which also binarises the truth."""
     counts = confusion(soft > tau, true > tau)
     return _smooth_iou(counts), _smooth_dice(counts)
 
@@ -180,7 +179,7 @@ def _ratio(numerator: int, denominator: int, undefined: float) -> float:
 
 
 def _undefined(counts: Confusion, empty: float) -> float:
-    """What 0 / 0 stands for: the empty-mask rule if both masks are empty, else nothing at all."""
+    """The value of 0 / 0: ``empty`` if both masks are empty, else NaN."""
     return empty if counts.empty_truth and counts.empty_prediction else float("nan")
 
 

@@ -1,7 +1,7 @@
 """Scores per patient: the voxels of all of a patient's slices, counted together.
 
-A slice with a few voxels of a lesion weighs as much as the largest one in a mean over slices; here
-every voxel weighs the same, as in scores of whole volumes. Called by ``evaluate``.
+In a mean over slices one with a few lesion voxels weighs as much as the largest; here every voxel
+weighs the same, as in scores of whole volumes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 from guided_diffusion.scoring import metrics
 
 Surfaces = tuple[float | None, float | None, float | None]
-"""HD95, average surface distance and surface Dice of a volume."""
+"""HD95, average surface distance and surface Dice of a volume; None where undefined."""
 
 
 class PatientScore(NamedTuple):
     """One row of ``patients.csv``; the fields are its columns, in this order.
 
-    The last three are of the patient's volume, None where that is not one and whole.
+    The last three are those of the patient's volume, None unless there is one, without gaps.
     """
 
     patient: str
@@ -49,7 +49,7 @@ def score_patients(
     """Pool the counts of each patient's cases, sorted by patient.
 
     ``counts`` and ``patients`` are by case, ``surfaces`` by patient; a case without a patient is
-    left out. ``rule`` is one of :data:`guided_diffusion.metrics.EMPTY_RULES`.
+    left out. ``rule`` is one of :data:`guided_diffusion.scoring.metrics.EMPTY_RULES`.
     """
     pooled: dict[str, list[metrics.Confusion]] = {}
     for case, confusion in counts.items():
@@ -84,7 +84,7 @@ def _pool(
 
 
 def summarise_patients(scores: Iterable[PatientScore]) -> dict[str, float | int | None]:
-    """How many patients there are, and the mean of their Dice; None where there are none."""
+    """Return the number of patients and the mean of their Dice; None where there are none."""
     rows = list(scores)
     dice = [score.dice for score in rows if score.dice is not None]
     return {

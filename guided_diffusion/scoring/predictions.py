@@ -1,10 +1,10 @@
 """Finding and reading predicted masks: this suite's result folders, the parents', and bare masks.
 
-What is read is the first of these that a folder has: ``<case>_output_ens`` as a picture or NIfTI
+A folder is read by the first of these that it has: ``<case>_output_ens`` as a picture or NIfTI
 (soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``. A
 member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or
 a strip of panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI
-volume stands for its axial slices, ``<case>_slice000`` and on. Called by scoring.
+volume stands for its axial slices, ``<case>_slice000`` and so on.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ PADDING = 10
 
 
 class Source(NamedTuple):
-    """Where one mask lies: a file, and the axial plane of it where the file is a volume."""
+    """The source of one mask: a file, and the axial plane where the file is a volume."""
 
     path: Path
     plane: int | None = None
 
     @property
     def tensor(self) -> bool:
-        """Whether it is a bare tensor, as Diffusion-based-Segmentation leaves it."""
+        """Whether it is a tensor as Diffusion-based-Segmentation saves it."""
         return not is_nifti(self.path) and self.path.suffix.lower() not in PICTURES
 
 
@@ -59,9 +59,9 @@ class Found(NamedTuple):
 
 
 def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
-    """Every case with predictions directly in ``folder``, by id.
+    """List every case with predictions directly in ``folder``, by id.
 
-    ``end`` stands behind the files' names where they are of one class of several.
+    ``end`` follows the files' names where they are of one class of several.
     """
     paths = sorted(folder.iterdir())
     members: dict[str, list[Source]] = {}
@@ -77,9 +77,9 @@ def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
 
 
 def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
-    """Files by case and member, of the first kind that there is; a volume becomes its planes.
+    """Find the files of the first kind present, by case and member; a volume becomes its planes.
 
-    A lossless .png wins over a .jpg.
+    A lossless .png takes precedence over a .jpg.
     """
     for kind in KINDS:
         named = re.compile(pattern + kind, re.IGNORECASE)
@@ -108,13 +108,13 @@ def _sources(case: str, index: int, path: Path) -> Iterator[tuple[tuple[str, int
 
 
 class Reader:
-    """Reads masks, decoding each volume once; it lives as long as one volume is scored."""
+    """Reads masks and decodes each volume once; it is kept as long as one volume is scored."""
 
     def __init__(self) -> None:
         self.volumes: dict[Path, Mask] = {}
 
     def __call__(self, source: Source) -> Mask:
-        """The soft mask, float32 [H, W] in [0, 1]; a :class:`UserError` where there is none."""
+        """Read a soft mask, float32 [H, W] in [0, 1]; a :class:`UserError` where it is none."""
         if source.plane is None:
             return read_soft(source.path)
         if source.path not in self.volumes:
@@ -125,8 +125,8 @@ class Reader:
 def read_soft(path: Path) -> Mask:
     """Read one file as a soft mask, float32 [H, W] in [0, 1].
 
-    Pictures have 8 or 16 bits, colour is turned to grey as the parents do, and of a strip of panels
-    the lowest one is taken. Raises UserError for what cannot be read, or holds NaN.
+    Pictures have 8 or 16 bits, colour is converted to grey as the parents do, and of a strip of
+    panels the lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
     """
     if is_nifti(path):
         return _read_nifti(path, 2)
@@ -139,16 +139,16 @@ def read_soft(path: Path) -> Mask:
             deep = picture.mode.startswith("I")
             levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable_prediction(path, error, "an image with one grey mask") from error
+        raise _unreadable_prediction(path, error, "an image of one mask") from error
     soft: Mask = levels / np.float32(65535 if deep else 255)
     return last_panel(soft) if path.suffix.lower() in (".jpg", ".jpeg") else soft
 
 
 def last_panel(picture: Mask) -> Mask:
-    """The lowest of n > 1 square panels [n (s + 10) + 10, s + 20], else the picture itself.
+    """Return the lowest of n > 1 square panels [n (s + 10) + 10, s + 20], else the picture itself.
 
-    torchvision's ``save_image(nrow=1, padding=10)`` draws it so, on black; a picture of those
-    measures whose padding is not black is no strip.
+    torchvision's ``save_image(nrow=1, padding=10)`` draws such a strip on black; a picture of that
+    size whose padding is not black is no strip.
     """
     height, width = picture.shape
     side = width - 2 * PADDING
@@ -165,7 +165,7 @@ def last_panel(picture: Mask) -> Mask:
 def read_tensor(path: Path) -> Mask:
     """Read a tensor [..., H, W] as Diffusion-based-Segmentation saves its samples.
 
-    The last channel is the mask; it is clamped to [0, 1]. Nothing but a tensor is unpickled.
+    The last channel is the mask, clamped to [0, 1], float32 [H, W]. Only tensors are unpickled.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -176,12 +176,8 @@ def read_tensor(path: Path) -> Mask:
         raise _unreadable_prediction(path, ValueError(f"it holds {shape}"), "a tensor [..., H, W]")
     mask = loaded.reshape(-1, *loaded.shape[-2:])[-1].float()
     if not torch.isfinite(mask).all():
-        raise UserError(
-            path,
-            found="NaN or infinite values",
-            expected="a soft mask of finite numbers",
-            hint="Sample this case again, or remove the file.",
-        )
+        hint = "Sample this case again, or remove the file."
+        raise UserError(path, "has NaN or infinite values", hint)
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
 
@@ -194,11 +190,7 @@ def _read_nifti(path: Path, axes: int) -> Mask:
     return mask
 
 
-def _unreadable_prediction(path: Path, error: BaseException, expected: str) -> UserError:
+def _unreadable_prediction(path: Path, error: BaseException, kind: str) -> UserError:
     why = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(
-        path,
-        found=f"a file that cannot be read ({why})",
-        expected=expected,
-        hint="Sample this case again, or remove the file.",
-    )
+    hint = "Sample this case again, or remove the file."
+    return UserError(path, f"cannot be read as {kind} ({why})", hint)

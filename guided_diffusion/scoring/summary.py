@@ -1,9 +1,8 @@
-"""What a scored folder amounts to: the means of ``summary.json``, and the table that is printed.
+"""The summary of a scored folder: the content of ``summary.json``, and the printed table.
 
-Scores are gathered case by case (:class:`ClassScores`) and then described: over all cases, over
-those with a lesion, by the lesion's size, per patient, for every mask of the ensemble; with the
-calibration of the probability and what the uncertainty is worth. Called by ``evaluate`` and
-``runs``; nothing here reads a mask.
+Scores are collected case by case (:class:`ClassScores`) and then described: over all cases, over
+those with a lesion, by the lesion's size, per patient, and for every mask of the ensemble; with the
+calibration of the probability and the value of the uncertainty.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from guided_diffusion.scoring.patients import PatientScore, summarise_patients
 
 Summary = dict[str, Any]
 METRICS = (*MaskScore._fields, "dice_between", "energy_distance", "dice_best")
-"""The columns of ``scores.csv`` that are described."""
+"""The columns of ``scores.csv`` that the summary describes."""
 SIZES = ("small", "medium", "large")
 
 
 @dataclass
 class ClassScores:
-    """Everything measured of one class: rows, scores of single masks, patients, pixels by level."""
+    """The scores of one class: rows, scores of single masks, patients and tallies of pixels."""
 
     rows: list[CaseScore] = field(default_factory=list)
     masks: list[dict[str, MaskScore]] = field(default_factory=list)
@@ -49,7 +48,7 @@ class ClassScores:
     uncertainty: Tally = field(default_factory=Tally.empty)
 
     def add(self, scored: Scored, *, patient: str = "") -> None:
-        """Take in one case."""
+        """Add the scores of one case."""
         self.rows.append(scored.row)
         self.masks.append(scored.masks)
         self.of_patient[scored.row.name] = patient
@@ -57,14 +56,14 @@ class ClassScores:
         self.uncertainty = self.uncertainty.plus(scored.uncertainty)
 
     def groups(self, rows: Iterable[CaseScore]) -> list[str] | None:
-        """Whom each row belongs to, where every case has a patient; else None."""
+        """The patient of each row, where every case has one; else None."""
         if not all(self.of_patient.values()):
             return None
         return [self.of_patient[row.name] for row in rows]
 
 
 def summarise_all(scores: Mapping[str, ClassScores], scoring: Scoring) -> Summary:
-    """The summary of one class, or of several with the means over them on top."""
+    """Summarise one class, or several with the means over them at the top level."""
     parts = {name: summarise(of_class, scoring) for name, of_class in scores.items()}
     if "" in parts:
         return parts[""]
@@ -94,9 +93,9 @@ def summarise_all(scores: Mapping[str, ClassScores], scoring: Scoring) -> Summar
 
 
 def summarise(scores: ClassScores, scoring: Scoring) -> Summary:
-    """Means over the cases, over those with a lesion, and everything else that is measured.
+    """Summarise one class: means over all cases and over those with a lesion, and all else.
 
-    A mean over no case at all is None (null in JSON).
+    A mean over no case is None (null in JSON).
     """
     rows = scores.rows
     lesion = [row for row in rows if not row.empty_truth]
@@ -129,7 +128,7 @@ def summarise(scores: ClassScores, scoring: Scoring) -> Summary:
 
 
 def _described(rows: Sequence[CaseScore], scores: ClassScores) -> Summary:
-    """Mean, median, deviation and interval of every measure that is there."""
+    """Describe every metric that is known for a case."""
     groups = scores.groups(rows)
     values = {key: [getattr(row, key) for row in rows] for key in METRICS}
     return {
@@ -142,7 +141,7 @@ def _described(rows: Sequence[CaseScore], scores: ClassScores) -> Summary:
 def describe_values(
     values: Sequence[float | None], groups: Sequence[str] | None = None
 ) -> dict[str, float | int | None]:
-    """A description as JSON has it: what is no number is null."""
+    """Describe values for JSON: None (null) stands for NaN."""
     found = describe([math.nan if value is None else value for value in values], groups)
     return {key: _known(value) for key, value in found._asdict().items()}
 
@@ -152,7 +151,7 @@ def _known(value: float) -> float | int | None:
 
 
 def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
-    """The thirds of the cases with a lesion, from the smallest lesions to the largest."""
+    """Describe the thirds of the cases with a lesion, from the smallest lesions to the largest."""
     ordered = sorted(lesion, key=lambda row: (row.size or 0, row.name))
     if len(ordered) < 2 * len(SIZES):
         return []
@@ -173,7 +172,7 @@ def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
 
 
 def _masks(scores: ClassScores) -> Summary:
-    """Each kind of mask on the cases with a lesion; single members are one kind, as a mean."""
+    """Average each kind of mask over the cases with a lesion; all members are one kind."""
     pooled: dict[str, list[MaskScore]] = {}
     for row, masks in zip(scores.rows, scores.masks, strict=True):
         for name, score in masks.items() if not row.empty_truth else ():
@@ -187,9 +186,9 @@ def _masks(scores: ClassScores) -> Summary:
 
 
 def _calibration(tally: Tally) -> Summary:
-    """Of all pixels, and of those that either side takes for foreground at all."""
+    """Describe the calibration over all pixels, and over those that are not surely background."""
     region = tally.counts.copy()
-    region[0, 0] = region[0, 1]  # background by both, most of a picture, is left out
+    region[0, 0] = region[0, 1]  # leave out background of probability 0, most of a picture
     return {
         "bins": BINS,
         "error": _known(calibration_error(tally)),
@@ -199,28 +198,25 @@ def _calibration(tally: Tally) -> Summary:
 
 
 def _uncertainty(scores: ClassScores, scoring: Scoring) -> Summary:
-    """What the uncertainty says of the error: of cases (those with a Dice), and of pixels."""
+    """Describe how the uncertainty predicts the error of cases (with a Dice) and of pixels."""
     rows = [row for row in scores.rows if row.dice is not None and row.uncertainty is not None]
-    doubt = [row.uncertainty or 0.0 for row in rows]
+    uncertainty = [row.uncertainty or 0.0 for row in rows]
     errors = [1 - (row.dice or 0.0) for row in rows]
     low = [error > 1 - scoring.low_dice for error in errors]
     curve = sparsification(scores.uncertainty)
     members = Counter(row.members > 1 for row in scores.rows)
     return {
         "of": "members" if members[True] == len(scores.rows) else "fused mask",
-        "correlation": _known(rank_correlation(doubt, errors)),
+        "correlation": _known(rank_correlation(uncertainty, errors)),
         "low_dice": scoring.low_dice,
         "low_cases": sum(low),
-        "auroc": _known(auroc(doubt, low)),
-        "sparsification": {
-            **curve._asdict(),
-            "area": _known(curve.area),
-        },
+        "auroc": _known(auroc(uncertainty, low)),
+        "sparsification": {**curve._asdict(), "area": _known(curve.area)},
     }
 
 
 def noted(folder: Path) -> Summary:
-    """What sampling noted in ``predictions.csv``: seconds per case, and its count of settings."""
+    """Read the seconds per case and the number of settings from ``predictions.csv``."""
     path = folder / "predictions.csv"
     rows: list[dict[str, str]] = []
     if path.exists():
@@ -233,7 +229,7 @@ def noted(folder: Path) -> Summary:
 
 
 def summary_text(summary: Summary) -> str:
-    """The text that the scoring script prints: the parents' two lines, then our own table."""
+    """Format a summary for printing: the parents' two lines, then the table."""
     mean = ", mean of classes" if "classes" in summary else ""
     rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]
     rows.append(("Dice of single members", "dice_member"))
@@ -252,24 +248,24 @@ def summary_text(summary: Summary) -> str:
             f"iou is {summary['parent_iou']!r}",
             f"dice is {summary['parent_dice']!r}",
             "",
-            f"{'at 0.5, own size':<24}{'all cases':>10}{'with lesion':>14}",
+            f"{'threshold 0.5, full size':<24}{'all cases':>10}{'with lesion':>14}",
             *lines,
             *_distance_lines(summary),
             *_patient_lines(summary),
             f"{'cases':<24}{summary['cases']:>10}{_with_lesion(summary):>14}",
             f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
             "",
-            *_sure_lines(summary),
+            *_confidence_lines(summary),
             f"empty truths {summary['empty_truth']}, empty predictions "
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
             f"empty masks: {summary['empty_rule']}",
-            *_mixture(summary),
+            *_settings_warning(summary),
         ]
     )
 
 
 def _distance_lines(summary: Summary) -> list[str]:
-    """HD95 and surface Dice of one class; of several they stand in ``summary.json``."""
+    """HD95 and surface Dice of one class; those of several are in ``summary.json`` only."""
     unit, tolerance = (summary["distances"][key] for key in ("unit", "tolerance"))
     labels = {"hd95": f"HD95, {unit}", "surface_dice": f"surface Dice, {tolerance:g} {unit}"}
     return [
@@ -284,8 +280,8 @@ def _mean(summary: Summary, group: str, key: str) -> float | None:
     return None if mean is None else float(mean)
 
 
-def _sure_lines(summary: Summary) -> list[str]:
-    """How sure the mean Dice is, and what probability and uncertainty are worth."""
+def _confidence_lines(summary: Summary) -> list[str]:
+    """The interval of the mean Dice, and the quality of probability and uncertainty."""
     dice = summary.get("scores_lesion", {}).get("dice")
     if not dice or dice["low"] is None:
         return []
@@ -294,22 +290,22 @@ def _sure_lines(summary: Summary) -> list[str]:
         f"Dice with lesion {_number(dice['mean'])}: 95 % interval {_number(dice['low'])} to "
         f"{_number(dice['high'])} (over {drawn}), median {_number(dice['median'])}"
     ]
-    calibration, doubt = summary["calibration"], summary["uncertainty"]
-    worth = [f"calibration error {_number(calibration['error'])}"]
-    if doubt["auroc"] is not None:
-        worth.append(
-            f"uncertainty finds Dice < {doubt['low_dice']:g} with AUROC "
-            f"{_number(doubt['auroc'], 3)}"
+    calibration, uncertainty = summary["calibration"], summary["uncertainty"]
+    parts = [f"calibration error {_number(calibration['error'])}"]
+    if uncertainty["auroc"] is not None:
+        parts.append(
+            f"uncertainty finds Dice < {uncertainty['low_dice']:g} with AUROC "
+            f"{_number(uncertainty['auroc'], 3)}"
         )
-    return [*lines, "; ".join(worth)]
+    return [*lines, "; ".join(parts)]
 
 
-def _mixture(summary: Summary) -> list[str]:
+def _settings_warning(summary: Summary) -> list[str]:
     if summary["settings"] < 2:
         return []
     return [
-        f"beware: these masks are of {summary['settings']} different settings (weights, sampler, "
-        "steps, seed); fingerprint in predictions.csv tells them apart"
+        f"warning: these masks were sampled with {summary['settings']} different settings "
+        "(weights, sampler, steps, seed); see the column fingerprint in predictions.csv"
     ]
 
 
@@ -331,5 +327,5 @@ def _number(value: float | int | str | None, digits: int = 4) -> str:
 
 
 def _with_lesion(summary: Summary) -> int:
-    """How many truths are not empty."""
+    """The number of truths that are not empty."""
     return int(summary["cases"] or 0) - int(summary["empty_truth"] or 0)

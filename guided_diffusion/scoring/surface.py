@@ -1,10 +1,10 @@
-"""How far the surfaces of two masks lie apart, in pixels or, with a spacing, in millimetres.
+"""Distances between the surfaces of two masks, in pixels or, with a spacing, in millimetres.
 
-The surface of a mask is its pixels (voxels) with a face neighbour that is background; what lies
-outside the picture is background. Every pixel of either surface has its Euclidean distance to the
-nearest one of the other, which is found by a k-d tree over the surfaces: exact, and independent of
-the size of the picture. MONAI and medpy define surface and distance alike; where they differ, the
-function says whose it follows. Called by scoring; NumPy and SciPy alone.
+The surface of a mask is its pixels (voxels) with a face neighbour that is background; outside of
+the picture is background. Every pixel of either surface has its Euclidean distance to the nearest
+one of the other, found by a k-d tree over the surfaces: exact, and independent of the size of the
+picture. MONAI and medpy define surface and distance alike; where they differ, the docstring says
+which one is followed. NumPy and SciPy alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Distances = NDArray[np.float64]
 
 
 class SurfaceDistances(NamedTuple):
-    """Distances of each surface's pixels to the other surface, float64 [N], in the spacing's unit.
+    """Distances of each surface's pixels to the other surface, float64 [N], in units of spacing.
 
     ``to_truth`` has one entry per surface pixel of the prediction, ``to_prediction`` one per
     surface pixel of the truth.
@@ -38,11 +38,11 @@ class SurfaceDistances(NamedTuple):
 def surface_distances(
     prediction: ArrayLike, truth: ArrayLike, *, spacing: Sequence[float] | None = None
 ) -> SurfaceDistances | None:
-    """Distances between the surfaces of two binary masks of one shape, of any dimension.
+    """Compute the distances between the surfaces of two binary masks of one shape, 2-D or 3-D.
 
     ``spacing`` is the size of a pixel along each axis; None counts pixels. Returns None where a
-    mask is empty: then no distance is defined. Raises ValueError when the shapes differ, or the
-    spacing does not fit them.
+    mask is empty, for which no distance is defined. Raises ValueError when the shapes differ, or
+    the spacing does not fit them.
     """
     predicted, true = np.asarray(prediction, dtype=bool), np.asarray(truth, dtype=bool)
     if predicted.shape != true.shape:
@@ -58,7 +58,7 @@ def surface_distances(
 
 
 def surface(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """The positions [N, axes] of a mask's surface pixels."""
+    """Find the positions [N, axes] of a mask's surface pixels."""
     box = _box(mask)
     if box is None:
         return np.zeros((0, mask.ndim), dtype=np.intp)
@@ -75,7 +75,7 @@ def surface(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 
 
 def hd95(distances: SurfaceDistances) -> float:
-    """The larger of the two directed 95th percentiles (linear between ranks), as in MONAI.
+    """Compute the larger of the two directed 95th percentiles (linear between ranks), as in MONAI.
 
     medpy takes the percentile of ``distances.pooled`` instead.
     """
@@ -83,17 +83,17 @@ def hd95(distances: SurfaceDistances) -> float:
 
 
 def hausdorff(distances: SurfaceDistances) -> float:
-    """The largest distance of all."""
+    """Compute the Hausdorff distance: the largest distance of all."""
     return float(max(directed.max() for directed in distances))
 
 
 def average_surface_distance(distances: SurfaceDistances) -> float:
-    """The mean over both surfaces' pixels together (ASSD), as in MONAI and medpy."""
+    """Compute the mean over the pixels of both surfaces (ASSD), as in MONAI and medpy."""
     return float(distances.pooled.mean())
 
 
 def surface_dice(distances: SurfaceDistances, tolerance: float) -> float:
-    """Share of both surfaces' pixels within ``tolerance`` of the other one, in [0, 1].
+    """Compute the fraction of both surfaces' pixels within ``tolerance`` of the other, in [0, 1].
 
     Nikolov et al. (2018), eq. 2, with every surface pixel weighing the same, as in MONAI.
     """

@@ -1,4 +1,4 @@
-"""The text files of a scored folder: tables of cases, masks and patients, and the summary."""
+"""The text files of a scored folder: the CSV tables of cases, masks and patients, the summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from guided_diffusion.scoring.summary import ClassScores, Summary
 
 
 def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summary) -> None:
-    """Write every table of a scored folder, each whole or not at all."""
+    """Write every table of a scored folder, each file atomically."""
     rows = {name: of_class.rows for name, of_class in scores.items()}
     write_text(folder / "scores.csv", table_text(rows, CaseScore._fields))
     write_text(folder / "masks.csv", _masks_text(scores))
@@ -28,9 +28,9 @@ def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summa
 def table_text(
     rows: Mapping[str, Sequence[CaseScore] | Sequence[PatientScore]], fields: Sequence[str]
 ) -> str:
-    """One line per case (or patient), and class where there are several, those of a case together.
+    """Format one CSV line per case (or patient) and class, the classes of a case together.
 
-    Flags are 0 and 1, an absent value is nothing.
+    Booleans are written as 0 and 1, None as an empty field.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -43,7 +43,7 @@ def table_text(
 
 
 def _masks_text(scores: Mapping[str, ClassScores]) -> str:
-    """One line for the fused mask, every member and every fusion of a case."""
+    """Format one CSV line for the fused mask, every member and every fusion of a case."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", *_class_column(scores, "class"), "mask", *MaskScore._fields])
@@ -59,7 +59,7 @@ def _class_column(rows: Mapping[str, object], name: str) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a table into the result folder, whole or not at all."""
+    """Write a text file into the result folder atomically."""
     with atomic_write(
         path, hint="Change the permissions, or copy the predictions elsewhere."
     ) as part:

@@ -1,10 +1,7 @@
-"""Seeded phantoms: brain-MRI-like patients and skin-like pictures with ambiguous lesions.
+"""Smooth random fields in millimetres, of which the phantoms are made.
 
-A phantom patient is a smooth function of millimetres, made of random fields on fixed coarse grids,
-sampled on whatever voxel grid is asked for; slices, whole volumes and every rater's mask therefore
-come from one anatomy. Lesions fade out over a border zone whose width varies along the contour,
-no single modality shows them by brightness alone, and raters differ where the border fades.
-Written to disk by `phantom_folders`; nothing here needs torch.
+A field is drawn on a fixed coarse grid of B-spline knots and sampled on any voxel grid, so the same
+random stream gives the same anatomy at every resolution. NumPy alone.
 """
 
 from __future__ import annotations
@@ -29,12 +26,6 @@ class Grid(NamedTuple):
     steps: tuple[float, ...]  # spacing in mm along each axis
 
 
-# --- random fields ------------------------------------------------------------------------------
-def random_stream(seed: int, patient: int, name: str) -> np.random.Generator:
-    """Return the random stream of one named ingredient, independent of all other ingredients."""
-    return np.random.Generator(np.random.PCG64([seed, patient, zlib.crc32(name.encode())]))
-
-
 def sample_grid(shape: Sequence[int]) -> Grid:
     """Return voxel centres in mm of a grid of this shape over the field of view."""
     steps = tuple(extent / n for extent, n in zip(FIELD_OF_VIEW, shape, strict=False))
@@ -42,17 +33,9 @@ def sample_grid(shape: Sequence[int]) -> Grid:
     return Grid(tuple(axes), steps)
 
 
-def spline_weights(x: Array, extent: float, spacing: float) -> Array:
-    """Return cubic B-spline weights [len(x), knots] of positions x (mm) on a fixed knot grid."""
-    position = (x + extent / 2) / spacing + 1
-    first = np.floor(position).astype(int)
-    f = position - first
-    taps = ((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, 1 + 3 * (f + f**2 - f**3), f**3)
-
-    weights = np.zeros((len(x), ceil(extent / spacing) + 4))
-    for offset, tap in enumerate(taps):
-        weights[np.arange(len(x)), first - 1 + offset] = tap / 6
-    return weights
+def random_stream(seed: int, patient: int, name: str) -> np.random.Generator:
+    """Return the random stream of one named component, independent of all other components."""
+    return np.random.Generator(np.random.PCG64([seed, patient, zlib.crc32(name.encode())]))
 
 
 def smooth_field(rng: np.random.Generator, grid: Grid, *, spacing: float) -> Field:
@@ -73,19 +56,24 @@ def smooth_field(rng: np.random.Generator, grid: Grid, *, spacing: float) -> Fie
     return scaled
 
 
+def spline_weights(x: Array, extent: float, spacing: float) -> Array:
+    """Return cubic B-spline weights [len(x), knots] of positions x (mm) on a fixed knot grid."""
+    position = (x + extent / 2) / spacing + 1
+    first = np.floor(position).astype(int)
+    f = position - first
+    taps = ((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, 1 + 3 * (f + f**2 - f**3), f**3)
+
+    weights = np.zeros((len(x), ceil(extent / spacing) + 4))
+    for offset, tap in enumerate(taps):
+        weights[np.arange(len(x)), first - 1 + offset] = tap / 6
+    return weights
+
+
 def ramp(x: Field, half_width: Field | float) -> Field:
     """Rise smoothly from 0 at -half_width to 1 at +half_width (cubic; exact arithmetic only)."""
     t = np.clip(0.5 + 0.5 * x / half_width, 0, 1)
     risen: Field = t * t * (3 - 2 * t)
     return risen
-
-
-def blob(grid: Grid, centre: ArrayLike, radii: ArrayLike) -> Field:
-    """Return the approximate signed distance in mm to an ellipsoid, positive inside."""
-    parts = zip(np.ix_(*grid.axes), np.asarray(centre), np.asarray(radii), strict=True)
-    rho: Field = np.sqrt(sum(((x - c) / r) ** 2 for x, c, r in parts))
-    distance: Field = (1 - rho) * np.min(radii)
-    return distance
 
 
 def blobs(
@@ -103,3 +91,11 @@ def blobs(
         radii = rng.uniform(*radius) * rng.uniform(0.75, 1.3, len(reach))
         np.maximum(union, blob(grid, centre, radii), out=union)
     return union
+
+
+def blob(grid: Grid, centre: ArrayLike, radii: ArrayLike) -> Field:
+    """Return the approximate signed distance in mm to an ellipsoid, positive inside."""
+    parts = zip(np.ix_(*grid.axes), np.asarray(centre), np.asarray(radii), strict=True)
+    rho: Field = np.sqrt(sum(((x - c) / r) ** 2 for x, c, r in parts))
+    distance: Field = (1 - rho) * np.min(radii)
+    return distance

@@ -1,7 +1,6 @@
-"""Phantoms on disk, in the layouts the data sets read: BraTS slices and volumes, ISIC pictures,
-images labelled as a whole.
+"""Phantoms on disk, in the layouts that the loaders read.
 
-Called by `scripts/make_phantoms.py`, by the tests and by the benchmarks.
+BraTS slices and volumes, ISIC pictures, and images with image-level labels.
 """
 
 from __future__ import annotations
@@ -24,57 +23,14 @@ HEALTHY_EVERY = 6  # every sixth slice slot shows no lesion
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
-def split_patients(patients: int, training: float) -> tuple[range, range]:
-    """Return the patient numbers for training and for testing; `training` is the first's share."""
-    cut = round(patients * training)
-    return range(cut), range(cut, patients)
+class IsicPlace(NamedTuple):
+    """Where one ISIC picture goes: paths relative to the data set, and its line of the CSV."""
 
-
-def save_nifti(
-    path: Path, data: Array, *, voxel_mm: Sequence[float], slope: float | None = None
-) -> None:
-    """Write an array as NIfTI in the BraTS orientation; `slope` turns stored numbers into values.
-
-    Creates the parent folders.
-    """
-    sizes = (*voxel_mm[: data.ndim], 1.0)[:3]
-    affine = np.diag((-sizes[0], -sizes[1], sizes[2], 1.0))
-    image: Any = nib.Nifti1Image(data, affine)
-    if slope is not None:
-        image.header.set_slope_inter(slope, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
-
-
-def choose_slices(phantom: Patient, *, first_slot: int, count: int) -> list[int]:
-    """Return `count` axial slice numbers of a patient whose slots start at `first_slot`.
-
-    Lesion slots are spread over the slices where the lesion is at least half as large as at its
-    largest; every `HEALTHY_EVERY`-th slot of the whole data set takes a slice without any lesion.
-    Raises UserError where the patient has too few slices for that.
-    """
-    area = (phantom.labels > 0).sum((0, 1))
-    brain = (phantom.modalities["t1"] > 0).sum((0, 1))
-    contrast = (phantom.level > -phantom.fade).any((0, 1))
-    with_lesion = np.flatnonzero(area >= 0.5 * area.max())
-    without = np.flatnonzero(~contrast & (brain >= 0.5 * brain.max()))
-
-    slots = range(first_slot, first_slot + count)
-    healthy = sum((slot + 1) % HEALTHY_EVERY == 0 for slot in slots)
-    chosen = spread(with_lesion, count - healthy, kind="with a lesion")
-    return sorted(chosen + spread(without, healthy, kind="without one"))
-
-
-def spread(numbers: Array, count: int, *, kind: str) -> list[int]:
-    """Return `count` of the slice numbers, evenly spaced: the middles of `count` equal parts."""
-    if len(numbers) < count:
-        raise UserError(
-            "--slices",
-            found=f"a need for {count} slices {kind}",
-            expected=f"at most {len(numbers)}, all that this patient has",
-            hint="Ask for fewer slices or a larger size.",
-        )
-    return [int(numbers[(2 * i + 1) * len(numbers) // (2 * count)]) for i in range(count)]
+    picture: str
+    mask: str
+    table: str
+    header: str
+    row: str  # `{index}` is the running number within the table
 
 
 def write_brats_slices(
@@ -102,18 +58,6 @@ def write_brats_slices(
         for slot, z in enumerate(choose_slices(phantom, first_slot=first, count=slices), first):
             stem = f"{part}/{slot + 1:06d}/brats_train_{patient + 1:03d}_{{}}_{z:03d}_w.nii.gz"
             save_slice(Path(out), stem, phantom=phantom, z=z)
-
-
-def save_slice(out: Path, stem: str, *, phantom: Patient, z: int) -> None:
-    """Write one slice's modalities, label and raters' masks; `{}` in `stem` is the modality."""
-    voxel = phantom.voxel_mm
-    for name, image in phantom.modalities.items():
-        stored = np.rint(255 * image[..., z]).astype(np.uint8)
-        save_nifti(out / stem.format(name), stored, voxel_mm=voxel, slope=1 / 255)
-    save_nifti(out / stem.format("seg"), phantom.labels[..., z], voxel_mm=voxel)
-    for r, mask in enumerate(phantom.raters, 1):
-        path = out / f"raters/rater{r}" / stem.format("seg")
-        save_nifti(path, mask[..., z], voxel_mm=voxel)
 
 
 def write_brats_volumes(
@@ -168,9 +112,8 @@ def write_isic(
     """
     names = {"2023": isic_2023, "2025": isic_2025}
     if generation not in names:
-        raise UserError(
-            "generation", found=repr(generation), expected=sorted(names), hint="Name one of these."
-        )
+        known = " and ".join(sorted(names))
+        raise UserError("generation", f"{generation!r} is unknown", f"Choose between {known}.")
     tables: dict[Path, list[str]] = {}
     train, _ = split_patients(patients, training)
     for number in progress(range(patients)):
@@ -193,7 +136,7 @@ def write_weak(
     training: float = 0.8,
     progress: Progress = iter,
 ) -> None:
-    """Write T2 slices sorted by image-level labels, every other patient being healthy.
+    """Write T2 slices sorted by image-level label, every other patient being healthy.
 
     `out/{training,validate}/{normal,tumor}/phantom_PPP_SSS.png`, grey, and the tumours' masks in
     `seg/`. In T2 fluid and cysts, which all patients have, are brighter than lesions. Healthy
@@ -215,20 +158,68 @@ def write_weak(
                 save_picture(folder / "seg" / name, mask)
 
 
-def save_picture(path: Path, pixels: Array) -> None:
-    """Write a picture; creates the folders."""
+def split_patients(patients: int, training: float) -> tuple[range, range]:
+    """Return the patient numbers for training and for testing; `training` is the fraction."""
+    cut = round(patients * training)
+    return range(cut), range(cut, patients)
+
+
+def choose_slices(phantom: Patient, *, first_slot: int, count: int) -> list[int]:
+    """Return `count` axial slice numbers of a patient whose slots start at `first_slot`.
+
+    Lesion slots are spread over the slices where the lesion is at least half as large as at its
+    largest; every `HEALTHY_EVERY`-th slot of the whole data set takes a slice without any lesion.
+    Raises UserError where the patient has too few slices for that.
+    """
+    area = (phantom.labels > 0).sum((0, 1))
+    brain = (phantom.modalities["t1"] > 0).sum((0, 1))
+    contrast = (phantom.level > -phantom.fade).any((0, 1))
+    with_lesion = np.flatnonzero(area >= 0.5 * area.max())
+    without = np.flatnonzero(~contrast & (brain >= 0.5 * brain.max()))
+
+    slots = range(first_slot, first_slot + count)
+    healthy = sum((slot + 1) % HEALTHY_EVERY == 0 for slot in slots)
+    chosen = spread(with_lesion, count - healthy, kind="with a lesion")
+    return sorted(chosen + spread(without, healthy, kind="without one"))
+
+
+def spread(numbers: Array, count: int, *, kind: str) -> list[int]:
+    """Return `count` of the slice numbers, evenly spaced: the middles of `count` equal parts."""
+    if len(numbers) < count:
+        raise UserError(
+            "--slices",
+            f"needs {count} slices {kind}, but this patient has {len(numbers)}",
+            "Ask for fewer slices or a larger size.",
+        )
+    return [int(numbers[(2 * i + 1) * len(numbers) // (2 * count)]) for i in range(count)]
+
+
+def save_slice(out: Path, stem: str, *, phantom: Patient, z: int) -> None:
+    """Write one slice's modalities, label and raters' masks; `{}` in `stem` is the modality."""
+    voxel = phantom.voxel_mm
+    for name, image in phantom.modalities.items():
+        stored = np.rint(255 * image[..., z]).astype(np.uint8)
+        save_nifti(out / stem.format(name), stored, voxel_mm=voxel, slope=1 / 255)
+    save_nifti(out / stem.format("seg"), phantom.labels[..., z], voxel_mm=voxel)
+    for r, mask in enumerate(phantom.raters, 1):
+        path = out / f"raters/rater{r}" / stem.format("seg")
+        save_nifti(path, mask[..., z], voxel_mm=voxel)
+
+
+def save_nifti(
+    path: Path, data: Array, *, voxel_mm: Sequence[float], slope: float | None = None
+) -> None:
+    """Write an array as NIfTI in the BraTS orientation; `slope` turns stored numbers into values.
+
+    Creates the parent folders.
+    """
+    sizes = (*voxel_mm[: data.ndim], 1.0)[:3]
+    affine = np.diag((-sizes[0], -sizes[1], sizes[2], 1.0))
+    image: Any = nib.Nifti1Image(data, affine)
+    if slope is not None:
+        image.header.set_slope_inter(slope, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, pixels, check_contrast=False)
-
-
-class IsicPlace(NamedTuple):
-    """Where one ISIC picture goes: paths relative to the data set, and its line of the CSV."""
-
-    picture: str
-    mask: str
-    table: str
-    header: str
-    row: str  # `{index}` is the running number within the table
+    nib.save(image, path)
 
 
 def isic_2023(number: int, *, malignant: bool, testing: bool) -> IsicPlace:
@@ -266,3 +257,9 @@ def save_skin(out: Path, place: IsicPlace, *, skin: Skin) -> None:
     files = [(place.picture, skin.picture), (place.mask, skin.mask)]
     for name, pixels in files + list(zip(panel, skin.raters, strict=True)):
         save_picture(out / name, pixels)
+
+
+def save_picture(path: Path, pixels: Array) -> None:
+    """Write a picture; creates the folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, pixels, check_contrast=False)

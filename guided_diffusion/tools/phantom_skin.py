@@ -1,10 +1,7 @@
-"""Seeded phantoms: brain-MRI-like patients and skin-like pictures with ambiguous lesions.
+"""Skin phantoms: seeded dermatoscope-like pictures with ambiguous lesions and several raters.
 
-A phantom patient is a smooth function of millimetres, made of random fields on fixed coarse grids,
-sampled on whatever voxel grid is asked for; slices, whole volumes and every rater's mask therefore
-come from one anatomy. Lesions fade out over a border zone whose width varies along the contour,
-no single modality shows them by brightness alone, and raters differ where the border fades.
-Written to disk by `phantom_folders`; nothing here needs torch.
+The lesions are those of the brain phantoms, in two dimensions: they fade out over a border zone of
+varying width, where raters differ. Freckles, hairs and vignetting surround them.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from guided_diffusion.tools.phantom_fields import (
 from guided_diffusion.tools.phantoms import Lesion, make_lesion, rater_panel
 
 
-# --- skin pictures ------------------------------------------------------------------------------
 class Skin(NamedTuple):
     """A dermatoscope-like picture: uint8 [S, S, 3], masks uint8 [S, S] in {0, 255}, a class."""
 
@@ -37,26 +33,22 @@ class Skin(NamedTuple):
     malignant: bool
 
 
-def freckles(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
-    """Return the amount in [0, 1] of small brown spots on healthy skin, which are no lesion."""
-    count = int(rng.integers(3, 12))
-    spots = blobs(rng, grid, count=count, radius=(3, 11), reach=(112, 112))
-    spots += 1.5 * smooth_field(rng, grid, spacing=9)
-    return ramp(spots, 2.5) * ramp(-lesion.level - lesion.fade - 6, 4) * rng.uniform(0.5, 1)
+def make_skin(seed: int, number: int, *, size: int = 128, raters: int = 0) -> Skin:
+    """Return skin phantom `number` of the world `seed` as a picture of size x size pixels.
 
+    The picture always spans the same field, so another size shows the same lesion coarser or
+    finer. A pure function of its arguments.
+    """
+    draw = partial(random_stream, seed, number)
+    grid = sample_grid((size, size))
+    place = draw("skin place")
+    centre, radius = place.uniform(-25, 25, 2), place.uniform(32, 62)
+    lesion = make_lesion(draw("skin lesion"), grid, centre=centre, radius=radius)
 
-def hairs(rng: np.random.Generator, grid: Grid) -> Field:
-    """Return the amount in [0, 1] of thin bent hairs that cross skin and lesion alike."""
-    x, y = np.ix_(*grid.axes)
-    amount = np.zeros((x.size, y.size))
-    for _ in range(int(rng.integers(0, 14))):
-        x0, y0, angle = rng.uniform((-100, -100, 0), (100, 100, np.pi))
-        along = (x - x0) * np.cos(angle) + (y - y0) * np.sin(angle)
-        across = (y - y0) * np.cos(angle) - (x - x0) * np.sin(angle)
-        bent = across - rng.uniform(-0.004, 0.004) * along**2
-        here = ramp(0.7 - np.abs(bent), max(0.6, 0.5 * max(grid.steps)))
-        amount = np.maximum(amount, here * ramp(rng.uniform(25, 90) - np.abs(along), 4))
-    return 0.8 * amount
+    picture = np.rint(255 * skin_picture(draw("skin"), grid, lesion)).astype(np.uint8)
+    labels, panel = rater_panel(seed, number, grid, lesion=lesion, raters=raters)
+    mask, *others = (((m > 0) * 255).astype(np.uint8) for m in (labels, *panel))
+    return Skin(picture, mask, tuple(others), bool(draw("class").uniform() < 0.25))
 
 
 def skin_picture(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
@@ -83,19 +75,23 @@ def skin_picture(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
     return seen
 
 
-def make_skin(seed: int, number: int, *, size: int = 128, raters: int = 0) -> Skin:
-    """Return skin phantom `number` of the world `seed` as a picture of size x size pixels.
+def freckles(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
+    """Return the amount in [0, 1] of small brown spots on healthy skin, which are no lesion."""
+    count = int(rng.integers(3, 12))
+    spots = blobs(rng, grid, count=count, radius=(3, 11), reach=(112, 112))
+    spots += 1.5 * smooth_field(rng, grid, spacing=9)
+    return ramp(spots, 2.5) * ramp(-lesion.level - lesion.fade - 6, 4) * rng.uniform(0.5, 1)
 
-    The picture always spans the same field, so another size shows the same lesion coarser or
-    finer. A pure function of its arguments.
-    """
-    draw = partial(random_stream, seed, number)
-    grid = sample_grid((size, size))
-    place = draw("skin place")
-    centre, radius = place.uniform(-25, 25, 2), place.uniform(32, 62)
-    lesion = make_lesion(draw("skin lesion"), grid, centre=centre, radius=radius)
 
-    picture = np.rint(255 * skin_picture(draw("skin"), grid, lesion)).astype(np.uint8)
-    labels, panel = rater_panel(seed, number, grid, lesion=lesion, raters=raters)
-    mask, *others = (((m > 0) * 255).astype(np.uint8) for m in (labels, *panel))
-    return Skin(picture, mask, tuple(others), bool(draw("class").uniform() < 0.25))
+def hairs(rng: np.random.Generator, grid: Grid) -> Field:
+    """Return the amount in [0, 1] of thin bent hairs that cross skin and lesion alike."""
+    x, y = np.ix_(*grid.axes)
+    amount = np.zeros((x.size, y.size))
+    for _ in range(int(rng.integers(0, 14))):
+        x0, y0, angle = rng.uniform((-100, -100, 0), (100, 100, np.pi))
+        along = (x - x0) * np.cos(angle) + (y - y0) * np.sin(angle)
+        across = (y - y0) * np.cos(angle) - (x - x0) * np.sin(angle)
+        bent = across - rng.uniform(-0.004, 0.004) * along**2
+        here = ramp(0.7 - np.abs(bent), max(0.6, 0.5 * max(grid.steps)))
+        amount = np.maximum(amount, here * ramp(rng.uniform(25, 90) - np.abs(along), 4))
+    return 0.8 * amount

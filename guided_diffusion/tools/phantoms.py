@@ -1,10 +1,9 @@
-"""Seeded phantoms: brain-MRI-like patients and skin-like pictures with ambiguous lesions.
+"""Brain phantoms: seeded MRI-like patients with ambiguous lesions and several raters.
 
-A phantom patient is a smooth function of millimetres, made of random fields on fixed coarse grids,
-sampled on whatever voxel grid is asked for; slices, whole volumes and every rater's mask therefore
-come from one anatomy. Lesions fade out over a border zone whose width varies along the contour,
-no single modality shows them by brightness alone, and raters differ where the border fades.
-Written to disk by `phantom_folders`; nothing here needs torch.
+A phantom patient is a smooth function of millimetres that can be sampled on any voxel grid; slices,
+whole volumes and every rater's mask therefore show one anatomy. Lesions fade out over a border zone
+whose width varies along the contour, no single modality shows them by brightness alone, and raters
+differ where the border fades. NumPy alone.
 """
 
 from __future__ import annotations
@@ -77,7 +76,79 @@ class Lesion(NamedTuple):
     fade: Field  # half-width of the border zone
 
 
-# --- anatomy ------------------------------------------------------------------------------------
+def make_patient(
+    seed: int,
+    patient: int,
+    *,
+    shape: tuple[int, int, int] = (80, 80, 52),
+    raters: int = 0,
+    healthy: bool = False,
+) -> Patient:
+    """Return phantom patient number `patient` of the world `seed`, sampled on a grid [H, W, D].
+
+    The grid always spans 240 x 240 x 155 mm, so (240, 240, 155) has 1 mm voxels and any other
+    shape shows the same head coarser or finer. `raters` masks of raters 1, 2, ... come along.
+    One who is `healthy` has all but the lesion; `level` says where it would be. A pure function of
+    its arguments.
+    """
+    full = sample_grid(shape)
+    grid, corner = brain_box(full)
+    depth, tissue = anatomy(seed, patient, grid)
+    centre, radius = lesion_place(random_stream(seed, patient, "place"))
+    lesion = make_lesion(random_stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
+
+    inside = depth > 0
+    put = partial(place, shape=shape, corner=corner)
+    amounts = tissue if healthy else tissue | lesion_amounts(lesion)
+    images = render(seed, patient, grid, amounts=amounts, inside=inside)
+    labels, panel = rater_panel(seed, patient, grid, lesion=lesion, raters=raters)
+    return Patient(
+        modalities={name: put(image) for name, image in images.items()},
+        labels=put(labels * (inside & (not healthy))),
+        raters=tuple(put(mask * (inside & (not healthy))) for mask in panel),
+        level=put(np.where(inside, lesion.level, -99).astype(np.float32)),
+        fade=put(lesion.fade.astype(np.float32)),
+        voxel_mm=(full.steps[0], full.steps[1], full.steps[2]),
+    )
+
+
+def brain_box(grid: Grid) -> tuple[Grid, list[slice]]:
+    """Cut the grid down to where brain can be; returns the smaller grid and its place."""
+    corner = []
+    for x, reach in zip(grid.axes, BRAIN_BOX, strict=True):
+        near = np.flatnonzero(np.abs(x) <= reach)
+        corner.append(slice(near[0], near[-1] + 1))
+    axes = tuple(x[part] for x, part in zip(grid.axes, corner, strict=True))
+    return Grid(axes, grid.steps), corner
+
+
+def place(box: Array, shape: Sequence[int], corner: Sequence[slice]) -> Array:
+    """Put an array computed on the brain's box into a zero array of the full shape."""
+    full = np.zeros(shape, box.dtype)
+    full[tuple(corner)] = box
+    return full
+
+
+def anatomy(seed: int, patient: int, grid: Grid) -> tuple[Field, dict[str, Field]]:
+    """Return depth (mm) and the amount in [0, 1] of each healthy tissue, in painting order."""
+    draw = partial(random_stream, seed, patient)
+    depth = brain_depth(draw("outline"), grid)
+    fluid = fluid_distance(draw("folds"), grid, depth)
+    ventricle = ventricles(draw("ventricles"), grid)
+    edge = max(0.8, 0.5 * max(grid.steps))  # partial volume: no edge is sharper than half a voxel
+
+    inner = ramp(fluid - 6.0, 2.0)
+    amounts = {
+        "grey": ramp(4.8 - fluid, edge),
+        "nuclei": ramp(nuclei(draw("nuclei"), grid), edge),
+        "hyperintensity": inner * ramp(hyperintensities(draw("bright"), grid, ventricle), 3.0),
+        "cyst": inner * ramp(cysts(draw("cysts"), grid), 2.0),
+        "fluid": np.maximum(ramp(1.1 - fluid, edge), ramp(ventricle, edge)),
+        "vessel": ramp(vessels(draw("vessels"), grid), edge),
+    }
+    return depth, amounts
+
+
 def brain_depth(rng: np.random.Generator, grid: Grid) -> Field:
     """Return the depth in mm below the brain's surface, positive inside: an uneven egg."""
     x, y, z = np.ix_(*grid.axes)
@@ -152,31 +223,22 @@ def vessels(rng: np.random.Generator, grid: Grid) -> Field:
     return 2.4 - 16 * np.sqrt(first**2 + second**2)
 
 
-def anatomy(seed: int, patient: int, grid: Grid) -> tuple[Field, dict[str, Field]]:
-    """Return depth (mm) and the amount in [0, 1] of each healthy tissue, in painting order."""
-    draw = partial(random_stream, seed, patient)
-    depth = brain_depth(draw("outline"), grid)
-    fluid = fluid_distance(draw("folds"), grid, depth)
-    ventricle = ventricles(draw("ventricles"), grid)
-    edge = max(0.8, 0.5 * max(grid.steps))  # partial volume: no edge is sharper than half a voxel
-
-    inner = ramp(fluid - 6.0, 2.0)
-    amounts = {
-        "grey": ramp(4.8 - fluid, edge),
-        "nuclei": ramp(nuclei(draw("nuclei"), grid), edge),
-        "hyperintensity": inner * ramp(hyperintensities(draw("bright"), grid, ventricle), 3.0),
-        "cyst": inner * ramp(cysts(draw("cysts"), grid), 2.0),
-        "fluid": np.maximum(ramp(1.1 - fluid, edge), ramp(ventricle, edge)),
-        "vessel": ramp(vessels(draw("vessels"), grid), edge),
-    }
-    return depth, amounts
-
-
-# --- lesions and raters -------------------------------------------------------------------------
 def lesion_place(rng: np.random.Generator) -> tuple[Field, float]:
     """Draw a lesion's centre (mm) beside the midline and its mean radius (mm)."""
     x = rng.choice((-1, 1)) * rng.uniform(20, 34)
     return np.array([x, rng.uniform(-38, 38), rng.uniform(-12, 24)]), rng.uniform(20, 28)
+
+
+def make_lesion(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float) -> Lesion:
+    """Draw a lesion around `centre` (mm): its nested level fields and the width of its border."""
+    level = lobes(rng, grid, centre=centre, radius=radius)
+    blur = ramp(smooth_field(rng, grid, spacing=26) - 0.6, 1.0)  # 0 sharp, 1 fading
+    fade = 1.5 + 8.5 * blur
+
+    inset = radius * rng.uniform(0.25, 0.5) + 2.5 * smooth_field(rng, grid, spacing=18)
+    core_level = level - np.maximum(inset, 2.0)
+    rim = np.maximum(rng.uniform(3, 6) + 1.5 * smooth_field(rng, grid, spacing=18), 1.0)
+    return Lesion(level, core_level, rim, fade)
 
 
 def lobes(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float) -> Field:
@@ -191,16 +253,29 @@ def lobes(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float)
     return union + rough
 
 
-def make_lesion(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float) -> Lesion:
-    """Draw a lesion around `centre` (mm): its nested level fields and the width of its border."""
-    level = lobes(rng, grid, centre=centre, radius=radius)
-    blur = ramp(smooth_field(rng, grid, spacing=26) - 0.6, 1.0)  # 0 sharp, 1 fading
-    fade = 1.5 + 8.5 * blur
+def lesion_amounts(lesion: Lesion) -> dict[str, Field]:
+    """Return the amount in [0, 1] of each lesion tissue, in painting order."""
+    soft = 0.5 * lesion.fade + 0.5
+    return {
+        "oedema": ramp(lesion.level, lesion.fade),
+        "enhancing": ramp(lesion.core_level, soft) * ramp(lesion.level, lesion.fade),
+        "core": ramp(lesion.core_level - lesion.rim, soft),
+    }
 
-    inset = radius * rng.uniform(0.25, 0.5) + 2.5 * smooth_field(rng, grid, spacing=18)
-    core_level = level - np.maximum(inset, 2.0)
-    rim = np.maximum(rng.uniform(3, 6) + 1.5 * smooth_field(rng, grid, spacing=18), 1.0)
-    return Lesion(level, core_level, rim, fade)
+
+def rater_panel(
+    seed: int, patient: int, grid: Grid, *, lesion: Lesion, raters: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return the mask of the rater drawn for this patient, and the masks of raters 1, 2, ...
+
+    The drawn rater is one of the first `PANEL`, whatever number of masks is asked for.
+    """
+    drawn = int(random_stream(seed, patient, "rater drawn").integers(1, PANEL + 1))
+    masks = {
+        r: rater_labels(random_stream(seed, patient, f"rater {r}"), grid, lesion)
+        for r in {drawn, *range(1, raters + 1)}
+    }
+    return masks[drawn], tuple(masks[r] for r in range(1, raters + 1))
 
 
 def rater_labels(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Array:
@@ -220,32 +295,19 @@ def rater_labels(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Array:
     return labels
 
 
-def rater_panel(
-    seed: int, patient: int, grid: Grid, *, lesion: Lesion, raters: int
-) -> tuple[Array, tuple[Array, ...]]:
-    """Return the mask of the rater drawn for this patient, and the masks of raters 1, 2, ...
-
-    The drawn rater is one of the first `PANEL`, whatever number of masks is asked for.
-    """
-    drawn = int(random_stream(seed, patient, "rater drawn").integers(1, PANEL + 1))
-    masks = {
-        r: rater_labels(random_stream(seed, patient, f"rater {r}"), grid, lesion)
-        for r in {drawn, *range(1, raters + 1)}
-    }
-    return masks[drawn], tuple(masks[r] for r in range(1, raters + 1))
+def render(
+    seed: int, patient: int, grid: Grid, *, amounts: dict[str, Field], inside: Array
+) -> dict[str, Array]:
+    """Return the four modalities of the painted tissues, name -> float32 in [0, 1]."""
+    jitter = random_stream(seed, patient, "contrast").uniform(-0.04, 0.04, (len(CONTRAST), 4))
+    images = {}
+    for m, name in enumerate(MODALITIES):
+        painted = paint(amounts, modality=m, jitter=jitter)
+        acquired = acquire(random_stream(seed, patient, name), grid, painted)
+        images[name] = scale_slices(acquired, inside)
+    return images
 
 
-def lesion_amounts(lesion: Lesion) -> dict[str, Field]:
-    """Return the amount in [0, 1] of each lesion tissue, in painting order."""
-    soft = 0.5 * lesion.fade + 0.5
-    return {
-        "oedema": ramp(lesion.level, lesion.fade),
-        "enhancing": ramp(lesion.core_level, soft) * ramp(lesion.level, lesion.fade),
-        "core": ramp(lesion.core_level - lesion.rim, soft),
-    }
-
-
-# --- rendering ----------------------------------------------------------------------------------
 def paint(amounts: dict[str, Field], *, modality: int, jitter: Field) -> Field:
     """Mix the tissues of one modality in order, the later over the earlier; returns intensity."""
     names = list(CONTRAST)
@@ -278,69 +340,3 @@ def scale_slices(image: Array, inside: Array) -> Array:
             top = np.percentile(image[..., z][here], 99.7)
             scaled[..., z][here] = np.clip(image[..., z][here] / top, 1 / 255, 1)
     return scaled
-
-
-def render(
-    seed: int, patient: int, grid: Grid, *, amounts: dict[str, Field], inside: Array
-) -> dict[str, Array]:
-    """Return the four modalities of the painted tissues, name -> float32 in [0, 1]."""
-    jitter = random_stream(seed, patient, "contrast").uniform(-0.04, 0.04, (len(CONTRAST), 4))
-    images = {}
-    for m, name in enumerate(MODALITIES):
-        painted = paint(amounts, modality=m, jitter=jitter)
-        acquired = acquire(random_stream(seed, patient, name), grid, painted)
-        images[name] = scale_slices(acquired, inside)
-    return images
-
-
-def place(box: Array, shape: Sequence[int], corner: Sequence[slice]) -> Array:
-    """Put an array computed on the brain's box into a zero array of the full shape."""
-    full = np.zeros(shape, box.dtype)
-    full[tuple(corner)] = box
-    return full
-
-
-def brain_box(grid: Grid) -> tuple[Grid, list[slice]]:
-    """Cut the grid down to where brain can be; returns the smaller grid and its place."""
-    corner = []
-    for x, reach in zip(grid.axes, BRAIN_BOX, strict=True):
-        near = np.flatnonzero(np.abs(x) <= reach)
-        corner.append(slice(near[0], near[-1] + 1))
-    axes = tuple(x[part] for x, part in zip(grid.axes, corner, strict=True))
-    return Grid(axes, grid.steps), corner
-
-
-def make_patient(
-    seed: int,
-    patient: int,
-    *,
-    shape: tuple[int, int, int] = (80, 80, 52),
-    raters: int = 0,
-    healthy: bool = False,
-) -> Patient:
-    """Return phantom patient number `patient` of the world `seed`, sampled on a grid [H, W, D].
-
-    The grid always spans 240 x 240 x 155 mm, so (240, 240, 155) has 1 mm voxels and any other
-    shape shows the same head coarser or finer. `raters` masks of raters 1, 2, ... come along.
-    One who is `healthy` has all but the lesion; `level` says where it would be. A pure function of
-    its arguments.
-    """
-    full = sample_grid(shape)
-    grid, corner = brain_box(full)
-    depth, tissue = anatomy(seed, patient, grid)
-    centre, radius = lesion_place(random_stream(seed, patient, "place"))
-    lesion = make_lesion(random_stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
-
-    inside = depth > 0
-    put = partial(place, shape=shape, corner=corner)
-    amounts = tissue if healthy else tissue | lesion_amounts(lesion)
-    images = render(seed, patient, grid, amounts=amounts, inside=inside)
-    labels, panel = rater_panel(seed, patient, grid, lesion=lesion, raters=raters)
-    return Patient(
-        modalities={name: put(image) for name, image in images.items()},
-        labels=put(labels * (inside & (not healthy))),
-        raters=tuple(put(mask * (inside & (not healthy))) for mask in panel),
-        level=put(np.where(inside, lesion.level, -99).astype(np.float32)),
-        fade=put(lesion.fade.astype(np.float32)),
-        voxel_mm=(full.steps[0], full.steps[1], full.steps[2]),
-    )

@@ -1,9 +1,9 @@
-"""From a folder of volumes to the two-dimensional BraTS layout, patients kept together.
+"""Slicing BraTS volumes into the two-dimensional layout, with the patients kept together.
 
 ``out/{training,testing}/NNNNNN/brats_train_PPP_<modality>_SSS_w.nii.gz``: one folder per axial
-slice, PPP a patient (by line of the split), SSS the position. ``out/split.txt`` says which patient
-goes where; it is written once and read back ever after. Folders appear whole, so a run that was
-killed is continued by the same command. Called by ``scripts/brats_slices.py``.
+slice, PPP the patient's line in the split, SSS the position. ``out/split.txt`` holds the part of
+each patient; it is written by the first run and read by later ones. Folders are renamed once they
+are complete, so the same command continues a run that was killed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 
 from guided_diffusion.bratsloader import SEG, open_brats
 from guided_diffusion.data.datasets import Entry, Reading
+from guided_diffusion.data.folders import listing
 from guided_diffusion.data.readers import Affine, Array
 from guided_diffusion.data.splits import PARTS, read_split
 from guided_diffusion.data.volumes import VolumeDataset
@@ -35,12 +36,12 @@ from guided_diffusion.files import atomic_write, make_folder
 
 @dataclass(frozen=True)
 class SlicingPlan:
-    """What is cut: how volumes are read, how slices are stored, and how patients are divided.
+    """How volumes are read, how their slices are stored, and how patients are divided.
 
     Attributes:
-        reading: modalities, slices, scale.
+        reading: modalities, slices, normalisation.
         dtype: 'uint8' stores values in [0, 1] in steps of 1/255, 'float32' as they are.
-        train: share of the patients for training.
+        train: fraction of the patients for training.
         seed: of the division.
     """
 
@@ -53,16 +54,18 @@ class SlicingPlan:
         if self.dtype == "uint8" and self.reading.normalise not in ("minmax", "percentile"):
             raise UserError(
                 "--dtype",
-                found=f"uint8 with --normalise {self.reading.normalise}",
-                expected="values in [0, 1], as minmax and percentile give",
-                hint="Pass --dtype float32.",
+                "uint8 needs values in [0, 1], as --normalise minmax and percentile give, not "
+                f"{self.reading.normalise}",
+                "Pass --dtype float32.",
             )
         if not 0 <= self.train <= 1:
-            raise UserError("--train", found=self.train, expected="0 to 1", hint="Try 0.8.")
+            raise UserError(
+                "--train", f"{self.train} is not between 0 and 1", "Pass for example --train 0.8."
+            )
 
 
 class Job(NamedTuple):
-    """One volume: the folder of its part, its patient's number, its slices and their numbers."""
+    """One volume: its part's folder, its patient's number, its slices, the first one's number."""
 
     folder: Path
     patient: int
@@ -70,16 +73,20 @@ class Job(NamedTuple):
     first: int
 
     def targets(self) -> Iterator[tuple[Entry, Path]]:
-        """Every slice with its folder."""
+        """Yield every slice with its folder."""
         for number, entry in enumerate(self.slices, self.first):
             yield entry, self.folder / f"{number:06d}"
 
 
 def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]:
-    """One job per volume, in the order of the split file, which is written if it is not there.
+    """Make one job per volume, in the order of the split file, which is written if it is missing.
 
-    ``volumes.json`` remembers which numbers a volume's slices have, so that volumes may be added,
-    and what its files were, so that a changed one is refused.
+    ``volumes.json`` records the numbers of each volume's slices, so that volumes can be added, and
+    a checksum of its files, so that a changed one is refused.
+
+    Raises:
+        UserError: the folder cannot be written, holds slices of other settings or of a volume that
+            has changed, or its split lacks a patient.
     """
     make_folder(out, flag="--out")
     parts = _read_or_write_split(out / "split.txt", sorted(set(dataset.patients)), plan)
@@ -96,9 +103,8 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
         if row[1:] != [len(slices), _stamp(slices[0])]:
             raise UserError(
                 slices[0].images[0],
-                found="a volume that has changed since its slices were cut",
-                expected="the volume of before",
-                hint="Choose another --out, so that old and new slices do not mix.",
+                "the volume has changed since it was sliced",
+                "Choose another --out, so that old and new slices do not mix.",
             )
         free = max(free, row[0] + row[1])
         patient = slices[0].patient
@@ -109,38 +115,37 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
 
 
 def _stamp(volume: Entry) -> int:
-    """One number that changes when a file of the volume does: of sizes and times of change."""
+    """A checksum over the sizes and modification times of the volume's files."""
     files = [*volume.images, *([volume.mask] if volume.mask else [])]
     stats = [path.stat() for path in files]
     return crc32(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
 
 
 def open_volumes(src: Path, reading: Reading) -> VolumeDataset:
-    """The labelled volumes below ``src``; slices are a :class:`UserError`."""
+    """Open the labelled volumes below ``src``; slices are a :class:`UserError`."""
     dataset = open_brats(src, False, reading)
     if isinstance(dataset, VolumeDataset):
         return dataset
     raise UserError(
         src,
-        found="two-dimensional slices",
-        expected="volumes of three axes",
-        hint="Slices can be trained on as they are.",
+        "holds two-dimensional slices, not volumes of three axes",
+        "Train on these slices as they are.",
     )
 
 
 def cut_all(
     dataset: VolumeDataset, jobs: Sequence[Job], *, dtype: str, workers: int
 ) -> Iterator[int]:
-    """Cut the volumes that are not finished, in ``workers`` processes; yields one count for each.
+    """Slice the unfinished volumes in ``workers`` processes; yield the slices written for each.
 
-    The count is of the slices written: 0 where a volume was finished before.
+    That is 0 where a volume was finished before.
     """
     if workers <= 1:
         for job in jobs:
             yield cut(dataset, job, dtype)
         return
-    with ProcessPoolExecutor(workers, initializer=_work_on, initargs=(dataset,)) as pool:
-        futures = [pool.submit(_cut_here, job, dtype) for job in jobs]
+    with ProcessPoolExecutor(workers, initializer=_set_dataset, initargs=(dataset,)) as pool:
+        futures = [pool.submit(_cut_in_worker, job, dtype) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -148,29 +153,29 @@ def cut_all(
             pool.shutdown(cancel_futures=True)
 
 
-_here: VolumeDataset | None = None
+_dataset: VolumeDataset | None = None
 
 
-def _work_on(dataset: VolumeDataset) -> None:
-    """Remember, in a process of the pool, what it cuts."""
-    global _here
-    _here = dataset
+def _set_dataset(dataset: VolumeDataset) -> None:
+    """Set the data set of a worker process once, instead of sending it with every job."""
+    global _dataset
+    _dataset = dataset
 
 
-def _cut_here(job: Job, dtype: str) -> int:
-    assert _here is not None
-    return cut(_here, job, dtype)
+def _cut_in_worker(job: Job, dtype: str) -> int:
+    assert _dataset is not None
+    return cut(_dataset, job, dtype)
 
 
 def cut(dataset: VolumeDataset, job: Job, dtype: str) -> int:
-    """Write the slices of one volume that are not there; an error names the volume."""
+    """Write the missing slices of one volume and return their number; errors name the volume."""
     missing = [(entry, folder) for entry, folder in job.targets() if not folder.exists()]
     for entry, folder in missing:
         image, affine = dataset.read_image(entry)
         labels = dataset.read_labels(entry)
         assert labels is not None
         stem = f"brats_train_{job.patient:03d}_{{}}_{entry.plane:03d}_w.nii.gz"
-        with _whole_folder(folder) as part:
+        with _atomic_folder(folder) as part:
             for name, values in zip(dataset.modalities, image.numpy(), strict=True):
                 _save(part / stem.format(name), values, affine, dtype)
             _save(part / stem.format(SEG), labels, affine, "label")
@@ -178,15 +183,15 @@ def cut(dataset: VolumeDataset, job: Job, dtype: str) -> int:
 
 
 def sweep(out: Path) -> None:
-    """Remove what a killed run has left half-written."""
+    """Remove the incomplete folders of a run that was killed."""
     for part in PARTS:
         for folder in (out / part).glob(".part-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its real name only when all is written."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which is renamed to ``folder`` once all is written."""
     part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
     try:
         part.mkdir(parents=True)
@@ -195,9 +200,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             folder,
-            found=f"that it cannot be written ({error})",
-            expected="room and permission to write",
-            hint="Free some space; the same command continues.",
+            f"cannot be written ({error})",
+            "Free some space or check the permissions, then run the same command to continue.",
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -216,7 +220,7 @@ def _save(path: Path, values: Array, affine: Affine | None, dtype: str) -> None:
 
 
 def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan) -> dict[str, str]:
-    """The part of each patient, in the file's order; a file of other settings is refused."""
+    """Return the part of each patient, in the file's order; refuse a file of other settings."""
     settings = f"# {_settings(plan)}"
     if not path.exists():
         parts = divide(patients, train=plan.train, seed=plan.seed)
@@ -230,24 +234,22 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan)
     if written != settings:
         raise UserError(
             path,
-            found=f"slices cut with other settings ({written[2:]})",
-            expected=settings[2:],
-            hint="Choose another --out, or the settings of before.",
+            f"the slices were cut with other settings ({written[2:]}) than these ({settings[2:]})",
+            "Choose another --out, or use the earlier settings.",
         )
     parts = read_split(path)
-    strangers = sorted(set(patients) - parts.keys())
-    if strangers:
+    missing = sorted(set(patients) - parts.keys())
+    if missing:
         raise UserError(
             path,
-            found=f"no line for {', '.join(strangers[:5])}",
-            expected="one line per patient, such as '<patient> training'",
-            hint="Add the lines at the end.",
+            f"has no line for patient {listing(missing)}",
+            "Add a line for each at the end, such as '<patient> training'.",
         )
     return parts
 
 
 def divide(patients: Sequence[str], *, train: float, seed: int) -> dict[str, str]:
-    """Part by patient, in the given order; the same for a seed on every machine."""
+    """Draw the part of each patient, in the given order; a seed gives the same parts everywhere."""
     drawn = random.Random(seed).sample(range(len(patients)), round(train * len(patients)))
     training = {patients[index] for index in drawn}
     return {patient: "training" if patient in training else "testing" for patient in patients}

@@ -26,7 +26,7 @@ def save(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE, **header: 
 
 
 def flat(name: str) -> np.ndarray:
-    """A slice with one bright voxel, whose value tells the modality."""
+    """A slice with one bright voxel, whose value depends on the modality."""
     values = np.zeros(SIZE, np.float32)
     values[1, 2] = 4 if name == "seg" else 10 * (1 + ALL.index(name))
     return values
@@ -39,7 +39,7 @@ def write_slice(folder: Path, form: str = LONG, names: tuple[str, ...] = ALL) ->
 
 
 def solid(name: str, case: int = 0) -> np.ndarray:
-    """A volume in which every voxel is another number, but for a blank bottom and top."""
+    """A volume of distinct voxels, with a blank bottom and top."""
     if name == "seg":
         labels = np.zeros((*SIZE, DEPTH), np.uint8)
         labels[1, 2, 1:4] = 1, 2, 4

@@ -1,4 +1,4 @@
-"""NIfTI files and BraTS folders that cannot be used: each is named, with the mend."""
+"""NIfTI files and BraTS folders that cannot be used: each error names the file and a hint."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def two_of_a_kind(folder: Path) -> None:
     write_slice(write_slice(folder / "1"), LONG.replace("080", "081"))
 
 
-def lonely_case(folder: Path) -> None:
+def incomplete_case(folder: Path) -> None:
     write_slice(folder / "1")
     write_slice(folder / "2", names=("t1", "seg"))
 
@@ -203,41 +203,53 @@ def nothing_named(folder: Path) -> None:
 
 
 BAD: list[tuple[Callable[[Path], None], str, str]] = [
-    (no_gzip, "t1_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (cut_gzip, "t1_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (empty_file, "flair_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (flipped_bit, "t1_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (wrong_magic, "t1_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (short_voxels, "t2_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (a_folder_called_so, "1: found an incomplete case: t2 is missing", "Add the file"),
-    (dangling_link, "t2_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (nan_voxel, "t1_080_w.nii.gz: found NaN or infinite values", "Repair"),
-    (inf_label, "seg_080_w.nii.gz: found NaN or infinite values", "Repair"),
-    (nan_offset, "t1_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (no_voxels, "t1_080_w.nii.gz: found", ""),
-    (colour_voxels, "t1_080_w.nii.gz: found a file that cannot be read", "Restore it"),
-    (half_labels, "seg_080_w.nii.gz: found fractional labels", "interpolated"),
-    (image_as_label, "seg_080_w.nii.gz: found fractional labels", "given as the mask"),
-    (four_dimensions, "t1ce_080_w.nii.gz: found a volume of 6 x 8 x 1 x 3", "Cut volumes"),
-    (one_dimension, "t1ce_080_w.nii.gz: found a", "Cut volumes"),
-    (swapped_slice, "t1ce_080_w.nii.gz: found a size of 8 x 6", "on one grid"),
-    (turned_slice, "t1ce_080_w.nii.gz: found an affine of other axes", "onto one grid"),
-    (two_of_a_kind, "1: found 2 flair files", "a folder of its own"),
-    (lonely_case, "2: found an incomplete case: t1ce, t2, flair is missing", "Add the file"),
-    (label_only, "2: found an incomplete case", "Add the file"),
-    (labels_nowhere, "1: found an incomplete case: seg is missing", "Add the file"),
+    (no_gzip, "t1_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (cut_gzip, "t1_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (empty_file, "flair_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (flipped_bit, "t1_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (wrong_magic, "t1_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (short_voxels, "t2_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (a_folder_called_so, "1: the case lacks t2; the data set has t1, t1ce, t2", "Add the file"),
+    (dangling_link, "t2_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (nan_voxel, "t1_080_w.nii.gz: has NaN or infinite values", "Repair"),
+    (inf_label, "seg_080_w.nii.gz: has NaN or infinite values", "Repair"),
+    (nan_offset, "t1_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (no_voxels, "t1_080_w.nii.gz: has no pixels", ""),
+    (colour_voxels, "t1_080_w.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (half_labels, "seg_080_w.nii.gz: has fractional labels", "interpolated"),
+    (image_as_label, "seg_080_w.nii.gz: has fractional labels", "that it is a mask"),
+    (four_dimensions, "t1ce_080_w.nii.gz: its shape is 6 x 8 x 1 x 3, but a slice", "Cut volumes"),
+    (one_dimension, "t1ce_080_w.nii.gz: its shape is 6", "Cut volumes"),
+    (
+        swapped_slice,
+        "t1ce_080_w.nii.gz: its size is 8 x 6, but that of brats_train_001_t1",
+        "on one grid",
+    ),
+    (turned_slice, "t1ce_080_w.nii.gz: its affine (PLS) has other axes", "onto one grid"),
+    (two_of_a_kind, "1: has 2 flair files", "a separate folder"),
+    (incomplete_case, "2: the case lacks t1ce, t2, flair", "Add the file"),
+    (label_only, "2: the case lacks t1, t1ce, t2, flair", "Add the file"),
+    (labels_nowhere, "1: the case lacks seg", "Add the file"),
     (ids_that_meet, "more than one case with the id x_y", "Rename one"),
-    (volume_cut, "p2_t1ce.nii.gz: found a file that cannot be read", "Restore it"),
-    (volume_nan, "p1_t2.nii.gz: found NaN or infinite values", "Repair"),
-    (volume_of_another_grid, "p1_flair.nii.gz: found a grid of 6 x 8 x 4", "on one grid"),
-    (volume_flipped, "p1_seg.nii.gz: found an affine of other axes or spacing (L", "one grid"),
-    (volume_of_five_axes, "found 5 axes (2 x 2 x 2 x 2 x 2)", "of their own"),
-    (flat_volume_among_deep, "found 2 axes (6 x 8)", "of their own"),
-    (volume_without_depth, "found 3 axes (6 x 8 x 0)", ""),
-    (volume_half_labels, "p1_seg.nii.gz: found fractional labels", "interpolated"),
-    (volume_complex, "p1_t1.nii.gz: found a file that cannot be read", "Restore it"),
-    (volume_vanished, "p2_t2.nii.gz: found a file that cannot be read", "Restore it"),
-    (nothing_named, "found no NIfTI file named by a modality", "above the case folders"),
+    (volume_cut, "p2_t1ce.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (volume_nan, "p1_t2.nii.gz: has NaN or infinite values", "Repair"),
+    (
+        volume_of_another_grid,
+        "p1_flair.nii.gz: its grid is 6 x 8 x 4, but that of p1_t1.nii.gz is 6 x 8 x 5",
+        "on one grid",
+    ),
+    (
+        volume_flipped,
+        "p1_seg.nii.gz: its affine (LAS) has other axes or spacing than p1_t1.nii.gz (L",
+        "one grid",
+    ),
+    (volume_of_five_axes, "its shape is 2 x 2 x 2 x 2 x 2", "separate data sets"),
+    (flat_volume_among_deep, "its shape is 6 x 8", "separate data sets"),
+    (volume_without_depth, "its shape is 6 x 8 x 0", ""),
+    (volume_half_labels, "p1_seg.nii.gz: has fractional labels", "interpolated"),
+    (volume_complex, "p1_t1.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (volume_vanished, "p2_t2.nii.gz: cannot be read as a NIfTI", "Restore it"),
+    (nothing_named, "has no NIfTI file named by a modality", "above the case folders"),
 ]
 
 
@@ -256,7 +268,7 @@ def test_bad_files_are_named(
             dataset[index]
     message = str(caught.value)
     assert message.startswith(str(data)) and "\n" not in message
-    assert found in message and hint in message.split(", expected ")[-1]
+    assert found in message and hint in message.partition(found)[2]
 
 
 @pytest.mark.parametrize("kept", ["memory", "disk"])
@@ -266,7 +278,7 @@ def test_a_volume_that_disappears_meanwhile(tmp_path: Path, kept: str) -> None:
     dataset = BRATSDataset3D(data, reading=Reading(cache_dir=cache))
     dataset[0]
     shutil.rmtree(data / "p1")
-    with pytest.raises(UserError, match=r"p1_t1\.nii\.gz: found a file that cannot be read"):
+    with pytest.raises(UserError, match=r"p1_t1\.nii\.gz: cannot be read as a NIfTI"):
         dataset[1]
 
 
@@ -278,7 +290,7 @@ def test_links_that_loop_and_names_with_blanks(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--cache_dir .*: cannot be written"):
+    with pytest.raises(UserError, match=r"^--cache_dir.*file/below.*cannot be written"):
         BRATSDataset3D(
             write_volumes(tmp_path / "data"), reading=Reading(cache_dir=tmp_path / "file/below")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -67,14 +68,14 @@ def test_only_the_modalities_chosen_are_read(tmp_path: Path, deep: bool) -> None
 
 
 @pytest.mark.parametrize("text", ["flair,dwi", "t1,t1n", "seg"])
-def test_a_modality_that_is_none(text: str) -> None:
-    with pytest.raises(UserError, match=r"^--modalities: found .*, expected some of t1, t1ce, t2"):
+def test_an_unknown_modality(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--modalities: .* is not a list of t1, t1ce, t2"):
         find_modalities(text)
 
 
 def test_a_modality_that_the_data_lack_names_what_is_there(tmp_path: Path) -> None:
     write_slice(tmp_path / "1", names=("t1ce", "flair", "seg"))
-    with pytest.raises(UserError, match=r"found t2, which .* expected some of t1ce, flair"):
+    with pytest.raises(UserError, match=r"does not have t2\. .*modalities \(t1ce, flair\)"):
         BRATSDataset(tmp_path, reading=Reading(modalities=("t2", "flair")))
 
 
@@ -84,19 +85,19 @@ def test_modalities_of_a_layout_without_names(tmp_path: Path) -> None:
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name / "a.png")
-    with pytest.raises(UserError, match="--modalities: found t1, expected nothing for the CUSTOM"):
+    with pytest.raises(UserError, match="--modalities: t1 cannot be chosen in the CUSTOM"):
         open_dataset(tmp_path, reading=Reading(modalities=("t1",)))
 
 
-def test_strays_are_noted_once_and_depth_may_differ(tmp_path: Path) -> None:
+def test_ignored_files_are_noted_once_and_depth_may_differ(tmp_path: Path) -> None:
     for case in ("1", "site/deeper/2"):
         write_slice(tmp_path / case)
         (tmp_path / case / "thumb.png").write_bytes(b"")
     (tmp_path / "readme.txt").write_text("")
     dataset = BRATSDataset(tmp_path)
     assert dataset.names == ["1", "site_deeper_2"]
-    assert dataset.notes == ["ignored 3 files that are no modality, such as readme.txt"]
-    assert BRATSDataset(tmp_path / "site/deeper").notes[0].startswith("ignored 1 file that is")
+    assert dataset.notes == ["ignored 3 files not named by a modality, such as readme.txt"]
+    assert BRATSDataset(tmp_path / "site/deeper").notes[0].startswith("ignored 1 file not named")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_strays_are_noted_once_and_depth_may_differ(tmp_path: Path) -> None:
         ("slice080_{}.nii.gz", ""),
     ],
 )
-def test_whom_a_slice_belongs_to(tmp_path: Path, file_form: str, patient: str) -> None:
+def test_the_patient_of_a_slice(tmp_path: Path, file_form: str, patient: str) -> None:
     assert BRATSDataset(write_slice(tmp_path / "000001", file_form)).patients == [patient]
 
 
@@ -121,7 +122,7 @@ def test_whom_a_slice_belongs_to(tmp_path: Path, file_form: str, patient: str) -
         ("BraTS2021_00000", "BraTS2021_00000"),
     ],
 )
-def test_whom_a_volume_belongs_to(tmp_path: Path, case: str, patient: str) -> None:
+def test_the_patient_of_a_volume(tmp_path: Path, case: str, patient: str) -> None:
     assert set(BRATSDataset3D(write_volumes(tmp_path, (case,))).patients) == {patient}
 
 
@@ -146,14 +147,14 @@ def test_normalisations_by_hand() -> None:
 
 @pytest.mark.parametrize("how", ["minmax", "percentile", "zscore"])
 @pytest.mark.parametrize("value", [0, 7])
-def test_an_image_of_one_value_becomes_nothing(how: str, value: float) -> None:
+def test_an_image_of_one_value_becomes_zero(how: str, value: float) -> None:
     values = np.full((3, 3), value, np.float32)
     assert not normalised(values, measure(values), how).any()
 
 
 def test_an_unknown_normalisation(tmp_path: Path) -> None:
     dataset = BRATSDataset(write_slice(tmp_path / "1"), reading=Reading(normalise="max"))
-    with pytest.raises(UserError, match="--normalise: found 'max'"):
+    with pytest.raises(UserError, match="--normalise: 'max' is not one of auto, none"):
         dataset[0]
 
 
@@ -209,13 +210,13 @@ def test_slices_chosen(tmp_path: Path, text: str, kept: list[int]) -> None:
 
 
 def test_no_slice_left(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--slices: found 80:129, expected some of the 5 slices"):
+    with pytest.raises(UserError, match=r"--slices: 80:129 selects none of the 5 slices"):
         BRATSDataset3D(write_volumes(tmp_path), reading=Reading(slices=(80, 129)))
 
 
 @pytest.mark.parametrize("text", ["80", "a:b", "1:2:3", "80-129"])
 def test_slices_that_are_no_range(text: str) -> None:
-    with pytest.raises(UserError, match=r"--slices .*: is not first:end.* example --slices 80:129"):
+    with pytest.raises(UserError, match=r"--slices\b.* --slices 80:129"):
         slice_range(text)
 
 
@@ -268,18 +269,18 @@ def test_modalities_and_scale_are_recorded_and_used(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--modalities", "t1ce,flair"), "--modalities t1ce,flair: contradicts flair,t1ce"),
-        (("--normalise", "none"), "--normalise none: contradicts zscore"),
+        (("--modalities", "t1ce,flair"), "--modalities.*t1ce,flair.*flair,t1ce"),
+        (("--normalise", "none"), "--normalise.*none.*zscore"),
     ],
 )
 def test_what_is_recorded_cannot_be_contradicted(
     brats: Path, flair_model: Path, tmp_path: Path, flags: tuple, words: str
 ) -> None:
     arguments = sampling(brats / "testing", flair_model, tmp_path)
-    assert words in refused(script("segmentation_sample", *arguments, *flags))
+    assert re.search(words, refused(script("segmentation_sample", *arguments, *flags)))
 
 
-def test_what_is_recorded_may_be_said_again(brats: Path, flair_model: Path, tmp_path: Path) -> None:
+def test_what_is_recorded_may_be_repeated(brats: Path, flair_model: Path, tmp_path: Path) -> None:
     arguments = sampling(brats / "testing", flair_model, tmp_path)
     flags = ("--modalities", "t2f,T1c", "--normalise", "auto")
     succeeded(script("segmentation_sample", *arguments, *flags))

@@ -30,13 +30,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def remembered(folder: Path, **options: int) -> CachedDataset:
+def cached(folder: Path, **options: int) -> CachedDataset:
     framed = ResizedDataset(open_dataset(folder / "data"), Frame(16))
     return CachedDataset(framed, directory=folder, **options)
 
 
 def test_cases_are_equal_and_decoded_once(folder: Path) -> None:
-    cases = remembered(folder)
+    cases = cached(folder)
     first = [cases[index] for index in range(6)]
     for path in (folder / "data").rglob("*.png"):
         path.unlink()
@@ -49,7 +49,7 @@ def test_cases_are_equal_and_decoded_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_processes_share_it(folder: Path, workers: int) -> None:
-    cases = remembered(folder)
+    cases = cached(folder)
     epoch = list(islice(training_batches(cases, 2, seed=0, workers=workers), 3))
     assert len(list(cases.folder.glob("*.npy"))) == 6
     plain = list(islice(training_batches(cases.dataset, 2, seed=0), 3))
@@ -58,18 +58,16 @@ def test_reading_processes_share_it(folder: Path, workers: int) -> None:
         assert torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)
 
 
-def test_room_is_bounded(folder: Path) -> None:
+def test_the_size_is_bounded(folder: Path) -> None:
     one = 3 * 16 * 16 * 4 + 16 * 16
-    cases = remembered(folder, most_bytes=2 * one)
+    cases = cached(folder, most_bytes=2 * one)
     for index in reversed(range(6)):
         cases[index]
     assert sorted(path.name for path in cases.folder.iterdir()) == ["0.npy", "1.npy"]
 
 
-def test_a_full_disk_ends_the_remembering_only(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cases = remembered(folder)
+def test_a_full_disk_ends_the_caching_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = cached(folder)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -80,14 +78,14 @@ def test_a_full_disk_ends_the_remembering_only(
 
 
 def test_a_broken_copy_is_read_again(folder: Path) -> None:
-    cases = remembered(folder)
+    cases = cached(folder)
     case = cases[3]
     (cases.folder / "3.npy").write_bytes(b"\x93NUMPY")
     assert torch.equal(cases[3].image, case.image)
 
 
-def test_the_folder_goes_with_the_run_but_not_with_a_copy(folder: Path) -> None:
-    cases = remembered(folder)
+def test_the_folder_is_removed_with_the_run_but_not_with_a_copy(folder: Path) -> None:
+    cases = cached(folder)
     copy = pickle.loads(pickle.dumps(cases))
     place = cases.folder
     assert copy.folder == place
@@ -101,10 +99,10 @@ def test_the_folder_goes_with_the_run_but_not_with_a_copy(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_disappears_during_the_run_is_one_message(folder: Path, workers: int) -> None:
-    batches = training_batches(remembered(folder, most_bytes=0), 2, seed=0, workers=workers)
+    batches = training_batches(cached(folder, most_bytes=0), 2, seed=0, workers=workers)
     next(batches)
     for path in (folder / "data/masks").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"masks/\d.png: found a file that cannot be read"):
+    with pytest.raises(UserError, match=r"masks/\d.png: cannot be read as a picture"):
         for _ in range(9):
             next(batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -76,7 +77,7 @@ def test_the_flag_is_read(
     assert find_classes(str(classes)) == classes
 
 
-def test_nothing_said_is_one_class() -> None:
+def test_without_the_flag_there_is_one_class() -> None:
     assert find_classes("") is None and find_classes(" ") is None
 
 
@@ -98,8 +99,8 @@ def test_nothing_said_is_one_class() -> None:
         "-1",
     ],
 )
-def test_what_is_no_list_of_classes(text: str) -> None:
-    with pytest.raises(UserError, match=r"--mask_labels: found .*Write for example"):
+def test_an_invalid_list_of_classes(text: str) -> None:
+    with pytest.raises(UserError, match=r"--mask_labels: in .* labels from 1 to 255.*Write for"):
         find_classes(text)
 
 
@@ -127,7 +128,7 @@ def test_regions_by_hand(enhancing: int) -> None:
 @pytest.mark.parametrize(
     ("text", "labels", "found"),
     [
-        ("1,4", LABELS, "a.png: found label 2, which no class declares.* --mask_labels 1,4,2"),
+        ("1,4", LABELS, "a.png: has label 2, which no class declares.* --mask_labels 1,4,2"),
         ("core=1+4", LABELS, r"label 2, .*core=1\+4\+2"),
         ("WT,ET", LABELS + 3, "label 5, 7"),
         ("WT,ET", np.array([[3, 4]]), "the labels 3 and 4 together"),
@@ -152,7 +153,7 @@ def test_pictures_hold_labels_as_stored(tmp_path: Path) -> None:
         mask = read_mask_file(path, classes)
         assert mask.dtype == torch.float32, path
         assert mask.tolist() == [[[0, 1], [0, 1]], [[0, 0], [1, 0]]], path
-    with pytest.raises(UserError, match=r"grey\.png: found label 200"):
+    with pytest.raises(UserError, match=r"grey\.png: has label 200"):
         read_mask_file(paths[1], classes_of("1"))
     jpeg = save(tmp_path / "a.jpg", np.full((8, 8), 1, np.uint8))
     with pytest.raises(UserError, match="Save label maps as PNG"):
@@ -239,13 +240,13 @@ def test_networks_have_a_channel_per_class() -> None:
 
 def test_the_overlay_of_classes() -> None:
     masks = classes_of("1,2,4").split(LABELS.repeat(8, 0).repeat(8, 1), "")
-    image, doubt = np.zeros((1, 16, 32), np.float32), np.zeros((16, 32))
+    image, uncertainty = np.zeros((1, 16, 32), np.float32), np.zeros((16, 32))
     arguments = {"classes": ("a", "b", "c"), "name": "case", "panel": 64}
-    with_truth = class_overlay(image, masks, masks, doubt, **arguments)
-    without = class_overlay(image, None, masks, doubt, **arguments)
+    with_truth = class_overlay(image, masks, masks, uncertainty, **arguments)
+    without = class_overlay(image, None, masks, uncertainty, **arguments)
     assert with_truth.shape[1] > without.shape[1] and with_truth.dtype == np.uint8
     with pytest.raises(ValueError, match="a mask is"):
-        class_overlay(image, None, masks[:, :4], doubt, **arguments)
+        class_overlay(image, None, masks[:, :4], uncertainty, **arguments)
 
 
 # --------------------------------------------------------------- training, sampling, scoring
@@ -300,10 +301,10 @@ def test_files_of_sampled_classes(sampled: Path, brats: Path) -> None:
 
 
 def test_sampled_classes_are_scored_without_a_flag(sampled: Path, brats: Path) -> None:
-    told = succeeded(
+    said = succeeded(
         script("segmentation_env", "--inp_pth", sampled, "--out_pth", brats / "testing")
     )
-    assert "Dice, mean of classes" in told and "IoU of 4" in told
+    assert "Dice, mean of classes" in said and "IoU of 4" in said
     summary = json.loads((sampled / "summary.json").read_text())
     assert list(summary["classes"]) == ["1", "2", "4"]
     parts = [part["dice"] for part in summary["classes"].values()]
@@ -333,17 +334,17 @@ def test_a_checkpoint_knows_its_classes(model: Path, brats: Path, tmp_path: Path
     assert result.uncertainty.shape == (3, 20, 24) and result.labels.shape == (20, 24)
     assert result.classes == classes_of("1,2,4")
     assert Segmenter.load(model, mask_labels=" 1, 2,4").classes == result.classes
-    with pytest.raises(UserError, match="mask_labels WT,TC,ET: contradicts 1,2,4"):
+    with pytest.raises(UserError, match=r"mask_labels.*WT,TC,ET.*1,2,4"):
         Segmenter.load(model, mask_labels="WT,TC,ET")
 
     data = ["--data_dir", brats / "training", "--out_dir", tmp_path]
     resume = ["--resume_checkpoint", model, "--mask_labels", "1,2", "--max_steps", 3]
     error = refused(script("segmentation_train", *data, *TRAIN, *resume))
-    assert "1,2: contradicts 1,2,4" in error
+    assert re.search("mask_labels.*1,2.*1,2,4", error)
 
 
 def test_a_model_of_one_class_is_no_model_of_three(trained: Path) -> None:
-    with pytest.raises(UserError, match="mask_labels 1,2,4: contradicts ''"):
+    with pytest.raises(UserError, match=r"mask_labels.*1,2,4"):
         Segmenter.load(trained, mask_labels="1,2,4")
     segmenter = Segmenter.load(trained, steps=2, sampler="ddim", num_ensemble=2)
     result = segmenter.segment([Case(torch.rand(4, 16, 16), None, "a")])[0]
@@ -444,14 +445,14 @@ def test_overlapping_regions_are_scored_by_one_half(by_hand: Path) -> None:
 def test_scoring_names_what_is_missing(by_hand: Path) -> None:
     with pytest.raises(UserError, match=r"files named <case>_output_ens_3\.png"):
         evaluate_all(by_hand / "pred", by_hand / "truth", mask_labels="1,2,3")
-    with pytest.raises(UserError, match=r"a_mask\.png: found label 2, which no class declares"):
+    with pytest.raises(UserError, match=r"a_mask\.png: has label 2, which no class declares"):
         evaluate_all(by_hand / "pred", by_hand / "truth", mask_labels="1")
     save(by_hand / "pred" / "a_output_ens_2.png", np.zeros((4, 4), np.uint8))
-    with pytest.raises(UserError, match=r"a_output_ens_2\.png: found a mask of 4 x 4"):
+    with pytest.raises(UserError, match=r"a_output_ens_2\.png: .*4 x 4"):
         evaluate_all(by_hand / "pred", by_hand / "truth")
     (by_hand / "pred" / "b_output_ens_2.png").unlink()
     with pytest.raises(UserError, match="other cases of class 2 than of class 1"):
         evaluate_all(by_hand / "pred", by_hand / "truth", partial=True)
     (by_hand / "pred" / "classes.json").write_text("{")
-    with pytest.raises(UserError, match=r"classes\.json: found a record that cannot be read"):
+    with pytest.raises(UserError, match=r"classes\.json: does not hold the classes"):
         evaluate_all(by_hand / "pred", by_hand / "truth")

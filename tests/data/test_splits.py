@@ -1,4 +1,4 @@
-"""Splits: who is taken, who is left, and every leak by name."""
+"""Splits: the cases that are chosen, and an error for every patient in two parts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_patients_and_cases_with_comments_and_blanks(tmp_path: Path) -> None:
     train, test = (narrowed(dataset(), path, part) for part in ("training", "testing"))
     assert train.names == ["000001", "000002"] and train.patients == ["p 1", "p 1"]
     assert test.names == ["000003", "000004"] and test[1].name == "000004"
-    assert train.notes == [f"{path}: 2 of 5 cases are for training; 1 cases are in no part"]
+    assert train.notes == [f"{path}: 2 of 5 cases are for training; 1 case in no part"]
 
 
 def test_a_case_may_be_named_beside_its_patient(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_case_may_be_named_beside_its_patient(tmp_path: Path) -> None:
     assert part_of_cases(dataset(), path) == ["training", "training", "", "", "validation"]
 
 
-def test_the_whole_set_stays_as_it_was(tmp_path: Path) -> None:
+def test_the_whole_data_set_is_unchanged(tmp_path: Path) -> None:
     whole = dataset()
     narrowed(whole, split(tmp_path, "x testing"), "testing")
     assert len(whole) == 5 and whole.notes == []
@@ -59,38 +59,41 @@ def test_the_whole_set_stays_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("p 1 training\np 1 testing\n", "found p 1 in testing and in training"),
-        ("p2 testing\n000003 training\n", "found 000003 in testing and in training"),
-        ("000003 training\n000004 testing\n", "found patient p2 in testing and in training"),
-        ("p 1 training\n000009 testing\n", "ids that data does not have: 000009"),
-        ("p 1 train\n", "line 1: found 'p 1 train'"),
-        ("training\n", "line 1: found 'training'"),
-        ("x testing\n", "found no case for training"),
-        ("# nobody\n", "found no case for training"),
+        ("p 1 training\np 1 testing\n", "p 1 is in testing and in training"),
+        ("p2 testing\n000003 training\n", "000003 is in testing and in training"),
+        ("000003 training\n000004 testing\n", "patient p2 is in testing and in training"),
+        (
+            "p 1 training\n000009 testing\n",
+            "data has no case or patient 000009; its ids are such as 000001",
+        ),
+        ("p 1 train\n", "line 1: 'p 1 train' is not"),
+        ("training\n", "line 1: 'training' is not"),
+        ("x testing\n", "has no case for training"),
+        ("# nobody\n", "has no case for training"),
     ],
 )
-def test_errors_name_the_line_or_the_leak(tmp_path: Path, text: str, found: str) -> None:
+def test_errors_name_the_line_or_the_patient(tmp_path: Path, text: str, found: str) -> None:
     path = split(tmp_path, text)
     with pytest.raises(UserError) as caught:
         narrowed(dataset(), path, "training")
     assert str(caught.value).startswith(str(path)) and found in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(UserError, match="a split that cannot be read"):
+        with pytest.raises(UserError, match="the split cannot be read"):
             read_split(path)
     (tmp_path / "latin.txt").write_bytes("M\xfcller training".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):
         read_split(tmp_path / "latin.txt")
 
 
-def test_the_check_gets_every_leak_at_once(tmp_path: Path) -> None:
+def test_the_check_gets_all_errors_at_once(tmp_path: Path) -> None:
     text = "000001 training\n000002 testing\n000003 training\n000004 testing\nnobody testing\n"
     with gathering() as errors:
         part_of_cases(dataset(), split(tmp_path, text))
-    assert [str(error).split("found ")[1].split(",")[0] for error in errors] == [
-        "ids that data does not have: nobody",
-        "patient p 1 in testing and in training",
-        "patient p2 in testing and in training",
+    assert [str(error).partition(": ")[2].split(";")[0].split(".")[0] for error in errors] == [
+        "data has no case or patient nobody",
+        "patient p 1 is in testing and in training",
+        "patient p2 is in testing and in training",
     ]

@@ -635,7 +635,7 @@ def test_a_record_of_another_kind_keeps_nothing(text: str, tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     watched = Watched(make_segmenter())
-    with pytest.raises(UserError, match="--out_dir .*: cannot be written"):
+    with pytest.raises(UserError, match=r"--out_dir .*: cannot be written"):
         segment(watched, shelf(1), tmp_path / "file" / "out", fingerprint="f")
     assert watched.drew == []
 

@@ -1,4 +1,4 @@
-"""report.html: self-contained, small, of the same values as the tables, and alive in a browser."""
+"""report.html: self-contained, small, with the values of the tables, working in a browser."""
 
 import csv
 import html
@@ -12,11 +12,11 @@ import pytest
 from conftest import script, succeeded
 from PIL import Image
 
-from guided_diffusion.report import charts
+from guided_diffusion.report import charts, report, thumbnails
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import image_panel, overlay
 from guided_diffusion.report.report import choose_pictured, page, write_report
-from guided_diffusion.report.thumbnails import SIDE, layers, outline
+from guided_diffusion.report.thumbnails import SIDE, CaseLayers, layers, outline
 from guided_diffusion.scoring.evaluate import evaluate_all
 
 BROWSER = next(
@@ -100,7 +100,23 @@ def test_a_report_of_300_cases_is_small(scored):
     assert 300 * usual + scored[1].stat().st_size < 10e6
 
 
-def test_which_cases_are_pictured():
+def test_masks_read_by_scoring_are_not_read_again(scored, monkeypatch):
+    folder = scored[0].folder
+    collected = CaseLayers(folder)
+    evaluation = evaluate_all(folder, folder.parent / "gt", on_case=collected)
+    whole = page(evaluation, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "load_case", None)
+        assert page(evaluation, {}, collected.by_name) == whole
+
+    monkeypatch.setattr(thumbnails, "MOST_PICTURES", 5)
+    some = CaseLayers(folder)
+    evaluate_all(folder, folder.parent / "gt", on_case=some)
+    assert list(some.by_name) == list(collected.by_name)[:5]
+    assert page(evaluation, {}, some.by_name) == whole, "the others are read again"
+
+
+def test_the_choice_of_pictured_cases():
     assert choose_pictured([0.5] * 5) == [0, 1, 2, 3, 4]
     dice = [k / 1000 for k in range(1000)]
     some = choose_pictured(dice, 30)
@@ -132,7 +148,7 @@ def test_layers_have_the_case_s_proportions():
     found = layers(picture, np.ones((60, 120)), np.zeros((60, 120)), np.zeros((60, 120)))
     assert (found.width, found.height) == (SIDE, SIDE // 2)
     assert found.image.startswith("data:image/jpeg;base64,") and found.truth
-    assert (found.fused, found.doubt) == ("", "")
+    assert (found.fused, found.uncertainty) == ("", "")
     assert layers(None, np.ones((4, 4)), np.ones((4, 4)), np.ones((4, 4)) / 2).image == ""
 
 
@@ -162,12 +178,12 @@ def test_round_marks(most, marks):
 
 def test_a_figure_by_hand():
     frame = charts.Plot("a <title>", charts.Axis("x"), charts.Axis("y", 0, 10, (0, 10)))
-    left, floor = frame.at((0, 0))
+    left, base = frame.at((0, 0))
     right, top = frame.at((1, 10))
-    assert frame.at((0.5, 5)) == pytest.approx(((left + right) / 2, (floor + top) / 2), abs=0.1)
+    assert frame.at((0.5, 5)) == pytest.approx(((left + right) / 2, (base + top) / 2), abs=0.1)
     drawn = charts.figure(frame, charts.bars(frame, [10, 0]), charts.curve(frame, [], "one"))
     heights = [float(h) for h in re.findall(r'height="([\d.]+)"', drawn)]
-    assert heights == pytest.approx([floor - top, 0]) and "<title>a &lt;title&gt;" in drawn
+    assert heights == pytest.approx([base - top, 0]) and "<title>a &lt;title&gt;" in drawn
 
 
 # ------------------------------------------------------------------------------------- a browser
@@ -243,7 +259,7 @@ def test_sorting_toggling_and_filtering_in_a_browser(scored, tmp_path):
 # ------------------------------------------------------------------------------------ the script
 
 
-def test_the_script_writes_it_unless_told_otherwise(tmp_path):
+def test_the_script_writes_a_report_unless_told_not_to(tmp_path):
     for k in range(3):
         save(tmp_path / f"pred/{k}_output_ens.png", disc(10 + k))
         save(tmp_path / f"gt/{k}.png", disc(12))

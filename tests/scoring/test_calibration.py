@@ -59,17 +59,17 @@ def test_a_calibrated_probability_has_no_error_and_an_inverted_one_a_large_one()
 
 def test_sparsification_by_hand():
     """Uncertainty finds the errors: what is left falls as fast as it can, and the area is 0."""
-    doubt = np.array([0.5] * 20 + [0.0] * 80)
-    perfect = sparsification(Tally.of(doubt, doubt > 0, most=0.5))
+    uncertainty = np.array([0.5] * 20 + [0.0] * 80)
+    perfect = sparsification(Tally.of(uncertainty, uncertainty > 0, most=0.5))
     assert perfect.error[0] == pytest.approx(0.2) and perfect.error[10] == pytest.approx(0.1 / 0.9)
     assert perfect.error[20:] == pytest.approx([0] * 80) and perfect.area == pytest.approx(0)
 
-    blind = sparsification(Tally.of(np.zeros(100), doubt > 0, most=0.5))
+    blind = sparsification(Tally.of(np.zeros(100), uncertainty > 0, most=0.5))
     assert blind.error == pytest.approx([0.2] * 100)
     assert blind.area == pytest.approx(1 - np.mean(blind.oracle) / 0.2)
-    wrong = sparsification(Tally.of(0.5 - doubt, doubt > 0, most=0.5))
+    wrong = sparsification(Tally.of(0.5 - uncertainty, uncertainty > 0, most=0.5))
     assert wrong.area > blind.area
-    assert math.isnan(sparsification(Tally.of(doubt, doubt > 1, most=0.5)).area)
+    assert math.isnan(sparsification(Tally.of(uncertainty, uncertainty > 1, most=0.5)).area)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The scoring of whole folders: what is written, what is printed, and every kind of bad input."""
+"""The scoring of whole folders: what is written, what is printed, and all kinds of bad input."""
 
 import csv
 import json
@@ -94,7 +94,7 @@ def test_files_that_are_written(folders):
 def test_report_is_aligned_and_states_the_rule(folders):
     lines = summary_text(evaluate(*folders)).splitlines()
     table = lines[3:9]
-    words = ["at", "Dice", "IoU", "HD95,", "surface", "cases"]
+    words = ["threshold", "Dice", "IoU", "HD95,", "surface", "cases"]
     assert [line.split()[0] for line in table] == words
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["Dice", "0.6667", "0.8333"]
@@ -207,11 +207,11 @@ def test_no_case_in_common(folders):
 
 
 def test_folders_that_are_not_there(folders, tmp_path):
-    refused((None, folders[1]), "--inp_pth: found nothing")
-    refused((folders[0], ""), "--out_pth: found nothing")
-    refused((tmp_path / "nowhere", folders[1]), "--inp_pth", "does not exist")
-    refused((folders[0], tmp_path / "nowhere"), "--out_pth", "does not exist")
-    refused((folders[0] / "1_output_ens.png", folders[1]), "--inp_pth", "which is a file")
+    refused((None, folders[1]), "--inp_pth: is missing")
+    refused((folders[0], ""), "--out_pth: is missing")
+    refused((tmp_path / "nowhere", folders[1]), f"--inp_pth {tmp_path / 'nowhere'}: does not exist")
+    refused((folders[0], tmp_path / "nowhere"), f"--out_pth {tmp_path / 'nowhere'}: does not exist")
+    refused((folders[0] / "1_output_ens.png", folders[1]), "--inp_pth", "is a file, not a folder")
 
 
 def test_empty_folders(folders, tmp_path):
@@ -229,7 +229,7 @@ def test_an_unreadable_prediction(folders, content):
 
 def test_a_member_of_another_size(folders):
     save(folders[0] / "2_output0.png", SQUARE[:8])
-    refused(folders, "2_output0.png", "8 x 16", "16 x 16 as in 2_output_ens.png")
+    refused(folders, "2_output0.png: the mask is 8 x 16, but 2_output_ens.png is 16 x 16")
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_overlay_shows_each_panel_in_its_place(channels):
     assert picture.dtype == np.uint8
     assert picture.shape == (50 + 160 + 34, 4 * 160 + 2 * 20 + 3 * 12, 3)
 
-    plain, truth, fused, doubt = (picture[50:210, 20 + i * 172 :][:, :160] for i in range(4))
+    plain, truth, fused, uncertainty = (picture[50:210, 20 + i * 172 :][:, :160] for i in range(4))
     outline = (truth.astype(int) - plain).any(axis=-1)
     assert outline[80, 36:44].any() and outline[80, 116:124].any()
     assert not outline[80, 50:110].any()
     assert fused[80, 60, 2] > fused[80, 60, 0] + 50
-    np.testing.assert_allclose(doubt[80, 60], heat(1.0), atol=2)
-    assert len(np.unique(doubt[10, 150])) == 1
+    np.testing.assert_allclose(uncertainty[80, 60], heat(1.0), atol=2)
+    assert len(np.unique(uncertainty[10, 150])) == 1
 
 
 def test_overlay_without_truth_and_of_another_shape():

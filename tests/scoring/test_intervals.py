@@ -18,7 +18,7 @@ def test_description_by_hand():
     assert found.low < 3 < found.high
 
 
-def test_nothing_and_one_and_all_alike():
+def test_no_score_one_score_and_equal_scores():
     assert describe([]).number == 0 and math.isnan(describe([float("nan")]).mean)
     one = describe([0.5])
     assert (one.number, one.mean, one.median) == (1, 0.5, 0.5)
@@ -43,7 +43,7 @@ def test_normal_scores_have_the_textbook_s_interval():
 
 
 def test_groups_are_drawn_whole():
-    """Ten slices a patient that are all alike say no more than one slice a patient."""
+    """Ten equal slices per patient give the interval of one slice per patient."""
     patients = np.arange(12)
     single = mean_interval(SCORES[:12], patients.tolist())
     repeated = mean_interval(np.repeat(SCORES[:12], 10), np.repeat(patients, 10).tolist())

@@ -1,4 +1,4 @@
-"""The field's scores of whole folders: fusions, raters, volumes, and every kind of result file."""
+"""The scores of whole folders: fusions, raters, volumes, and every kind of result file."""
 
 import csv
 import json
@@ -138,11 +138,12 @@ def test_calibration_and_uncertainty_of_a_folder_by_hand(tmp_path):
     assert summary["calibration"]["error"] == pytest.approx(0.3 / 2)
     assert summary["calibration"]["error_region"] == pytest.approx(0.3 * 256 / (256 + 64))
     assert sum(bin["pixels"] for bin in summary["calibration"]["curve"]) == 2 * 256
-    doubt = summary["uncertainty"]
-    assert (doubt["of"], doubt["low_cases"], doubt["auroc"]) == ("fused mask", 1, 1)
-    assert doubt["correlation"] == pytest.approx(1)
-    assert doubt["sparsification"]["error"][0] == pytest.approx(128 / 512)
-    assert doubt["sparsification"]["error"][-1] == pytest.approx(0, abs=1e-9)
+    uncertainty = summary["uncertainty"]
+    assert uncertainty["of"] == "fused mask"
+    assert (uncertainty["low_cases"], uncertainty["auroc"]) == (1, 1)
+    assert uncertainty["correlation"] == pytest.approx(1)
+    assert uncertainty["sparsification"]["error"][0] == pytest.approx(128 / 512)
+    assert uncertainty["sparsification"]["error"][-1] == pytest.approx(0, abs=1e-9)
 
 
 def test_intervals_and_thirds_by_size(tmp_path):
@@ -192,10 +193,12 @@ def test_several_raters(tmp_path):
     apart = 1 - 48 / 80
     assert summary["scores"]["energy_distance"]["mean"] == pytest.approx(apart - apart / 2)
     (tmp_path / "rater0/a.png").rename(tmp_path / "rater0/b.png")
-    with pytest.raises(UserError, match=r"--raters: found no mask of rater 1 for 1 case \(a\)"):
+    with pytest.raises(UserError, match=r"--raters: rater 1 has no mask for 1 case \(a\)"):
         evaluate_all(*pair, raters=raters)
     save(tmp_path / "rater0/a.png", SQUARE[:8])
-    with pytest.raises(UserError, match=r"truth of case a: found a rater's mask of 8 x 16"):
+    with pytest.raises(
+        UserError, match=r"truth of case a: the rater's mask is 8 x 16, not 16 x 16"
+    ):
         evaluate_all(*pair, raters=raters)
 
 
@@ -300,8 +303,12 @@ def test_nothing_is_left_where_every_truth_is_empty_and_skipped(tmp_path):
     succeeded(script("segmentation_env", *command))
     summary = json.loads((found / "summary.json").read_text("utf-8"))
     assert (summary["cases"], summary["dice"]) == (2, None)
-    doubt = summary["uncertainty"]
-    assert (doubt["correlation"], doubt["auroc"], doubt["low_cases"]) == (None, None, 0)
+    uncertainty = summary["uncertainty"]
+    assert (uncertainty["correlation"], uncertainty["auroc"], uncertainty["low_cases"]) == (
+        None,
+        None,
+        0,
+    )
 
 
 # ---------------------------------------------------------------------------------- comparison
@@ -328,9 +335,9 @@ def test_two_folders_compared(tmp_path):
     assert f"{dice['difference']:+.4f}" in said
 
     (tmp_path / "two/7_output_ens.png").unlink()
-    told = refused(script("segmentation_env", *command, "--partial", True))
-    assert "--compare: found 1 cases in" in told and "alone (7)" in told
-    assert "--partial" not in told, "it is given"
+    error = refused(script("segmentation_env", *command, "--partial", True))
+    assert "--compare: " in error and f"1 case only in {tmp_path / 'one'} (7)" in error
+    assert "--partial" not in error, "it is given"
     (tmp_path / "gt/7.png").unlink()
     succeeded(script("segmentation_env", *command, "--partial", True))
 
@@ -341,11 +348,11 @@ def test_two_folders_compared(tmp_path):
 def test_a_soft_mask_with_nan(tmp_path):
     save_nifti(tmp_path / "pred/a_output_ens.nii.gz", np.full((16, 16), np.nan, np.float32))
     save(tmp_path / "gt/a.png", SQUARE)
-    with pytest.raises(UserError, match=r"a_output_ens\.nii\.gz: found NaN"):
+    with pytest.raises(UserError, match=r"a_output_ens\.nii\.gz: has NaN"):
         evaluate(tmp_path / "pred", tmp_path / "gt")
     (tmp_path / "tensors").mkdir()
     torch.save(torch.full((1, 1, 16, 16), math.nan), tmp_path / "tensors/a_output0")
-    with pytest.raises(UserError, match=r"a_output0: found NaN"):
+    with pytest.raises(UserError, match=r"a_output0: has NaN"):
         evaluate(tmp_path / "tensors", tmp_path / "gt")
 
 
@@ -363,9 +370,9 @@ def test_a_tensor_that_is_none(tmp_path, content):
         torch.save(
             {"pickle": Scoring(), "dict": {"a": 1}, "scalar": torch.tensor(1.0)}[content], path
         )
-    with pytest.raises(UserError, match="a_output0: found a file that cannot be read") as told:
+    with pytest.raises(UserError, match="a_output0: cannot be read as a tensor") as caught:
         evaluate(tmp_path / "pred", tmp_path / "gt")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_members_of_unequal_sizes_without_a_fused_mask(tmp_path):
@@ -373,7 +380,7 @@ def test_members_of_unequal_sizes_without_a_fused_mask(tmp_path):
     save(tmp_path / "pred/a_output1.png", SQUARE[:8])
     save(tmp_path / "gt/a.png", SQUARE)
     with pytest.raises(
-        UserError, match=r"a_output1\.png: found a mask of 8 x 16, expected 16 x 16"
+        UserError, match=r"a_output1\.png: the mask is 8 x 16, but a_output0\.png is 16 x 16"
     ):
         evaluate(tmp_path / "pred", tmp_path / "gt")
 
@@ -382,14 +389,14 @@ def test_a_truth_with_an_undeclared_label(tmp_path):
     save_nifti(tmp_path / "gt/a_seg.nii.gz", (SQUARE * 3).astype(np.uint8))
     for name in "12":
         save(tmp_path / f"pred/a_output_ens_{name}.png", SQUARE)
-    with pytest.raises(UserError, match=r"a_seg\.nii\.gz: found label 3, which no class declares"):
+    with pytest.raises(UserError, match=r"a_seg\.nii\.gz: has label 3, which no class declares"):
         evaluate_all(tmp_path / "pred", tmp_path / "gt", mask_labels="1,2")
 
 
 @pytest.mark.parametrize(
     "flags", [("--empty", "never"), ("--tolerance", "-1"), ("--low_dice", "2"), ("--compare", "a")]
 )
-def test_flags_of_scoring_that_cannot_be(tmp_path, flags):
+def test_invalid_scoring_flags(tmp_path, flags):
     pair = folder(tmp_path, {"a_output_ens.png": SQUARE}, {"a": SQUARE})
     ended = script("segmentation_env", "--inp_pth", pair[0], "--out_pth", pair[1], *flags)
     assert ended.code == 2 and flags[0] in ended.err and ended.err.count("\n") == 1

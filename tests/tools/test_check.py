@@ -1,4 +1,4 @@
-"""The check of a folder: what it finds, all problems at once, the sheet; the loader in the docs."""
+"""The check of a folder: facts, all problems at once, contact sheet; the loader in the docs."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fact(said: str, name: str) -> str:
-    """What stands behind a name, and in the lines without one that follow."""
+    """The text of a named fact, with the unnamed lines that follow."""
     return re.search(rf"^{name} +(.*(?:\n {{11}}.*)*)", said, re.MULTILINE)[1]
 
 
-def test_what_it_finds(folder: Path, tmp_path: Path) -> None:
+def test_the_facts_of_a_folder(folder: Path, tmp_path: Path) -> None:
     said = succeeded(script("check_data", "--data_dir", folder, "--image_size", 16))
 
     assert fact(said, "folder") == str(folder) and fact(said, "layout") == "CUSTOM"
@@ -64,7 +64,7 @@ def test_what_it_finds(folder: Path, tmp_path: Path) -> None:
     assert masks.startswith("9, of which 1 empty (g)")
     assert "foreground: in 8 cases, 0.0417 to 4.17, median 4.17 % of the image" in masks
     assert "1 vanish at the network's size (h)" in masks
-    assert fact(said, "twice") == "1 images under several ids: a = same"
+    assert fact(said, "twice") == "1 image under several ids: a = same"
     assert said.endswith("nothing that training would fail on\n")
 
 
@@ -97,12 +97,12 @@ def test_every_problem_is_listed(folder: Path) -> None:
     assert run.code == 2 and run.err == ""
     problems = run.out.split("training would fail:\n")[1].splitlines()
     assert len(problems) == 12
-    assert "found 8 stems without mask: a, b, c, d, e and 3 more" in problems[0]
+    assert "set: has 8 stems without mask: a, b, c, d, e and 3 more" in problems[0]
     assert problems[1:9] == [f"    {stem}" for stem in [*"abcdefg", "same"]]
-    assert "ids that" in problems[9] and "does not have: nobody" in problems[9]
-    bad = f"  bad: {folder}/images/bad.png: found a file that cannot be read"
+    assert "has no case or patient nobody; its ids are such as" in problems[9]
+    bad = f"  bad: {folder}/images/bad.png: cannot be read as a picture"
     assert problems[10].startswith(bad)
-    assert problems[11].startswith(f"  size: {folder}/masks/size.png: found a mask of 9 x 9")
+    assert problems[11].startswith(f"  size: {folder}/masks/size.png: the mask is 9 x 9, but")
     assert fact(run.out, "split") == "in no part (2), training (1)"
 
 
@@ -113,7 +113,7 @@ def test_incomplete_slices_are_all_listed(brats: Path, tmp_path: Path) -> None:
             if "_t2_" not in path.name or case.name == "000001":
                 (tmp_path / case.name / path.name).symlink_to(path)
     run = script("check_data", "--data_dir", tmp_path)
-    assert run.code == 2 and run.out.count("an incomplete case: t2 is missing") == 3
+    assert run.code == 2 and run.out.count("the case lacks t2") == 3
     assert fact(run.out, "cases") == "1, of which 1 can be used"
 
 
@@ -134,19 +134,19 @@ def test_broken_volumes_are_all_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_of_nothing(tmp_path: Path) -> None:
+def test_an_empty_folder(tmp_path: Path) -> None:
     run = script("check_data", "--data_dir", tmp_path)
     assert run.code == 2 and "\ntraining would fail:\n" in run.out
-    assert f"{tmp_path}: found an empty folder" in run.out
+    assert f"{tmp_path}: holds nothing" in run.out
     assert "--data_nam " in refused(script("check_data", "--data_nam ", "x"))
 
 
-def test_processes_find_the_same(folder: Path) -> None:
+def test_worker_processes_find_the_same(folder: Path) -> None:
     one, two = (script("check_data", "--data_dir", folder, "--num_workers", n) for n in (0, 2))
     assert succeeded(one) == succeeded(two)
 
 
-def test_without_masks_as_sampling_looks(folder: Path) -> None:
+def test_a_folder_without_masks(folder: Path) -> None:
     for path in (folder / "masks").iterdir():
         path.unlink()
     assert script("check_data", "--data_dir", folder).code == 2
@@ -154,7 +154,7 @@ def test_without_masks_as_sampling_looks(folder: Path) -> None:
     assert fact(said, "masks") == "none"
 
 
-def test_the_sheet(folder: Path, tmp_path: Path) -> None:
+def test_the_contact_sheet(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
     said = succeeded(script("check_data", "--data_dir", folder, "--out", out, "--cases", 7))
     assert f"7 cases drawn on {out}" in said
@@ -183,7 +183,7 @@ def test_a_split_is_used_in_training_and_sampling(
     split.write_text("".join(f"{s} training\n" for s in "abcd") + "e testing\nf testing\n")
     where = ["--data_dir", folder, "--split", split, "--out_dir", tmp_path / "run"]
     said = succeeded(script("segmentation_train", *where, *training_flags))
-    assert "4 of 9 cases are for training; 3 cases are in no part" in said
+    assert "4 of 9 cases are for training; 3 cases in no part" in said
     assert "4 CUSTOM cases" in said
 
     model = ["--model_path", tmp_path / "run", "--steps", 2, "--num_ensemble", 1]
@@ -233,4 +233,4 @@ def test_the_loader_in_the_docs_works_as_written(
     where = ["--data_dir", tmp_path / "arrays", "--data_name", "ARRAYS"]
     where += ["--split", tmp_path / "split.txt", "--out_dir", tmp_path / "run"]
     said = succeeded(script("segmentation_train", *where, *training_flags))
-    assert "2 ARRAYS cases, 1 channels" in said
+    assert "2 ARRAYS cases, 1 channel, " in said

@@ -258,7 +258,7 @@ def test_every_sixth_slice_is_healthy(tmp_path):
     assert sum(n <= 6 for n in empty) == 1  # one in each run of six
 
 
-def test_too_many_slices_are_refused_with_the_mend(tmp_path):
+def test_too_many_slices_are_refused_with_a_hint(tmp_path):
     with pytest.raises(UserError, match="Ask for fewer slices or a larger size"):
         phantom_folders.write_brats_slices(tmp_path, 0, patients=1, slices=50)
 

@@ -132,7 +132,7 @@ def test_cases_of_other_settings_are_distinguished(
     text = succeeded(script("segmentation_sample", *arguments, *more))
     assert "1 cases in" in text and "have other settings" in text
     flags = ("--inp_pth", tmp_path, "--out_pth", brats / "testing")
-    assert "beware: these masks are of 2 different settings" in succeeded(
+    assert "warning: these masks were sampled with 2 different settings" in succeeded(
         script("segmentation_env", *flags)
     )
 

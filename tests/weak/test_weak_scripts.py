@@ -299,7 +299,7 @@ def test_a_split_file_can_run_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (arrays / "splits.pkl").write_bytes(pickle.dumps([Malicious()]))
-    with pytest.raises(UserError, match=r"splits\.pkl: found .* could run code"):
+    with pytest.raises(UserError, match=r"splits\.pkl: cannot be read .* could run code"):
         SlicedArrays(arrays, parts=("train",))
     assert not (tmp_path / "hacked").exists()
 
@@ -621,13 +621,13 @@ def lonely_mask(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "flags", "found"),
     [
-        (empty_class, [], "training/tumor: found no image"),
-        (no_class, [], "training/normal: found no image"),
-        (no_image, [], "training: found no image in normal/ or tumor/"),
-        (no_part, [], "--src_dir: found no folder training in "),
-        (lonely_mask, [], "seg: found 1 masks without an image in tumor/: x_1"),
+        (empty_class, [], "training/tumor: has no image"),
+        (no_class, [], "training/normal: has no image"),
+        (no_image, [], "training: has no image in normal/ or tumor/"),
+        (no_part, [], "data has no folder training."),
+        (lonely_mask, [], "seg: has 1 mask without an image in tumor/: x_1"),
         (spoil_nothing, ["--batch_size", 50], "--batch_size 50: there are only"),
-        (spoil_nothing, ["--src_dir", "nowhere"], "nowhere: found nothing there"),
+        (spoil_nothing, ["--src_dir", "nowhere"], "nowhere: does not exist"),
         (spoil_nothing, ["--img_size", 17], "--image_size 17: must be a multiple of"),
     ],
 )
@@ -706,13 +706,13 @@ def test_images_are_diffused_by_the_plain_network_alone(
 
 
 def test_split_files_that_do_not_fit(arrays: Path) -> None:
-    with pytest.raises(UserError, match="--fold: found 2, expected 0 to 1"):
+    with pytest.raises(UserError, match=r"--fold: .* has the folds 0 to 1, but not 2"):
         SlicedArrays(arrays, parts=("train",), fold=2)
     (arrays / "preprocessed" / "deep" / "v0.npy").unlink()
-    with pytest.raises(UserError, match=r"preprocessed: found no file v0\.npy"):
+    with pytest.raises(UserError, match=r"preprocessed: lacks v0\.npy"):
         SlicedArrays(arrays, parts=("train",))
     np.save(arrays / "preprocessed" / "deep" / "v0.npy", np.zeros((4, 16, 16)))
-    with pytest.raises(UserError, match=r"v0\.npy: found an array of shape \(4, 16, 16\)"):
+    with pytest.raises(UserError, match=r"v0\.npy: .* \(4, 16, 16\)"):
         SlicedArrays(arrays, parts=("train",))
 
 
