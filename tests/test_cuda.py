@@ -1,0 +1,220 @@
+"""On a CUDA device: what the CPU computes, in every precision, compiled, resumed and launched.
+
+The CPU's float32 is the reference. Without a CUDA device all of this is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import NETWORK, ROOT
+from torch import Tensor
+from torch.testing import assert_close
+
+from guided_diffusion.checkpoint import load_checkpoint, load_weights
+from guided_diffusion.data.batches import Batch
+from guided_diffusion.data.datasets import Frame
+from guided_diffusion.dist_util import autocast, describe, dev, place_model
+from guided_diffusion.inference.plan import make_plan
+from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.unet import UNetModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+FLAGS: dict[str, Any] = {
+    "image_size": 32,
+    "in_ch": 2,
+    "num_channels": 32,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "attention_resolutions": "16",
+    "num_heads": 2,
+    "predict_xstart": True,
+    "mask_range": "-1,1",
+    "diffusion_steps": 100,
+}
+# How far a precision may be from float32, relative to the largest value.
+TOLERANCE = {"fp32": 2e-3, "bf16": 6e-2, "fp16": 2e-2}
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def random_network(device: torch.device, **flags: Any) -> tuple[UNetModel, Any]:
+    """A network with no zero weights, the same on every device."""
+    net, diffusion = create_model_and_diffusion(**{**FLAGS, **flags})
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    net.out[-1].weight.data *= 10  # masks with contrast
+    return place_model(net, device), diffusion
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def batch() -> Batch:
+    """Four images, and their bright parts as masks."""
+    x = images(4)
+    return Batch(x, (x > 0.5).float(), list("abcd"))
+
+
+def make_loop(device: torch.device, folder: Path, **flags: Any) -> TrainLoop:
+    """A loop whose network, noise and batch are the same on every device."""
+    run = {k: flags.pop(k) for k in ("precision", "compile") if k in flags}
+    net, diffusion = random_network(device, **flags)
+    if run.get("compile"):
+        place_model(net, device, compile=run["compile"])
+    options = TrainingOptions(batch_size=4, lr=1e-3, ema_rate="0.9")
+    sampler = create_named_schedule_sampler("uniform", 100)
+    return TrainLoop(
+        net,
+        diffusion,
+        dataset=[],  # type: ignore[arg-type]
+        schedule_sampler=sampler,
+        options=options,
+        run=RunOptions(out_dir=str(folder), seed=1, **run),
+        recorded={},
+    )
+
+
+def drawn(device: torch.device, precision: str = "fp32", compile: str = "", **options: Any) -> Any:
+    """Soft masks of two images, three each."""
+    net, diffusion = random_network(device)
+    sampling = SamplingOptions(num_ensemble=3, **{"sampler": "dpm_solver++", "steps": 5, **options})
+    run = RunOptions(precision=precision, compile=compile)
+    plan = make_plan(sampling, run, diffusion, device=device, own=True)
+    if compile:
+        place_model(net, device, compile=compile)
+    segmenter = Segmenter(net, diffusion, frame=Frame(32), plan=plan)
+    return segmenter.draw(images(2), ["a", "b"])
+
+
+def near(actual: Tensor, expected: Tensor, precision: str) -> None:
+    """Compare with a tolerance that is relative to the largest expected value."""
+    largest = float(expected.abs().max())
+    assert_close(
+        actual.float().cpu(), expected.float().cpu(), rtol=0, atol=TOLERANCE[precision] * largest
+    )
+
+
+def test_the_device_is_chosen_and_named() -> None:
+    assert dev() == CUDA
+    assert torch.cuda.get_device_name(0) in describe(CUDA)
+
+
+@pytest.mark.parametrize("version", ["plain", "new", "2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_networks_predict_what_they_predict_on_the_cpu(version: str, precision: str) -> None:
+    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    t = torch.tensor([5, 70])
+    found = []
+    for device, how in ((CPU, "fp32"), (CUDA, precision)):
+        net, _ = random_network(device, version=version)
+        net.eval()
+        with torch.no_grad(), autocast(device, how):
+            condition = net.encode(images(2).to(device))
+            found.append(net(x.to(device), t.to(device), condition).raw)
+    near(found[1], found[0], precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_has_the_loss_and_the_gradient_of_the_cpu(precision: str, tmp_path: Path) -> None:
+    losses, gradients = [], []
+    for device, how in ((CPU, "fp32"), (CUDA, precision)):
+        loop = make_loop(device, tmp_path, precision=how)
+        losses.append(loop.forward_backward(batch()))
+        scale = loop.scaler.get_scale() if loop.scaler.is_enabled() else 1.0
+        grads = [p.grad for p in loop.parameters if p.grad is not None]
+        gradients.append(torch.cat([g.float().cpu().flatten() for g in grads]) / scale)
+    near(losses[1], losses[0], precision)
+    cosine = torch.cosine_similarity(*gradients, dim=0)
+    assert cosine > {"fp32": 0.9999, "bf16": 0.98, "fp16": 0.99}[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_learns_in_every_precision(precision: str, tmp_path: Path) -> None:
+    """The image shows the mask: after 150 steps the loss is a fifth of what it was or less."""
+    loop = make_loop(CUDA, tmp_path, precision=precision)
+    losses = [float(loop.run_step(batch())) for _ in range(150)]
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    assert all(p.isfinite().all() for p in loop.parameters)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training_is_what_it_is_without(mode: str, tmp_path: Path) -> None:
+    plain, compiled = (make_loop(CUDA, tmp_path, compile=how) for how in ("", mode))
+    for _ in range(3):
+        one, other = plain.run_step(batch()), compiled.run_step(batch())
+        near(other, one, "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver++", "unipc"])
+def test_masks_are_those_of_the_cpu(sampler: str, precision: str) -> None:
+    """The noise is drawn on the CPU, so the same masks come out, up to rounding."""
+    options = {"sampler": sampler, "steps": 10}
+    expected, found = drawn(CPU, **options), drawn(CUDA, precision, **options)
+    assert expected.std() > 0.1
+    error = (found - expected).abs().mean()
+    assert error < {"fp32": 2e-3, "bf16": 4e-2, "fp16": 1e-2}[precision]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_sampling_is_what_it_is_without(mode: str) -> None:
+    assert (drawn(CUDA, compile=mode) - drawn(CUDA)).abs().mean() < 2e-3
+
+
+def test_a_resumed_run_continues_with_the_same_optimiser(tmp_path: Path, quiet: None) -> None:
+    loop = make_loop(CUDA, tmp_path)
+    for _ in range(2):
+        loop.run_step(batch())
+    path = loop.save()
+    loop.checkpoints.wait()
+    again, start = make_loop(CUDA, tmp_path), load_checkpoint(path)
+    load_weights(again.net, start.model, path)
+    again.restore(start, path=path)
+    near(again.run_step(batch()), loop.run_step(batch()), "fp32")
+    for one, other in zip(again.parameters, loop.parameters, strict=True):
+        near(one.detach(), other.detach(), "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["multi_gpu", "torchrun"])
+def test_the_commands_run_on_the_device(launcher: str, brats: Path, tmp_path: Path) -> None:
+    """Training, sampling and scoring, in bf16, by either launcher, over nccl."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start = [sys.executable] if launcher == "multi_gpu" else [*torchrun, "--nproc_per_node=1"]
+    devices = ["--multi-gpu", "0"] if launcher == "multi_gpu" else []
+
+    def run(script: str, *words: object) -> str:
+        command = [*start, f"scripts/{script}.py", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    said = run(
+        "segmentation_train",
+        *("--data_dir", brats / "training", "--out_dir", tmp_path, *NETWORK, *devices),
+        *("--batch_size", 2, "--max_steps", 3, "--precision", "bf16"),
+    )
+    assert "cuda:0" in said and "bf16" in said
+    said = run(
+        "segmentation_sample",
+        *("--data_dir", brats / "testing", "--model_path", tmp_path, "--out_dir", tmp_path),
+        *("--dpm_solver", True, "--steps", 3, "--precision", "bf16", *devices),
+    )
+    assert "cuda:0" in said and (tmp_path / "000005_mask.png").exists()
