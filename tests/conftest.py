@@ -109,6 +109,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+HAS_CUDA, COUNT_CUDA = torch.cuda.is_available, torch.cuda.device_count
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hide CUDA devices from every test that is not marked ``gpu``, and from its processes."""
+    hidden = item.get_closest_marker("gpu") is None
+    torch.cuda.is_available = (lambda: False) if hidden else HAS_CUDA
+    torch.cuda.device_count = (lambda: 0) if hidden else COUNT_CUDA
+    if hidden or VISIBLE is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "" if hidden else str(VISIBLE)
+    else:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -205,7 +205,11 @@ def planned(target: str, workspace: Path) -> list[str]:
     done = subprocess.run(
         ["make", "-n", "--no-print-directory", target, f"VENV={sys.prefix}"],
         cwd=workspace,
-        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if name != "OUT" and not name.startswith("MAKE")
+        },
         capture_output=True,
         text=True,
         check=True,

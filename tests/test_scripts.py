@@ -85,7 +85,7 @@ def test_what_sampling_writes(sampled: Path) -> None:
     note = json.loads((sampled / "sampling.json").read_text("utf-8"))
     assert (note["seed"], note["options"]["image_size"]) == (10, 16)
     assert note["command"].startswith("python scripts/segmentation_sample.py --model_path ")
-    assert note["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(note["versions"]["torch"])
     masks = soft(sampled)
     assert all(mask.shape == (40, 40) and len(np.unique(mask)) > 20 for mask in masks.values())
     assert not np.array_equal(masks["000005"], masks["000006"])
