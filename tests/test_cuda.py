@@ -32,7 +32,6 @@ from guided_diffusion.unet import UNetModel
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:.*TensorFloat32"),
 ]
 
 FLAGS: dict[str, Any] = {
@@ -156,6 +155,7 @@ def test_training_learns_in_every_precision(precision: str, tmp_path: Path) -> N
     assert all(p.isfinite().all() for p in loop.parameters)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_training_is_what_it_is_without(mode: str, tmp_path: Path) -> None:
     plain, compiled = (make_loop(CUDA, tmp_path, compile=how) for how in ("", mode))
@@ -175,6 +175,7 @@ def test_masks_are_those_of_the_cpu(sampler: str, precision: str) -> None:
     assert error < {"fp32": 2e-3, "bf16": 4e-2, "fp16": 1e-2}[precision]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_sampling_is_what_it_is_without(mode: str) -> None:
     assert (drawn(CUDA, compile=mode) - drawn(CUDA)).abs().mean() < 2e-3
