@@ -69,8 +69,9 @@ class VolumeWriter:
         for volume, source in self.source.items():
             waiting = self.waiting / volume
             if self.missing[volume] < 1 and waiting.is_dir():
-                for kind in KINDS:
-                    self._write_kind(volume, kind, source, sorted(waiting.glob("[0-9]*.npz")))
+                slices = sorted(waiting.glob("[0-9]*.npz"))
+                for kind in KINDS if slices else ():  # a killed run may leave the folder empty
+                    self._write_kind(volume, kind, source, slices)
                 shutil.rmtree(waiting)
 
     def clear(self) -> None:
@@ -95,7 +96,8 @@ class VolumeWriter:
         if not path.exists():
             return None
         nifti: Any = nib.load(path)
-        return nifti if bytes(nifti.header["descrip"]) == self.fingerprint.encode() else None
+        note = nifti.header["descrip"].item()  # without the zeros that fill the field's 80 bytes
+        return nifti if note == self.fingerprint.encode() else None
 
     def _path(self, volume: str, kind: str) -> Path:
         return self.out_dir / f"{volume}_{kind}.nii.gz"
