@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents
+from helpers import contents
 from torch import Tensor, nn
 from torch.testing import assert_close
 

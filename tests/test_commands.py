@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from guided_diffusion import Segmenter, create_model_and_diffusion
 from guided_diffusion.commands import COMMANDS, main

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from conftest import ROOT, refused, script
+from helpers import ROOT, refused, script
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import Flags, numbers, recorded

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     DIFFUSION,
     NETWORK,
     Run,

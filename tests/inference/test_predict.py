@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import contents
+from helpers import contents
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close

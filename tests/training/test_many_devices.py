@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PYTHONPATH, ROOT, training
-from test_training import make_loop, rows
+from helpers import read_csv, torchrun, training
+from loops import make_loop
 from torch.testing import assert_close
 
 from guided_diffusion import logger, train_util
@@ -30,7 +28,7 @@ import torch
 torch.set_num_threads(1)
 from guided_diffusion import logger, train_util
 from guided_diffusion.dist_util import rank, setup_dist
-from test_training import make_loop
+from loops import make_loop
 setup_dist()
 out = Path(sys.argv[1])
 logger.configure(None if rank() else out, quiet=True)
@@ -50,18 +48,9 @@ torch.save({
 }, out / f"rank{rank()}")
 """
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
 
 def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *TORCHRUN, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = torchrun(2, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -103,7 +92,7 @@ def test_gradients_and_weights_are_those_of_twice_the_batch(
             for one, other in zip(step, whole, strict=True):
                 assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
     for name in ("loss", "mse", "grad_norm"):
-        both, one = (float(rows(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
+        both, one = (float(read_csv(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
         assert both == pytest.approx(one, rel=1e-4), f"{name} is that of the whole batch"
     first = zip(ranks[0]["gradients"][0], alone[0], strict=True)
     for one, other in first:
@@ -133,7 +122,7 @@ def test_one_process_writes_checkpoints_and_log(shared: Path) -> None:
         *("savedmodel000002.pt", "savedmodel000004.pt", LATEST),
         *("log.txt", "progress.csv", "progress.json"),
     }
-    table = rows(shared / "progress.csv")
+    table = read_csv(shared / "progress.csv")
     assert [row["step"] for row in table] == ["1", "2", "3", "4"]
     assert [row["samples"] for row in table] == ["4", "8", "12", "16"]
     assert (shared / "log.txt").read_text("utf-8").count("saved ") == 2
@@ -161,15 +150,14 @@ from guided_diffusion import logger
 from guided_diffusion.data.batches import collate
 from guided_diffusion.dist_util import barrier, rank, setup_dist
 from guided_diffusion.errors import UserError
-from test_survival import spoiled
-from test_training import Discs, make_loop
+from loops import Discs, make_loop, with_nan
 setup_dist()
 logger.configure(quiet=True)
 out = Path(sys.argv[1])
 loop = make_loop(out, max_bad_steps=1)
 batch = collate([Discs()[2 * rank()], Discs()[2 * rank() + 1]])
 try:
-    loop.run_step(spoiled(batch) if rank() else batch)
+    loop.run_step(with_nan(batch) if rank() else batch)
 except UserError as error:
     (out / f"rank{rank()}").write_text(str(error))
 barrier()
@@ -195,14 +183,14 @@ from guided_diffusion import logger
 from guided_diffusion.networks import highway, medsegdiff
 from guided_diffusion.dist_util import rank, setup_dist
 from guided_diffusion.data.batches import collate
-from test_coarse import Squares, loop_of
+from loops import Squares, make_coarse_loop
 for module in (highway, medsegdiff):
     module.WIDTHS = (32, 64, 32, 32, 32, 32)
 setup_dist()
 logger.configure(quiet=True)
 after = {}
 for version in ("new", "1", "2"):
-    loop = loop_of(version, Path(sys.argv[1]), microbatch=1)
+    loop = make_coarse_loop(version, Path(sys.argv[1]), microbatch=1)
     for _ in range(2):
         loop.run_step(collate([Squares()[2 * rank()], Squares()[2 * rank() + 1]]))
     after[version] = {k: v.detach().clone() for k, v in loop.net.named_parameters()}

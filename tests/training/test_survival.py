@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PYTHONPATH, ROOT, refused, script, training
-from test_training import batch_of, equal, make_loop, resumed, rows
+from helpers import ROOT, environment, read_csv, refused, script, training
+from loops import batch_of, equal, make_loop, resumed, with_nan
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -33,7 +33,6 @@ from guided_diffusion.checkpoint import (
     step_of,
     with_companions,
 )
-from guided_diffusion.data.batches import Batch
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import Background
 from guided_diffusion.training.estimates import training_gib
@@ -46,7 +45,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from guided_diffusion import logger
-from test_training import make_loop, resumed
+from loops import make_loop, resumed
 out = Path(sys.argv[1])
 logger.configure(quiet=True)
 loop = make_loop(out, max_steps=0, save_interval=1, keep=3, batch_size=1)
@@ -64,7 +63,7 @@ def test_killed_at_any_moment_the_last_checkpoint_is_good(tmp_path: Path) -> Non
 import os, sys
 sys.argv = ["", {str(tmp_path)!r}]
 import torch
-import test_training
+import loops
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -74,11 +73,10 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("gone", flush=True)
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", forker],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -245,17 +243,13 @@ def test_jobs_come_one_after_the_other_and_their_errors_arrive() -> None:
 # ------------------------------------------------------------------------------ not finite
 
 
-def spoiled(batch: Batch) -> Batch:
-    return batch._replace(image=torch.full_like(batch.image, torch.nan))
-
-
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     quiet: None, tmp_path: Path
 ) -> None:
     loop = make_loop(tmp_path, max_bad_steps=3)
     loop.run_step(batch_of(2))
     before = load_state(loop)
-    loop.run_step(spoiled(batch_of(2)))
+    loop.run_step(with_nan(batch_of(2)))
     assert equal(load_state(loop), before)
     assert (loop.step, loop.bad_steps) == (2, 1)
     loop.run_step(batch_of(2))
@@ -275,11 +269,11 @@ def load_state(loop: Any) -> Any:
 
 def test_too_many_in_a_row_end_the_run_and_name_the_cases(quiet: None, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, max_bad_steps=3)
-    for batch in (spoiled(batch_of(2)), spoiled(batch_of(2)), batch_of(2)):
+    for batch in (with_nan(batch_of(2)), with_nan(batch_of(2)), batch_of(2)):
         loop.run_step(batch)
     with pytest.raises(UserError, match=r"3 times in a row.*disc0, disc1.*--lr") as raised:
         for _ in range(3):
-            loop.run_step(spoiled(batch_of(2)))
+            loop.run_step(with_nan(batch_of(2)))
     assert "step 5" in str(raised.value)
 
 
@@ -299,7 +293,7 @@ def test_a_loss_scale_finds_its_size_before_steps_count_as_bad(quiet: None, tmp_
     loop.scaler.update(1.0)
     with pytest.raises(UserError, match="2 times in a row"):
         for _ in range(2):
-            loop.run_step(spoiled(batch_of(2)))
+            loop.run_step(with_nan(batch_of(2)))
 
 
 def test_the_log_counts_them(quiet: None, tmp_path: Path) -> None:
@@ -314,7 +308,7 @@ def test_the_log_counts_them(quiet: None, tmp_path: Path) -> None:
 
     loop.dataset = Spoiled()
     loop.run_loop()
-    (row,) = rows(tmp_path / "progress.csv")
+    (row,) = read_csv(tmp_path / "progress.csv")
     assert 1 <= float(row["skipped"]) <= 3
     assert float(row["loss"]) > 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -16,102 +15,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import process, refused, script, succeeded, training
+from helpers import process, read_csv, refused, script, succeeded, training
+from loops import Discs, batch_of, equal, make_loop, resumed
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import Dataset
 
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import LATEST, load_checkpoint, load_weights
-from guided_diffusion.data.batches import Batch, collate, training_batches
-from guided_diffusion.data.datasets import Case
-from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.data.batches import Batch, training_batches
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.stop_signal import StopSignal
 
 
-class Discs(Dataset[Case]):
-    """Discs of different places and sizes in noise: the mask can be learned from the image."""
-
-    def __init__(self, size: int = 6) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Case:
-        noise = torch.Generator().manual_seed(index)
-        row, column = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-        x, y = 4 + 8 * torch.rand(2, generator=noise)
-        mask = ((row - y) ** 2 + (column - x) ** 2 < (3 + index % 3) ** 2).float()[None]
-        return Case(mask + 0.1 * torch.randn(1, 16, 16, generator=noise), mask, f"disc{index}")
-
-
-FLAGS: dict[str, Any] = {
-    "image_size": 16,
-    "in_ch": 2,
-    "num_channels": 32,
-    "channel_mult": "1",
-    "num_res_blocks": 1,
-    "attention_resolutions": "",
-    "predict_xstart": True,
-    "mask_range": "-1,1",
-    "noise_schedule": "cosine",
-}
-
-
-def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) -> TrainLoop:
-    """A loop over discs with a network whose weights are all random, none of them zero."""
-    own = {*FLAGS, "dropout", "learn_sigma"}
-    flags = {key: options.pop(key) for key in list(options) if key in own}
-    channels_last, rest = options.pop("channels_last", False), options.pop("rest", {})
-    steps = options.pop("diffusion_steps", 100)
-    net, diffusion = create_model_and_diffusion(**{**FLAGS, **flags}, diffusion_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in net.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    settings = TrainingOptions(
-        **{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 1, **options}
-    )
-    return TrainLoop(
-        net,
-        diffusion,
-        dataset=Discs(size),
-        schedule_sampler=create_named_schedule_sampler(settings.schedule_sampler, steps),
-        options=settings,
-        run=RunOptions(out_dir=str(out_dir), seed=seed),
-        recorded={},
-        **rest,
-    )
-
-
-def resumed(loop: TrainLoop, path: Path) -> TrainLoop:
-    """Bring a new loop to where a checkpoint was written."""
-    start = load_checkpoint(path)
-    load_weights(loop.net, start.model, path)
-    loop.restore(start, path=path)
-    return loop
-
-
-def batch_of(count: int) -> Batch:
-    return collate([Discs()[index] for index in range(count)])
-
-
 def gradient(loop: TrainLoop, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(3)
     loss = loop.forward_backward(batch)
     return loss, [parameter.grad for parameter in loop.parameters if parameter.grad is not None]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(autouse=True)
@@ -172,23 +93,6 @@ def test_a_batch_without_masks_is_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ resumption
-
-
-def equal(one: object, other: object) -> bool:
-    """Whether two nested values agree to the bit."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(equal(one[key], other[key]) for key in one)
-        )
-    if isinstance(one, list | tuple):
-        return (
-            isinstance(other, type(one)) and len(one) == len(other) and all(map(equal, one, other))
-        )
-    return one == other
 
 
 def test_equal_can_tell() -> None:
@@ -538,7 +442,7 @@ def test_sigterm_saves_and_resume_auto_continues(brats: Path, tmp_path: Path) ->
     assert f"stopped by SIGTERM at step {saved.step}" in out
     last = saved.step + 2
     succeeded(script("segmentation_train", *command, "--max_steps", last, "--resume", "auto"))
-    steps = [int(row["step"]) for row in rows(tmp_path / "run" / "progress.csv")]
+    steps = [int(row["step"]) for row in read_csv(tmp_path / "run" / "progress.csv")]
     assert steps == list(range(1, last + 1))
     assert load_checkpoint(tmp_path / "run" / LATEST).step == last
 
@@ -648,7 +552,7 @@ def test_the_log_of_a_run(trained: Path) -> None:
     assert text.startswith(f"Logging to {trained}\n")
     assert "--fp16_scale_growth has no effect" in text
     assert "4 BRATS cases, 4 channels" in text and "steps 0 to 4" in text
-    table = rows(trained / "progress.csv")
+    table = read_csv(trained / "progress.csv")
     assert [row["step"] for row in table] == ["2", "4"]
     assert [row["samples"] for row in table] == ["4", "8"]
     for row in table:
@@ -668,7 +572,7 @@ def test_log_lines_are_appended_over_a_resume(brats: Path, tmp_path: Path) -> No
     before = (tmp_path / "log.txt").read_text("utf-8")
     succeeded(script("segmentation_train", *command, "--max_steps", 3, "--resume", "auto"))
     assert (tmp_path / "log.txt").read_text("utf-8").startswith(before)
-    assert [row["step"] for row in rows(tmp_path / "progress.csv")] == ["1", "2", "3"]
+    assert [row["step"] for row in read_csv(tmp_path / "progress.csv")] == ["1", "2", "3"]
     assert len((tmp_path / "progress.json").read_text("utf-8").splitlines()) == 3
 
 
@@ -677,7 +581,7 @@ def test_a_csv_gets_wider_when_a_key_appears(tmp_path: Path) -> None:
     for row in ({"a": 1, "b": 2}, {"a": 3}, {"b": 5, "c": "x,y"}, {"a": 7}):
         logger.append_row(path, row)
     assert path.read_text("utf-8").splitlines()[0] == "a,b,c"
-    assert rows(path) == [
+    assert read_csv(path) == [
         {"a": "1", "b": "2", "c": ""},
         {"a": "3", "b": "", "c": ""},
         {"a": "", "b": "5", "c": "x,y"},
@@ -730,7 +634,7 @@ def test_a_table_of_numbers() -> None:
 def test_the_log_speaks_of_learned_variance(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--learn_sigma", True, "--max_steps", 2]
     succeeded(script("segmentation_train", *command))
-    (row,) = rows(tmp_path / "progress.csv")
+    (row,) = read_csv(tmp_path / "progress.csv")
     assert float(row["loss"]) == pytest.approx(float(row["mse"]) + float(row["vb"]), rel=1e-4)
 
 
@@ -752,7 +656,7 @@ def test_the_first_compiled_step_has_no_speed(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     command = [*training(brats, tmp_path), "--compile", "default", "--log_interval", 1]
     succeeded(script("segmentation_train", *command, "--max_steps", 2))
-    first, second = rows(tmp_path / "progress.csv")
+    first, second = read_csv(tmp_path / "progress.csv")
     assert not first["steps_per_s"] and not first["minutes_left"]
     assert float(second["steps_per_s"]) > 0 and float(second["minutes_left"]) == 0
 

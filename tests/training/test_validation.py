@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents, refused, script, succeeded, training
+from helpers import contents, read_csv, refused, script, succeeded, training
+from loops import equal, make_loop, resumed
 from PIL import Image
-from test_training import equal, make_loop, resumed, rows
 from torch import Tensor
 
 from guided_diffusion.checkpoint import BEST, LATEST, latest_checkpoint, load_checkpoint
@@ -105,7 +105,7 @@ def test_what_is_written(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 2, "--val_dir", brats / "testing"]
     said = succeeded(script("segmentation_train", *command, "--val_cases", 1))
     assert "validation on 1 cases, 2 masks each in 5 evaluations" in said
-    row = rows(tmp_path / "progress.csv")[-1]
+    row = read_csv(tmp_path / "progress.csv")[-1]
     assert row["step"] == "2"
     assert 0 <= float(row["val_iou"]) <= float(row["val_dice"]) <= 1
     pictures = {}
@@ -127,7 +127,7 @@ def test_it_scores_as_sampling_and_scoring_do(brats: Path, tmp_path: Path) -> No
     succeeded(script("segmentation_env", "--inp_pth", masks, "--out_pth", brats / "testing"))
     with (masks / "scores.csv").open(newline="", encoding="utf-8") as file:
         found = [float(row["dice"]) for row in csv.DictReader(file)]
-    said = rows(tmp_path / "run" / "progress.csv")[-1]
+    said = read_csv(tmp_path / "run" / "progress.csv")[-1]
     assert float(said["val_dice"]) == pytest.approx(sum(found) / len(found), abs=1e-4)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import pickle
 import shutil
@@ -16,8 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import contents, refused, script, succeeded
 from golden.fill import fill as fill_weights
+from helpers import contents, read_csv, refused, script, succeeded
 from PIL import Image
 from torch.testing import assert_close
 
@@ -323,18 +322,17 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
-
-
 def test_two_networks_share_a_folder(weakly_trained: Path) -> None:
     for name, own in (("model.pt", "."), ("classifier_model.pt", "classifier")):
         folder = weakly_trained / own
         latest = (folder / "savedmodel.pt").read_bytes()
         assert (weakly_trained / name).read_bytes() == latest
         assert (folder / "savedmodel000004.pt").read_bytes() == latest
-        assert [row["step"] for row in rows(folder / "progress.csv") if row["loss"]] == ["2", "4"]
-    log = rows(weakly_trained / "classifier" / "progress.csv")
+        assert [row["step"] for row in read_csv(folder / "progress.csv") if row["loss"]] == [
+            "2",
+            "4",
+        ]
+    log = read_csv(weakly_trained / "classifier" / "progress.csv")
     assert all(0 <= float(row["acc@1"]) <= 1 for row in log if row["loss"])
     checked = [float(row["val_accuracy"]) for row in log if row["val_accuracy"]]
     best = load_checkpoint(weakly_trained / "classifier" / "bestmodel.pt")
@@ -447,7 +445,7 @@ def masks(weakly_trained: Path, weak_data: Path) -> Iterator[Path]:
 def test_masks_are_scored_against_the_truth(masks: Path, weak_data: Path, number: int) -> None:
     folder = masks / str(number)
     names = TumourImages(weak_data / "validate").labels
-    scores = {row["name"]: row for row in rows(folder / "scores.csv")}
+    scores = {row["name"]: row for row in read_csv(folder / "scores.csv")}
     assert scores.keys() == names.keys()
     empty, spared = [], []
     for name, label in names.items():
@@ -474,7 +472,7 @@ def test_the_classifier_may_say_what_is_segmented(
     masks: Path, weakly_trained: Path, weak_data: Path
 ) -> None:
     trained = load_classifier(Flags(), folder=str(weakly_trained))
-    for row in rows(masks / "1" / "predictions.csv"):
+    for row in read_csv(masks / "1" / "predictions.csv"):
         path = next((weak_data / "validate").glob(f"*[lr]/{row['name']}.png"))
         x0 = Frame(16).fit_image(torch.from_numpy(pixels(path) / np.float32(255))[None])[None]
         with torch.no_grad():

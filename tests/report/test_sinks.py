@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from conftest import contents, refused, script, succeeded, training
+from helpers import contents, refused, script, succeeded, training
 from PIL import Image
 
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
