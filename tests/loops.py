@@ -14,9 +14,9 @@ from guided_diffusion.data.batches import Batch, collate
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import place_model
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.resolve import TrainSetup
 
 
 class Discs(Dataset[Case]):
@@ -64,16 +64,8 @@ def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) ->
     settings = TrainingOptions(
         **{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 1, **options}
     )
-    return TrainLoop(
-        net,
-        diffusion,
-        dataset=Discs(size),
-        schedule_sampler=create_named_schedule_sampler(settings.schedule_sampler, steps),
-        options=settings,
-        run=RunOptions(out_dir=str(out_dir), seed=seed),
-        recorded={},
-        **rest,
-    )
+    run = RunOptions(out_dir=str(out_dir), seed=seed)
+    return TrainLoop(TrainSetup(net, diffusion, Discs(size), settings, run, **rest))
 
 
 def resumed(loop: TrainLoop, path: Path) -> TrainLoop:
@@ -129,15 +121,10 @@ def make_coarse_loop(
     torch.manual_seed(0)
     flags = {name: options.pop(name) for name in ("coarse_loss",) if name in options}
     net, diffusion = create_model_and_diffusion(**COARSE_FLAGS, version=version, **flags)
-    return TrainLoop(
-        place_model(net, torch.device("cpu")),
-        diffusion,
-        dataset=Squares(),
-        schedule_sampler=create_named_schedule_sampler("uniform", 50),
-        options=TrainingOptions(**{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9", **options}),
-        run=RunOptions(out_dir=str(folder), precision=precision),
-        recorded={},
-    )
+    settings = TrainingOptions(**{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9", **options})
+    run = RunOptions(out_dir=str(folder), precision=precision)
+    net = place_model(net, torch.device("cpu"))
+    return TrainLoop(TrainSetup(net, diffusion, Squares(), settings, run))
 
 
 def equal(one: object, other: object) -> bool:

@@ -80,8 +80,9 @@ class TrainSetup:
         start: the checkpoint that is continued, and ``path`` its file; None for a new run.
         missing: parameters that bare weights lacked.
         prepare_batch: says what of a batch is diffused, and under which condition.
-        losses: scores the network itself; None for the diffusion's.
-        validate: scores averaged weights.
+        losses: scores the network itself; None for the diffusion's, of a U-Net that encodes the
+            condition.
+        validate: scores averaged weights; called in the first process alone.
         alias: a second name for the latest checkpoint.
         sinks: where else the run is shown.
         notes: what is to be said before it starts.
@@ -92,8 +93,8 @@ class TrainSetup:
     dataset: Dataset[Case]
     options: TrainingOptions
     run: RunOptions
-    recorded: dict[str, Any]
-    data: str
+    recorded: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
     watch: WatchOptions = field(default_factory=WatchOptions)
     start: Checkpoint | None = None
     path: Path | None = None

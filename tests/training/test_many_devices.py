@@ -120,7 +120,7 @@ def test_one_process_writes_checkpoints_and_log(shared: Path) -> None:
     names = {path.name for path in shared.iterdir()} - {"program.py", "rank0", "rank1"}
     assert names == {
         *("savedmodel000002.pt", "savedmodel000004.pt", LATEST),
-        *("log.txt", "progress.csv", "progress.json"),
+        *("log.txt", "progress.csv", "progress.json", "curves.png"),
     }
     table = read_csv(shared / "progress.csv")
     assert [row["step"] for row in table] == ["1", "2", "3", "4"]

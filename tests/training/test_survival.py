@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,14 +300,14 @@ def test_a_loss_scale_finds_its_size_before_steps_count_as_bad(quiet: None, tmp_
 def test_the_log_counts_them(quiet: None, tmp_path: Path) -> None:
     logger.configure(tmp_path, quiet=True)
     loop = make_loop(tmp_path, max_steps=4, log_interval=4)
-    dataset = loop.dataset
+    dataset = loop.setup.dataset
 
     class Spoiled(type(dataset)):  # type: ignore[misc]
         def __getitem__(self, index: int) -> Any:
             case = super().__getitem__(index)
             return case._replace(image=case.image * torch.nan) if index == 3 else case
 
-    loop.dataset = Spoiled()
+    loop.setup = replace(loop.setup, dataset=Spoiled())
     loop.run_loop()
     (row,) = read_csv(tmp_path / "progress.csv")
     assert 1 <= float(row["skipped"]) <= 3
