@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
     ENDINGS,
@@ -24,11 +22,8 @@ from guided_diffusion.data.folders import (
     subfolder,
 )
 from guided_diffusion.data.readers import (
-    Affine,
     image_channels,
     nifti_shape,
-    read_image_file,
-    read_mask_file,
 )
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
@@ -51,14 +46,6 @@ class CustomDataset(SegmentationDataset):
         folder = open_folder(directory)
         entries = _paired(folder, test_flag=test_flag)
         super().__init__(folder, entries, channels=_channels(entries), reading=reading)
-
-    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
-        return read_image_file(entry.images[0], channels=self.channels)
-
-    def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [K, H, W] in [0, 1]."""
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
 
 class CustomVolumes(VolumeDataset):
