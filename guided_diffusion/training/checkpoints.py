@@ -90,14 +90,14 @@ class CheckpointManager:
                 step=step,
                 model=plain(self.net.state_dict()),
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
-                training=copied(training),
+                training=map_tensors(lambda tensor: tensor.detach().clone(), training),
             )
             reading = side_stream(next(self.net.parameters()).device)
             drop = self._surplus(path) if numbered else []
 
             def write() -> None:
                 with reading:
-                    kept = Checkpoint(**on_cpu(vars(state)))
+                    kept = Checkpoint(**map_tensors(Tensor.cpu, vars(state)))
                 save_checkpoint(self.folder, kept, drop=drop, best=is_best, numbered=numbered)
                 logger.log(f"saved {path}")
                 self.after_save()
@@ -155,22 +155,13 @@ class CheckpointManager:
         return own[: -self.keep]
 
 
-def copied(value: Any) -> Any:
-    """Copy every tensor of a nested state, on its device; the rest is handed on."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to every tensor of a nested state of dictionaries and lists."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return function(value)
     if isinstance(value, dict):
-        return {key: copied(part) for key, part in value.items()}
-    return [copied(part) for part in value] if isinstance(value, list) else value
-
-
-def on_cpu(value: Any) -> Any:
-    """Bring every tensor of a nested state to the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    return [on_cpu(part) for part in value] if isinstance(value, list) else value
+        return {key: map_tensors(function, part) for key, part in value.items()}
+    return [map_tensors(function, part) for part in value] if isinstance(value, list) else value
 
 
 def fitted_moments(
