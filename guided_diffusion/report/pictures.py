@@ -338,8 +338,7 @@ def _displayed(image: Floats) -> Floats:
         return shown
 
     low, high = np.percentile(shown, (1, 99.5))
-    stretched: Floats = np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
-    return stretched
+    return np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
 def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
@@ -354,5 +353,4 @@ def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
     if height < 1 or panels not in (3, 4):
         return None
     width = total // panels - GAP
-    panel: Pixels = drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]
-    return panel
+    return drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]

@@ -173,8 +173,7 @@ def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:
     two = second.reshape(len(second), -1).astype(np.float32)
     common = (one @ two.T).astype(np.float64)
     both = one.sum(axis=1, dtype=np.float64)[:, None] + two.sum(axis=1, dtype=np.float64)[None]
-    table: NDArray[np.float64] = np.where(both > 0, 2 * common / np.maximum(both, 1), 1.0)
-    return table
+    return np.where(both > 0, 2 * common / np.maximum(both, 1), 1.0)
 
 
 def energy_distance(members: Masks, raters: Masks) -> float:

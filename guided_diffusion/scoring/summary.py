@@ -233,6 +233,7 @@ def summary_text(summary: Summary) -> str:
     mean = ", mean of classes" if "classes" in summary else ""
     rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]
     rows.append(("Dice of single members", "dice_member"))
+    with_lesion = summary["cases"] - summary["empty_truth"]
     lines = [
         _line(label, summary[key], summary[f"{key}_lesion"])
         for label, key in rows
@@ -252,7 +253,7 @@ def summary_text(summary: Summary) -> str:
             *lines,
             *_distance_lines(summary),
             *_patient_lines(summary),
-            f"{'cases':<24}{summary['cases']:>10}{_with_lesion(summary):>14}",
+            f"{'cases':<24}{summary['cases']:>10}{with_lesion:>14}",
             f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
             "",
             *_confidence_lines(summary),
@@ -324,8 +325,3 @@ def _patient_lines(summary: Summary) -> list[str]:
 
 def _number(value: float | int | str | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else "-"
-
-
-def _with_lesion(summary: Summary) -> int:
-    """The number of truths that are not empty."""
-    return int(summary["cases"] or 0) - int(summary["empty_truth"] or 0)
