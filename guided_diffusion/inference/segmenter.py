@@ -329,25 +329,24 @@ class Segmenter:
         with autocast(self.device, plan.precision):
             condition = self.net.encode(images.to(self.device))
         shape = (self.net.mask_channels, *images.shape[-2:])
-        rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
-        drawn, seen = [], []
-        for rows_of_batch in batched(rows, plan.inputs if plan.compile else plan.batch_size):
-            chunk = padded(rows_of_batch, plan.inputs) if plan.compile else rows_of_batch
-            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
-            of_case = torch.tensor([case for case, _ in chunk], device=self.device)
-            rows_of = condition.rows(of_case)
-            denoise = self.diffusion.denoiser(self.net, rows_of, clip=plan.clip)
+        members = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
+        masks, coarse_masks = [], []
+        for chunk in batched(members, plan.inputs if plan.compile else plan.batch_size):
+            inputs = padded(chunk, plan.inputs) if plan.compile else chunk
+            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in inputs])
+            cases = torch.tensor([case for case, _ in inputs], device=self.device)
+            denoise = self.diffusion.denoiser(self.net, condition.rows(cases), clip=plan.clip)
             observed = _Observed(denoise, callback)
-            x = plan.temperature * noise(torch.empty(len(chunk), *shape, device=self.device))
+            x = plan.temperature * noise(torch.empty(len(inputs), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
                 x0 = SAMPLERS[plan.sampler](observed, x, plan.levels, **options)
-            drawn.append(self.diffusion.from_range(x0[: len(rows_of_batch)]).float().cpu())
+            masks.append(self.diffusion.from_range(x0[: len(chunk)]).float().cpu())
             if observed.coarse is not None:
-                seen.append(observed.coarse[: len(rows_of_batch)].float().cpu())
-        by_case = (len(images), plan.num_ensemble)
-        coarse = torch.cat(seen).unflatten(0, by_case).mean(dim=1) if seen else None
-        return Draws(torch.cat(drawn).unflatten(0, by_case), coarse)
+                coarse_masks.append(observed.coarse[: len(chunk)].float().cpu())
+        size = (len(images), plan.num_ensemble)
+        coarse = torch.cat(coarse_masks).unflatten(0, size).mean(dim=1) if coarse_masks else None
+        return Draws(torch.cat(masks).unflatten(0, size), coarse)
 
 
 class _Observed:
