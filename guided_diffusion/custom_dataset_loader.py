@@ -21,10 +21,7 @@ from guided_diffusion.data.folders import (
     split_name,
     subfolder,
 )
-from guided_diffusion.data.readers import (
-    image_channels,
-    nifti_shape,
-)
+from guided_diffusion.data.readers import image_channels, nifti_shape
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
 

@@ -20,11 +20,7 @@ from tqdm import tqdm
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import (
-    Batch,
-    mix,
-    training_batches,
-)
+from guided_diffusion.data.batches import Batch, mix, training_batches
 from guided_diffusion.dist_util import (
     all_gather,
     all_gather_object,

@@ -35,12 +35,7 @@ from guided_diffusion.data.folders import (
     safe_name,
     subfolder,
 )
-from guided_diffusion.data.readers import (
-    UNREADABLE,
-    decoding,
-    image_channels,
-    unreadable,
-)
+from guided_diffusion.data.readers import UNREADABLE, decoding, image_channels, unreadable
 from guided_diffusion.errors import UserError, refuse
 
 CLASSES = ("normal", "tumor")

@@ -16,11 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from guided_diffusion.checkpoint import (
-    adapt_weights,
-    load_weights,
-    missing_weights_note,
-)
+from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_weights_note
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.datasets import Case, Frame, scaled

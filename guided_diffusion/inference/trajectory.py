@@ -16,6 +16,9 @@ from guided_diffusion.report.canvas import Pixels
 from guided_diffusion.report.pictures import strip
 from guided_diffusion.schedule import NoiseLevel
 
+FRAMES = 6
+"""States that are kept, evenly spread over all evaluations."""
+
 
 class Trajectory:
     """Keeps states of the first mask that a segmenter draws, as a step callback.
@@ -23,7 +26,6 @@ class Trajectory:
     Args:
         segmenter: whose next draw is kept.
         title: the case.
-        frames: states to keep, evenly spread over all evaluations.
         show: called after every kept state.
     """
 
@@ -32,14 +34,13 @@ class Trajectory:
         segmenter: Segmenter,
         title: str,
         *,
-        frames: int = 6,
         show: Callable[[Trajectory], object] = bool,
     ) -> None:
         self.diffusion = segmenter.diffusion
         self.title = title
         self.show = show
         last = segmenter.plan.evaluations - 1
-        self.wanted = set(np.linspace(0, last, min(frames, last + 1)).round().astype(int).tolist())
+        self.wanted = set(np.linspace(0, last, min(FRAMES, last + 1)).round().astype(int).tolist())
         self.calls = 0
         self.states: list[tuple[float, Tensor, Tensor]] = []
 

@@ -172,14 +172,11 @@ class TrainingOptions:
     save_interval: int = flag(5000, "steps between two checkpoints", least=1)
     resume_checkpoint: str = flag("", "checkpoint, or folder of one, to continue from")
     resume: str = flag(
-        "",
-        "auto: continue from the latest checkpoint in out_dir, if any",
-        choices=("", "auto"),
+        "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
     )
     num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
     augment: bool = flag(
-        False,
-        "flip, turn, scale and re-light the training images at random; masks follow",
+        False, "flip, turn, scale and re-light the training images at random; masks follow"
     )
     cache_gib: float = flag(
         2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
@@ -197,16 +194,13 @@ class WatchOptions:
     """How a training run is validated and watched."""
 
     val_dir: str = flag(
-        "",
-        "labelled data set to validate on; empty: the validation part of --split, if any",
+        "", "labelled data set to validate on; empty: the validation part of --split, if any"
     )
     val_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
     val_cases: int = flag(16, "cases of validation, evenly spread; 0: all", least=0)
     val_steps: int = flag(5, "network evaluations per mask in validation", least=1)
     patience: int = flag(
-        0,
-        "stop after so many validations in a row without a better Dice; 0: never",
-        least=0,
+        0, "stop after so many validations in a row without a better Dice; 0: never", least=0
     )
     tensorboard: bool = flag(False, "write TensorBoard's event files into out_dir as well")
     visdom: int = flag(
@@ -279,8 +273,7 @@ class ScoringOptions:
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
     partial: bool = flag(False, "score the cases that both folders hold")
     mask_labels: str = flag(
-        "",
-        "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says",
+        "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
     )
     empty: str = flag(
         "match",
@@ -298,9 +291,7 @@ class ScoringOptions:
     )
     raters: str = flag("", "folders with the masks of several raters, separated by commas")
     compare: tuple[str, ...] = flag(
-        (),
-        "two folders of masks to compare on the same cases, instead of inp_pth",
-        words="A B",
+        (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
     report: bool = flag(True, "write report.html beside the scores")
 
@@ -325,14 +316,7 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "sigma_small": ("use_ddim", (False,)),
 }
 """Flags that act only where another one has some values, which are these."""
-TRAIN = (
-    DataOptions,
-    NetworkOptions,
-    DiffusionOptions,
-    TrainingOptions,
-    WatchOptions,
-    RunOptions,
-)
+TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, WatchOptions, RunOptions)
 SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
 SCORE = (ScoringOptions,)
 ONLY_OF_FOLDERS = (

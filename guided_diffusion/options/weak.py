@@ -107,10 +107,7 @@ class ImageTrainingOptions(TrainingOptions):
     log_interval: int = flag(10, "steps between two lines of the log", least=1)
     save_interval: int = flag(1000, "steps between two checkpoints", least=1)
     num_workers: int = flag(
-        0,
-        "processes that read data; 0: the training process itself",
-        least=0,
-        alias="--workers",
+        0, "processes that read data; 0: the training process itself", least=0, alias="--workers"
     )
     sigma_small: bool = flag(
         False, "the smaller variance in sampling", dead="training does not depend on it"
@@ -135,10 +132,7 @@ class ClassifierTrainingOptions(ImageTrainingOptions):
     noised: bool = flag(True, "train on noisy images; False: on clean ones")
     eval_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
     held_out: float = flag(
-        0.1,
-        "share of the training patients kept for validation; 0: none",
-        least=0,
-        most=0.9,
+        0.1, "share of the training patients kept for validation; 0: none", least=0, most=0.9
     )
     val_data_dir: str = flag("", "validation data", dead="--held_out says what is kept")
 
@@ -160,8 +154,7 @@ class ImageSamplingOptions:
 
     model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
     classifier_path: str = flag(
-        "",
-        "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
@@ -193,17 +186,13 @@ class WeakOptions:
     classifier_scale: float = flag(10.0, "strength of the classifier's guidance", least=0)
     model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
     classifier_path: str = flag(
-        "",
-        "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
     level: int = flag(400, "Q, the time to which images are noised", least=0)
     steps: int = flag(10, "R, steps of each branch, or of the whole reconstruction", least=1)
     stride: int = flag(1, "trained times between two steps of the branches", least=1)
     tau: float = flag(
-        0.95,
-        "share of the lesion's embedding in the second branch's",
-        least=0,
-        most=0.9999,
+        0.95, "share of the lesion's embedding in the second branch's", least=0, most=0.9999
     )
     noises: int = flag(1, "draws of the noise whose maps are averaged", least=1)
     difference: str = flag(

@@ -5,6 +5,7 @@ Outlines are drawn from the level set of the enlarged mask, so they are smooth a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,6 +136,12 @@ def heat(values: ArrayLike) -> Pixels:
     position = np.clip(np.asarray(values, dtype=np.float32), 0, 1) * (len(HEAT) - 1)
     channels = [np.interp(position, range(len(HEAT)), channel) for channel in np.transpose(HEAT)]
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def fitted(shape: Sequence[int], longer: float) -> tuple[int, int]:
+    """Scale (height, width) to (width, height) in pixels, the ``longer`` side given."""
+    scale = longer / max(shape)
+    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
 
 
 def enlarge(values: Floats, size: tuple[int, int]) -> Floats:

@@ -304,8 +304,7 @@ def mask_score(
 
     Without distances (a mask is empty) the surface Dice is the Dice by the rule for empty masks.
     """
-    ratios = metrics.ratios(counts, rule=scoring.empty)
-    known = {key: None if math.isnan(value) else value for key, value in ratios._asdict().items()}
+    known = metrics.known_ratios(counts, rule=scoring.empty)
     if distances is None:
         return MaskScore(**known, hd95=None, assd=None, surface_dice=known["dice"])
     return MaskScore(

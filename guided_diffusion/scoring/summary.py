@@ -143,11 +143,7 @@ def describe_values(
 ) -> dict[str, float | int | None]:
     """Describe values for JSON: None (null) stands for NaN."""
     found = describe([math.nan if value is None else value for value in values], groups)
-    return {key: _known(value) for key, value in found._asdict().items()}
-
-
-def _known(value: float) -> float | int | None:
-    return None if math.isnan(value) else value
+    return {key: metrics.none_for_nan(value) for key, value in found._asdict().items()}
 
 
 def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
@@ -191,8 +187,8 @@ def _calibration(tally: Tally) -> Summary:
     region[0, 0] = region[0, 1]  # leave out background of probability 0, most of a picture
     return {
         "bins": BINS,
-        "error": _known(calibration_error(tally)),
-        "error_region": _known(calibration_error(Tally(region))),
+        "error": metrics.none_for_nan(calibration_error(tally)),
+        "error_region": metrics.none_for_nan(calibration_error(Tally(region))),
         "curve": [bin._asdict() for bin in reliability(tally)],
     }
 
@@ -207,11 +203,11 @@ def _uncertainty(scores: ClassScores, scoring: Scoring) -> Summary:
     members = Counter(row.members > 1 for row in scores.rows)
     return {
         "of": "members" if members[True] == len(scores.rows) else "fused mask",
-        "correlation": _known(rank_correlation(uncertainty, errors)),
+        "correlation": metrics.none_for_nan(rank_correlation(uncertainty, errors)),
         "low_dice": scoring.low_dice,
         "low_cases": sum(low),
-        "auroc": _known(auroc(uncertainty, low)),
-        "sparsification": {**curve._asdict(), "area": _known(curve.area)},
+        "auroc": metrics.none_for_nan(auroc(uncertainty, low)),
+        "sparsification": {**curve._asdict(), "area": metrics.none_for_nan(curve.area)},
     }
 
 

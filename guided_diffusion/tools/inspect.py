@@ -22,13 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from guided_diffusion.data.datasets import (
-    Case,
-    Frame,
-    SegmentationDataset,
-    auto_frame,
-    readable,
-)
+from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame, readable
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.readers import label_values
 from guided_diffusion.errors import UserError, gathering
