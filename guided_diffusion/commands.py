@@ -290,8 +290,8 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
                 return
             name = words.pop(0)
             program += f" {name}"
-        of_script = {script: own for own, it in COMMANDS.items() for script in it.scripts}
-        name = of_script.get(name, name)
+        by_script = {script: key for key, c in COMMANDS.items() for script in c.scripts}
+        name = by_script.get(name, name)
         if name not in COMMANDS:
             raise UserError(
                 name,

@@ -248,9 +248,9 @@ class TrainLoop:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
 
     def _usable(self, norm: Tensor, batch: Batch) -> bool:
-        """Whether the gradient is finite; count the steps in a row for which it is not.
+        """Return whether the gradient is finite; count the steps in a row for which it is not.
 
-        Of a scaled loss that is expected, until the scaler has found a scale that fits.
+        With a scaled loss that is expected until the scaler has found a suitable scale.
         """
         if bool(norm.isfinite()):
             self.bad_steps = 0
@@ -278,9 +278,9 @@ class TrainLoop:
         return self.step % interval == 0
 
     def _validate(self, progress: tqdm[Any]) -> bool:
-        """Score the slowest average where it is due, and say whether it is the best so far.
+        """Score the slowest average if validation is due, and return whether it is the best so far.
 
-        The first process scores; all get the answer.
+        The first process scores; all get the same answer.
         """
         setup = self.setup
         interval = setup.watch.val_interval or self.options.save_interval

@@ -40,13 +40,13 @@ Item = TypeVar("Item")
 
 
 class Segmentation(NamedTuple):
-    """What a case became, at its own size.
+    """The segmentation of a case, at its own size.
 
     A network of declared classes (``--mask_labels``) has a class axis before H, W in everything
     but ``labels``: [E, K, H, W] and [K, H, W].
 
     Attributes:
-        members: every mask as it was drawn, soft, float32 [E, H, W] in [0, 1].
+        members: the drawn masks, soft, float32 [E, H, W] in [0, 1].
         fused: the ensemble's mask, soft, float32 [H, W] in [0, 1]; the members are joined with the
             coarse mask first, as the plan says. Their spread is measured before that.
         uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
@@ -294,7 +294,7 @@ class Segmenter:
         return self.draw_with_coarse(images, names, callback).members
 
     def warm_up(self, case: Case) -> float:
-        """Compile, or tune, for cases of the size of this one; the seconds that it took.
+        """Compile, or tune, for cases of this size, and return the seconds that it took.
 
         Raises:
             UserError: the compiler does not work here.

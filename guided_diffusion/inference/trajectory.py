@@ -1,7 +1,4 @@
-"""How a mask comes to be: states of the reverse process, kept while it runs, and drawn.
-
-Validation keeps such a picture of one case; sampling shows it live on a sink.
-"""
+"""How a mask develops: states of the reverse process, kept while it runs, and drawn."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ class Trajectory:
         self.states: list[tuple[float, Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, level: NoiseLevel, prediction: Prediction) -> None:
-        """Keep the first row of a network evaluation, if its turn has come."""
+        """Keep the first row of a network evaluation, if it is one of those to keep."""
         if self.calls in self.wanted:
             self.states.append((level.t, self._grey(x), self._grey(prediction.x0)))
             self.show(self)

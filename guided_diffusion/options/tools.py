@@ -10,12 +10,12 @@ from guided_diffusion.options.segmentation import DataOptions
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How a folder is looked at."""
+    """How a folder is checked."""
 
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
     image_size: int = flag(256, "size of training, at which masks must not vanish", least=1)
-    labelled: bool = flag(True, "False: look as sampling does, where masks may be absent")
+    labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(
         -1, "processes that read; 0: this one; -1: by cores and cases", least=-1
     )
@@ -48,7 +48,7 @@ class PhantomOptions:
     seed: int = flag(0, "seed of all phantoms", least=0)
     patients: int = flag(31, "patients, or ISIC pictures", least=1)
     slices: int = flag(
-        0, "slices per patient, of brats3d the depth; 0: 4, weak 3, brats3d 155", least=0
+        0, "slices per patient (brats3d: the depth); 0: 4, weak 3, brats3d 155", least=0
     )
     size: int = flag(0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0)
     raters: int = flag(0, "also write the masks of this many raters", least=0)

@@ -27,7 +27,7 @@ SIZES = {  # layout: pixels per side, slices per patient
 
 
 def run_slicing(options: SlicingOptions) -> Iterator[str]:
-    """Cut what is not cut yet, with progress by volume; yields what is to be said.
+    """Cut what is not cut yet, with progress by volume, and yield the messages to print.
 
     Raises:
         UserError: volumes or settings that cannot be used.

@@ -284,10 +284,10 @@ def rater_labels(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Array:
     bias = RATER_SPREAD * lesion.fade * mood
 
     labels = np.zeros(lesion.level.shape, np.uint8)
-    whole = lesion.level > bias
-    labels[whole] = OEDEMA
-    labels[whole & (lesion.core_level > bias)] = ENHANCING
-    labels[whole & (lesion.core_level > bias + lesion.rim)] = CORE
+    lesion_mask = lesion.level > bias
+    labels[lesion_mask] = OEDEMA
+    labels[lesion_mask & (lesion.core_level > bias)] = ENHANCING
+    labels[lesion_mask & (lesion.core_level > bias + lesion.rim)] = CORE
     return labels
 
 

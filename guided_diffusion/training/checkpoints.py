@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.training.ema import ExponentialAverage, plain
 
 
+@dataclass(eq=False)
 class CheckpointManager:
     """Saves and restores what a run consists of, all but its step number.
 
-    Args:
+    Attributes:
         folder: of the run.
         net: that is trained.
         optimizer: of its parameters, in their order.
@@ -36,32 +38,21 @@ class CheckpointManager:
         recorded: the flags that a checkpoint records.
         keep: how many numbered checkpoints stay; 0 for all.
         after_save: called in the background once a checkpoint is written.
+        own: the numbered checkpoints of this run.
+        writer: the background job that writes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        net: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        averages: Mapping[str, ExponentialAverage],
-        schedule_sampler: ScheduleSampler,
-        recorded: dict[str, Any],
-        keep: int = 0,
-        after_save: Callable[[], object] = bool,
-    ) -> None:
-        self.folder = folder
-        self.net = net
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.averages = averages
-        self.schedule_sampler = schedule_sampler
-        self.recorded = recorded
-        self.keep = keep
-        self.after_save = after_save
-        self.own: list[Path] = []
-        self.writer = Background()
+    folder: Path
+    net: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    averages: Mapping[str, ExponentialAverage]
+    schedule_sampler: ScheduleSampler
+    recorded: dict[str, Any]
+    keep: int = 0
+    after_save: Callable[[], object] = bool
+    own: list[Path] = field(default_factory=list, init=False)
+    writer: Background = field(default_factory=Background, init=False)
 
     def save(
         self, step: int, best: Mapping[str, Any], *, is_best: bool = False, numbered: bool = True
