@@ -37,12 +37,12 @@ VERSIONS = ["new", "1", "2"]
 
 @pytest.fixture(autouse=True)
 def _silent(quiet: None) -> None:
-    """Nothing of this shows."""
+    """Nothing is logged."""
 
 
 @pytest.fixture(autouse=True)
 def _narrow(narrow_highway: None) -> None:
-    """The tests of the networks themselves have the real one."""
+    """The tests of the networks themselves use the real widths."""
 
 
 # ------------------------------------------------------------------------------ losses
@@ -67,8 +67,8 @@ def test_every_fifth_time_has_the_anchor_loss() -> None:
     t = torch.arange(11)
     coarse, mask = HALF.repeat(11, 1, 1, 1), TRUTH.repeat(11, 1, 1, 1)
     terms = COARSE_LOSSES["dice_ce"](coarse, mask, t)
-    whole = 0.5 + 10 * LOG2
-    expected = [whole if time in (0, 5, 10) else 0.0 for time in range(11)]
+    total = 0.5 + 10 * LOG2
+    expected = [total if time in (0, 5, 10) else 0.0 for time in range(11)]
     assert_close(terms["coarse"], torch.tensor(expected))
     assert_close(terms["loss_dice"], torch.full((11,), 0.5))
     assert_close(terms["loss_ce"], torch.full((11,), LOG2))
@@ -86,7 +86,7 @@ def test_perfect_and_empty_masks() -> None:
 
 
 @pytest.mark.parametrize("logit", [-40.0, -20.0, -14.0, 0.0, 14.0])
-def test_the_surer_a_pixel_is_of_the_wrong_the_more_it_is_pulled(logit: float) -> None:
+def test_the_gradient_grows_with_the_error_of_a_pixel(logit: float) -> None:
     """The derivative by the logit is probability - mask, however far the two are apart."""
     logits = torch.full((1, 1, 2, 2), logit).requires_grad_()
     wrong = torch.full((1, 1, 2, 2), float(logit <= 0))
@@ -102,7 +102,7 @@ def test_classes_are_averaged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "wanted", "settled"),
+    ("version", "wanted", "resolved"),
     [
         ("plain", "auto", "none"),
         ("new", "auto", "mse"),
@@ -111,21 +111,21 @@ def test_classes_are_averaged() -> None:
         ("1", "none", "none"),
     ],
 )
-def test_what_auto_means(version: str, wanted: str, settled: str) -> None:
+def test_what_auto_means(version: str, wanted: str, resolved: str) -> None:
     with torch.device("meta"):
         _, diffusion = create_model_and_diffusion(
             **COARSE_FLAGS, version=version, coarse_loss=wanted
         )
-    assert diffusion.coarse_loss == settled
+    assert diffusion.coarse_loss == resolved
 
 
-def test_a_plain_network_has_nothing_to_train_so() -> None:
+def test_a_plain_network_has_no_coarse_loss() -> None:
     with pytest.raises(UserError, match="--coarse_loss mse: the plain network has no coarse mask"):
         create_model_and_diffusion(**COARSE_FLAGS, coarse_loss="mse")
 
 
-def test_the_terms_stand_beside_those_of_the_diffusion() -> None:
-    """The loss that weighs times is the diffusion's alone; the mask is that in {0, 1}."""
+def test_the_terms_are_added_to_those_of_the_diffusion() -> None:
+    """Only the diffusion's loss is weighted by timestep; the mask is in {0, 1}."""
     _, diffusion = create_model_and_diffusion(**COARSE_FLAGS, version="new")
     x0, t = 2 * TRUTH - 1, torch.tensor([7])
     outputs = {coarse is None: Output(torch.zeros_like(x0), coarse) for coarse in (None, HALF)}
@@ -207,7 +207,7 @@ def test_the_coarse_mask_reaches_the_user_at_the_case_s_size(version: str) -> No
 
 
 @pytest.mark.parametrize("low", [0.0, -1.0])
-def test_the_parents_rule_is_asked_at_the_network_s_size_and_in_its_range(low: float) -> None:
+def test_the_parents_rule_applies_at_the_network_s_size_and_range(low: float) -> None:
     """A lesion of 3 x 4 pixels and the like coarse mask agree, however large the picture is.
 
     Enlarged, the edge of a mask is wider than the mask; and a background that was diffused as -1 is
@@ -265,7 +265,7 @@ def test_a_step_trains_highway_and_network(version: str, tmp_path: Path) -> None
         assert means["coarse"] == pytest.approx(10 * means["loss_cal"], rel=1e-5)
 
 
-def test_the_coarse_share_is_added_without_the_weights_of_the_times(tmp_path: Path) -> None:
+def test_the_coarse_loss_is_added_without_the_weights_of_timesteps(tmp_path: Path) -> None:
     loop = make_coarse_loop("new", tmp_path)
     loop.net.eval()
     terms: list[dict[str, Tensor]] = []
@@ -304,8 +304,8 @@ def test_a_step_that_is_skipped_leaves_the_running_statistics(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_k_and_k_steps_are_2k_to_the_bit(version: str, tmp_path: Path) -> None:
-    """Buffers travel, with the averages as well."""
+def test_resumed_training_of_networks_is_bit_equal(version: str, tmp_path: Path) -> None:
+    """Buffers are restored, those of the averages too."""
     at_once = load_checkpoint(make_coarse_loop(version, tmp_path, max_steps=4).run_loop())
     half = make_coarse_loop(version, tmp_path, max_steps=2).run_loop()
     torch.rand(7)
@@ -329,7 +329,7 @@ def test_half_precision_trains(version: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-# ------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------ complete runs
 
 
 TINY = [
@@ -376,7 +376,7 @@ def test_from_images_to_scores(version: str, brats: Path, tmp_path: Path) -> Non
         ("1", ("highway_embedding.", "hwm.conv_trans_blocks_")),
     ],
 )
-def test_bare_weights_tell_their_version(
+def test_the_version_of_bare_weights_is_inferred(
     version: str, dropped: tuple[str, ...], brats: Path, tmp_path: Path
 ) -> None:
     net = fill(
@@ -408,7 +408,7 @@ def test_bare_weights_tell_their_version(
     assert f"--version plain: contradicts {version}" in refused(wrong)
 
 
-def test_bare_weights_continue_with_what_their_optimiser_had(tmp_path: Path) -> None:
+def test_bare_weights_continue_with_their_optimiser_state(tmp_path: Path) -> None:
     """The parents number an optimiser's state by position; ours has parameters in between."""
     before = make_coarse_loop("1", tmp_path, max_steps=2)
     written = load_checkpoint(before.run_loop())
@@ -446,7 +446,7 @@ def test_a_plain_checkpoint_has_no_coarse_mask(
     assert message in refused(script("segmentation_sample", *command, *flags))
 
 
-def test_older_checkpoints_know_no_coarse_loss(trained: Path, tmp_path: Path) -> None:
+def test_older_checkpoints_have_no_coarse_loss(trained: Path, tmp_path: Path) -> None:
     old = load_checkpoint(trained / LATEST)
     del old.options["coarse_loss"]
     segmenter = Segmenter.load(save_checkpoint(tmp_path, old))

@@ -87,9 +87,9 @@ def test_gradients_and_weights_are_those_of_twice_the_batch(
     ranks = [torch.load(shared / f"rank{rank}") for rank in (0, 1)]
     for rank in ranks:
         assert len(rank["gradients"]) == len(alone) == 4
-        for step, whole in zip(rank["gradients"], alone, strict=True):
-            largest = max(float(part.abs().max()) for part in whole)
-            for one, other in zip(step, whole, strict=True):
+        for step, single in zip(rank["gradients"], alone, strict=True):
+            largest = max(float(part.abs().max()) for part in single)
+            for one, other in zip(step, single, strict=True):
                 assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
     for name in ("loss", "mse", "grad_norm"):
         both, one = (float(read_csv(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
@@ -140,7 +140,7 @@ def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / LATEST).step == 6
 
 
-SPOILED = """
+NOT_FINITE = """
 import os
 import sys
 from pathlib import Path
@@ -167,8 +167,8 @@ os._exit(0)  # at the interpreter's exit torch's threads sometimes abort the pro
 
 @pytest.mark.slow
 def test_every_process_names_the_cases_of_all(tmp_path: Path) -> None:
-    """The gradient is shared, so no single process knows whose case spoiled it."""
-    (tmp_path / "program.py").write_text(SPOILED, encoding="utf-8")
+    """The gradient is shared, so no single process knows which case made it infinite."""
+    (tmp_path / "program.py").write_text(NOT_FINITE, encoding="utf-8")
     two_processes(tmp_path / "program.py", tmp_path)
     one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert "for the cases disc0, disc1, disc2, disc3." in one and one == other

@@ -53,23 +53,23 @@ def test_microbatches_give_the_gradient_of_the_batch(
     microbatch: int, sampler: str, tmp_path: Path
 ) -> None:
     options = {"diffusion_steps": 3, "schedule_sampler": sampler}
-    loss, whole = gradient(make_loop(tmp_path, **options), batch_of(4))
+    loss, full = gradient(make_loop(tmp_path, **options), batch_of(4))
     same, parts = gradient(make_loop(tmp_path, microbatch=microbatch, **options), batch_of(4))
     assert_close(same, loss)
-    assert len(whole) == len(parts) > 20
-    largest = max(float(part.abs().max()) for part in whole)
-    for one, other in zip(parts, whole, strict=True):
+    assert len(full) == len(parts) > 20
+    largest = max(float(part.abs().max()) for part in full)
+    for one, other in zip(parts, full, strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-6 * largest)
 
 
-def test_the_first_microbatch_alone_would_be_another_gradient(tmp_path: Path) -> None:
-    _, whole = gradient(make_loop(tmp_path), batch_of(4))
+def test_the_first_microbatch_alone_has_another_gradient(tmp_path: Path) -> None:
+    _, full = gradient(make_loop(tmp_path), batch_of(4))
     _, first = gradient(make_loop(tmp_path), batch_of(1))
-    one, other = (torch.cat([part.flatten() for part in parts]) for parts in (first, whole))
+    one, other = (torch.cat([part.flatten() for part in parts]) for parts in (first, full))
     assert (one - other).norm() > 0.3 * other.norm()
 
 
-def test_the_loss_weights_of_the_times_count(
+def test_the_loss_weights_of_timesteps_are_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a full history the resampler weighs a loss by 1 / (T p(t))."""
@@ -97,7 +97,7 @@ def test_a_batch_without_masks_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ resumption
 
 
-def test_equal_can_tell() -> None:
+def test_equal_compares_nested_values() -> None:
     assert equal({"a": [torch.ones(2), 1]}, {"a": [torch.ones(2), 1]})
     assert not equal({"a": [torch.ones(2), 1]}, {"a": [torch.ones(2) + 1e-7, 1]})
     assert not equal({"a": 1}, {"a": 1, "b": 2})
@@ -107,7 +107,7 @@ def test_equal_can_tell() -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
-def test_k_and_k_steps_are_2k_to_the_bit(sampler: str, workers: int, tmp_path: Path) -> None:
+def test_resumed_training_is_bit_equal(sampler: str, workers: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "schedule_sampler": sampler,
         "num_workers": workers,
@@ -138,13 +138,13 @@ def test_k_and_k_steps_are_2k_to_the_bit(sampler: str, workers: int, tmp_path: P
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"dropout": 0.3}, {"batch_size": 5}])
-def test_that_equality_is_no_accident(change: dict[str, Any], tmp_path: Path) -> None:
+def test_other_settings_give_other_weights(change: dict[str, Any], tmp_path: Path) -> None:
     one = load_checkpoint(make_loop(tmp_path, max_steps=2).run_loop())
     other = load_checkpoint(make_loop(tmp_path, max_steps=2, **change).run_loop())
     assert not equal(one.model, other.model)
 
 
-def test_what_is_drawn_depends_on_the_step_alone(tmp_path: Path) -> None:
+def test_random_draws_depend_on_the_step_alone(tmp_path: Path) -> None:
     losses = []
     for noise in (1, 2):
         loop = make_loop(tmp_path, dropout=0.3)
@@ -154,7 +154,7 @@ def test_what_is_drawn_depends_on_the_step_alone(tmp_path: Path) -> None:
     assert len(set(losses[0])) == 3
 
 
-def test_the_script_resumes_to_the_bit(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_script_resumes_bit_equal(brats: Path, trained: Path, tmp_path: Path) -> None:
     command = training(brats, tmp_path / "run")
     succeeded(script("segmentation_train", *command, "--max_steps", 2))
     said = succeeded(script("segmentation_train", *command, "--max_steps", 4, "--resume", "auto"))
@@ -205,7 +205,7 @@ def test_another_schedule_sampler_starts_its_history_anew(
     assert load_checkpoint(other.run_loop()).step == 3
 
 
-def test_a_checkpoint_that_scaled_no_loss_continues_where_one_is_scaled(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_loss_scale_continues_with_one(tmp_path: Path) -> None:
     path = make_loop(tmp_path, max_steps=2).run_loop()
     scaled = make_loop(tmp_path, max_steps=3)
     scaled.scaler = scaled.checkpoints.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -227,7 +227,7 @@ def test_an_average_that_starts_anew_is_named(
     assert "--ema_rate 0.95,0.5: the checkpoint has no such average" in capsys.readouterr().out
 
 
-def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) -> None:
+def test_a_run_that_would_be_overwritten_is_mentioned(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 1]
     assert "--resume auto" not in succeeded(script("segmentation_train", *command))
     said = succeeded(script("segmentation_train", *command))
@@ -236,7 +236,7 @@ def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) ->
     assert "--in_ch" in refused(never) and never.out == ""
 
 
-def test_resume_auto_starts_where_there_is_nothing(brats: Path, tmp_path: Path) -> None:
+def test_resume_auto_starts_a_new_run_in_an_empty_folder(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path / "new"), "--max_steps", 1, "--resume", "auto"]
     assert "steps 0 to 1" in succeeded(script("segmentation_train", *command))
 
@@ -307,7 +307,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
 
 
-def test_the_rate_falls_to_nothing_and_the_run_ends(tmp_path: Path) -> None:
+def test_the_learning_rate_anneals_to_zero_and_the_run_ends(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, lr=0.5, lr_anneal_steps=8, max_steps=100)
     assert loop.last_step == 8
     for step in range(1, 8):
@@ -315,7 +315,7 @@ def test_the_rate_falls_to_nothing_and_the_run_ends(tmp_path: Path) -> None:
         assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (1 - step / 8))
 
 
-def test_the_rate_stays_where_nothing_anneals(tmp_path: Path) -> None:
+def test_the_learning_rate_is_constant_without_annealing(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, lr=0.5, max_steps=2)
     loop.run_loop()
     assert loop.optimizer.param_groups[0]["lr"] == 0.5
@@ -339,7 +339,7 @@ def test_when_a_run_ends(flags: dict[str, int], end: int, brats: Path, tmp_path:
 
 
 def test_annealing_can_be_longer_than_the_default_limit(tmp_path: Path) -> None:
-    """The parents' --lr_anneal_steps alone says when a run ends."""
+    """In the parents' scripts --lr_anneal_steps alone ends a run."""
     loop = make_loop(tmp_path, lr_anneal_steps=300_000, max_steps=300_000)
     assert loop.last_step == 300_000
 
@@ -349,7 +349,7 @@ class Enough(Exception):
 
 
 @pytest.mark.parametrize("max_steps", [0, 5])
-def test_no_limit_is_no_limit(
+def test_max_steps_0_sets_no_limit(
     max_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = make_loop(tmp_path, max_steps=max_steps)
@@ -378,7 +378,7 @@ def test_a_finished_run_is_left_at_its_step(brats: Path, trained: Path, tmp_path
     assert load_checkpoint(tmp_path / LATEST).step == 4
 
 
-# ------------------------------------------------------------------------------ the stream
+# ------------------------------------------------------------------------------ batches
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 9])
@@ -392,7 +392,7 @@ def test_every_case_comes_once_in_an_epoch(batch_size: int) -> None:
     assert len({tuple(epoch) for epoch in epochs[:3]}) == 3
 
 
-def test_the_order_is_the_seeds() -> None:
+def test_the_order_depends_on_the_seed() -> None:
     def names(seed: int) -> list[list[str]]:
         return [batch.names for batch in islice(training_batches(Discs(9), 2, seed=seed), 9)]
 
@@ -402,11 +402,11 @@ def test_the_order_is_the_seeds() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_stream_starts_anywhere(workers: int) -> None:
-    whole = [batch.names for batch in islice(training_batches(Discs(7), 3, seed=1), 12)]
+def test_batches_can_start_at_any_step(workers: int) -> None:
+    full = [batch.names for batch in islice(training_batches(Discs(7), 3, seed=1), 12)]
     for first in (1, 2, 5, 11):
         rest = training_batches(Discs(7), 3, seed=1, first_step=first, workers=workers)
-        assert [batch.names for batch in islice(rest, 12 - first)] == whole[first:]
+        assert [batch.names for batch in islice(rest, 12 - first)] == full[first:]
 
 
 def test_orders_are_evenly_mixed() -> None:
@@ -414,7 +414,7 @@ def test_orders_are_evenly_mixed() -> None:
     assert len(first) == 4 and min(first.values()) > 25
 
 
-def test_the_last_image_is_as_good_as_the_others(tmp_path: Path) -> None:
+def test_the_last_image_is_drawn_as_often_as_the_others(tmp_path: Path) -> None:
     batch = next(training_batches(Discs(3), 3, seed=1))
     for image, name in zip(batch.image, batch.names, strict=True):
         assert_close(image, Discs()[int(name.removeprefix("disc"))].image, rtol=0, atol=0)
@@ -468,7 +468,7 @@ def test_a_signal_ends_the_run_after_its_step(
     assert f"stopped by {number.name} at step 3" in capsys.readouterr().out
 
 
-def test_a_run_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored_after_a_run(tmp_path: Path) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     make_loop(tmp_path, max_steps=1).run_loop()
     assert {number: signal.getsignal(number) for number in before} == before
@@ -476,14 +476,14 @@ def test_a_run_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a terminal has it; a job in the background is started deaf to it."""
+    """Handle Ctrl-C as in a terminal; a background job ignores it from the start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_is_not_swallowed(interruptible: None, tmp_path: Path) -> None:
-    """One who presses Ctrl-C twice does not want to wait for the step."""
+def test_a_second_signal_ends_the_process(interruptible: None, tmp_path: Path) -> None:
+    """Whoever presses Ctrl-C twice does not want to wait for the end of the step."""
     loop = make_loop(tmp_path, max_steps=50)
 
     def stuck(batch: Batch) -> Tensor:
@@ -501,7 +501,7 @@ def test_a_second_signal_is_not_swallowed(interruptible: None, tmp_path: Path) -
 def test_a_launcher_may_repeat_the_signal(
     number: signal.Signals, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun hands on what SLURM has sent to every process: the worker gets it twice."""
+    """torchrun forwards what SLURM has sent to every process: the worker receives it twice."""
     monkeypatch.setenv(mark, "1")
     loop = make_loop(tmp_path, max_steps=50)
     run_step = loop.run_step
@@ -515,7 +515,7 @@ def test_a_launcher_may_repeat_the_signal(
     assert load_checkpoint(loop.run_loop()).step == 1
 
 
-def test_a_later_signal_under_a_launcher_is_none_of_its_echoes(interruptible: None) -> None:
+def test_a_later_signal_under_a_launcher_counts_as_a_second_one(interruptible: None) -> None:
     with StopSignal(echo=0.1) as stop, pytest.raises(KeyboardInterrupt):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -578,7 +578,7 @@ def test_log_lines_are_appended_over_a_resume(brats: Path, tmp_path: Path) -> No
     assert len((tmp_path / "progress.json").read_text("utf-8").splitlines()) == 3
 
 
-def test_a_csv_gets_wider_when_a_key_appears(tmp_path: Path) -> None:
+def test_a_new_key_adds_a_column_to_the_csv(tmp_path: Path) -> None:
     path = tmp_path / "progress.csv"
     for row in ({"a": 1, "b": 2}, {"a": 3}, {"b": 5, "c": "x,y"}, {"a": 7}):
         logger.append_row(path, row)
@@ -617,7 +617,7 @@ def test_losses_are_sorted_by_quarters_of_time() -> None:
 
 
 @pytest.mark.parametrize(("t", "quarter"), [(0, 0), (24, 0), (25, 1), (74, 2), (75, 3), (99, 3)])
-def test_the_borders_of_the_quarters(t: int, quarter: int) -> None:
+def test_losses_at_the_borders_of_the_quarters(t: int, quarter: int) -> None:
     log = StepLog(100)
     log.losses(torch.tensor([t]), {"vb": torch.ones(1)})
     parameter = nn.Parameter(torch.ones(1))
@@ -633,14 +633,14 @@ def test_a_table_of_numbers() -> None:
     )
 
 
-def test_the_log_speaks_of_learned_variance(brats: Path, tmp_path: Path) -> None:
+def test_the_log_has_the_bound_of_a_learned_variance(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--learn_sigma", True, "--max_steps", 2]
     succeeded(script("segmentation_train", *command))
     (row,) = read_csv(tmp_path / "progress.csv")
     assert float(row["loss"]) == pytest.approx(float(row["mse"]) + float(row["vb"]), rel=1e-4)
 
 
-def test_a_compiled_run_is_the_run(
+def test_compilation_does_not_change_a_run(
     brats: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[str] = []
@@ -663,7 +663,7 @@ def test_the_first_compiled_step_has_no_speed(
     assert float(second["steps_per_s"]) > 0 and float(second["minutes_left"]) == 0
 
 
-def test_training_without_a_compiler_says_so(
+def test_a_missing_compiler_is_reported(
     brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raised: list[RuntimeError] = []
@@ -686,7 +686,7 @@ def test_training_without_a_compiler_says_so(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_short_arithmetic_trains(precision: str, tmp_path: Path, brats: Path) -> None:
+def test_half_precision_trains(precision: str, tmp_path: Path, brats: Path) -> None:
     flags = ["--use_fp16", True] if precision == "fp16" else ["--precision", precision]
     command = [*training(brats, tmp_path), "--max_steps", 2, *flags]
     assert f", {precision};" in succeeded(script("segmentation_train", *command))
