@@ -107,6 +107,7 @@ def segment(
     volumes.expect((entries[index] for index in mine), elsewhere=others - own)
     volumes.write()
 
+    # How cases are drawn and written.
     def draw(indices: Sequence[int]) -> list[tuple[Case, Segmentation]]:
         cases = [dataset[index] for index in indices]
         shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.has_sinks() else None
@@ -124,6 +125,7 @@ def segment(
             write_nifti(out_dir, case, result)
         return row_of(case, result, seconds, segmenter.frame)
 
+    # The loop over cases.
     plan = segmenter.plan
     if plan.compile and (first := next(readable(dataset, mine), None)):
         logger.log(f"compiled in {segmenter.warm_up(first):.0f} s")
