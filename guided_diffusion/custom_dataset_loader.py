@@ -81,8 +81,10 @@ def open_custom(
 
 def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
     """List one entry per stem, with its mask unless there are none; all pairs must be complete."""
-    images = _image_files(folder, bare=test_flag)
-    masks = _mask_files(folder, optional=test_flag)
+    hint = f"Pass the folder that holds masks/ and images/, with {' '.join(ENDINGS)} files."
+    images = _files_in(folder, "images", hint=hint, bare=test_flag)
+    hint = "Add masks/ with one mask per image, of the same stem: training needs them."
+    masks = _files_in(folder, "masks", hint=hint, optional=test_flag)
     if masks:
         _require_pairs(folder, images, masks)
         images = {stem: path for stem, path in images.items() if stem in masks}
@@ -96,27 +98,15 @@ def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
     return [Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()]
 
 
-def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
-    within = subfolder(folder, "images") or (folder if bare else None)
-    found = image_files(within) if within is not None else {}
-    if not found:
-        raise UserError(
-            within or folder,
-            f"has no {'folder images' if within is None else 'image'}",
-            f"Pass the folder that holds masks/ and images/, with {' '.join(ENDINGS)} files.",
-        )
-    return found
-
-
-def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
-    within = subfolder(folder, "masks")
+def _files_in(
+    folder: Path, name: str, *, hint: str, bare: bool = False, optional: bool = False
+) -> dict[str, Path]:
+    """List the files of ``images/`` or ``masks/`` by stem; ``bare`` ones may lie in the folder."""
+    within = subfolder(folder, name) or (folder if bare else None)
     found = image_files(within) if within is not None else {}
     if not found and not optional:
-        raise UserError(
-            within or folder,
-            f"has no {'folder masks' if within is None else 'mask'}",
-            "Add masks/ with one mask per image, of the same stem: training needs them.",
-        )
+        missing = f"folder {name}" if within is None else name.removesuffix("s")
+        raise UserError(within or folder, f"has no {missing}", hint)
     return found
 
 
