@@ -227,7 +227,8 @@ class Frame:
 
     def fit_image(self, image: Tensor) -> Tensor:
         """Image float32 [C, H, W] -> [C, h, w]; resizing is bilinear and antialiased."""
-        return self._cropped(image) if self.crop else _resize(image, self._square)
+        square = (self.image_size, self.image_size)
+        return self._cropped(image) if self.crop else _resize(image, square)
 
     def fit_mask(self, mask: Tensor) -> Tensor:
         """Mask float32 [K, H, W] in [0, 1] -> [K, h, w] in {0, 1}, by the image's geometry.
@@ -263,10 +264,6 @@ class Frame:
                 "Use the crop that the checkpoint was trained with.",
             )
         return functional.pad(soft, (self.crop,) * 4)
-
-    @property
-    def _square(self) -> tuple[int, int]:
-        return self.image_size, self.image_size
 
     def _cropped(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

@@ -36,15 +36,8 @@ class Tally(NamedTuple):
         scaled = np.asarray(values, dtype=np.float32).ravel() * np.float32((LEVELS - 1) / most)
         levels = np.clip(scaled + np.float32(0.5), 0, LEVELS - 1).astype(np.intp)
         marked = np.asarray(hits, dtype=bool).ravel()
-        return cls(
-            np.stack(
-                [
-                    np.bincount(levels, minlength=LEVELS),
-                    np.bincount(levels[marked], minlength=LEVELS),
-                ],
-                axis=1,
-            ).astype(np.int64)
-        )
+        counts = [np.bincount(chosen, minlength=LEVELS) for chosen in (levels, levels[marked])]
+        return cls(np.stack(counts, axis=1).astype(np.int64))
 
     @classmethod
     def empty(cls) -> Tally:

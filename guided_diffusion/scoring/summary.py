@@ -227,12 +227,11 @@ def noted(folder: Path) -> Summary:
 def summary_text(summary: Summary) -> str:
     """Format a summary for printing: the parents' two lines, then the table."""
     mean = ", mean of classes" if "classes" in summary else ""
-    rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]
-    rows.append(("Dice of single members", "dice_member"))
+    rows = {f"Dice{mean}": "dice", f"IoU{mean}": "iou", "Dice of single members": "dice_member"}
     with_lesion = summary["cases"] - summary["empty_truth"]
     lines = [
         _line(label, summary[key], summary[f"{key}_lesion"])
-        for label, key in rows
+        for label, key in rows.items()
         if summary.get(key) is not None
     ]
     lines += [

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -315,7 +314,9 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     places = np.linspace(0, len(usable) - 1, min(cases, len(usable))).round().astype(int)
     chosen = [dataset[usable[place]] for place in places]
     tiles = [
-        Tile(case.image.numpy(), None if case.mask is None else _hard(case.mask), case.name)
+        Tile(
+            case.image.numpy(), None if case.mask is None else (case.mask >= 0.5).numpy(), case.name
+        )
         for case in chosen
     ]
     subtitle = f"{dataset.layout}  ·  {len(tiles)} of {len(dataset)} cases"
@@ -323,7 +324,3 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     page = contact_sheet(tiles, title=title, subtitle=subtitle)
     write_picture(path, page, hint="Choose another --out.")
     return len(tiles)
-
-
-def _hard(mask: Tensor) -> np.ndarray:
-    return (mask >= 0.5).to(torch.uint8).numpy()
