@@ -312,13 +312,11 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     if dataset is None or not usable:
         return 0
     places = np.linspace(0, len(usable) - 1, min(cases, len(usable))).round().astype(int)
-    chosen = [dataset[usable[place]] for place in places]
-    tiles = [
-        Tile(
-            case.image.numpy(), None if case.mask is None else (case.mask >= 0.5).numpy(), case.name
-        )
-        for case in chosen
-    ]
+    tiles = []
+    for place in places:
+        case = dataset[usable[place]]
+        mask = None if case.mask is None else (case.mask >= 0.5).numpy()
+        tiles.append(Tile(case.image.numpy(), mask, case.name))
     subtitle = f"{dataset.layout}  ·  {len(tiles)} of {len(dataset)} cases"
     title = "/".join(dataset.directory.resolve().parts[-2:])
     page = contact_sheet(tiles, title=title, subtitle=subtitle)
