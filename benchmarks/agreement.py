@@ -21,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from guided_diffusion import logger
-from guided_diffusion.commands import load_segmenter
 from guided_diffusion.dist_util import describe, dev
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.inference.segmenter import Segmentation, batched
+from guided_diffusion.inference.resolve import resolve_sampling
+from guided_diffusion.inference.segmenter import Segmentation, Segmenter, batched
+from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.segmentation import SAMPLE
 from guided_diffusion.scoring.metrics import confusion, dice
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -71,8 +73,10 @@ def main() -> None:
 
 def segmented(flags: dict[str, Any]) -> tuple[list[Segmentation], list[float], float]:
     """Segment all cases: the results, the Dice of those with a lesion, and seconds per mask."""
-    dataset, segmenter = load_segmenter(**flags)
-    cases = [dataset[index] for index in range(len(dataset))]
+    setup = resolve_sampling(Flags.of(SAMPLE, **flags))
+    assert setup.dataset is not None
+    segmenter = Segmenter.from_setup(setup)
+    cases = [setup.dataset[index] for index in range(len(setup.dataset))]
     if segmenter.plan.compile:
         segmenter.warm_up(cases[0])
     started = time.perf_counter()

@@ -24,12 +24,14 @@ import torch
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.commands import load_segmenter
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import describe, dev
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.inference.resolve import resolve_sampling
 from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.segmentation import SAMPLE
 from guided_diffusion.scoring.metrics import confusion, dice
 
 SETTINGS = (
@@ -76,8 +78,11 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|")
         rows = []
         for setting in arguments.settings or SETTINGS:
-            dataset, segmenter = load_segmenter(**flags(setting, arguments))
-            cases = [c for c in map(dataset.__getitem__, range(len(dataset))) if has_lesion(c)]
+            setup = resolve_sampling(Flags.of(SAMPLE, **flags(setting, arguments)))
+            assert setup.dataset is not None
+            segmenter = Segmenter.from_setup(setup)
+            cases = [setup.dataset[index] for index in range(len(setup.dataset))]
+            cases = [case for case in cases if has_lesion(case)]
             rows.append(measure(segmenter, cases[: arguments.cases or None], setting, arguments))
             print(rows[-1], flush=True)
         if arguments.plot:

@@ -29,9 +29,9 @@ from guided_diffusion.data.datasets import Case
 from guided_diffusion.dist_util import autocast, describe, dev, place_model
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
-from guided_diffusion.resample import UniformSampler
 from guided_diffusion.script_util import create_model_and_diffusion, parameter_count
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.unet import UNetModel
 
 
@@ -138,19 +138,18 @@ def our_loop(
     compile: str = "",
 ) -> TrainLoop:
     net, diffusion = build(arguments)
-    return TrainLoop(
-        place_model(net, device, compile=compile),
-        diffusion,
+    setup = TrainSetup(
+        net=place_model(net, device, compile=compile),
+        diffusion=diffusion,
         dataset=data,
-        schedule_sampler=UniformSampler(len(diffusion.kept)),
         options=TrainingOptions(batch_size=arguments.batch_size, keep=1),
         run=RunOptions(out_dir=str(folder), precision=precision),
-        recorded={},
     )
+    return TrainLoop(setup)
 
 
 def our_step(loop: TrainLoop) -> Callable[[], None]:
-    batches = training_batches(loop.dataset, loop.options.batch_size, seed=0)
+    batches = training_batches(loop.setup.dataset, loop.options.batch_size, seed=0)
 
     def step() -> None:
         loop.run_step(next(batches))
@@ -162,7 +161,7 @@ def our_step(loop: TrainLoop) -> Callable[[], None]:
 
 def bare_step(loop: TrainLoop, precision: str) -> Callable[[], None]:
     """Return a step of network, loss and gradient alone, for a batch on the device."""
-    batch = next(training_batches(loop.dataset, loop.options.batch_size, seed=0))
+    batch = next(training_batches(loop.setup.dataset, loop.options.batch_size, seed=0))
     assert batch.mask is not None
     image, x0 = batch.image.to(loop.device), batch.mask.to(loop.device)
     eps, t = torch.randn_like(x0), torch.arange(len(x0)) * 100 % len(loop.diffusion.schedule)

@@ -41,10 +41,10 @@ from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.losses import binary_cross_entropy, soft_dice_loss
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.validation import chosen_cases, score_of
 from guided_diffusion.unet import UNetModel
 
@@ -189,15 +189,14 @@ def run(
         diffusion = Direct(**vars(diffusion))
     frame = Frame(FLAGS["image_size"], WOLLEB_CROP if key["set"] == "demo" else 0)
     with tempfile.TemporaryDirectory() as folder:
-        loop = TrainLoop(
-            place_model(net, device),
-            diffusion,
+        setup = TrainSetup(
+            net=place_model(net, device),
+            diffusion=diffusion,
             dataset=CachedDataset(ResizedDataset(training, frame), directory=Path(folder)),
-            schedule_sampler=create_named_schedule_sampler("uniform", len(diffusion.kept)),
             options=TrainingOptions(batch_size=8, lr=RATES[key["set"]], ema_rate="0.99"),
             run=RunOptions(out_dir=folder, seed=key["seed"]),
-            recorded={},
         )
+        loop = TrainLoop(setup)
         train(loop, key["budget"])
         net.load_state_dict(loop.averages["0.99"].state_dict())
     segmenter = Segmenter(net, diffusion, frame=frame, plan=plan_of(key, diffusion, device))
@@ -214,7 +213,7 @@ def run(
 def train(loop: TrainLoop, budget: float) -> None:
     """Take training steps until the time budget is spent."""
     clock = time.perf_counter if loop.device.type == "cuda" else time.process_time
-    batches = training_batches(loop.dataset, loop.options.batch_size, seed=loop.run.seed)
+    batches = training_batches(loop.setup.dataset, loop.options.batch_size, seed=loop.run.seed)
     end = clock() + budget
     with tqdm(unit="step", disable=None) as progress:
         while clock() < end:

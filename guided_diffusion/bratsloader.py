@@ -25,7 +25,6 @@ from guided_diffusion.data.readers import (
     Affine,
     Array,
     nifti_shape,
-    read_mask_file,
     read_nifti_slice,
     require_same_axes,
 )
@@ -71,10 +70,6 @@ class BRATSDataset(SegmentationDataset):
         for path, (_, other) in zip(entry.images, slices, strict=True):
             require_same_axes(path, other, affine, other=entry.images[0])
         return _stack(entry, [values for values, _ in slices]), affine
-
-    def read_mask(self, entry: Entry) -> Tensor | None:
-        """Read the ``seg`` file, float32 [K, H, W]; a single class is what is above 0."""
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
 
 class BRATSDataset3D(VolumeDataset):

@@ -99,21 +99,17 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 def link_as(path: Path, other: Path) -> None:
     """Give a finished checkpoint a second name: a hard link where possible, else a copy."""
     with atomic_write(other, hint=CHECKPOINTS_HINT) as part:
-        _link_or_copy(path, part)
+        part.unlink(missing_ok=True)
+        try:
+            part.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, part)
 
 
 def step_of(path: Path) -> int:
     """Read the step from a file name: the number between the last ``model`` and the dot, or 0."""
     number = str(path).rpartition("model")[2].partition(".")[0]
     return int(number) if number.isdecimal() else 0
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
 from guided_diffusion.options.flags import Flags
@@ -38,8 +38,6 @@ from guided_diffusion.options.weak import (
 )
 
 if TYPE_CHECKING:
-    from guided_diffusion.data.datasets import SegmentationDataset
-    from guided_diffusion.inference.segmenter import Segmenter
     from guided_diffusion.scoring.evaluate import Evaluation, OnCase
 
 
@@ -60,16 +58,6 @@ def sample(flags: Flags) -> None:
     launch(flags.group(RunOptions).multi_gpu, flags.command)
     setup_dist()
     run_sampling(resolve_sampling(flags))
-
-
-def load_segmenter(**flags: Any) -> tuple[SegmentationDataset, Segmenter]:
-    """Open the data and the model that flags of sampling name."""
-    from guided_diffusion.inference.resolve import resolve_sampling
-    from guided_diffusion.inference.segmenter import Segmenter
-
-    setup = resolve_sampling(Flags.of(SAMPLE, **flags))
-    assert setup.dataset is not None
-    return setup.dataset, Segmenter.from_setup(setup)
 
 
 def score(flags: Flags) -> None:
@@ -302,8 +290,8 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
                 return
             name = words.pop(0)
             program += f" {name}"
-        of_script = {script: own for own, it in COMMANDS.items() for script in it.scripts}
-        name = of_script.get(name, name)
+        by_script = {script: key for key, c in COMMANDS.items() for script in c.scripts}
+        name = by_script.get(name, name)
         if name not in COMMANDS:
             raise UserError(
                 name,

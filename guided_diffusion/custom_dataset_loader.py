@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
     ENDINGS,
@@ -23,13 +21,7 @@ from guided_diffusion.data.folders import (
     split_name,
     subfolder,
 )
-from guided_diffusion.data.readers import (
-    Affine,
-    image_channels,
-    nifti_shape,
-    read_image_file,
-    read_mask_file,
-)
+from guided_diffusion.data.readers import image_channels, nifti_shape
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
 
@@ -51,14 +43,6 @@ class CustomDataset(SegmentationDataset):
         folder = open_folder(directory)
         entries = _paired(folder, test_flag=test_flag)
         super().__init__(folder, entries, channels=_channels(entries), reading=reading)
-
-    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
-        return read_image_file(entry.images[0], channels=self.channels)
-
-    def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [K, H, W] in [0, 1]."""
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
 
 class CustomVolumes(VolumeDataset):
@@ -97,8 +81,10 @@ def open_custom(
 
 def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
     """List one entry per stem, with its mask unless there are none; all pairs must be complete."""
-    images = _image_files(folder, bare=test_flag)
-    masks = _mask_files(folder, optional=test_flag)
+    hint = f"Pass the folder that holds masks/ and images/, with {' '.join(ENDINGS)} files."
+    images = _files_in(folder, "images", hint=hint, bare=test_flag)
+    hint = "Add masks/ with one mask per image, of the same stem: training needs them."
+    masks = _files_in(folder, "masks", hint=hint, optional=test_flag)
     if masks:
         _require_pairs(folder, images, masks)
         images = {stem: path for stem, path in images.items() if stem in masks}
@@ -112,27 +98,15 @@ def _paired(folder: Path, *, test_flag: bool) -> list[Entry]:
     return [Entry(safe_name(stem), (path,), masks.get(stem)) for stem, path in images.items()]
 
 
-def _image_files(folder: Path, *, bare: bool) -> dict[str, Path]:
-    within = subfolder(folder, "images") or (folder if bare else None)
-    found = image_files(within) if within is not None else {}
-    if not found:
-        raise UserError(
-            within or folder,
-            f"has no {'folder images' if within is None else 'image'}",
-            f"Pass the folder that holds masks/ and images/, with {' '.join(ENDINGS)} files.",
-        )
-    return found
-
-
-def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
-    within = subfolder(folder, "masks")
+def _files_in(
+    folder: Path, name: str, *, hint: str, bare: bool = False, optional: bool = False
+) -> dict[str, Path]:
+    """List the files of ``images/`` or ``masks/`` by stem; ``bare`` ones may lie in the folder."""
+    within = subfolder(folder, name) or (folder if bare else None)
     found = image_files(within) if within is not None else {}
     if not found and not optional:
-        raise UserError(
-            within or folder,
-            f"has no {'folder masks' if within is None else 'mask'}",
-            "Add masks/ with one mask per image, of the same stem: training needs them.",
-        )
+        missing = f"folder {name}" if within is None else name.removesuffix("s")
+        raise UserError(within or folder, f"has no {missing}", hint)
     return found
 
 

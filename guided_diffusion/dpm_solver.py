@@ -93,14 +93,10 @@ def singlestep(
 ) -> Tensor:
     """DPM-Solver(++) with ``order`` new evaluations in each step: algorithms 1 and 4-5.
 
-    Args:
-        denoise: the model.
-        x: noise at ``levels[0]``, [B, K, H, W].
-        levels: every point that is evaluated, inner points included, and the end, as
-            :func:`solver_levels` returns them; N + 1 for N evaluations. A final step to the clean
-            mask is a plain prediction of x0.
-        order: 1, 2 or 3; the orders of the single steps follow from N (:func:`step_orders`).
-        algorithm: ``dpmsolver++`` or ``dpmsolver``.
+    The arguments are those of :func:`multistep`, but ``levels`` are every point that is evaluated,
+    inner points included, and the end, as :func:`solver_levels` returns them. The orders of the
+    single steps follow from N (:func:`step_orders`). A final step to the clean mask is a plain
+    prediction of x0.
     """
     last = levels[-1].sigma == 0
     position = 0

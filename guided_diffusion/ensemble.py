@@ -21,6 +21,7 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 Fusion = Callable[[Tensor], Tensor]
 _CLOSE_TO_ONE = 1.0 - 1e-9
+_TOLERANCE, _MOST_ITERATIONS = 1e-7, 500  # of STAPLE's iteration
 
 
 def mean(members: Tensor) -> Tensor:
@@ -46,27 +47,20 @@ def squared_mean(members: Tensor) -> Tensor:
     return mean(members) ** 2
 
 
-def staple(members: Tensor, *, tolerance: float = 1e-7, max_iterations: int = 500) -> Tensor:
+def staple(members: Tensor) -> Tensor:
     """Estimate the probability of the hidden true mask by EM: STAPLE, Warfield et al. (2004).
 
-    Args:
-        members: float [E, ..., H, W] in [0, 1], thresholded at 0.5. Each image of the leading
-            dimensions is fused separately, with its own estimates of the raters.
-        tolerance: the iteration ends when no probability changes by more than this.
-        max_iterations: or after this many iterations.
-
-    Returns:
-        [..., H, W] in [0, 1], of the members' dtype.
+    ``members`` are float [E, ..., H, W] in [0, 1], thresholded at 0.5. Each image of the leading
+    dimensions is fused separately, with its own estimates of the raters. Returns [..., H, W] in
+    [0, 1], of the members' dtype.
     """
     size = _checked(members).shape[-2:].numel()
     images = (members >= 0.5).reshape(len(members), -1, size).unbind(dim=1)
-    fused = [
-        _staple_image(image, tolerance=tolerance, max_iterations=max_iterations) for image in images
-    ]
+    fused = [_staple_image(image) for image in images]
     return torch.stack(fused).reshape(members.shape[1:]).to(members.dtype)
 
 
-def _staple_image(decisions: Tensor, *, tolerance: float, max_iterations: int) -> Tensor:
+def _staple_image(decisions: Tensor) -> Tensor:
     """Run EM on one image, bool [E, P] -> float64 [P].
 
     Pixels with the same decisions of all raters are equivalent, so EM runs over the few patterns of
@@ -82,10 +76,10 @@ def _staple_image(decisions: Tensor, *, tolerance: float, max_iterations: int) -
     start = np.full(len(patterns), 0.99999)
 
     truth = _expected_truth(patterns, prior, Rating(start, start))
-    for _ in range(max_iterations):
+    for _ in range(_MOST_ITERATIONS):
         before = truth
         truth = _expected_truth(patterns, prior, _rate(patterns, pixels, before))
-        if np.abs(truth - before).max() <= tolerance:
+        if np.abs(truth - before).max() <= _TOLERANCE:
             break
     return torch.from_numpy(truth).to(decisions.device)[pattern_of]
 

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
     PICTURES,
@@ -24,7 +22,6 @@ from guided_diffusion.data.folders import (
     split_name,
     walk,
 )
-from guided_diffusion.data.readers import Affine, read_image_file, read_mask_file
 from guided_diffusion.errors import UserError, refuse
 
 _CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.csv")
@@ -54,14 +51,6 @@ class ISICDataset(SegmentationDataset):
         _require_cases(folder, entries)
         entries = _checked_masks(table or folder, entries, optional=test_flag)
         super().__init__(folder, entries, channels=3, reading=reading)
-
-    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Decode the picture, float32 [3, H, W] in [0, 1]; pictures have no affine."""
-        return read_image_file(entry.images[0], channels=self.channels)
-
-    def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [K, H, W] in [0, 1]."""
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
 
 def has_csv(folder: Path) -> bool:

@@ -24,7 +24,7 @@ Values = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Another place to watch a run; neither method may block or raise."""
+    """A live display of a run; neither method may block or raise."""
 
     def numbers(self, values: Values) -> None:
         """Show a row of the log, which contains ``step``."""
@@ -103,8 +103,8 @@ def picture(name: str, pixels: Pixels, step: int) -> None:
         sink.picture(name, pixels, step)
 
 
-def watched() -> bool:
-    """Say whether there are sinks that show pictures."""
+def has_sinks() -> bool:
+    """Return whether there are sinks that show pictures."""
     return bool(_current.sinks)
 
 

@@ -7,7 +7,6 @@ loss unbiased. Nichol & Dhariwal (2021), section 3.3.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,29 +14,32 @@ from torch import Tensor
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 
 
-class ScheduleSampler(Protocol):
-    """The interface: draw positions, learn from their losses, save and restore the state."""
+class ScheduleSampler:
+    """The interface: draw positions, learn from their losses, save and restore the state.
 
-    learns: bool
+    A sampler that learns nothing has no state, and overrides :meth:`sample` alone.
+    """
+
+    learns = False
     """Whether :meth:`update` does anything."""
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
         """Draw int64 [batch] positions and float32 [batch] loss weights from the global RNG."""
+        raise NotImplementedError
 
     def update(self, positions: Tensor, losses: Tensor) -> None:
         """Learn from the unweighted losses [batch] at these positions."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state for a checkpoint."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the state from :meth:`state_dict`."""
 
 
-class UniformSampler:
+class UniformSampler(ScheduleSampler):
     """Draws every timestep equally often, with weight 1."""
-
-    learns = False
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -46,18 +48,8 @@ class UniformSampler:
         """Draw positions and weights."""
         return torch.randint(self.count, (batch,)), torch.ones(batch)
 
-    def update(self, positions: Tensor, losses: Tensor) -> None:
-        """Do nothing."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return an empty state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Do nothing."""
-
-
-class LossSecondMomentResampler:
+class LossSecondMomentResampler(ScheduleSampler):
     """Draws timesteps in proportion to the root mean square of their last losses: eq. 18.
 
     It draws uniformly until every timestep has a full history, and a small share always.

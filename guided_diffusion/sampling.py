@@ -82,13 +82,9 @@ def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], *, order: 
     Zhao et al. (2023), algorithms 5 to 8, in data prediction with B(h) = e^h - 1: the model value
     that the next step needs also corrects the point it was computed at. The order rises to
     ``order`` in the first steps and, with fewer than 10 steps, falls again in the last ones, for
-    stability. A step to the clean mask is a plain prediction of x0.
-
-    Args:
-        denoise: the model.
-        x: noise at ``levels[0]``, [B, K, H, W].
-        levels: decreasing noise, N + 1 of them for N evaluations.
-        order: 1, 2 or 3, of the predictor; the corrector has one more.
+    stability. A step to the clean mask is a plain prediction of x0. The arguments are those of
+    :func:`guided_diffusion.dpm_solver.multistep`; ``order`` is that of the predictor, and the
+    corrector has one more.
     """
     steps = len(levels) - 1
     known: list[Known] = []

@@ -8,27 +8,19 @@ CPU, whatever the number of reading processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import (
-    Batch,
-    TrainingBatch,
-    mix,
-    prepare_masks,
-    training_batches,
-)
-from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.batches import Batch, mix, training_batches
 from guided_diffusion.dist_util import (
     all_gather,
     all_gather_object,
@@ -43,16 +35,14 @@ from guided_diffusion.dist_util import (
     wrap_ddp,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
-from guided_diffusion.options.segmentation import RunOptions, TrainingOptions, WatchOptions
-from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
+from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.stop_signal import StopSignal
-from guided_diffusion.training.validation import BestScore, Validate
+from guided_diffusion.training.validation import BestScore
 from guided_diffusion.unet import EncodeAndPredict, UNetModel
 
 
@@ -63,48 +53,19 @@ class TrainLoop:
     noise, and the gradients are averaged, so that two processes of batch 4 are one of batch 8.
 
     Args:
-        net: on the device it is trained on.
-        diffusion: what is predicted, and how it is scored.
-        dataset: cases at the network's size.
-        schedule_sampler: draws the times.
-        options: of the loop.
-        run: folder, seed and precision.
-        recorded: the flags that checkpoints record.
-        watch: when it is validated, and when that ends it.
-        validate: scores averaged weights; called in the first process alone.
-        after_save: called in the background once a checkpoint is written.
-        prepare_batch: says what of a batch is diffused, and under which condition.
-        losses: scores ``net`` itself; None for the diffusion's, of a U-Net that encodes the
-            condition.
+        setup: the network, its data and the options.
     """
 
-    def __init__(
-        self,
-        net: torch.nn.Module,
-        diffusion: GaussianDiffusion,
-        *,
-        dataset: Dataset[Case],
-        schedule_sampler: ScheduleSampler,
-        options: TrainingOptions,
-        run: RunOptions,
-        recorded: dict[str, Any],
-        watch: WatchOptions | None = None,
-        validate: Validate | None = None,
-        after_save: Callable[[], object] = bool,
-        prepare_batch: Callable[[Batch], TrainingBatch] = prepare_masks,
-        losses: Losses | None = None,
-    ) -> None:
-        self.net = net
-        self.model = wrap_ddp(net if losses else EncodeAndPredict(cast(UNetModel, net)))
-        self.prepare_batch = prepare_batch
-        self.losses = losses
-        self.diffusion = diffusion
-        self.dataset = dataset
-        self.schedule_sampler = schedule_sampler
-        self.options = options
-        self.run = run
-        self.watch = watch or WatchOptions()
-        self.validate = validate
+    def __init__(self, setup: TrainSetup) -> None:
+        self.setup = setup
+        self.net = net = setup.net
+        self.model = wrap_ddp(net if setup.losses else EncodeAndPredict(cast(UNetModel, net)))
+        self.diffusion = setup.diffusion
+        self.options = options = setup.options
+        self.run = run = setup.run
+        self.schedule_sampler = create_named_schedule_sampler(
+            options.schedule_sampler, len(self.diffusion.kept)
+        )
         self.step = 0
         self.bad_steps = 0
         self.best = BestScore()
@@ -122,17 +83,17 @@ class TrainLoop:
         self.averages = {
             rate: ExponentialAverage(net, float(rate)) for rate in options.ema_rate.split(",")
         }
-        self.log = StepLog(len(diffusion.schedule))
+        self.log = StepLog(len(self.diffusion.schedule))
         self.checkpoints = CheckpointManager(
             Path(run.out_dir).expanduser(),
             net=net,
             optimizer=self.optimizer,
             scaler=self.scaler,
             averages=self.averages,
-            schedule_sampler=schedule_sampler,
-            recorded=recorded,
+            schedule_sampler=self.schedule_sampler,
+            recorded=setup.recorded,
             keep=options.keep,
-            after_save=after_save,
+            after_save=setup.after_save,
         )
         self._set_rate()
 
@@ -145,13 +106,7 @@ class TrainLoop:
     def restore(
         self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
     ) -> None:
-        """Continue from a checkpoint whose weights the network already has.
-
-        Args:
-            checkpoint: the state.
-            path: its file, if it has one.
-            missing: parameters that its optimiser did not have.
-        """
+        """Continue from a checkpoint: see :meth:`CheckpointManager.restore`."""
         self.step = checkpoint.step
         self.best = BestScore(checkpoint.training.get("best", {}))
         self.checkpoints.restore(checkpoint, path=path, missing=missing)
@@ -171,7 +126,7 @@ class TrainLoop:
                 "Use a folder on a file system that all nodes share.",
             )
         batches = training_batches(
-            self.dataset,
+            self.setup.dataset,
             self.options.batch_size,
             seed=self.run.seed,
             first_step=self.step,
@@ -180,7 +135,7 @@ class TrainLoop:
             rank=rank(),
             world_size=world_size(),
         )
-        start, total, patience = self.step, self.last_step, self.watch.patience
+        start, total, patience = self.step, self.last_step, self.setup.watch.patience
         hidden = True if rank() else None
         bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
         with StopSignal() as stop:
@@ -239,7 +194,7 @@ class TrainLoop:
         Returns:
             The mean weighted loss, a scalar tensor.
         """
-        prepared = self.prepare_batch(batch)
+        prepared = self.setup.prepare_batch(batch)
         condition = prepared.condition.to(self.device, non_blocking=True)
         x0 = self.diffusion.to_range(prepared.x0.to(self.device, non_blocking=True))
         y = None if prepared.y is None else prepared.y.to(self.device, non_blocking=True)
@@ -250,7 +205,7 @@ class TrainLoop:
         total = torch.zeros((), device=self.device)
         size = self.options.microbatch if self.options.microbatch > 0 else len(x0)
         parts = torch.arange(len(x0)).split(size)
-        scored_by = self.losses or self.diffusion.training_losses
+        scored_by = self.setup.losses or self.diffusion.training_losses
         losses = []
         for rows in parts:
             chosen = rows.to(self.device)
@@ -293,9 +248,9 @@ class TrainLoop:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
 
     def _usable(self, norm: Tensor, batch: Batch) -> bool:
-        """Whether the gradient is finite; count the steps in a row for which it is not.
+        """Return whether the gradient is finite; count the steps in a row for which it is not.
 
-        Of a scaled loss that is expected, until the scaler has found a scale that fits.
+        With a scaled loss that is expected until the scaler has found a suitable scale.
         """
         if bool(norm.isfinite()):
             self.bad_steps = 0
@@ -323,15 +278,16 @@ class TrainLoop:
         return self.step % interval == 0
 
     def _validate(self, progress: tqdm[Any]) -> bool:
-        """Score the slowest average where it is due, and say whether it is the best so far.
+        """Score the slowest average if validation is due, and return whether it is the best so far.
 
-        The first process scores; all get the answer.
+        The first process scores; all get the same answer.
         """
-        interval = self.watch.val_interval or self.options.save_interval
+        setup = self.setup
+        interval = setup.watch.val_interval or self.options.save_interval
         if not (self._due(interval) or self.step == self.last_step):
             return False
         slowest = self.averages[max(self.averages, key=float)]
-        score = self.validate(slowest.state_dict(), self.step) if self.validate else None
+        score = setup.validate(slowest.state_dict(), self.step) if setup.validate else None
         if score is None:
             return any_rank(False)
         logger.logkv("step", self.step)
@@ -366,32 +322,17 @@ class TrainLoop:
 
 def run_training(setup: TrainSetup) -> Path:
     """Announce a run, restore what it continues, and train; returns the last checkpoint."""
-    run, diffusion = setup.run, setup.diffusion
-    logger.configure(None if rank() else run.out_dir, quiet=rank() > 0, sinks=setup.sinks)
-    loop = TrainLoop(
-        setup.net,
-        diffusion,
-        dataset=setup.dataset,
-        schedule_sampler=create_named_schedule_sampler(
-            setup.options.schedule_sampler, len(diffusion.kept)
-        ),
-        options=setup.options,
-        run=run,
-        recorded=setup.recorded,
-        watch=setup.watch,
-        validate=setup.validate,
-        after_save=setup.after_save,
-        prepare_batch=setup.prepare_batch,
-        losses=setup.losses,
-    )
+    folder = None if rank() else setup.run.out_dir
+    logger.configure(folder, quiet=rank() > 0, sinks=setup.sinks)
+    loop = TrainLoop(setup)
     if setup.start:
         loop.restore(setup.start, path=setup.path, missing=setup.missing)
         logger.log(f"resuming {setup.path} at step {setup.start.step}")
     for note in setup.notes:
         logger.log(note)
     logger.log(
-        f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, {run.precision}; "
-        f"steps {loop.step} to {loop.last_step or 'no end'}"
+        f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, "
+        f"{setup.run.precision}; steps {loop.step} to {loop.last_step or 'no end'}"
     )
     try:
         return loop.run_loop()

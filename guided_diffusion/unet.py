@@ -250,5 +250,4 @@ class EncodeAndPredict(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, image: Tensor, y: Tensor | None = None) -> Output:
         """Predict as :meth:`UNetModel.forward`, for ``image`` [B, C, H, W]."""
-        output: Output = self.net(x, t, self.net.encode(image), y)
-        return output
+        return self.net(x, t, self.net.encode(image), y)

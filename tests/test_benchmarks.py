@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch.testing import assert_close
 
 from guided_diffusion.ensemble import BLENDS

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents
+from helpers import contents
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -200,12 +200,12 @@ def test_variance_channels_of_bare_weights_are_dropped_where_none_are_learned() 
 
 
 def test_the_cut_network_predicts_the_first_channel() -> None:
-    whole, cut = network(learn_sigma=True).eval(), network(learn_sigma=False).eval()
-    weights = {name: 0.1 * value for name, value in random_weights(whole).items()}
-    load_weights(whole, weights, "")
+    full, cut = network(learn_sigma=True).eval(), network(learn_sigma=False).eval()
+    weights = {name: 0.1 * value for name, value in random_weights(full).items()}
+    load_weights(full, weights, "")
     load_weights(cut, weights, "")
     image, x, t = torch.randn(2, 4, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([3, 900])
-    assert_close(cut(x, t, cut.encode(image)).raw, whole(x, t, whole.encode(image)).raw[:, :1])
+    assert_close(cut(x, t, cut.encode(image)).raw, full(x, t, full.encode(image)).raw[:, :1])
 
 
 # ------------------------------------------------------------------------- weights that differ

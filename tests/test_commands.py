@@ -1,4 +1,4 @@
-"""The commands: one table for scripts, console command and documentation; help, and first slips."""
+"""The commands: one table for scripts, console command and documentation; help and mistakes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from guided_diffusion import Segmenter, create_model_and_diffusion
 from guided_diffusion.commands import COMMANDS, main
@@ -78,7 +78,7 @@ def test_the_full_help_shows_all_flags(
         (["phantoms", "--out", "x", "--layout", "isic", "--slices", "3"], "Omit --slices."),
     ],
 )
-def test_first_slips(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_common_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(argv=argv)
     said = capsys.readouterr()
@@ -145,7 +145,7 @@ def test_the_overview_and_about(capsys: pytest.CaptureFixture[str]) -> None:
         ({"out_dir": "x"}, "out_dir: no such flag."),
     ],
 )
-def test_loading_refuses_what_it_does_not_know(
+def test_loading_refuses_unknown_flags_and_values(
     flags: dict[str, object], message: str, trained: Path
 ) -> None:
     with pytest.raises(UserError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from helpers import script
 
 from guided_diffusion.layouts import LAYOUTS
 from guided_diffusion.tools import phantom_folders

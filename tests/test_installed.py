@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import DIFFUSION, NETWORK, ROOT
+from helpers import DIFFUSION, NETWORK, ROOT
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The command line: the parents' flags with their types and defaults, and what a slip is told."""
+"""The command line: the parents' flags with their types and defaults, and messages on mistakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from conftest import ROOT, refused, script
+from helpers import ROOT, refused, script
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import Flags, numbers, recorded
@@ -85,8 +85,8 @@ def flags_of(name: str) -> dict[str, list[Any]]:
     }
 
 
-def slip(capsys: pytest.CaptureFixture[str], *argv: str, groups: Any = TRAIN) -> str:
-    """Parse a command line that is wrong and return the one line it is told."""
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str, groups: Any = TRAIN) -> str:
+    """Parse a wrong command line and return its one-line error."""
     with pytest.raises(SystemExit) as stopped:
         parse(groups, argv)
     captured = capsys.readouterr()
@@ -121,7 +121,7 @@ def test_every_flag_of_the_parents_is_accepted(parent: str) -> None:
         assert type(parsed[name]).__name__ == type_name
 
 
-def test_flags_of_our_own_are_there() -> None:
+def test_additional_flags_exist() -> None:
     both = {"seed", "mask_range", "precision", "crop"}
     assert both | {"max_steps", "resume", "num_workers"} <= flags_of("train").keys()
     assert both | {"steps", "num_samples", "sampler", "trained_steps"} <= flags_of("sample").keys()
@@ -166,24 +166,24 @@ def test_the_last_of_two_equal_flags_counts() -> None:
     assert parse(TRAIN, ["--lr", "1", "--lr", "2"]).given == {"lr": 2.0}
 
 
-# ------------------------------------------------------------------------------ slips
+# ------------------------------------------------------------------------------ mistakes
 
 
 def test_a_missing_blank_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    told = slip(capsys, "--learn_sigma", "True--noise_schedule", "linear")
-    assert "--learn_sigma" in told
-    assert "a blank is missing between 'True' and '--noise_schedule'" in told
+    error = error_of(capsys, "--learn_sigma", "True--noise_schedule", "linear")
+    assert "--learn_sigma" in error
+    assert "a blank is missing between 'True' and '--noise_schedule'" in error
 
 
 @pytest.mark.parametrize("value", ["2", "", "yes!", "None"])
-def test_other_words_are_no_bools(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told = slip(capsys, "--learn_sigma", value)
-    assert "--learn_sigma" in told and "boolean value expected" in told and repr(value) in told
-    assert "blank" not in told
+def test_other_words_are_refused_as_bools(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capsys, "--learn_sigma", value)
+    assert "--learn_sigma" in error and "boolean value expected" in error and repr(value) in error
+    assert "blank" not in error
 
 
 def test_a_bool_needs_its_value(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--learn_sigma" in slip(capsys, "--learn_sigma")
+    assert "--learn_sigma" in error_of(capsys, "--learn_sigma")
 
 
 @pytest.mark.parametrize(
@@ -197,29 +197,29 @@ def test_a_bool_needs_its_value(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_flag_suggests_a_near_one(
     word: str, near: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = slip(capsys, word, "2")
-    assert word in told and f"Did you mean {near}?" in told
+    error = error_of(capsys, word, "2")
+    assert word in error and f"Did you mean {near}?" in error
 
 
-def test_a_flag_like_no_other_suggests_none(capsys: pytest.CaptureFixture[str]) -> None:
-    told = slip(capsys, "--xyzzy", "2")
-    assert "Did you mean" not in told and "--help" in told
+def test_a_flag_without_a_near_one_suggests_none(capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capsys, "--xyzzy", "2")
+    assert "Did you mean" not in error and "--help" in error
 
 
 def test_an_ambiguous_prefix_lists_what_it_may_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    told = slip(capsys, "--num_res", "2", "--num_head", "2")
-    assert "--num_heads" in told and "--num_head_channels" in told
+    error = error_of(capsys, "--num_res", "2", "--num_head", "2")
+    assert "--num_heads" in error and "--num_head_channels" in error
 
 
 @pytest.mark.parametrize(
     "argv", [["--batch_size", "2.5"], ["--lr", "fast"], ["--noise_schedule", "sine"]]
 )
 def test_values_of_the_wrong_kind(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    told = slip(capsys, *argv)
-    assert argv[0] in told and argv[1] in told
+    error = error_of(capsys, *argv)
+    assert argv[0] in error and argv[1] in error
 
 
-def test_scripts_exit_with_two_on_a_slip() -> None:
+def test_scripts_exit_with_code_2_on_a_mistake() -> None:
     for name in FILES.values():
         assert "--batchsize" in refused(script(name, "--batchsize", 3))
 
@@ -243,12 +243,12 @@ def test_every_flag_has_a_help_line(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "folder"), [("train", "./data/training"), ("sample", "./data/testing")]
 )
-def test_help_tells_the_default(name: str, folder: str) -> None:
+def test_help_shows_the_default(name: str, folder: str) -> None:
     text = " ".join(script(FILES[name], "--help_all").out.split())
     assert f"--data_dir STR folder with the data set (default: {folder})" in text
 
 
-def test_dead_flags_say_so() -> None:
+def test_flags_without_effect_are_named() -> None:
     for name in ("train", "sample"):
         for group in GROUPS[name]:
             for entry in fields(group):
@@ -281,14 +281,14 @@ def test_dead_flags_say_so() -> None:
         ({"timestep_respacing": "5"}, {"steps": 0}, ""),
     ],
 )
-def test_flags_that_another_one_makes_idle_say_so(
+def test_flags_that_another_one_overrides_are_named(
     given: dict[str, Any], outcome: dict[str, Any], idle: str
 ) -> None:
     notes = dead_flags(Flags(SAMPLE, given), outcome)
     assert len(notes) == bool(idle) and "".join(notes).startswith(idle)
 
 
-def test_help_comes_before_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     for file in (*FILES.values(), "make_phantoms"):
         program = (
             "import runpy, sys\n"
@@ -327,7 +327,7 @@ def test_a_group_takes_its_own_flags_only() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_no_flag_takes_what_is_no_finite_number(value: float) -> None:
+def test_numbers_must_be_finite(value: float) -> None:
     for group in dict.fromkeys([*TRAIN, *SAMPLE, *SCORE]):
         for name in (e.name for e in fields(group) if get_type_hints(group)[e.name] is float):
             with pytest.raises(UserError, match=f"--{name} {value}: must be a finite number"):
@@ -335,7 +335,7 @@ def test_no_flag_takes_what_is_no_finite_number(value: float) -> None:
     assert Flags(given={"max_steps": 10**400}).group(TrainingOptions).max_steps == 10**400
 
 
-def test_a_checkpoint_forgets_what_belongs_to_a_run() -> None:
+def test_a_checkpoint_does_not_record_flags_of_a_run() -> None:
     network = NetworkOptions(num_channels=64, dropout=0.5, use_checkpoint=True)
     kept = recorded(network, DiffusionOptions(mask_range="-1,1"))
     assert kept["num_channels"] == 64 and kept["mask_range"] == "-1,1"

@@ -1,4 +1,4 @@
-"""The three scripts, from a folder of images to a table of scores, and what each slip is told."""
+"""The three scripts, from a folder of images to a table of scores, and messages on mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     DIFFUSION,
     NETWORK,
     Run,
@@ -91,7 +91,7 @@ def test_what_sampling_writes(sampled: Path) -> None:
     assert not np.array_equal(masks["000005"], masks["000006"])
 
 
-def test_volumes_lie_on_their_input(sampled: Path, brats: Path) -> None:
+def test_volumes_have_the_grid_of_their_input(sampled: Path, brats: Path) -> None:
     (image,) = (brats / "testing" / "000005").glob("*_t1_*.nii.gz")
     written = nib.load(sampled / "000005_mask.nii.gz")
     assert np.array_equal(written.affine, nib.load(image).affine)
@@ -215,8 +215,8 @@ def test_a_second_run_keeps_and_other_settings_redraw(
         assert "1 cases of other settings" in said, change
     after = contents(tmp_path)
     assert after.keys() == before.keys()
-    told_anew = {"predictions.csv", "sampling.json"}  # seconds, and the date
-    assert all(after[name] == before[name] for name in after.keys() - told_anew)
+    rewritten = {"predictions.csv", "sampling.json"}  # seconds, and the date
+    assert all(after[name] == before[name] for name in after.keys() - rewritten)
 
 
 def test_seeds_and_steps_change_masks(trained: Path, brats: Path, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_samplers_and_their_steps(
         assert plan.options["order"] == 3
 
 
-def test_flags_without_effect_are_told(trained: Path, brats: Path, tmp_path: Path) -> None:
+def test_flags_without_effect_are_named(trained: Path, brats: Path, tmp_path: Path) -> None:
     more = ["--steps", 2, "--timestep_respacing", 5, "--eta", 1, "--method", "singlestep"]
     more += ["--dpm_solver", True, "--use_ddim", True, "--sampler", "unipc", "--ss_blocks", 2]
     said = succeeded(sample(trained, brats / "testing", tmp_path / "out", *more))
@@ -346,7 +346,7 @@ def test_bare_weights_give_the_same_masks(
     assert all(np.array_equal(own[name], bare[name]) for name in own)
 
 
-def test_bare_weights_are_assumed_to_know_1000_steps(
+def test_bare_weights_are_assumed_to_have_1000_steps(
     trained: Path, brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = legacy(trained, tmp_path / "bare.pt")
@@ -373,7 +373,9 @@ def test_a_named_checkpoint_is_the_one_taken(trained: Path, brats: Path, tmp_pat
     assert f"{path}: averaged weights (EMA 0.9) of step 2" in said
 
 
-def test_the_flags_of_training_do_no_harm(trained: Path, brats: Path, tmp_path: Path) -> None:
+def test_flags_of_training_are_accepted_in_sampling(
+    trained: Path, brats: Path, tmp_path: Path
+) -> None:
     """The parents' READMEs repeat all of them in sampling."""
     command = [*FEW, *NETWORK, *DIFFUSION, "--class_cond", False, "--in_ch", 5, "--crop", "auto"]
     succeeded(sample(trained, brats / "testing", tmp_path / "long", *command))
@@ -385,29 +387,29 @@ def test_the_flags_of_training_do_no_harm(trained: Path, brats: Path, tmp_path: 
 
 # ------------------------------------------------------------------------------ bad input
 
-Slip = tuple[Callable[[Path, Path, Path], Sequence[object]], tuple[str, ...]]
+Mistake = tuple[Callable[[Path, Path, Path], Sequence[object]], tuple[str, ...]]
 
 
-def copied(folder: Path, target: Path) -> Path:
+def copy_of(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))
 
 
 def incomplete(brats: Path, tmp: Path, part: str) -> Path:
-    folder = copied(brats / part, tmp / "data")
+    folder = copy_of(brats / part, tmp / "data")
     (path,) = sorted(folder.iterdir())[1].glob("*_t1ce_*")
     path.unlink()
     return folder
 
 
 def unreadable(brats: Path, tmp: Path, part: str) -> Path:
-    folder = copied(brats / part, tmp / "data")
+    folder = copy_of(brats / part, tmp / "data")
     (path,) = sorted(folder.iterdir())[0].glob("*_t2_*")
     path.write_bytes(path.read_bytes()[:200])
     return folder
 
 
 def mismatched(brats: Path, tmp: Path, part: str) -> Path:
-    folder = copied(brats / part, tmp / "data")
+    folder = copy_of(brats / part, tmp / "data")
     for case in folder.iterdir():
         (path,) = case.glob("*_seg_*")
         nib.save(nib.Nifti1Image(np.zeros((38, 40), np.uint8), np.eye(4)), path)
@@ -415,7 +417,7 @@ def mismatched(brats: Path, tmp: Path, part: str) -> Path:
 
 
 def unlabelled(brats: Path, tmp: Path, part: str) -> Path:
-    folder = copied(brats / part, tmp / "data")
+    folder = copy_of(brats / part, tmp / "data")
     for path in folder.rglob("*_seg_*"):
         path.unlink()
     return folder
@@ -431,7 +433,7 @@ def under_a_file(tmp: Path) -> Path:
     return tmp / "file" / "out"
 
 
-BAD_TRAINING: dict[str, Slip] = {
+BAD_TRAINING: dict[str, Mistake] = {
     "no folder": (lambda b, r, t: ["--data_dir", t / "nowhere"], ("nowhere",)),
     "a file": (lambda b, r, t: ["--data_dir", r / LATEST], (LATEST, "a file")),
     "empty folder": (lambda b, r, t: ["--data_dir", empty(t)], ("empty", "holds nothing")),
@@ -514,7 +516,7 @@ BAD_TRAINING: dict[str, Slip] = {
     "no folder to write": (lambda b, r, t: ["--out_dir", under_a_file(t)], ("--out_dir", "file")),
 }
 
-BAD_SAMPLING: dict[str, Slip] = {
+BAD_SAMPLING: dict[str, Mistake] = {
     "no model": (lambda b, r, t: ["--model_path", ""], ("--model_path", "no path given")),
     "no such model": (lambda b, r, t: ["--model_path", t / "a.pt"], ("--model_path", "a.pt")),
     "empty folder of models": (
@@ -596,73 +598,77 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def refused_without_a_trace(
-    name: str, command: Sequence[object], slip: Slip, *folders: Path
+def refused_without_output(
+    name: str, command: Sequence[object], mistake: Mistake, *folders: Path
 ) -> None:
-    """Make sure that a slip ends in its one line, which holds some words, and writes nothing."""
+    """Check that a mistake ends with a one-line error that has these words, and writes nothing."""
     brats, trained, tmp = folders
-    bad, words = slip
+    bad, words = mistake
     arguments = [*command, *bad(brats, trained, tmp)]
     before = tree(tmp)
-    told = refused(script(name, *arguments))
-    missing = [word for word in words if word not in told]
-    assert not missing, f"{missing} not in {told}"
-    assert re.fullmatch(r"error: [^\n]+: [^\n]+\. [A-Z0-9][^\n]*[.?]\n", told)
+    error = refused(script(name, *arguments))
+    missing = [word for word in words if word not in error]
+    assert not missing, f"{missing} not in {error}"
+    assert re.fullmatch(r"error: [^\n]+: [^\n]+\. [A-Z0-9][^\n]*[.?]\n", error)
     assert tree(tmp) == before
 
 
-@pytest.mark.parametrize("slip", BAD_TRAINING)
-def test_training_refuses(slip: str, brats: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mistake", BAD_TRAINING)
+def test_training_refuses(mistake: str, brats: Path, trained: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path / "out"), "--max_steps", 1]
     folders = (brats, trained, tmp_path)
-    if slip == "unreadable file":  # found when it is read: the log of the run may be there
-        told = refused(script("segmentation_train", *command, *BAD_TRAINING[slip][0](*folders)))
-        assert all(word in told for word in BAD_TRAINING[slip][1])
+    if mistake == "unreadable file":  # found when it is read: the log of the run may be there
+        error = refused(script("segmentation_train", *command, *BAD_TRAINING[mistake][0](*folders)))
+        assert all(word in error for word in BAD_TRAINING[mistake][1])
         assert not list((tmp_path / "out").glob("*.pt"))
     else:
-        refused_without_a_trace("segmentation_train", command, BAD_TRAINING[slip], *folders)
+        refused_without_output("segmentation_train", command, BAD_TRAINING[mistake], *folders)
 
 
-@pytest.mark.parametrize("slip", BAD_SAMPLING)
-def test_sampling_refuses(slip: str, brats: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mistake", BAD_SAMPLING)
+def test_sampling_refuses(mistake: str, brats: Path, trained: Path, tmp_path: Path) -> None:
     command = ["--model_path", trained, "--data_dir", brats / "testing", *FEW]
     command += ["--out_dir", tmp_path / "out"]
     folders = (brats, trained, tmp_path)
-    if slip == "unreadable file":  # the other cases are finished
-        told = refused(script("segmentation_sample", *command, *BAD_SAMPLING[slip][0](*folders)))
-        assert all(word in told for word in BAD_SAMPLING[slip][1])
+    if mistake == "unreadable file":  # the other cases are finished
+        error = refused(
+            script("segmentation_sample", *command, *BAD_SAMPLING[mistake][0](*folders))
+        )
+        assert all(word in error for word in BAD_SAMPLING[mistake][1])
         assert (tmp_path / "out" / "000006_mask.png").exists()
     else:
-        refused_without_a_trace("segmentation_sample", command, BAD_SAMPLING[slip], *folders)
+        refused_without_output("segmentation_sample", command, BAD_SAMPLING[mistake], *folders)
 
 
 def test_images_with_other_channels_than_the_network(
     isic: Path, trained: Path, brats: Path, tmp_path: Path
 ) -> None:
     command = [*training(brats, tmp_path / "out"), "--resume_checkpoint", trained]
-    for told in (
+    for error in (
         refused(sample(trained, isic, tmp_path / "out", *FEW)),
         refused(script("segmentation_train", *command, "--data_dir", isic)),
     ):
-        assert "t1,t1ce,t2,flair" in told
+        assert "t1,t1ce,t2,flair" in error
 
     own = load_checkpoint(trained / LATEST)
     options = {**own.options, "in_ch": 4, "modalities": ""}
     path = save_checkpoint(tmp_path, Checkpoint(options, own.step, own.model))
-    told = refused(sample(path, brats / "testing", tmp_path / "out", *FEW))
-    assert "4 input channels" in told and "needs 5: 4 of the images" in told
+    error = refused(sample(path, brats / "testing", tmp_path / "out", *FEW))
+    assert "4 input channels" in error and "needs 5: 4 of the images" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_case_leaves_the_good_ones(trained: Path, brats: Path, tmp_path: Path) -> None:
-    data = copied(brats / "testing", tmp_path / "data")
+def test_a_bad_case_does_not_affect_the_good_ones(
+    trained: Path, brats: Path, tmp_path: Path
+) -> None:
+    data = copy_of(brats / "testing", tmp_path / "data")
     (path,) = (data / "000006").glob("*_flair_*")
     path.write_bytes(gzip.compress(b"no image"))
-    told = refused(sample(trained, data, tmp_path / "out", *FEW, "--batch_size", 2))
-    assert path.name in told
-    whole = {name for name in contents(tmp_path / "out") if name != "predictions.csv"}
-    assert whole and all(name.startswith("000005_") for name in whole)
-    assert not [name for name in whole if "part" in name]
+    error = refused(sample(trained, data, tmp_path / "out", *FEW, "--batch_size", 2))
+    assert path.name in error
+    written = {name for name in contents(tmp_path / "out") if name != "predictions.csv"}
+    assert written and all(name.startswith("000005_") for name in written)
+    assert not [name for name in written if "part" in name]
 
 
 # ------------------------------------------------------------------------------ bad scoring
@@ -670,17 +676,17 @@ def test_a_bad_case_leaves_the_good_ones(trained: Path, brats: Path, tmp_path: P
 
 @pytest.fixture
 def masks(sampled: Path, tmp_path: Path) -> Path:
-    """A copy of a result folder, to be spoilt."""
-    return copied(sampled, tmp_path / "masks")
+    """A copy of a result folder, to damage."""
+    return copy_of(sampled, tmp_path / "masks")
 
 
 def test_missing_and_surplus_predictions_are_listed(masks: Path, brats: Path) -> None:
     command = ["--inp_pth", masks, "--out_pth", brats / "testing"]
     (masks / "000005_output_ens.png").rename(masks / "000009_output_ens.png")
     before = contents(masks)
-    told = refused(script("segmentation_env", *command))
-    assert "no prediction for 1 case (000005)" in told
-    assert "no truth for 1 case (000009)" in told
+    error = refused(script("segmentation_env", *command))
+    assert "no prediction for 1 case (000005)" in error
+    assert "no truth for 1 case (000009)" in error
     assert contents(masks) == before
 
     said = succeeded(script("segmentation_env", *command, "--partial", True))
@@ -703,8 +709,8 @@ def test_an_unreadable_prediction(masks: Path, brats: Path) -> None:
     path = masks / "000006_output_ens.png"
     path.write_bytes(path.read_bytes()[:50])
     before = contents(masks)
-    told = refused(script("segmentation_env", "--inp_pth", masks, "--out_pth", brats / "testing"))
-    assert path.name in told
+    error = refused(script("segmentation_env", "--inp_pth", masks, "--out_pth", brats / "testing"))
+    assert path.name in error
     assert contents(masks) == before
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import counted, listing, size_text
 from guided_diffusion.data.intensity import measure, normalised
-from guided_diffusion.data.readers import Affine
+from guided_diffusion.data.readers import Affine, read_image_file, read_mask_file
 from guided_diffusion.errors import UserError, refuse
 
 CROPS = ("auto", "none", "wolleb")
@@ -90,8 +90,9 @@ AS_STORED = Reading()
 class SegmentationDataset(Dataset[Case]):
     """The base class of the loaders: what is known without decoding a file, and the cases.
 
-    A loader passes its entries to ``__init__`` and implements ``read_image`` and ``read_mask``;
-    sorting, unique names and the checks of every case are done here.
+    A loader passes its entries to ``__init__``, and overrides ``read_image`` and ``read_mask`` if a
+    case is not one file with one mask. Sorting, unique names and the checks of every case are done
+    here.
 
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
     ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (the names
@@ -128,13 +129,14 @@ class SegmentationDataset(Dataset[Case]):
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Decode the image, float32 [C, H, W], and its affine where the format has one.
 
-        Values are as stored, except in a slice of a volume, which is scaled by the whole volume.
+        Pictures are in [0, 1] and NIfTI slices as stored, except slices of a volume, which are
+        scaled by the whole volume.
         """
-        raise NotImplementedError
+        return read_image_file(entry.images[0], channels=self.channels)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
         """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none."""
-        raise NotImplementedError
+        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
 
     def has_mask(self, entry: Entry) -> bool:
         """Whether the entry's mask is known, without decoding it."""
@@ -225,7 +227,8 @@ class Frame:
 
     def fit_image(self, image: Tensor) -> Tensor:
         """Image float32 [C, H, W] -> [C, h, w]; resizing is bilinear and antialiased."""
-        return self._cropped(image) if self.crop else _resize(image, self._square)
+        square = (self.image_size, self.image_size)
+        return self._cropped(image) if self.crop else _resize(image, square)
 
     def fit_mask(self, mask: Tensor) -> Tensor:
         """Mask float32 [K, H, W] in [0, 1] -> [K, h, w] in {0, 1}, by the image's geometry.
@@ -261,10 +264,6 @@ class Frame:
                 "Use the crop that the checkpoint was trained with.",
             )
         return functional.pad(soft, (self.crop,) * 4)
-
-    @property
-    def _square(self) -> tuple[int, int]:
-        return self.image_size, self.image_size
 
     def _cropped(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

@@ -67,5 +67,4 @@ def normalised(values: Array, levels: Levels, how: str) -> Array:
 def _ratio(difference: Array, span: float) -> Array:
     if span <= 0:
         return np.zeros_like(difference)
-    ratio: Array = difference / np.float32(span)
-    return ratio
+    return difference / np.float32(span)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,10 @@ _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 def image_channels(path: Path) -> int:
     """Return 1 for NIfTI or a grey picture and 3 for a coloured one, from the header alone."""
-    return 1 if is_nifti(path) else picture_channels(path)
+    if is_nifti(path):
+        return 1
+    with _opened(path) as picture:
+        return 1 if _is_grey(picture) else 3
 
 
 def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
@@ -96,15 +101,12 @@ def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]
     ``shown`` where it is given, if the file cannot be decoded, is empty, or holds colours or
     complex, NaN or infinite values.
     """
-    try:
-        with np.errstate(all="ignore"):
-            nifti: Any = nib.load(path)
-            stored = np.asarray(nifti.dataobj)
-            if stored.dtype.kind not in "biuf":
-                raise ValueError(f"its values are {stored.dtype}")
-            values = stored.astype(np.float32)
-    except UNREADABLE as error:
-        raise unreadable(shown or path, error, "NIfTI image of real numbers") from error
+    with decoding(shown or path, "NIfTI image of real numbers"), np.errstate(all="ignore"):
+        nifti: Any = nib.load(path)
+        stored = np.asarray(nifti.dataobj)
+        if stored.dtype.kind not in "biuf":
+            raise ValueError(f"its values are {stored.dtype}")
+        values = stored.astype(np.float32)
     while values.ndim > 2 and values.shape[-1] == 1:
         values = values[..., 0]
     _require_finite(shown or path, values)
@@ -125,11 +127,9 @@ def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
 
 def nifti_shape(path: Path) -> tuple[int, ...]:
     """Read the shape from the header alone, without trailing axes of length 1."""
-    try:
+    with decoding(path, "NIfTI image"):
         nifti: Any = nib.load(path)
         shape = tuple(int(length) for length in nifti.shape)
-    except UNREADABLE as error:
-        raise unreadable(path, error, "NIfTI image") from error
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -140,12 +140,10 @@ def nifti_spacing(path: Path) -> tuple[float, ...] | None:
 
     None where the header does not state it: where a size is zero or not finite.
     """
-    try:
+    with decoding(path, "NIfTI image"):
         nifti: Any = nib.load(path)
         unit = nifti.header.get_xyzt_units()[0]
         sizes = [float(size) for size in nifti.header.get_zooms()]
-    except UNREADABLE as error:
-        raise unreadable(path, error, "NIfTI image") from error
     scale = {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)
     if not all(np.isfinite(size) and size > 0 for size in sizes[:3]):
         return None
@@ -166,12 +164,6 @@ def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Pa
             f"its affine ({codes}) has other axes or spacing than {other.name} ({wanted_codes})",
             "Resample all files of a case onto one grid.",
         )
-
-
-def picture_channels(path: Path) -> int:
-    """Return 1 for a grey picture and 3 for a coloured one, from the header alone."""
-    with _opened(path) as picture:
-        return 1 if _is_grey(picture) else 3
 
 
 def read_picture(path: Path, *, channels: int) -> Tensor:
@@ -227,19 +219,15 @@ def _decoded(path: Path) -> Image.Image:
     with picture:
         if picture.format in ("TIFF", "GIF") and getattr(picture, "n_frames", 1) > 1:
             raise UserError(path, "holds several pictures", "Split it into single pictures.")
-        try:
+        with decoding(path, "picture"):
             picture.load()
-            return picture
-        except UNREADABLE as error:
-            raise unreadable(path, error, "picture") from error
+        return picture
 
 
 def _opened(path: Path) -> Image.Image:
     """The picture with its header read."""
-    try:
+    with decoding(path, "picture"):
         return Image.open(path)
-    except UNREADABLE as error:
-        raise unreadable(path, error, "picture") from error
 
 
 def _is_grey(picture: Image.Image) -> bool:
@@ -308,6 +296,15 @@ def _require_finite(path: Path, values: Array) -> None:
             "has NaN or infinite values" if values.size else "has no pixels",
             "Repair the file, or remove the case from the data set.",
         )
+
+
+@contextmanager
+def decoding(path: Path, kind: str) -> Iterator[None]:
+    """Turn an error of the disk or the format into a :class:`UserError` that names ``path``."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise unreadable(path, error, kind) from error
 
 
 def unreadable(path: Path, error: BaseException, kind: str) -> UserError:

@@ -35,14 +35,7 @@ from guided_diffusion.data.folders import (
     safe_name,
     subfolder,
 )
-from guided_diffusion.data.readers import (
-    UNREADABLE,
-    Affine,
-    image_channels,
-    read_image_file,
-    read_mask_file,
-    unreadable,
-)
+from guided_diffusion.data.readers import UNREADABLE, decoding, image_channels, unreadable
 from guided_diffusion.errors import UserError, refuse
 
 CLASSES = ("normal", "tumor")
@@ -105,16 +98,12 @@ class TumourImages(LabelledImages):
         """Whether the mask is known: that of a normal image is empty."""
         return entry.mask is not None or not self.labels[entry.name]
 
-    def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
-        return read_image_file(entry.images[0], channels=self.channels)
-
     def read_mask(self, entry: Entry) -> Tensor | None:
         """Decode the mask, float32 [K, H, W] in [0, 1]; zeros for a normal image."""
         if not self.labels[entry.name]:
             size = self.read_image(entry)[0].shape[-2:]
             return torch.zeros(1 if self.classes is None else len(self.classes), *size)
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
+        return super().read_mask(entry)
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
@@ -301,10 +290,8 @@ def _found_files(folder: Path, names: Iterable[str]) -> list[Path]:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    try:
+    with decoding(path, "NumPy array"):
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except UNREADABLE as error:
-        raise unreadable(path, error, "NumPy array") from error
     if values.ndim != 4 or values.shape[1] != 2 or not len(values):
         raise UserError(
             path,

@@ -14,7 +14,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,13 @@ from torch import Tensor
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.intensity import Levels, measure, normalised
 from guided_diffusion.data.readers import (
-    UNREADABLE,
     Affine,
     Array,
     class_masks,
+    decoding,
     nifti_shape,
     read_nifti,
     require_same_axes,
-    unreadable,
 )
 from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.files import atomic_write, make_folder
@@ -159,7 +158,7 @@ class VolumeDataset(SegmentationDataset):
                 "Export all files of a case on one grid.",
             )
         require_same_axes(path, volume.affine, grid.affine, other=entry.images[0])
-        with _reading(path):
+        with decoding(path, "NIfTI volume"):
             plane = np.asarray(volume.voxels[..., entry.plane], dtype=np.float32)
         return normalised(np.ascontiguousarray(plane), volume.levels, scale)
 
@@ -210,12 +209,12 @@ def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
 def _gunzip(path: Path, target: Path) -> None:
     """Unpack in pieces; a read error names ``path``, a write error is left to the caller."""
     with ExitStack() as stack:
-        with _reading(path):
+        with decoding(path, "NIfTI volume"):
             packed = stack.enter_context(gzip.open(path))
         file = stack.enter_context(target.open("wb"))
         piece = b"?"
         while piece:
-            with _reading(path):
+            with decoding(path, "NIfTI volume"):
                 piece = packed.read(2**20)
             file.write(piece)
 
@@ -241,18 +240,9 @@ def _proxy(path: Path) -> tuple[Any, Affine]:
 
 
 def _stamp(path: Path) -> Stamp:
-    with _reading(path):
+    with decoding(path, "NIfTI volume"):
         stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn an error of the disk or the format into a :class:`UserError` that names ``path``."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise unreadable(path, error, "NIfTI volume") from error
 
 
 def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Entry]:

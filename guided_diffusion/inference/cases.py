@@ -59,7 +59,7 @@ def run_cases(
         write: writes one result, given its index and the seconds it took; returns its row.
         together: entries that are drawn at a time.
         after: called once a case is recorded.
-        evaluations: network evaluations of a case, to show the speed; 0 where nobody counts them.
+        evaluations: network evaluations of a case, to show the speed; 0 to show none.
 
     Returns:
         Whether all cases of all processes are done.

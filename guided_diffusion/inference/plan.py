@@ -22,8 +22,8 @@ class SamplingPlan:
 
     Attributes:
         sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`.
-        levels: what it walks through; one network evaluation for each but the last.
-        options: its keywords.
+        levels: the noise levels to step through; one network evaluation for each but the last.
+        options: keywords of the sampler.
         clip: the range x0 is clamped to at every evaluation, or None.
         num_ensemble: masks a case.
         fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.

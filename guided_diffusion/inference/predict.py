@@ -17,7 +17,7 @@ from guided_diffusion.dist_util import rank
 from guided_diffusion.files import make_folder
 from guided_diffusion.inference.cases import run_cases, share_of
 from guided_diffusion.inference.provenance import note_sampling
-from guided_diffusion.inference.record import Record, note_classes, row_of, say_what_to_look_at
+from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import area_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter
@@ -29,7 +29,7 @@ from guided_diffusion.report.sinks import VisdomSink, page_of
 
 
 def run_sampling(setup: SampleSetup) -> None:
-    """Announce a run of sampling, segment its data, and note what was done beside the results."""
+    """Announce a sampling run, segment its data, and write a record of it beside the results."""
     options, run, dataset = setup.options, setup.run, setup.dataset
     assert dataset is not None
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
@@ -83,7 +83,7 @@ def segment(
         out_dir: where ``predictions.csv`` and the files of each case go.
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
-        debug: write a strip of all that there is to see of each case as well.
+        debug: also write a strip of all channels and masks of each case.
 
     Raises:
         UserError: some cases failed; all others are finished.
@@ -107,9 +107,10 @@ def segment(
     volumes.expect((entries[index] for index in mine), elsewhere=others - own)
     volumes.write()
 
+    # How cases are drawn and written.
     def draw(indices: Sequence[int]) -> list[tuple[Case, Segmentation]]:
         cases = [dataset[index] for index in indices]
-        shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.watched() else None
+        shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.has_sinks() else None
         return list(zip(cases, segmenter.segment(cases, shown), strict=True))
 
     def write(index: int, drawn: tuple[Case, Segmentation], seconds: float) -> dict[str, Any]:
@@ -124,6 +125,7 @@ def segment(
             write_nifti(out_dir, case, result)
         return row_of(case, result, seconds, segmenter.frame)
 
+    # The loop over cases.
     plan = segmenter.plan
     if plan.compile and (first := next(readable(dataset, mine), None)):
         logger.log(f"compiled in {segmenter.warm_up(first):.0f} s")
@@ -140,7 +142,7 @@ def segment(
         )
     finally:
         if rank() == 0:
-            say_what_to_look_at(record, names)
+            log_remarks(record, names)
     if rank() == 0 and all_done:
         volumes.clear()
     return names

@@ -1,7 +1,6 @@
-"""What was run, noted where it was: ``sampling.json`` beside the masks, read back by the report.
+"""A record of what was run: ``sampling.json`` beside the masks, which the report shows.
 
-The note is rewritten only when the settings change, so that a repeated run leaves the folder as it
-was.
+It is rewritten only when the settings change, so that a repeated run does not change the folder.
 """
 
 from __future__ import annotations
@@ -52,10 +51,9 @@ def versions() -> dict[str, str]:
 def note_sampling(
     folder: Path, fingerprint: str, *, model: str, seed: int, options: Mapping[str, Any]
 ) -> None:
-    """Note in a result folder how its masks were drawn.
+    """Record in a result folder how its masks were drawn.
 
-    ``model`` says where the weights are from and how masks are drawn, ``options`` what the
-    checkpoint records.
+    ``model`` describes the weights and the sampling, ``options`` are what the checkpoint records.
 
     Raises:
         UserError: the note cannot be written.
@@ -76,7 +74,7 @@ def note_sampling(
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """What sampling noted; nothing where there is no note, or none that can be read."""
+    """Read the record of sampling; empty if there is none that can be read."""
     try:
         note = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -85,7 +83,7 @@ def read_note(folder: Path) -> dict[str, Any]:
 
 
 def describe_run(folder: Path) -> dict[str, str]:
-    """What was run, as labels and texts for people: the sampling, if noted, and this scoring."""
+    """Describe the sampling, if recorded, and this scoring, as labels and texts for people."""
     note = read_note(folder)
     return {
         "Sampled": str(note.get("date", "")),

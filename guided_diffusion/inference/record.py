@@ -1,4 +1,4 @@
-"""What a result folder knows of its cases: ``predictions.csv``, and ``classes.json``."""
+"""The records of a result folder: ``predictions.csv`` on its cases, and ``classes.json``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_DISAGREEMENT = 0.5
 """A mean pairwise 1 - Dice of the members above which a case is pointed out."""
 
 
-def say_what_to_look_at(record: Record, names: Sequence[str]) -> None:
-    """Name the cases of this run whose members disagree, and what else lies in the folder."""
+def log_remarks(record: Record, names: Sequence[str]) -> None:
+    """Log which cases of this run are uncertain or empty, and how many have other settings."""
     uncertain = [name for name in names if name in record.rows and _is_uncertain(record.rows[name])]
     if uncertain:
         logger.log(
@@ -47,9 +47,8 @@ def _is_uncertain(row: dict[str, Any]) -> bool:
 
 
 def _is_empty(row: dict[str, Any]) -> bool:
-    return row.get("empty_members") not in (None, "") and int(row["empty_members"]) == int(
-        row["members"]
-    )
+    empty = row.get("empty_members")
+    return empty not in (None, "") and int(empty) == int(row["members"])
 
 
 def row_of(case: Case, result: Segmentation, seconds: float, frame: Frame) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class Record:
         return same and (self.out_dir / f"{name}_mask.png").exists()
 
     def begin(self, names: Sequence[str], *, of: int) -> None:
-        """Strike cases off before their files are replaced, and say what is kept."""
+        """Remove cases before their files are replaced, and log what is kept."""
         if len(names) < of:
             logger.log(f"{of - len(names)} of {of} cases are finished and kept")
         stale = [name for name in names if self.rows.pop(name, None)]
@@ -106,7 +105,7 @@ class Record:
             self.path, self.rows = self.out_dir / f".predictions-{rank()}.csv", {}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Note a finished case."""
+        """Add a finished case."""
         self.rows[row["name"]] = {**row, "fingerprint": self.fingerprint}
         self._write()
 
@@ -134,7 +133,7 @@ class Record:
 
 
 def _read_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Read the finished cases of some records; what is no record has none."""
+    """Read the finished cases of some records; other files have none."""
     for path in paths:
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
@@ -144,7 +143,7 @@ def _read_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def note_classes(out_dir: Path, classes: Classes | None) -> None:
-    """Say in the folder what its masks are of; results of other classes would mix with them.
+    """Record the classes in the folder, since results of other classes must not mix with them.
 
     The first process writes.
 
@@ -155,7 +154,7 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
     if earlier != classes and (out_dir / "predictions.csv").exists():
         raise UserError(
             out_dir,
-            f"holds results of {_called(earlier)}, these would be of {_called(classes)}",
+            f"holds results of {_class_text(earlier)}, these would be of {_class_text(classes)}",
             "Choose another --out_dir.",
         )
     barrier()  # every process has read what the first one now writes
@@ -168,5 +167,5 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
             part.write_text(record_text(classes) + "\n", encoding="utf-8")
 
 
-def _called(classes: Classes | None) -> str:
+def _class_text(classes: Classes | None) -> str:
     return "one class" if classes is None else f"the classes {classes}"

@@ -1,4 +1,4 @@
-"""From flags to all that sampling needs: the checkpoint, what it was trained with, and the data.
+"""Resolve flags into everything that sampling needs: checkpoint, options and data.
 
 A checkpoint brings its own flags; a given flag that contradicts them is refused. In sampling,
 ``--diffusion_steps`` and ``--timestep_respacing`` count network evaluations and do not describe the
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSetup:
-    """All that sampling needs.
+    """Everything that sampling needs.
 
     Attributes:
         trained: the checkpoint.
@@ -62,8 +62,8 @@ class SampleSetup:
         classes: what the mask's channels are; None for one of everything.
         frame: how cases reach the network's size.
         normalise: how the pixels of files were scaled in training.
-        dataset: the cases to segment; None where only a model was asked for.
-        notes: what is to be said before anything is drawn.
+        dataset: the cases to segment; None if only the model is needed.
+        notes: messages to log before anything is drawn.
     """
 
     trained: Trained
@@ -101,7 +101,7 @@ def load_trained(path: str | Path, flags: Flags, *, flag: str = "--model_path") 
 
 
 def resolve_sampling(flags: Flags, *, model: str | Path | None = None) -> SampleSetup:
-    """Make the set-up of sampling; with a ``model`` only that is loaded, and no data are opened.
+    """Make the set-up of sampling; if ``model`` is given, it is loaded and no data are opened.
 
     Raises:
         UserError: flags, checkpoint and data that do not belong together.

@@ -16,11 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from guided_diffusion.checkpoint import (
-    adapt_weights,
-    load_weights,
-    missing_weights_note,
-)
+from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_weights_note
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.datasets import Case, Frame, scaled
@@ -44,13 +40,13 @@ Item = TypeVar("Item")
 
 
 class Segmentation(NamedTuple):
-    """What a case became, at its own size.
+    """The segmentation of a case, at its own size.
 
     A network of declared classes (``--mask_labels``) has a class axis before H, W in everything
     but ``labels``: [E, K, H, W] and [K, H, W].
 
     Attributes:
-        members: every mask as it was drawn, soft, float32 [E, H, W] in [0, 1].
+        members: the drawn masks, soft, float32 [E, H, W] in [0, 1].
         fused: the ensemble's mask, soft, float32 [H, W] in [0, 1]; the members are joined with the
             coarse mask first, as the plan says. Their spread is measured before that.
         uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
@@ -298,7 +294,7 @@ class Segmenter:
         return self.draw_with_coarse(images, names, callback).members
 
     def warm_up(self, case: Case) -> float:
-        """Compile, or tune, for cases of the size of this one; the seconds that it took.
+        """Compile, or tune, for cases of this size, and return the seconds that it took.
 
         Raises:
             UserError: the compiler does not work here.
@@ -329,25 +325,24 @@ class Segmenter:
         with autocast(self.device, plan.precision):
             condition = self.net.encode(images.to(self.device))
         shape = (self.net.mask_channels, *images.shape[-2:])
-        rows = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
-        drawn, seen = [], []
-        for rows_of_batch in batched(rows, plan.inputs if plan.compile else plan.batch_size):
-            chunk = padded(rows_of_batch, plan.inputs) if plan.compile else rows_of_batch
-            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in chunk])
-            of_case = torch.tensor([case for case, _ in chunk], device=self.device)
-            rows_of = condition.rows(of_case)
-            denoise = self.diffusion.denoiser(self.net, rows_of, clip=plan.clip)
+        members = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
+        masks, coarse_masks = [], []
+        for chunk in batched(members, plan.inputs if plan.compile else plan.batch_size):
+            inputs = padded(chunk, plan.inputs) if plan.compile else chunk
+            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in inputs])
+            cases = torch.tensor([case for case, _ in inputs], device=self.device)
+            denoise = self.diffusion.denoiser(self.net, condition.rows(cases), clip=plan.clip)
             observed = _Observed(denoise, callback)
-            x = plan.temperature * noise(torch.empty(len(chunk), *shape, device=self.device))
+            x = plan.temperature * noise(torch.empty(len(inputs), *shape, device=self.device))
             options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
             with autocast(self.device, plan.precision):
                 x0 = SAMPLERS[plan.sampler](observed, x, plan.levels, **options)
-            drawn.append(self.diffusion.from_range(x0[: len(rows_of_batch)]).float().cpu())
+            masks.append(self.diffusion.from_range(x0[: len(chunk)]).float().cpu())
             if observed.coarse is not None:
-                seen.append(observed.coarse[: len(rows_of_batch)].float().cpu())
-        by_case = (len(images), plan.num_ensemble)
-        coarse = torch.cat(seen).unflatten(0, by_case).mean(dim=1) if seen else None
-        return Draws(torch.cat(drawn).unflatten(0, by_case), coarse)
+                coarse_masks.append(observed.coarse[: len(chunk)].float().cpu())
+        size = (len(images), plan.num_ensemble)
+        coarse = torch.cat(coarse_masks).unflatten(0, size).mean(dim=1) if coarse_masks else None
+        return Draws(torch.cat(masks).unflatten(0, size), coarse)
 
 
 class _Observed:

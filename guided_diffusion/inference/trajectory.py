@@ -1,7 +1,4 @@
-"""How a mask comes to be: states of the reverse process, kept while it runs, and drawn.
-
-Validation keeps such a picture of one case; sampling shows it live on a sink.
-"""
+"""How a mask develops: states of the reverse process, kept while it runs, and drawn."""
 
 from __future__ import annotations
 
@@ -16,6 +13,9 @@ from guided_diffusion.report.canvas import Pixels
 from guided_diffusion.report.pictures import strip
 from guided_diffusion.schedule import NoiseLevel
 
+FRAMES = 6
+"""States that are kept, evenly spread over all evaluations."""
+
 
 class Trajectory:
     """Keeps states of the first mask that a segmenter draws, as a step callback.
@@ -23,7 +23,6 @@ class Trajectory:
     Args:
         segmenter: whose next draw is kept.
         title: the case.
-        frames: states to keep, evenly spread over all evaluations.
         show: called after every kept state.
     """
 
@@ -32,19 +31,18 @@ class Trajectory:
         segmenter: Segmenter,
         title: str,
         *,
-        frames: int = 6,
         show: Callable[[Trajectory], object] = bool,
     ) -> None:
         self.diffusion = segmenter.diffusion
         self.title = title
         self.show = show
         last = segmenter.plan.evaluations - 1
-        self.wanted = set(np.linspace(0, last, min(frames, last + 1)).round().astype(int).tolist())
+        self.wanted = set(np.linspace(0, last, min(FRAMES, last + 1)).round().astype(int).tolist())
         self.calls = 0
         self.states: list[tuple[float, Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, level: NoiseLevel, prediction: Prediction) -> None:
-        """Keep the first row of a network evaluation, if its turn has come."""
+        """Keep the first row of a network evaluation, if it is one of those to keep."""
         if self.calls in self.wanted:
             self.states.append((level.t, self._grey(x), self._grey(prediction.x0)))
             self.show(self)

@@ -39,25 +39,25 @@ class VolumeWriter:
         self.source = {entry.volume: entry.images[0] for entry in self.entries}
         self.waiting = out_dir / ".slices" / fingerprint
         self.missing: Counter[str] = Counter()
-        self.whole: dict[str, bool] = {}
+        self.complete: dict[str, bool] = {}
 
     def holds(self, entry: Entry) -> bool:
         """Whether a slice that is recorded as finished waits, or is in its volume."""
         volume = entry.volume
-        if volume not in self.whole:
-            self.whole[volume] = all(self._written(volume, kind) is not None for kind in KINDS)
-        return self.whole[volume] or self._slice(entry).exists()
+        if volume not in self.complete:
+            self.complete[volume] = all(self._written(volume, kind) is not None for kind in KINDS)
+        return self.complete[volume] or self._slice(entry).exists()
 
     def expect(self, entries: Iterable[Entry], *, elsewhere: Container[str] = ()) -> None:
-        """Say which slices are still to come; volumes are written when the last one is there.
+        """Declare the slices still to come; a volume is written when its last one is there.
 
-        The volumes ``elsewhere`` are another process's, which writes them.
+        Other processes write the volumes ``elsewhere``.
         """
         self.missing = Counter(entry.volume for entry in entries)
         self.source = {v: path for v, path in self.source.items() if v not in elsewhere}
 
     def keep(self, entry: Entry, maps: Mapping[str, np.ndarray]) -> None:
-        """Put one slice by: a map [..., H, W] for each of the :data:`KINDS`."""
+        """Store one slice: a map [..., H, W] for each of the :data:`KINDS`."""
         path = self._slice(entry)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
@@ -75,7 +75,7 @@ class VolumeWriter:
                 shutil.rmtree(waiting)
 
     def clear(self) -> None:
-        """Remove what waits for nothing any more: all is in its volume."""
+        """Remove the folder of waiting slices, once all are in their volumes."""
         shutil.rmtree(self.waiting.parent, ignore_errors=True)
 
     def _write_kind(self, volume: str, kind: str, source: Path, slices: list[Path]) -> None:

@@ -32,7 +32,7 @@ def parse(
         groups: the option groups of the command.
         argv: its arguments.
         command: its name, kept in the flags.
-        program: what the user typed before the arguments, for the help.
+        program: the command line before the arguments, for the help.
         summary: one sentence for the help.
         examples: command lines for the help.
         basic: names of the flags that ``-h`` shows; ``--help_all`` shows all.

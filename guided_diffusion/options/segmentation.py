@@ -29,7 +29,7 @@ class NetworkOptions:
         choices=("plain", "1", "new", "2"),
     )
     image_size: int = flag(64, "height and width the network works at, in pixels")
-    in_ch: int = flag(5, "image channels plus noisy mask channels; follows the data by itself")
+    in_ch: int = flag(5, "image channels plus noisy mask channels; follows the data")
     num_channels: int = flag(128, "width of the first level, a multiple of 32")
     num_res_blocks: int = flag(2, "residual blocks on each level", least=1)
     channel_mult: str = flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
@@ -39,7 +39,7 @@ class NetworkOptions:
     num_head_channels: int = flag(
         -1, "channels of one head, instead of num_heads; -1: unused", least=-1
     )
-    use_scale_shift_norm: bool = flag(True, "the time scales and shifts after normalisation")
+    use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts after normalisation")
     resblock_updown: bool = flag(False, "resample inside residual blocks")
     use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
     class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
@@ -58,7 +58,9 @@ class DiffusionOptions:
         1000, "training: length of the schedule; sampling: network evaluations per mask"
     )
     noise_schedule: str = flag("linear", "noise schedule", choices=("linear", "cosine"))
-    timestep_respacing: str = flag("", "times to use, as in 50 or 10,20,30 or ddim50; empty: all")
+    timestep_respacing: str = flag(
+        "", "timesteps to use, as in 50 or 10,20,30 or ddim50; empty: all"
+    )
     learn_sigma: bool = flag(False, "learn the variance of the reverse process")
     predict_xstart: bool = flag(False, "predict the clean mask instead of the noise")
     use_kl: bool = flag(False, "train on the variational bound")
@@ -131,10 +133,10 @@ class SampleDataOptions(DataOptions):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how a run happens."""
+    """Output folder, seed, devices and precision."""
 
     out_dir: str = flag("./results/", "folder for everything that is written")
-    seed: int = flag(10, "seed of everything random", least=-(2**63), most=2**63 - 1)
+    seed: int = flag(10, "seed of all randomness", least=-(2**63), most=2**63 - 1)
     gpu_dev: str = flag("0", "index of the CUDA device")
     multi_gpu: str = flag("", "CUDA devices to share the work, as in 0,1,2")
     use_fp16: bool = flag(False, "the same as --precision fp16")
@@ -158,55 +160,47 @@ class TrainingOptions:
     lr: float = flag(1e-4, "learning rate", least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
     lr_anneal_steps: int = flag(
-        0, "let the rate fall linearly to 0 over so many steps, then stop", least=0
+        0, "let the rate fall linearly to 0 over this many steps, then stop", least=0
     )
     ema_rate: str = flag("0.9999", "decay of the averaged weights; several by commas")
     warmup_steps: int = flag(0, "steps over which the learning rate rises", least=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", least=0)
-    max_bad_steps: int = flag(10, "end after so many non-finite steps in a row", least=1)
+    max_bad_steps: int = flag(10, "stop after this many non-finite steps in a row", least=1)
     keep: int = flag(0, "numbered checkpoints to keep, the newest; 0: all", least=0)
     schedule_sampler: str = flag(
-        "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
+        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
     )
     log_interval: int = flag(100, "steps between two lines of the log", least=1)
     save_interval: int = flag(5000, "steps between two checkpoints", least=1)
     resume_checkpoint: str = flag("", "checkpoint, or folder of one, to continue from")
     resume: str = flag(
-        "",
-        "auto: continue from the latest checkpoint in out_dir, if any",
-        choices=("", "auto"),
+        "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
     )
     num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
     augment: bool = flag(
-        False,
-        "flip, turn, scale and re-light the training images at random; masks follow",
+        False, "flip, rotate, scale and brighten the training cases at random, masks alike"
     )
     cache_gib: float = flag(
-        2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
+        2.0, "disk space, in GiB, for decoded training cases of this run", least=0
     )
     fp16_scale_growth: float = flag(
         1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
     )
-    dpm_solver: bool = flag(
-        False, "sample with DPM-Solver++", dead="it is a matter of sampling, not of training"
-    )
+    dpm_solver: bool = flag(False, "sample with DPM-Solver++", dead="it concerns sampling only")
 
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """How a training run is validated and watched."""
+    """Validation and live display of a training run."""
 
     val_dir: str = flag(
-        "",
-        "labelled data set to validate on; empty: the validation part of --split, if any",
+        "", "labelled data set to validate on; empty: the validation part of --split, if any"
     )
     val_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
-    val_cases: int = flag(16, "cases of validation, evenly spread; 0: all", least=0)
+    val_cases: int = flag(16, "cases to validate on, evenly spread; 0: all", least=0)
     val_steps: int = flag(5, "network evaluations per mask in validation", least=1)
     patience: int = flag(
-        0,
-        "stop after so many validations in a row without a better Dice; 0: never",
-        least=0,
+        0, "stop after this many validations in a row without a better Dice; 0: never", least=0
     )
     tensorboard: bool = flag(False, "write TensorBoard's event files into out_dir as well")
     visdom: int = flag(
@@ -273,24 +267,23 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """What is scored against what."""
+    """What is scored, and how."""
 
     inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
     partial: bool = flag(False, "score the cases that both folders hold")
     mask_labels: str = flag(
-        "",
-        "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says",
+        "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
     )
     empty: str = flag(
         "match",
-        "what empty masks count for: match, both empty is 1; zero, it is 0; skip, cases without a "
+        "how empty masks are scored: match, both empty is 1; zero, it is 0; skip, cases without a "
         "lesion are left out; parents, MedSegDiff's smoothing",
         choices=("match", "skip", "zero", "parents"),
     )
     tolerance: float = flag(
         2.0,
-        "distance that surface Dice forgives, in mm where headers give a spacing, else px",
+        "tolerance of surface Dice, in mm where headers give a spacing, else px",
         least=0,
     )
     low_dice: float = flag(
@@ -298,9 +291,7 @@ class ScoringOptions:
     )
     raters: str = flag("", "folders with the masks of several raters, separated by commas")
     compare: tuple[str, ...] = flag(
-        (),
-        "two folders of masks to compare on the same cases, instead of inp_pth",
-        words="A B",
+        (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
     report: bool = flag(True, "write report.html beside the scores")
 
@@ -312,7 +303,7 @@ LATER: dict[str, Any] = {
     "coarse_loss": "none",
     "ss_blocks": 2,
 }
-"""Recorded flags that older checkpoints do not know, with what those were trained with."""
+"""Recorded flags that older checkpoints lack, with the values they were trained with."""
 ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "ss_blocks": ("version", ("2",)),
     "use_ddim": ("sampler", ("ddim",)),
@@ -324,15 +315,8 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "timestep_respacing": ("steps", (0,)),
     "sigma_small": ("use_ddim", (False,)),
 }
-"""Flags that act only where another one has some values, which are these."""
-TRAIN = (
-    DataOptions,
-    NetworkOptions,
-    DiffusionOptions,
-    TrainingOptions,
-    WatchOptions,
-    RunOptions,
-)
+"""Flags that have an effect only for some values of another flag: which flag, which values."""
+TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, WatchOptions, RunOptions)
 SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
 SCORE = (ScoringOptions,)
 ONLY_OF_FOLDERS = (
@@ -343,9 +327,9 @@ ONLY_OF_FOLDERS = (
 
 
 def dead_flags(flags: Flags, outcome: Mapping[str, Any] = {}) -> list[str]:
-    """Say of every given flag that has no effect why it has none.
+    """List the given flags that have no effect, each with the reason.
 
-    ``outcome`` holds the final values of flags that :data:`ONLY` asks about, as far as known.
+    ``outcome`` holds the final values of the flags in :data:`ONLY`, as far as they are known.
     """
     dead = [
         f"--{entry.name} has no effect: {entry.metadata['dead']}"

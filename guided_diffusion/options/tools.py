@@ -10,12 +10,12 @@ from guided_diffusion.options.segmentation import DataOptions
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How a folder is looked at."""
+    """How a folder is checked."""
 
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
     image_size: int = flag(256, "size of training, at which masks must not vanish", least=1)
-    labelled: bool = flag(True, "False: look as sampling does, where masks may be absent")
+    labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(
         -1, "processes that read; 0: this one; -1: by cores and cases", least=-1
     )
@@ -31,9 +31,7 @@ class SlicingOptions:
     blank_slices: bool = flag(True, "keep slices whose image is constant")
     modalities: str = flag("", "channels, as in flair,t1ce; empty: all there are")
     normalise: str = flag(
-        "minmax",
-        "intensities of a volume",
-        choices=("none", "minmax", "percentile", "zscore"),
+        "minmax", "intensities of a volume", choices=("none", "minmax", "percentile", "zscore")
     )
     dtype: str = flag("uint8", "type of the images", choices=("uint8", "float32"))
     train: float = flag(0.8, "share of patients for training", least=0, most=1)
@@ -46,17 +44,11 @@ class PhantomOptions:
     """What phantoms are written."""
 
     out: str = flag("", "folder to write; must be absent or empty")
-    layout: str = flag(
-        "brats2d",
-        "file layout",
-        choices=("brats2d", "brats3d", "isic", "weak"),
-    )
+    layout: str = flag("brats2d", "file layout", choices=("brats2d", "brats3d", "isic", "weak"))
     seed: int = flag(0, "seed of all phantoms", least=0)
     patients: int = flag(31, "patients, or ISIC pictures", least=1)
     slices: int = flag(
-        0,
-        "slices per patient, of brats3d the depth; 0: 4, weak 3, brats3d 155",
-        least=0,
+        0, "slices per patient (brats3d: the depth); 0: 4, weak 3, brats3d 155", least=0
     )
     size: int = flag(0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0)
     raters: int = flag(0, "also write the masks of this many raters", least=0)

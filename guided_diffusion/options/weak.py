@@ -46,11 +46,11 @@ class SourceOptions:
 class ImageNetworkOptions(NetworkOptions):
     """The network that denoises images; recorded in the checkpoint."""
 
-    version: str = flag("plain", "network; plain alone diffuses images")
+    version: str = flag("plain", "network; only plain diffuses images")
     image_size: int = flag(
         128, "height and width the network works at, in pixels", alias="--img_size"
     )
-    in_ch: int = flag(1, "image channels; follows the data by itself")
+    in_ch: int = flag(1, "image channels; follows the data")
     class_cond: bool = flag(False, "condition on the image-level label; segmentation needs it")
     ss_blocks: int = flag(2, "SS-Former blocks", dead="the plain network has none", least=1)
     model_name: str = flag("unet", "network", choices=("unet",), run=True)
@@ -75,15 +75,15 @@ class ClassifierOptions:
     image_size: int = flag(
         128, "height and width the classifier works at, in pixels", alias="--img_size"
     )
-    in_channel: int = flag(1, "image channels; follows the data by itself", least=1)
-    num_classes: int = flag(5, "classes; follows the data by itself", least=1)
+    in_channel: int = flag(1, "image channels; follows the data", least=1)
+    num_classes: int = flag(5, "classes; follows the data", least=1)
     classifier_width: int = flag(128, "width of the first level, a multiple of 32")
     classifier_depth: int = flag(2, "residual blocks on each level", least=1)
     classifier_attention_resolutions: str = flag(
         "32,16,8", "feature map sizes, in pixels, that get attention"
     )
     classifier_use_scale_shift_norm: bool = flag(
-        True, "the time scales and shifts after normalisation"
+        True, "the timestep scales and shifts after normalisation"
     )
     classifier_resblock_updown: bool = flag(True, "resample inside residual blocks")
     classifier_pool: str = flag(
@@ -107,10 +107,7 @@ class ImageTrainingOptions(TrainingOptions):
     log_interval: int = flag(10, "steps between two lines of the log", least=1)
     save_interval: int = flag(1000, "steps between two checkpoints", least=1)
     num_workers: int = flag(
-        0,
-        "processes that read data; 0: the training process itself",
-        least=0,
-        alias="--workers",
+        0, "processes that read data; 0: the training process itself", least=0, alias="--workers"
     )
     sigma_small: bool = flag(
         False, "the smaller variance in sampling", dead="training does not depend on it"
@@ -119,7 +116,7 @@ class ImageTrainingOptions(TrainingOptions):
         False, "share the work", dead="torchrun or --multi_gpu share it", switch=True
     )
     cache_gib: float = flag(
-        0.0, "room for decoded images", dead="images are small, and read each time"
+        0.0, "disk space for decoded images", dead="images are small, and read each time"
     )
 
 
@@ -135,17 +132,14 @@ class ClassifierTrainingOptions(ImageTrainingOptions):
     noised: bool = flag(True, "train on noisy images; False: on clean ones")
     eval_interval: int = flag(0, "steps between two validations; 0: at every checkpoint", least=0)
     held_out: float = flag(
-        0.1,
-        "share of the training patients kept for validation; 0: none",
-        least=0,
-        most=0.9,
+        0.1, "share of the training patients kept for validation; 0: none", least=0, most=0.9
     )
-    val_data_dir: str = flag("", "validation data", dead="--held_out says what is kept")
+    val_data_dir: str = flag("", "validation data", dead="--held_out sets the share")
 
 
 @dataclass(frozen=True)
 class WeakRunOptions(RunOptions):
-    """Where and how a run happens."""
+    """Output folder, seed, devices and precision."""
 
     out_dir: str = flag(
         "./results/weak",
@@ -160,8 +154,7 @@ class ImageSamplingOptions:
 
     model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
     classifier_path: str = flag(
-        "",
-        "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
@@ -169,7 +162,7 @@ class ImageSamplingOptions:
     num_samples: int = flag(8, "images to draw", least=1)
     batch_size: int = flag(8, "images at a time", least=1)
     use_ddim: bool = flag(False, "sample with DDIM")
-    steps: int = flag(0, "network evaluations per image; 0: every trained time", least=0)
+    steps: int = flag(0, "network evaluations per image; 0: every trained timestep", least=0)
     clip_denoised: bool = flag(True, "clip the predicted clean image at every evaluation")
     sigma_small: bool = flag(False, "the smaller of DDPM's two variances")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
@@ -193,17 +186,13 @@ class WeakOptions:
     classifier_scale: float = flag(10.0, "strength of the classifier's guidance", least=0)
     model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
     classifier_path: str = flag(
-        "",
-        "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
-    level: int = flag(400, "Q, the time to which images are noised", least=0)
+    level: int = flag(400, "Q, the timestep to which images are noised", least=0)
     steps: int = flag(10, "R, steps of each branch, or of the whole reconstruction", least=1)
-    stride: int = flag(1, "trained times between two steps of the branches", least=1)
+    stride: int = flag(1, "trained timesteps between two steps of the branches", least=1)
     tau: float = flag(
-        0.95,
-        "share of the lesion's embedding in the second branch's",
-        least=0,
-        most=0.9999,
+        0.95, "share of the lesion's embedding in the second branch's", least=0, most=0.9999
     )
     noises: int = flag(1, "draws of the noise whose maps are averaged", least=1)
     difference: str = flag(
@@ -213,7 +202,9 @@ class WeakOptions:
         choices=("signed", "absolute"),
     )
     cam_shrink: int = flag(
-        8, "Grad-CAM reads the deepest map at most so many times smaller than the image", least=1
+        8,
+        "Grad-CAM reads the deepest map that is at most this many times smaller than the image",
+        least=1,
     )
     smooth: float = flag(0.0, "standard deviation in pixels by which maps are smoothed", least=0)
     largest: str = flag(
@@ -236,22 +227,22 @@ class WeakOptions:
 
 @dataclass(frozen=True)
 class UnusedOptions:
-    """What the published script of segmentation accepts and segmentation has no use for."""
+    """Flags of the published script that have no effect here."""
 
-    schedule_sampler: str = flag("uniform", "how times are drawn", dead="only training has it")
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", dead="only training has it")
     lr: float = flag(1e-4, "learning rate", dead="only training has it")
     weight_decay: float = flag(0.0, "weight decay", dead="only training has it")
     lr_anneal_steps: int = flag(0, "steps of annealing", dead="only training has it")
-    microbatch: int = flag(-1, "images in one pass", dead="--batch_size says it")
+    microbatch: int = flag(-1, "images in one pass", dead="--batch_size sets it")
     ema_rate: str = flag("0.9999", "decay of the averages", dead="--weights chooses them")
     log_interval: int = flag(10, "steps between lines", dead="only training has it")
     save_interval: int = flag(10, "steps between checkpoints", dead="only training has it")
     resume_checkpoint: str = flag("", "checkpoint to continue", dead="only training has it")
     fp16_scale_growth: float = flag(1e-3, "growth of the loss scale", dead="only training has it")
     num_workers: int = flag(
-        8, "processes that read data", dead="this process reads", alias="--workers"
+        8, "processes that read data", dead="the main process reads", alias="--workers"
     )
-    distributed: bool = flag(False, "share the work", dead="one device does", switch=True)
+    distributed: bool = flag(False, "share the work", dead="one device is used", switch=True)
     aug_smooth: bool = flag(False, "smooth a CAM", dead="--smooth smooths any map", switch=True)
     eigen_smooth: bool = flag(False, "smooth a CAM", dead="--smooth smooths any map", switch=True)
 

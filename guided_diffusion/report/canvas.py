@@ -5,6 +5,7 @@ Outlines are drawn from the level set of the enlarged mask, so they are smooth a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,24 +128,27 @@ class Canvas:
 def soft_png(values: ArrayLike) -> Pixels:
     """Convert [0, 1] to 8-bit levels, rounded half up so that 0.5 becomes 128 (foreground)."""
     levels = np.asarray(values, dtype=np.float64) * 255 + 0.5
-    result: Pixels = np.floor(np.clip(levels, 0, 255)).astype(np.uint8)
-    return result
+    return np.floor(np.clip(levels, 0, 255)).astype(np.uint8)
 
 
 def heat(values: ArrayLike) -> Pixels:
     """Map values [...] in [0, 1] (clipped) to colours, uint8 [..., 3], dark to bright."""
     position = np.clip(np.asarray(values, dtype=np.float32), 0, 1) * (len(HEAT) - 1)
     channels = [np.interp(position, range(len(HEAT)), channel) for channel in np.transpose(HEAT)]
-    result: Pixels = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-    return result
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def fitted(shape: Sequence[int], longer: float) -> tuple[int, int]:
+    """Scale (height, width) to (width, height) in pixels, the ``longer`` side given."""
+    scale = longer / max(shape)
+    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
 
 
 def enlarge(values: Floats, size: tuple[int, int]) -> Floats:
     """Resize [H, W] or [H, W, C] to ``size`` (width, height), bicubic and in floating point."""
     if values.ndim == 3:
         planes = [enlarge(plane, size) for plane in np.moveaxis(values, -1, 0)]
-        stacked: Floats = np.clip(np.stack(planes, axis=-1), 0, 1)
-        return stacked
+        return np.clip(np.stack(planes, axis=-1), 0, 1)
     plane = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
     return np.asarray(plane.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
 
@@ -155,8 +159,7 @@ def enlarge_mask(mask: NDArray[Any], size: tuple[int, int]) -> Floats:
     scale = size[0] / mask.shape[1]
     if scale > 1:
         levels = levels.filter(ImageFilter.GaussianBlur(max(0.45 * scale, 0.8)))
-    smooth: Floats = np.asarray(levels, dtype=np.float32) / np.float32(255)
-    return smooth
+    return np.asarray(levels, dtype=np.float32) / np.float32(255)
 
 
 def draw_line(picture: Floats, mask: Floats, colour: Colour, *, width: float = 2.3) -> Floats:
@@ -180,5 +183,4 @@ def _gradient(mask: Floats) -> tuple[Floats, Floats]:
 def blend(picture: Floats, colour: Colour, alpha: Floats) -> Floats:
     """Blend a colour into a picture [H, W, 3] with the opacity ``alpha`` [H, W] in [0, 1]."""
     paint = np.asarray(colour, dtype=np.float32) / np.float32(255)
-    mixed: Floats = picture + alpha[..., None] * (paint - picture)
-    return mixed
+    return picture + alpha[..., None] * (paint - picture)

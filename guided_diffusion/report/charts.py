@@ -46,7 +46,8 @@ class Plot(NamedTuple):
     def at(self, point: Point) -> Point:
         """Convert a point from the axes' units to the picture's coordinates."""
         x = LEFT + self.across.share(point[0]) * (WIDTH - LEFT - RIGHT)
-        return round(x, 1), round(HEIGHT - BOTTOM - self.up.share(point[1]) * _up(), 1)
+        y = HEIGHT - BOTTOM - self.up.share(point[1]) * (HEIGHT - TOP - BOTTOM)
+        return round(x, 1), round(y, 1)
 
 
 def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
@@ -157,10 +158,6 @@ def _axes(frame: Plot) -> str:
         + f'<text class="label" transform="translate(12 {middle}) rotate(-90)" '
         + f'text-anchor="middle">{escape(frame.up.label)}</text>'
     )
-
-
-def _up() -> int:
-    return HEIGHT - TOP - BOTTOM
 
 
 def bars(frame: Plot, counts: Sequence[int]) -> str:

@@ -37,11 +37,14 @@ from guided_diffusion.report.canvas import (
     draw_line,
     enlarge,
     enlarge_mask,
+    fitted,
     heat,
     soft_png,
 )
 from guided_diffusion.scoring import metrics
 
+PANEL = 320
+"""Longer side of a panel of an overlay, in pixels."""
 STD: Scale = ("std", 0.5)
 """Name and largest value of an uncertainty: the standard deviation of values in [0, 1]."""
 
@@ -65,7 +68,7 @@ def overlay(
     name: str,
     members: int = 1,
     scale: Scale = STD,
-    panel: int = 320,
+    panel: int = PANEL,
 ) -> Pixels:
     """Draw one case: image | ground truth | fused mask | uncertainty.
 
@@ -94,13 +97,12 @@ def map_overlay(
     heat_map: ArrayLike,
     *,
     name: str,
-    panel: int = 320,
 ) -> Pixels:
     """Draw a case as :func:`overlay`, with a thresholded map: image | truth | mask | map.
 
     ``mask`` is [H, W] in {0, 1}, ``heat_map`` is [H, W] in [0, 1].
     """
-    case = _Case.of(image, truth, mask, heat_map, panel)
+    case = _Case.of(image, truth, mask, heat_map, PANEL)
     panels = [
         (case.picture, Caption("image")),
         (case.with_truth(), Caption("ground truth")),
@@ -123,7 +125,7 @@ def class_overlay(
     name: str,
     members: int = 1,
     scale: Scale = STD,
-    panel: int = 320,
+    panel: int = PANEL,
 ) -> Pixels:
     """Draw a case as :func:`overlay`, with K classes in the colours of the legend.
 
@@ -181,8 +183,7 @@ class _Case(NamedTuple):
             if values is not None and np.shape(values) != (height, width):
                 raise ValueError(f"image is {(height, width)}, a mask is {np.shape(values)}")
 
-        scale = panel / max(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        size = fitted((height, width), panel)
         return cls(
             size=size,
             picture=enlarge(shown, size),
@@ -288,8 +289,7 @@ def _outlined(tile: Tile, panel: int) -> tuple[Floats, Caption]:
     if masks.shape[1:] != shown.shape[:2]:
         raise ValueError(f"image is {shown.shape[:2]}, mask is {masks.shape[1:]}")
 
-    scale = panel / max(shown.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in shown.shape[:2])
+    width, height = fitted(shown.shape[:2], panel)
     picture = enlarge(shown, (width, height))
     for mask, colour in zip(masks, cycle(CLASSES), strict=False):
         if mask.any():
@@ -338,8 +338,7 @@ def _displayed(image: Floats) -> Floats:
         return shown
 
     low, high = np.percentile(shown, (1, 99.5))
-    stretched: Floats = np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
-    return stretched
+    return np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
 def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
@@ -354,5 +353,4 @@ def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
     if height < 1 or panels not in (3, 4):
         return None
     width = total // panels - GAP
-    panel: Pixels = drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]
-    return panel
+    return drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]

@@ -111,15 +111,9 @@ def _score_rows(part: Summary) -> list[list[str]]:
 
 
 def _mask_rows(part: Summary) -> list[list[str]]:
-    found = part["masks"]
+    found, digits = part["masks"], {"dice": 4, "iou": 4, "sensitivity": 4, "hd95": 2}
     return [
-        [
-            label,
-            number(found[kind]["dice"], 4),
-            number(found[kind]["iou"], 4),
-            number(found[kind]["sensitivity"], 4),
-            number(found[kind]["hd95"], 2),
-        ]
+        [label, *(number(found[kind][key], places) for key, places in digits.items())]
         for kind, label in MASKS.items()
         if kind in found and len(found) > 1
     ]

@@ -19,7 +19,7 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.report.canvas import HEAT, Floats, Pixels
+from guided_diffusion.report.canvas import HEAT, Floats, Pixels, fitted
 from guided_diffusion.report.pictures import STD, displayed, image_panel
 from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks
 
@@ -93,8 +93,7 @@ def layers(
     the embedded picture, whose longer side is :data:`SIDE`.
     """
     height, width = np.shape(truth)
-    scale = SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    scale, size = SIDE / max(height, width), fitted((height, width), SIDE)
     return Layers(
         *size,
         image="" if picture is None else _jpeg(picture, size),
@@ -147,9 +146,7 @@ def _jpeg(picture: Pixels, size: tuple[int, int]) -> str:
 
 def _heat_png(uncertainty: Floats) -> str:
     """Draw the uncertainty in sixteen steps, from transparent to the map's brightest colour."""
-    height, width = uncertainty.shape
-    scale = min(1.0, UNCERTAINTY_SIDE / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = fitted(uncertainty.shape, min(UNCERTAINTY_SIDE, max(uncertainty.shape)))
     small = np.asarray(Image.fromarray(uncertainty).resize(size, Image.Resampling.BOX))
     steps = np.rint(np.clip(small / STD[1], 0, 1) * 15).astype(np.uint8)
     if not steps.any():

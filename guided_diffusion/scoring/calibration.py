@@ -36,15 +36,8 @@ class Tally(NamedTuple):
         scaled = np.asarray(values, dtype=np.float32).ravel() * np.float32((LEVELS - 1) / most)
         levels = np.clip(scaled + np.float32(0.5), 0, LEVELS - 1).astype(np.intp)
         marked = np.asarray(hits, dtype=bool).ravel()
-        return cls(
-            np.stack(
-                [
-                    np.bincount(levels, minlength=LEVELS),
-                    np.bincount(levels[marked], minlength=LEVELS),
-                ],
-                axis=1,
-            ).astype(np.int64)
-        )
+        counts = [np.bincount(chosen, minlength=LEVELS) for chosen in (levels, levels[marked])]
+        return cls(np.stack(counts, axis=1).astype(np.int64))
 
     @classmethod
     def empty(cls) -> Tally:
@@ -173,8 +166,7 @@ def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:
     two = second.reshape(len(second), -1).astype(np.float32)
     common = (one @ two.T).astype(np.float64)
     both = one.sum(axis=1, dtype=np.float64)[:, None] + two.sum(axis=1, dtype=np.float64)[None]
-    table: NDArray[np.float64] = np.where(both > 0, 2 * common / np.maximum(both, 1), 1.0)
-    return table
+    return np.where(both > 0, 2 * common / np.maximum(both, 1), 1.0)
 
 
 def energy_distance(members: Masks, raters: Masks) -> float:

@@ -244,8 +244,7 @@ def resize(mask: Mask, size: tuple[int, int], *, antialias: bool | None = None) 
         antialias = mask.shape[0] > size[0] or mask.shape[1] > size[1]
     batch = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
     resized = functional.interpolate(batch, size, mode="bilinear", antialias=antialias)
-    result: Mask = resized[0, 0].numpy()
-    return result
+    return resized[0, 0].numpy()
 
 
 def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
@@ -305,8 +304,7 @@ def mask_score(
 
     Without distances (a mask is empty) the surface Dice is the Dice by the rule for empty masks.
     """
-    ratios = metrics.ratios(counts, rule=scoring.empty)
-    known = {key: None if math.isnan(value) else value for key, value in ratios._asdict().items()}
+    known = metrics.known_ratios(counts, rule=scoring.empty)
     if distances is None:
         return MaskScore(**known, hd95=None, assd=None, surface_dice=known["dice"])
     return MaskScore(
@@ -346,8 +344,7 @@ def _parent_size(mask: Mask) -> Mask:
     """
     levels = np.round(mask * np.float32(255))
     levels = resize(levels, (metrics.PARENT_SIZE, metrics.PARENT_SIZE), antialias=True)
-    rounded: Mask = np.round(levels) / np.float32(255)
-    return rounded
+    return np.round(levels) / np.float32(255)
 
 
 def _read_truth(

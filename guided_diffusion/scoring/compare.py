@@ -17,6 +17,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.scoring.case_scores import CaseScore
 from guided_diffusion.scoring.evaluate import Evaluation
 from guided_diffusion.scoring.intervals import compare
+from guided_diffusion.scoring.metrics import none_for_nan
 from guided_diffusion.scoring.tables import write_text
 
 Comparison = dict[str, Any]
@@ -54,8 +55,8 @@ def compare_folders(first: Evaluation, second: Evaluation) -> Comparison:
         before, after = ([_value(rows[case], key) for case in keys] for rows in (one, two))
         paired = compare(before, after, groups)
         found["measures"][key] = {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in {**paired._asdict(), "unit": unit.get(key, "")}.items()
+            **{name: none_for_nan(value) for name, value in paired._asdict().items()},
+            "unit": unit.get(key, ""),
         }
     found["worst"], found["best"] = _extremes(one, two)
     write_text(second.folder / "comparison.json", json.dumps(found, indent=2) + "\n")

@@ -96,9 +96,10 @@ def evaluate_all(
     folder = folder_of(inp_pth, "--inp_pth")
     truth_folder = folder_of(out_pth, "--out_pth")
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
-    truths = _truths(truth_folder, classes)
+    truths = open_masks(truth_folder, classes)
     cases = _cases(folder, truths, classes, partial=partial)
-    cases = _with_raters(cases, [_rater(path, classes) for path in raters])
+    rated = [open_masks(folder_of(path, "--raters"), classes) for path in raters]
+    cases = _with_raters(cases, rated)
     cases, spaced = _with_spacing(cases)
     scoring = replace(scoring or Scoring(), spacing=spaced)
 
@@ -107,14 +108,6 @@ def evaluate_all(
     summary = {**summarise_all(scores, scoring), **noted(folder)}
     write_tables(folder, scores, summary)
     return Evaluation(folder, scoring, classes, cases, scores, summary)
-
-
-def _truths(folder: Path, classes: Classes | None) -> dict[str, Truth]:
-    return open_masks(folder) if classes is None else open_masks(folder, classes)
-
-
-def _rater(path: str, classes: Classes | None) -> dict[str, Truth]:
-    return _truths(folder_of(path, "--raters"), classes)
 
 
 def _cases(

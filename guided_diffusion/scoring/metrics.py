@@ -6,6 +6,7 @@ arithmetic of MedSegDiff's evaluation script, so that published numbers can be c
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,6 +137,16 @@ def ratios(counts: Confusion, *, rule: str = "match") -> Ratios:
         specificity=specificity(counts),
         volume_difference=volume_difference(counts),
     )
+
+
+def none_for_nan(value: float) -> float | None:
+    """Return None for NaN, as JSON and CSV need it, and any other value unchanged."""
+    return None if math.isnan(value) else value
+
+
+def known_ratios(counts: Confusion, *, rule: str = "match") -> dict[str, Any]:
+    """Compute :func:`ratios` by name; None where one is undefined or left out."""
+    return {key: none_for_nan(value) for key, value in ratios(counts, rule=rule)._asdict().items()}
 
 
 def parent_scores(prediction: ArrayLike, truth: ArrayLike) -> tuple[float, float]:

@@ -66,20 +66,15 @@ def _pool(
     patient: str, counts: list[metrics.Confusion], surfaces: Surfaces, rule: str
 ) -> PatientScore:
     total = metrics.Confusion(*map(sum, zip(*counts, strict=True)))
-    ratios = metrics.ratios(total, rule=rule)
-    dice, iou, *others = (None if math.isnan(value) else value for value in ratios)
-    precision, sensitivity, specificity, volume_difference = others
+    hd95, assd, surface_dice = surfaces
     return PatientScore(
         patient,
         len(counts),
-        dice,
-        iou,
-        *total,
-        precision,
-        sensitivity,
-        specificity,
-        volume_difference,
-        *surfaces,
+        **total._asdict(),
+        **metrics.known_ratios(total, rule=rule),
+        hd95=hd95,
+        assd=assd,
+        surface_dice=surface_dice,
     )
 
 

@@ -143,11 +143,7 @@ def describe_values(
 ) -> dict[str, float | int | None]:
     """Describe values for JSON: None (null) stands for NaN."""
     found = describe([math.nan if value is None else value for value in values], groups)
-    return {key: _known(value) for key, value in found._asdict().items()}
-
-
-def _known(value: float) -> float | int | None:
-    return None if math.isnan(value) else value
+    return {key: metrics.none_for_nan(value) for key, value in found._asdict().items()}
 
 
 def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
@@ -191,8 +187,8 @@ def _calibration(tally: Tally) -> Summary:
     region[0, 0] = region[0, 1]  # leave out background of probability 0, most of a picture
     return {
         "bins": BINS,
-        "error": _known(calibration_error(tally)),
-        "error_region": _known(calibration_error(Tally(region))),
+        "error": metrics.none_for_nan(calibration_error(tally)),
+        "error_region": metrics.none_for_nan(calibration_error(Tally(region))),
         "curve": [bin._asdict() for bin in reliability(tally)],
     }
 
@@ -207,11 +203,11 @@ def _uncertainty(scores: ClassScores, scoring: Scoring) -> Summary:
     members = Counter(row.members > 1 for row in scores.rows)
     return {
         "of": "members" if members[True] == len(scores.rows) else "fused mask",
-        "correlation": _known(rank_correlation(uncertainty, errors)),
+        "correlation": metrics.none_for_nan(rank_correlation(uncertainty, errors)),
         "low_dice": scoring.low_dice,
         "low_cases": sum(low),
-        "auroc": _known(auroc(uncertainty, low)),
-        "sparsification": {**curve._asdict(), "area": _known(curve.area)},
+        "auroc": metrics.none_for_nan(auroc(uncertainty, low)),
+        "sparsification": {**curve._asdict(), "area": metrics.none_for_nan(curve.area)},
     }
 
 
@@ -231,11 +227,11 @@ def noted(folder: Path) -> Summary:
 def summary_text(summary: Summary) -> str:
     """Format a summary for printing: the parents' two lines, then the table."""
     mean = ", mean of classes" if "classes" in summary else ""
-    rows = [(f"Dice{mean}", "dice"), (f"IoU{mean}", "iou")]
-    rows.append(("Dice of single members", "dice_member"))
+    rows = {f"Dice{mean}": "dice", f"IoU{mean}": "iou", "Dice of single members": "dice_member"}
+    with_lesion = summary["cases"] - summary["empty_truth"]
     lines = [
         _line(label, summary[key], summary[f"{key}_lesion"])
-        for label, key in rows
+        for label, key in rows.items()
         if summary.get(key) is not None
     ]
     lines += [
@@ -252,7 +248,7 @@ def summary_text(summary: Summary) -> str:
             *lines,
             *_distance_lines(summary),
             *_patient_lines(summary),
-            f"{'cases':<24}{summary['cases']:>10}{_with_lesion(summary):>14}",
+            f"{'cases':<24}{summary['cases']:>10}{with_lesion:>14}",
             f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
             "",
             *_confidence_lines(summary),
@@ -324,8 +320,3 @@ def _patient_lines(summary: Summary) -> list[str]:
 
 def _number(value: float | int | str | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else "-"
-
-
-def _with_lesion(summary: Summary) -> int:
-    """The number of truths that are not empty."""
-    return int(summary["cases"] or 0) - int(summary["empty_truth"] or 0)

@@ -82,11 +82,6 @@ def hd95(distances: SurfaceDistances) -> float:
     return float(max(np.percentile(directed, 95) for directed in distances))
 
 
-def hausdorff(distances: SurfaceDistances) -> float:
-    """Compute the Hausdorff distance: the largest distance of all."""
-    return float(max(directed.max() for directed in distances))
-
-
 def average_surface_distance(distances: SurfaceDistances) -> float:
     """Compute the mean over the pixels of both surfaces (ASSD), as in MONAI and medpy."""
     return float(distances.pooled.mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ SIZES = {  # layout: pixels per side, slices per patient
 
 
 def run_slicing(options: SlicingOptions) -> Iterator[str]:
-    """Cut what is not cut yet, with progress by volume; yields what is to be said.
+    """Cut what is not cut yet, with progress by volume, and yield the messages to print.
 
     Raises:
         UserError: volumes or settings that cannot be used.
@@ -70,7 +70,7 @@ def write_phantoms(options: PhantomOptions, *, given: Collection[str]) -> None:
         "patients": options.patients,
         "size": options.size or usual_size,
         "training": options.split,
-        "progress": partial(_progress, layout),
+        "progress": partial(tqdm, desc=layout, unit="patient"),
     }
     if layout == "isic":
         special: dict[str, Any] = {"raters": options.raters, "generation": options.generation}
@@ -83,10 +83,6 @@ def write_phantoms(options: PhantomOptions, *, given: Collection[str]) -> None:
         phantom_folders.write_brats_slices(out, options.seed, raters=options.raters, **common)
     else:
         phantom_folders.write_brats_volumes(out, options.seed, raters=options.raters, **common)
-
-
-def _progress(layout: str, numbers: Iterable[int]) -> Iterable[int]:
-    return tqdm(numbers, desc=layout, unit="patient")
 
 
 def _refuse_occupied(out: Path) -> None:

@@ -17,18 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from guided_diffusion.data.datasets import (
-    Case,
-    Frame,
-    SegmentationDataset,
-    auto_frame,
-    readable,
-)
+from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame, readable
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.readers import label_values
 from guided_diffusion.errors import UserError, gathering
@@ -319,17 +312,13 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     if dataset is None or not usable:
         return 0
     places = np.linspace(0, len(usable) - 1, min(cases, len(usable))).round().astype(int)
-    chosen = [dataset[usable[place]] for place in places]
-    tiles = [
-        Tile(case.image.numpy(), None if case.mask is None else _hard(case.mask), case.name)
-        for case in chosen
-    ]
+    tiles = []
+    for place in places:
+        case = dataset[usable[place]]
+        mask = None if case.mask is None else (case.mask >= 0.5).numpy()
+        tiles.append(Tile(case.image.numpy(), mask, case.name))
     subtitle = f"{dataset.layout}  ·  {len(tiles)} of {len(dataset)} cases"
     title = "/".join(dataset.directory.resolve().parts[-2:])
     page = contact_sheet(tiles, title=title, subtitle=subtitle)
     write_picture(path, page, hint="Choose another --out.")
     return len(tiles)
-
-
-def _hard(mask: Tensor) -> np.ndarray:
-    return (mask >= 0.5).to(torch.uint8).numpy()

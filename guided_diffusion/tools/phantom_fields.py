@@ -52,8 +52,7 @@ def smooth_field(rng: np.random.Generator, grid: Grid, *, spacing: float) -> Fie
     for axis, w in enumerate(weights):
         field = np.moveaxis(np.tensordot(w, field, axes=(1, axis)), 0, axis)
     scale = 0.479 ** (len(weights) / 2)  # 151/315 = mean square of one axis' weights
-    scaled: Field = field / scale
-    return scaled
+    return field / scale
 
 
 def spline_weights(x: Array, extent: float, spacing: float) -> Array:
@@ -72,8 +71,7 @@ def spline_weights(x: Array, extent: float, spacing: float) -> Array:
 def ramp(x: Field, half_width: Field | float) -> Field:
     """Rise smoothly from 0 at -half_width to 1 at +half_width (cubic; exact arithmetic only)."""
     t = np.clip(0.5 + 0.5 * x / half_width, 0, 1)
-    risen: Field = t * t * (3 - 2 * t)
-    return risen
+    return t * t * (3 - 2 * t)
 
 
 def blobs(
@@ -97,5 +95,4 @@ def blob(grid: Grid, centre: ArrayLike, radii: ArrayLike) -> Field:
     """Return the approximate signed distance in mm to an ellipsoid, positive inside."""
     parts = zip(np.ix_(*grid.axes), np.asarray(centre), np.asarray(radii), strict=True)
     rho: Field = np.sqrt(sum(((x - c) / r) ** 2 for x, c, r in parts))
-    distance: Field = (1 - rho) * np.min(radii)
-    return distance
+    return (1 - rho) * np.min(radii)

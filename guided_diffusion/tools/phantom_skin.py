@@ -71,8 +71,7 @@ def skin_picture(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:
     x, y = np.ix_(*grid.axes)
     corner = ramp(np.sqrt(x**2 + y**2) - rng.uniform(125, 165), rng.uniform(8, 30))
     noise = 0.012 * rng.standard_normal(picture.shape)
-    seen: Field = np.clip(picture * (1 - 0.85 * corner)[..., None] + noise, 0, 1)
-    return seen
+    return np.clip(picture * (1 - 0.85 * corner)[..., None] + noise, 0, 1)
 
 
 def freckles(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Field:

@@ -157,8 +157,7 @@ def brain_depth(rng: np.random.Generator, grid: Grid) -> Field:
     rho: Field = np.sqrt((x * narrowing / a) ** 2 + (y / b) ** 2 + (z / c) ** 2)
 
     bumps = 2.2 * smooth_field(rng, grid, spacing=45) + 0.7 * smooth_field(rng, grid, spacing=12)
-    depth: Field = (1 - rho) * 70 + np.clip(bumps, -5, 5)
-    return depth
+    return (1 - rho) * 70 + np.clip(bumps, -5, 5)
 
 
 def fluid_distance(rng: np.random.Generator, grid: Grid, depth: Field) -> Field:
@@ -167,8 +166,7 @@ def fluid_distance(rng: np.random.Generator, grid: Grid, depth: Field) -> Field:
     folds = 8 * np.abs(smooth_field(rng, grid, spacing=11)) + np.maximum(depth - 15, 0)
     bend = 1.5 * smooth_field(rng, grid, spacing=50)
     fissure = np.abs(x + bend) + 0.7 * np.maximum(54 - np.abs(y), 0) - 0.6
-    distance: Field = np.minimum(np.minimum(depth, folds), fissure)
-    return distance
+    return np.minimum(np.minimum(depth, folds), fissure)
 
 
 def ventricles(rng: np.random.Generator, grid: Grid) -> Field:
@@ -194,8 +192,7 @@ def nuclei(rng: np.random.Generator, grid: Grid) -> Field:
     for (x, y, z), radii in shapes:
         scale = rng.uniform(0.85, 1.15)
         parts += [blob(grid, (side * x, y, z), np.multiply(radii, scale)) for side in (-1, 1)]
-    distance: Field = union + np.maximum.reduce(parts)
-    return distance
+    return union + np.maximum.reduce(parts)
 
 
 def hyperintensities(rng: np.random.Generator, grid: Grid, ventricle: Field) -> Field:
@@ -207,8 +204,7 @@ def hyperintensities(rng: np.random.Generator, grid: Grid, ventricle: Field) -> 
     spots = blobs(rng, grid, count=int(rng.integers(4, 9)), radius=(4, 8), reach=(50, 62, 40))
     patch = blobs(rng, grid, count=int(rng.integers(1, 3)), radius=(13, 22), reach=(45, 55, 30))
     rough = 2.5 * smooth_field(rng, grid, spacing=14)
-    distance: Field = np.maximum.reduce([caps, spots + 0.5 * rough, patch + rough])
-    return distance
+    return np.maximum.reduce([caps, spots + 0.5 * rough, patch + rough])
 
 
 def cysts(rng: np.random.Generator, grid: Grid) -> Field:
@@ -288,10 +284,10 @@ def rater_labels(rng: np.random.Generator, grid: Grid, lesion: Lesion) -> Array:
     bias = RATER_SPREAD * lesion.fade * mood
 
     labels = np.zeros(lesion.level.shape, np.uint8)
-    whole = lesion.level > bias
-    labels[whole] = OEDEMA
-    labels[whole & (lesion.core_level > bias)] = ENHANCING
-    labels[whole & (lesion.core_level > bias + lesion.rim)] = CORE
+    lesion_mask = lesion.level > bias
+    labels[lesion_mask] = OEDEMA
+    labels[lesion_mask & (lesion.core_level > bias)] = ENHANCING
+    labels[lesion_mask & (lesion.core_level > bias + lesion.rim)] = CORE
     return labels
 
 
@@ -327,8 +323,7 @@ def acquire(rng: np.random.Generator, grid: Grid, image: Field) -> Field:
     signal = image * (1 + texture) * (1 + np.clip(bias, -0.3, 0.3))
 
     real, imaginary = (NOISE * rng.standard_normal(image.shape, np.float32) for _ in range(2))
-    magnitude: Field = np.sqrt((signal + real) ** 2 + imaginary**2)
-    return magnitude
+    return np.sqrt((signal + real) ** 2 + imaginary**2)
 
 
 def scale_slices(image: Array, inside: Array) -> Array:

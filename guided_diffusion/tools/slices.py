@@ -58,10 +58,6 @@ class SlicingPlan:
                 f"{self.reading.normalise}",
                 "Pass --dtype float32.",
             )
-        if not 0 <= self.train <= 1:
-            raise UserError(
-                "--train", f"{self.train} is not between 0 and 1", "Pass for example --train 0.8."
-            )
 
 
 class Job(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.training.ema import ExponentialAverage, plain
 
 
+@dataclass(eq=False)
 class CheckpointManager:
     """Saves and restores what a run consists of, all but its step number.
 
-    Args:
+    Attributes:
         folder: of the run.
         net: that is trained.
         optimizer: of its parameters, in their order.
@@ -36,32 +38,21 @@ class CheckpointManager:
         recorded: the flags that a checkpoint records.
         keep: how many numbered checkpoints stay; 0 for all.
         after_save: called in the background once a checkpoint is written.
+        own: the numbered checkpoints of this run.
+        writer: the background job that writes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        net: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        averages: Mapping[str, ExponentialAverage],
-        schedule_sampler: ScheduleSampler,
-        recorded: dict[str, Any],
-        keep: int = 0,
-        after_save: Callable[[], object] = bool,
-    ) -> None:
-        self.folder = folder
-        self.net = net
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.averages = averages
-        self.schedule_sampler = schedule_sampler
-        self.recorded = recorded
-        self.keep = keep
-        self.after_save = after_save
-        self.own: list[Path] = []
-        self.writer = Background()
+    folder: Path
+    net: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    averages: Mapping[str, ExponentialAverage]
+    schedule_sampler: ScheduleSampler
+    recorded: dict[str, Any]
+    keep: int = 0
+    after_save: Callable[[], object] = bool
+    own: list[Path] = field(default_factory=list, init=False)
+    writer: Background = field(default_factory=Background, init=False)
 
     def save(
         self, step: int, best: Mapping[str, Any], *, is_best: bool = False, numbered: bool = True
@@ -90,14 +81,14 @@ class CheckpointManager:
                 step=step,
                 model=plain(self.net.state_dict()),
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
-                training=copied(training),
+                training=map_tensors(lambda tensor: tensor.detach().clone(), training),
             )
             reading = side_stream(next(self.net.parameters()).device)
             drop = self._surplus(path) if numbered else []
 
             def write() -> None:
                 with reading:
-                    kept = Checkpoint(**on_cpu(vars(state)))
+                    kept = Checkpoint(**map_tensors(Tensor.cpu, vars(state)))
                 save_checkpoint(self.folder, kept, drop=drop, best=is_best, numbered=numbered)
                 logger.log(f"saved {path}")
                 self.after_save()
@@ -155,22 +146,13 @@ class CheckpointManager:
         return own[: -self.keep]
 
 
-def copied(value: Any) -> Any:
-    """Copy every tensor of a nested state, on its device; the rest is handed on."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to every tensor of a nested state of dictionaries and lists."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return function(value)
     if isinstance(value, dict):
-        return {key: copied(part) for key, part in value.items()}
-    return [copied(part) for part in value] if isinstance(value, list) else value
-
-
-def on_cpu(value: Any) -> Any:
-    """Bring every tensor of a nested state to the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    return [on_cpu(part) for part in value] if isinstance(value, list) else value
+        return {key: map_tensors(function, part) for key, part in value.items()}
+    return [map_tensors(function, part) for part in value] if isinstance(value, list) else value
 
 
 def fitted_moments(

@@ -1,4 +1,4 @@
-"""What training will take in memory, and which attention it will have, before anything is built."""
+"""Memory estimates and notes on attention, before a network is built."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def check_size(
     classes: Classes | None,
     device: torch.device,
 ) -> None:
-    """Say what a large network takes before it is built; refuse one that cannot fit."""
+    """Report the memory of a large network before it is built; refuse one that cannot fit."""
     with torch.device("meta"):
         net = create_model(network, diffusion, classes)
     averages = len(options.ema_rate.split(","))
     needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
-    says = (
+    memory = (
         f"{parameter_count(net)}: weights, gradients, AdamW's moments and averages take "
         f"{needed:.1f} GiB while a checkpoint is written, before any activation"
     )
     if needed > total_gib(device):
         raise UserError(
             "the network",
-            f"{says}, more than the {total_gib(device):.1f} GiB of {describe(device)}",
+            f"{memory}, more than the {total_gib(device):.1f} GiB of {describe(device)}",
             "Use a larger device, or lower --num_channels or --num_res_blocks.",
         )
     if needed > LARGE_GIB and rank() == 0:
-        logger.log(says)
+        logger.log(memory)
     if spectra_gib(network) > 0.5 and rank() == 0:
         logger.log(
             f"attention between spectra takes {spectra_gib(network):.1f} GiB for each image of a "
@@ -49,7 +49,7 @@ def check_size(
 
 
 def attention_notes(network: NetworkOptions) -> list[str]:
-    """Say which of ``--attention_resolutions`` are no level's, what they do, and what would."""
+    """Explain which ``--attention_resolutions`` match no level of the network."""
     size = network.image_size
     factors = [2**level for level in range(len(channel_multipliers(network)))]
     unmatched = [

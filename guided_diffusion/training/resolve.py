@@ -1,4 +1,4 @@
-"""From flags to all that a run of training needs.
+"""Resolve flags into everything that a training run needs.
 
 A checkpoint that is continued brings the flags it was trained with, the data bring their channels
 and classes; a given flag that contradicts either is refused.
@@ -66,7 +66,7 @@ Training = TypeVar("Training", bound=TrainingOptions)
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """All that a run of training needs.
+    """Everything that a training run needs.
 
     Attributes:
         net: on its device, with the weights that the run continues.
@@ -74,17 +74,18 @@ class TrainSetup:
         dataset: cases at the network's size.
         options: of the loop.
         run: folder, seed and precision.
-        watch: when it is validated, and when that ends it.
+        watch: when to validate, and when to stop early.
         recorded: the flags that checkpoints record.
         data: the data in words, for the log.
         start: the checkpoint that is continued, and ``path`` its file; None for a new run.
         missing: parameters that bare weights lacked.
-        prepare_batch: says what of a batch is diffused, and under which condition.
-        losses: scores the network itself; None for the diffusion's.
-        validate: scores averaged weights.
+        prepare_batch: separates what is diffused from the condition.
+        losses: scores the network itself; None for the diffusion's, of a U-Net that encodes the
+            condition.
+        validate: scores averaged weights; called in the first process alone.
         alias: a second name for the latest checkpoint.
-        sinks: where else the run is shown.
-        notes: what is to be said before it starts.
+        sinks: live displays of the run.
+        notes: messages to log before it starts.
     """
 
     net: torch.nn.Module
@@ -92,8 +93,8 @@ class TrainSetup:
     dataset: Dataset[Case]
     options: TrainingOptions
     run: RunOptions
-    recorded: dict[str, Any]
-    data: str
+    recorded: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
     watch: WatchOptions = field(default_factory=WatchOptions)
     start: Checkpoint | None = None
     path: Path | None = None
@@ -219,7 +220,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
 
 
 def training_options(flags: Flags, kind: type[Training]) -> Training:
-    """Make the options of the loop, which ``--lr_anneal_steps`` alone ends as well.
+    """Make the options of the loop; ``--lr_anneal_steps`` without ``--max_steps`` ends it, too.
 
     Raises:
         UserError: options that no loop can have.
@@ -264,7 +265,7 @@ def checkpoint_to_resume(
 
 
 def overwriting_notes(run: RunOptions, start: Checkpoint | None) -> list[str]:
-    """Say what a run will overwrite, unless it continues something."""
+    """Warn of a checkpoint that a new run will overwrite."""
     own = Path(run.out_dir).expanduser() / LATEST
     if start or not own.exists():
         return []

@@ -1,4 +1,4 @@
-"""What the steps of training report, collected until a line of the log is written.
+"""Values that training steps report, collected until a line of the log is written.
 
 Nothing here waits for the device before that.
 """

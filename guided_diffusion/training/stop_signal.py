@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that a loop can see, so that it ends between two steps."""
+"""SIGTERM and Ctrl-C as a request that a loop can see, so that it ends between two steps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 from guided_diffusion.dist_util import launched
 
 LAUNCHER_ECHO = 5.0
-"""Seconds within which a launcher may repeat a signal that this process has had already."""
+"""Seconds within which a launcher may repeat a signal that this process already received."""
 
 
 class StopSignal:
-    """Remembers that SIGTERM or Ctrl-C asked for the end, so that the step can be finished.
+    """Notes that SIGTERM or Ctrl-C was received, so that the step can be finished.
 
-    The second of a kind does what it always did; so does every one after the run. Repeats within
-    ``echo`` seconds are the first one again: a launcher hands on the signal that its own process
-    got, after SLURM has sent it to every process of the step.
+    A second signal of the same kind has its usual effect, as has any signal after the run. Repeats
+    within ``echo`` seconds count as the first one: a launcher forwards the signal that it received
+    itself, after SLURM has sent it to every process of the step.
     """
 
     def __init__(self, *, echo: float | None = None) -> None:

@@ -61,7 +61,7 @@ class BestScore:
         self.state = dict(state)
 
     def update(self, score: Score | Accuracy, step: int) -> bool:
-        """Take in a validation, whose first value decides, and return whether it is the best."""
+        """Add a validation, whose first value decides, and return whether it is the best."""
         name = score._fields[0]
         better = score[0] > self.state.get(name, -1.0)
         if better:
@@ -71,9 +71,9 @@ class BestScore:
         return better
 
     def is_stale(self, patience: int, step: int) -> bool:
-        """Return whether so many validations in a row were not better; say so where they were not.
+        """Return whether the last ``patience`` validations were not better, and log it if so.
 
-        Only the first process knows; it has validated.
+        Only the first process validates, so only it knows.
         """
         since = self.state.get("since", 0)
         if rank() or not 0 < patience <= since:
@@ -91,7 +91,7 @@ SHOWN = 4
 
 
 class Validation:
-    """Scores weights on some cases, and draws their overlays and how a mask comes to be.
+    """Scores weights on some cases, and draws their overlays and how a mask develops.
 
     Args:
         segmenter: a network of its own, which is given the weights to score.
@@ -137,7 +137,7 @@ def score_of(case: Case, result: Segmentation) -> Score:
 
 
 def draw_trajectory(segmenter: Segmenter, case: Case) -> Pixels:
-    """How the first mask of a case comes to be, uint8 [h, w, 3]."""
+    """Draw how the first mask of a case develops, uint8 [h, w, 3]."""
     trajectory = Trajectory(segmenter, case.name)
     image = segmenter.frame.fit(case).image
     segmenter.draw(image[None], [case.name], callback=trajectory)
@@ -145,7 +145,7 @@ def draw_trajectory(segmenter: Segmenter, case: Case) -> Pixels:
 
 
 def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
-    """So many cases, evenly spread over a data set; 0 for all.
+    """Choose ``count`` cases, evenly spread over a data set; 0 for all.
 
     Raises:
         UserError: one of them has no mask.
@@ -166,7 +166,7 @@ def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
 def validation_plan(
     watch: WatchOptions, run: RunOptions, diffusion: GaussianDiffusion, device: torch.device
 ) -> SamplingPlan:
-    """How the masks of a validation are drawn: two a case, in few evaluations."""
+    """Make the plan of a validation: two masks per case, in few evaluations."""
     steps = min(watch.val_steps, len(diffusion.kept))
     sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
     uncompiled = replace(run, compile="")
@@ -180,7 +180,7 @@ def make_validation(
     watch: WatchOptions,
     run: RunOptions,
 ) -> Validation:
-    """Validate on some held-out cases; without any, only film one training case."""
+    """Validate on some held-out cases; without any, only draw one training case."""
     if held_out is None:
         return Validation(segmenter, [dataset[0]], folder=None)
     folder = Path(run.out_dir).expanduser() / "validation"
@@ -188,7 +188,7 @@ def make_validation(
 
 
 def validation_notes(validation: Validation | None) -> Iterator[str]:
-    """Say what a run is validated on, and what it cannot draw."""
+    """Describe what a run is validated on, and which pictures it cannot draw."""
     if validation and validation.folder:
         yield (
             f"validation on {len(validation.cases)} cases, 2 masks each in "

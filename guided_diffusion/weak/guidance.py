@@ -1,8 +1,7 @@
-"""Classifier guidance as a wrapper of the denoiser: any sampler can be guided, and knows nothing.
+"""Classifier guidance as a wrapper of the denoiser, for any sampler, and the classifier's losses.
 
-Here also is what such a classifier is trained on. Dhariwal & Nichol (2021), section 4: the score
-of ``p(x_t) p(y | x_t)^scale`` is the diffusion's plus ``scale`` times the classifier's gradient.
-Called by ``weak_runs``.
+Dhariwal & Nichol (2021), section 4: the score of ``p(x_t) p(y | x_t)^scale`` is that of the
+diffusion plus ``scale`` times the classifier's gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Classify = Callable[[Tensor, NoiseLevel], Tensor]
 
 
 def noise_aware(net: Callable[[Tensor, Tensor], Tensor], diffusion: GaussianDiffusion) -> Classify:
-    """Make a classifier that is told the time into one that is told the level."""
+    """Turn a classifier of images and timesteps into one of images and noise levels."""
 
     def classify(x: Tensor, level: NoiseLevel) -> Tensor:
         return net(x, torch.full((len(x),), diffusion.scale_timestep(level.t), device=x.device))
@@ -90,8 +89,8 @@ def classification_losses(
         y: Tensor,
     ) -> dict[str, Tensor]:
         x_t = diffusion.schedule.add_noise(x0, t, eps) if noised else x0
-        told = (t if noised else 0 * t).to(x0.device) * diffusion.scale_timestep(1.0)
-        logits = net(x_t, told).float()
+        timesteps = (t if noised else 0 * t).to(x0.device) * diffusion.scale_timestep(1.0)
+        logits = net(x_t, timesteps).float()
         return {
             "loss": functional.cross_entropy(logits, y, reduction="none"),
             "acc@1": (logits.argmax(dim=1) == y).float(),

@@ -14,12 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from guided_diffusion.checkpoint import (
-    LATEST,
-    Weights,
-    latest_checkpoint,
-    load_weights,
-)
+from guided_diffusion.checkpoint import LATEST, Weights, latest_checkpoint, load_weights
 from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion

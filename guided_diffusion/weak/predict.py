@@ -105,7 +105,7 @@ class WeakSegmenter:
         if self.options.method == "otsu":
             return images
         if self.options.method == "gradcam":
-            return self._explained(images)
+            return self._class_activation(images)
         model = self._needed_model()
         x0 = model.diffusion.to_range(images.to(model.device))
         draws = [
@@ -145,7 +145,7 @@ class WeakSegmenter:
             denoise = self.classifier.guiding(denoise, y, scale=scale)
         return denoise
 
-    def _explained(self, images: Tensor) -> Tensor:
+    def _class_activation(self, images: Tensor) -> Tensor:
         assert self.classifier is not None
         x0 = self.classifier.diffusion.to_range(images)
         device = next(self.classifier.net.parameters()).device
@@ -271,7 +271,7 @@ def _write(folder: Path, drawn: Drawn, truth: Tensor | None) -> None:
 
 
 def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
-    """Score a folder against the masks that a data set has: the lines to say.
+    """Score a folder against the masks of a data set, and return the lines to log.
 
     Writes what scoring writes, and ``normal.json``: how many normal images were left empty, and
     the share of their pixels that was.

@@ -13,12 +13,7 @@ from typing import Any
 import torch
 
 from guided_diffusion.checkpoint import Weights, load_weights
-from guided_diffusion.data.batches import (
-    Batch,
-    collate,
-    prepare_images,
-    prepare_labelled_images,
-)
+from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.datasets import Frame
 from guided_diffusion.data.tumorloader import (
     LabelledImages,

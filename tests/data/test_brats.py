@@ -19,7 +19,7 @@ from brats_folders import (
     write_slice,
     write_volumes,
 )
-from conftest import refused, script, succeeded, training
+from helpers import refused, script, succeeded, training
 from torch.testing import assert_close
 
 from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D, find_modalities

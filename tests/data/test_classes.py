@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from brats_folders import AFFINE, write_volumes
-from conftest import DIFFUSION, NETWORK, contents, refused, script, succeeded
+from helpers import DIFFUSION, NETWORK, contents, read_csv, refused, script, succeeded
 from PIL import Image
 
 from guided_diffusion.data.classes import Classes, find_classes, record_text, recorded_classes
@@ -40,11 +39,6 @@ def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels, mode).save(path)
     return path
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # ----------------------------------------------------------------------------------- the flag
@@ -293,7 +287,7 @@ def test_files_of_sampled_classes(sampled: Path, brats: Path) -> None:
     assert nib.load(sampled / f"{name}_output_ens.nii.gz").shape == (height, width, 1, 3)
     assert not list(sampled.glob("*_output_ens.png"))
 
-    row = rows(sampled / "predictions.csv")[0]
+    row = read_csv(sampled / "predictions.csv")[0]
     assert list(row)[2:6] == ["area", "area_1", "area_2", "area_4"]
     assert [int(row[f"area_{k}"]) for k in "124"] == [int((labels == k).sum()) for k in (1, 2, 4)]
     assert int(row["area"]) == (labels > 0).sum()
@@ -309,10 +303,10 @@ def test_sampled_classes_are_scored_without_a_flag(sampled: Path, brats: Path) -
     assert list(summary["classes"]) == ["1", "2", "4"]
     parts = [part["dice"] for part in summary["classes"].values()]
     assert summary["dice"] == pytest.approx(np.mean(parts))
-    table = rows(sampled / "scores.csv")
+    table = read_csv(sampled / "scores.csv")
     assert [row["class"] for row in table[:4]] == ["1", "2", "4", "1"]
     assert len(table) == 3 * summary["cases"]
-    assert [row["class"] for row in rows(sampled / "patients.csv")[:3]] == ["1", "2", "4"]
+    assert [row["class"] for row in read_csv(sampled / "patients.csv")[:3]] == ["1", "2", "4"]
 
 
 def test_the_first_process_alone_writes_the_record(
@@ -421,7 +415,7 @@ def test_scores_of_classes_by_hand(by_hand: Path) -> None:
     assert (summary["dice"], summary["dice_lesion"], summary["iou"]) == (0.75, 1, 0.75)
     assert (summary["cases"], summary["empty_truth"], summary["empty_prediction"]) == (2, 1, 0)
     assert (one["empty_both"], two["empty_truth"], two["empty_prediction"]) == (1, 1, 0)
-    table = rows(by_hand / "pred" / "scores.csv")
+    table = read_csv(by_hand / "pred" / "scores.csv")
     assert [(row["name"], row["class"], row["tp"], row["fp"]) for row in table] == [
         ("a", "1", "32", "0"),
         ("a", "2", "16", "0"),

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refused, script, succeeded
 from golden.fill import fill
+from helpers import refused, script, succeeded
+from loops import COARSE_FLAGS, Squares, make_coarse_loop, resumed
 from PIL import Image
-from test_training import resumed
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import Dataset
 
 from guided_diffusion.checkpoint import (
     LATEST,
@@ -25,70 +24,25 @@ from guided_diffusion.checkpoint import (
 )
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.datasets import Case, Frame
-from guided_diffusion.dist_util import place_model
 from guided_diffusion.ensemble import BLENDS, blend_coarse, mean
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.losses import COARSE_LOSSES, binary_cross_entropy, soft_dice_loss
 from guided_diffusion.nn import Output
-from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.train_util import TrainLoop
 
 VERSIONS = ["new", "1", "2"]
-SMALL: dict[str, Any] = {
-    "image_size": 32,
-    "in_ch": 2,
-    "num_channels": 32,
-    "channel_mult": "1,2",
-    "num_res_blocks": 1,
-    "attention_resolutions": "8",
-    "num_heads": 1,
-    "predict_xstart": True,
-    "mask_range": "-1,1",
-    "noise_schedule": "cosine",
-    "diffusion_steps": 50,
-}
 
 
 @pytest.fixture(autouse=True)
 def _silent(quiet: None) -> None:
-    """Nothing of this shows."""
+    """Nothing is logged."""
 
 
 @pytest.fixture(autouse=True)
 def _narrow(narrow_highway: None) -> None:
-    """The tests of the networks themselves have the real one."""
-
-
-class Squares(Dataset[Case]):
-    """Bright squares of 12 pixels in noise, 32 x 32."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> Case:
-        noise = torch.Generator().manual_seed(index)
-        mask = torch.zeros(1, 32, 32)
-        mask[:, 4 * index : 4 * index + 12, 8:20] = 1
-        return Case(mask + 0.1 * torch.randn(1, 32, 32, generator=noise), mask, f"square{index}")
-
-
-def loop_of(version: str, folder: Path, *, precision: str = "fp32", **options: Any) -> TrainLoop:
-    torch.manual_seed(0)
-    flags = {name: options.pop(name) for name in ("coarse_loss",) if name in options}
-    net, diffusion = create_model_and_diffusion(**SMALL, version=version, **flags)
-    return TrainLoop(
-        place_model(net, torch.device("cpu")),
-        diffusion,
-        dataset=Squares(),
-        schedule_sampler=create_named_schedule_sampler("uniform", 50),
-        options=TrainingOptions(**{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9", **options}),
-        run=RunOptions(out_dir=str(folder), precision=precision),
-        recorded={},
-    )
+    """The tests of the networks themselves use the real widths."""
 
 
 # ------------------------------------------------------------------------------ losses
@@ -113,8 +67,8 @@ def test_every_fifth_time_has_the_anchor_loss() -> None:
     t = torch.arange(11)
     coarse, mask = HALF.repeat(11, 1, 1, 1), TRUTH.repeat(11, 1, 1, 1)
     terms = COARSE_LOSSES["dice_ce"](coarse, mask, t)
-    whole = 0.5 + 10 * LOG2
-    expected = [whole if time in (0, 5, 10) else 0.0 for time in range(11)]
+    total = 0.5 + 10 * LOG2
+    expected = [total if time in (0, 5, 10) else 0.0 for time in range(11)]
     assert_close(terms["coarse"], torch.tensor(expected))
     assert_close(terms["loss_dice"], torch.full((11,), 0.5))
     assert_close(terms["loss_ce"], torch.full((11,), LOG2))
@@ -132,7 +86,7 @@ def test_perfect_and_empty_masks() -> None:
 
 
 @pytest.mark.parametrize("logit", [-40.0, -20.0, -14.0, 0.0, 14.0])
-def test_the_surer_a_pixel_is_of_the_wrong_the_more_it_is_pulled(logit: float) -> None:
+def test_the_gradient_grows_with_the_error_of_a_pixel(logit: float) -> None:
     """The derivative by the logit is probability - mask, however far the two are apart."""
     logits = torch.full((1, 1, 2, 2), logit).requires_grad_()
     wrong = torch.full((1, 1, 2, 2), float(logit <= 0))
@@ -148,7 +102,7 @@ def test_classes_are_averaged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "wanted", "settled"),
+    ("version", "wanted", "resolved"),
     [
         ("plain", "auto", "none"),
         ("new", "auto", "mse"),
@@ -157,20 +111,22 @@ def test_classes_are_averaged() -> None:
         ("1", "none", "none"),
     ],
 )
-def test_what_auto_means(version: str, wanted: str, settled: str) -> None:
+def test_what_auto_means(version: str, wanted: str, resolved: str) -> None:
     with torch.device("meta"):
-        _, diffusion = create_model_and_diffusion(**SMALL, version=version, coarse_loss=wanted)
-    assert diffusion.coarse_loss == settled
+        _, diffusion = create_model_and_diffusion(
+            **COARSE_FLAGS, version=version, coarse_loss=wanted
+        )
+    assert diffusion.coarse_loss == resolved
 
 
-def test_a_plain_network_has_nothing_to_train_so() -> None:
+def test_a_plain_network_has_no_coarse_loss() -> None:
     with pytest.raises(UserError, match="--coarse_loss mse: the plain network has no coarse mask"):
-        create_model_and_diffusion(**SMALL, coarse_loss="mse")
+        create_model_and_diffusion(**COARSE_FLAGS, coarse_loss="mse")
 
 
-def test_the_terms_stand_beside_those_of_the_diffusion() -> None:
-    """The loss that weighs times is the diffusion's alone; the mask is that in {0, 1}."""
-    _, diffusion = create_model_and_diffusion(**SMALL, version="new")
+def test_the_terms_are_added_to_those_of_the_diffusion() -> None:
+    """Only the diffusion's loss is weighted by timestep; the mask is in {0, 1}."""
+    _, diffusion = create_model_and_diffusion(**COARSE_FLAGS, version="new")
     x0, t = 2 * TRUTH - 1, torch.tensor([7])
     outputs = {coarse is None: Output(torch.zeros_like(x0), coarse) for coarse in (None, HALF)}
     terms = {
@@ -224,7 +180,7 @@ def test_each_class_is_joined_alone() -> None:
 
 
 def segmenter_of(version: str, **plan: Any) -> Segmenter:
-    net, diffusion = create_model_and_diffusion(**SMALL, version=version)
+    net, diffusion = create_model_and_diffusion(**COARSE_FLAGS, version=version)
     levels = tuple(diffusion.schedule.levels([49, 30, 10]))
     settings = {"num_ensemble": 3, "batch_size": 4, **plan}
     fill(net)
@@ -251,13 +207,13 @@ def test_the_coarse_mask_reaches_the_user_at_the_case_s_size(version: str) -> No
 
 
 @pytest.mark.parametrize("low", [0.0, -1.0])
-def test_the_parents_rule_is_asked_at_the_network_s_size_and_in_its_range(low: float) -> None:
+def test_the_parents_rule_applies_at_the_network_s_size_and_range(low: float) -> None:
     """A lesion of 3 x 4 pixels and the like coarse mask agree, however large the picture is.
 
     Enlarged, the edge of a mask is wider than the mask; and a background that was diffused as -1 is
     above 0 nowhere, though its noise is above -1 everywhere.
     """
-    diffusion = create_model_and_diffusion(**SMALL | {"mask_range": f"{low:g},1"})[1]
+    diffusion = create_model_and_diffusion(**COARSE_FLAGS | {"mask_range": f"{low:g},1"})[1]
     segmenter = segmenter_of("new", coarse="blend")
     segmenter.diffusion = diffusion
     truth = torch.zeros(1, 32, 32)
@@ -294,7 +250,7 @@ def test_the_coarse_mask_of_1_is_that_of_the_last_evaluation() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_step_trains_highway_and_network(version: str, tmp_path: Path) -> None:
-    loop = loop_of(version, tmp_path)
+    loop = make_coarse_loop(version, tmp_path)
     before = {name: value.clone() for name, value in loop.net.state_dict().items()}
     batch = collate([Squares()[index] for index in range(4)])
     losses = [float(loop.run_step(batch)) for _ in range(4)]
@@ -309,8 +265,8 @@ def test_a_step_trains_highway_and_network(version: str, tmp_path: Path) -> None
         assert means["coarse"] == pytest.approx(10 * means["loss_cal"], rel=1e-5)
 
 
-def test_the_coarse_share_is_added_without_the_weights_of_the_times(tmp_path: Path) -> None:
-    loop = loop_of("new", tmp_path)
+def test_the_coarse_loss_is_added_without_the_weights_of_timesteps(tmp_path: Path) -> None:
+    loop = make_coarse_loop("new", tmp_path)
     loop.net.eval()
     terms: list[dict[str, Tensor]] = []
     noted = loop.log.losses
@@ -329,7 +285,7 @@ def test_the_coarse_share_is_added_without_the_weights_of_the_times(tmp_path: Pa
 @pytest.mark.parametrize("version", VERSIONS)
 def test_without_a_coarse_loss_every_gradient_is_still_there(version: str, tmp_path: Path) -> None:
     """Processes that share gradients wait for all of them."""
-    loop = loop_of(version, tmp_path, coarse_loss="none")
+    loop = make_coarse_loop(version, tmp_path, coarse_loss="none")
     loop.forward_backward(collate([Squares()[index] for index in range(4)]))
     assert all(parameter.grad is not None for parameter in loop.parameters)
     condition = loop.net.condition_net.out if version == "2" else loop.net.hwm.seg_outputs[0]
@@ -338,7 +294,7 @@ def test_without_a_coarse_loss_every_gradient_is_still_there(version: str, tmp_p
 
 
 def test_a_step_that_is_skipped_leaves_the_running_statistics(tmp_path: Path) -> None:
-    loop = loop_of("new", tmp_path)
+    loop = make_coarse_loop("new", tmp_path)
     batch = collate([Squares()[index] for index in range(4)])
     loop.run_step(batch)
     before = {name: value.clone() for name, value in loop.net.state_dict().items()}
@@ -348,12 +304,14 @@ def test_a_step_that_is_skipped_leaves_the_running_statistics(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_k_and_k_steps_are_2k_to_the_bit(version: str, tmp_path: Path) -> None:
-    """Buffers travel, with the averages as well."""
-    at_once = load_checkpoint(loop_of(version, tmp_path, max_steps=4).run_loop())
-    half = loop_of(version, tmp_path, max_steps=2).run_loop()
+def test_resumed_training_of_networks_is_bit_equal(version: str, tmp_path: Path) -> None:
+    """Buffers are restored, those of the averages too."""
+    at_once = load_checkpoint(make_coarse_loop(version, tmp_path, max_steps=4).run_loop())
+    half = make_coarse_loop(version, tmp_path, max_steps=2).run_loop()
     torch.rand(7)
-    in_two = load_checkpoint(resumed(loop_of(version, tmp_path, max_steps=4), half).run_loop())
+    in_two = load_checkpoint(
+        resumed(make_coarse_loop(version, tmp_path, max_steps=4), half).run_loop()
+    )
     for one, other in ((at_once.model, in_two.model), (at_once.ema["0.9"], in_two.ema["0.9"])):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -364,14 +322,14 @@ def test_k_and_k_steps_are_2k_to_the_bit(version: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_half_precision_trains(version: str, tmp_path: Path) -> None:
-    loop = loop_of(version, tmp_path, precision="bf16", microbatch=2)
+    loop = make_coarse_loop(version, tmp_path, precision="bf16", microbatch=2)
     batch = collate([Squares()[index] for index in range(4)])
     losses = [float(loop.run_step(batch)) for _ in range(3)]
     assert loop.bad_steps == 0
     assert losses[-1] < losses[0]
 
 
-# ------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------ complete runs
 
 
 TINY = [
@@ -418,12 +376,12 @@ def test_from_images_to_scores(version: str, brats: Path, tmp_path: Path) -> Non
         ("1", ("highway_embedding.", "hwm.conv_trans_blocks_")),
     ],
 )
-def test_bare_weights_tell_their_version(
+def test_the_version_of_bare_weights_is_inferred(
     version: str, dropped: tuple[str, ...], brats: Path, tmp_path: Path
 ) -> None:
     net = fill(
         create_model_and_diffusion(
-            **{**SMALL, "in_ch": 5, "version": version, "use_scale_shift_norm": True}
+            **{**COARSE_FLAGS, "in_ch": 5, "version": version, "use_scale_shift_norm": True}
         )[0]
     )
     weights = {k: v for k, v in net.state_dict().items() if not k.startswith(dropped or "-")}
@@ -450,9 +408,9 @@ def test_bare_weights_tell_their_version(
     assert f"--version plain: contradicts {version}" in refused(wrong)
 
 
-def test_bare_weights_continue_with_what_their_optimiser_had(tmp_path: Path) -> None:
+def test_bare_weights_continue_with_their_optimiser_state(tmp_path: Path) -> None:
     """The parents number an optimiser's state by position; ours has parameters in between."""
-    before = loop_of("1", tmp_path, max_steps=2)
+    before = make_coarse_loop("1", tmp_path, max_steps=2)
     written = load_checkpoint(before.run_loop())
     names = [name for name, _ in before.net.named_parameters()]
     drawn = ("highway_embedding.", "hwm.conv_trans_blocks_")
@@ -462,7 +420,7 @@ def test_bare_weights_continue_with_what_their_optimiser_had(tmp_path: Path) -> 
     theirs = {place_model: state[index] for place_model, index in enumerate(kept)}
     moments = {**written.training["optimizer"], "state": theirs}
     start = type(written)(options={}, step=2, model=written.model, training={"optimizer": moments})
-    loop = loop_of("1", tmp_path, max_steps=3)
+    loop = make_coarse_loop("1", tmp_path, max_steps=3)
     load_weights(loop.net, start.model, "")
     loop.restore(start, missing=lacking)
     for name, parameter in loop.net.named_parameters():
@@ -488,7 +446,7 @@ def test_a_plain_checkpoint_has_no_coarse_mask(
     assert message in refused(script("segmentation_sample", *command, *flags))
 
 
-def test_older_checkpoints_know_no_coarse_loss(trained: Path, tmp_path: Path) -> None:
+def test_older_checkpoints_have_no_coarse_loss(trained: Path, tmp_path: Path) -> None:
     old = load_checkpoint(trained / LATEST)
     del old.options["coarse_loss"]
     segmenter = Segmenter.load(save_checkpoint(tmp_path, old))

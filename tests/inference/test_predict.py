@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import contents
+from helpers import contents
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
@@ -39,15 +39,15 @@ STEPS = 4
 Draw = Callable[[Tensor, Sequence[str]], Tensor]
 
 
-class Shelf(SegmentationDataset):
-    """Cases that lie in memory."""
+class CasesInMemory(SegmentationDataset):
+    """A data set of cases in memory."""
 
     layout = "CUSTOM"
 
     def __init__(self, cases: Sequence[Case]) -> None:
         self.cases = {case.name: case for case in cases}
         entries = [Entry(case.name, (Path(case.name),), None) for case in cases]
-        super().__init__(Path("shelf"), entries, channels=cases[0].image.shape[0])
+        super().__init__(Path("cases_in_memory"), entries, channels=cases[0].image.shape[0])
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Any]:
         return self.cases[entry.name].image, self.cases[entry.name].affine
@@ -56,9 +56,11 @@ class Shelf(SegmentationDataset):
         return self.cases[entry.name].mask
 
 
-def shelf(count: int = 3, size: tuple[int, int] = (16, 16), **parts: Any) -> Shelf:
+def cases_in_memory(
+    count: int = 3, size: tuple[int, int] = (16, 16), **parts: Any
+) -> CasesInMemory:
     noise = torch.Generator().manual_seed(5)
-    return Shelf(
+    return CasesInMemory(
         [
             Case(torch.rand(1, *size, generator=noise), None, f"case{index}")._replace(**parts)
             for index in range(count)
@@ -122,7 +124,7 @@ def make_segmenter(sampler: str = "ddim", *, frame: Frame | None = None, **plan:
     )
 
 
-def drawn(segmenter: Segmenter, dataset: Shelf, order: Sequence[int]) -> dict[str, Tensor]:
+def drawn(segmenter: Segmenter, dataset: CasesInMemory, order: Sequence[int]) -> dict[str, Tensor]:
     """The members of every case, drawn together in some order."""
     cases = [dataset[index] for index in order]
     members = segmenter.draw(torch.stack([case.image for case in cases]), [c.name for c in cases])
@@ -140,8 +142,8 @@ def drawn(segmenter: Segmenter, dataset: Shelf, order: Sequence[int]) -> dict[st
     ],
     ids=str,
 )
-def test_the_same_weights_read_in_another_way_are_other_settings(other: dict[str, Any]) -> None:
-    """Else masks of mistaken flags would be kept as finished by the command that mends them."""
+def test_the_fingerprint_depends_on_how_weights_are_read(other: dict[str, Any]) -> None:
+    """Otherwise masks of wrong flags would be kept as finished by the corrected command."""
     plan, prints = make_segmenter().plan, []
     for flags in ({}, {}, other):
         net, diffusion = random_network(**flags)
@@ -149,7 +151,7 @@ def test_the_same_weights_read_in_another_way_are_other_settings(other: dict[str
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
+def test_memory_of_a_failed_draw_is_freed_before_the_retry() -> None:
     """An error's traceback holds the tensors of the call: on a full device the retry would fail."""
     held: list[Any] = []
 
@@ -161,15 +163,15 @@ def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
             raise RuntimeError("out of memory")
         return list(indices)
 
-    assert list(draw_or_note(full, [0, 1], shelf(2).entries, {})) == [(0, 0), (1, 1)]
+    assert list(draw_or_note(full, [0, 1], cases_in_memory(2).entries, {})) == [(0, 0), (1, 1)]
 
 
-def test_a_member_that_fills_what_was_seen_is_full(tmp_path: Path) -> None:
-    """The border that was cropped away is background in every mask and says nothing."""
+def test_a_member_that_fills_the_cropped_area_is_full(tmp_path: Path) -> None:
+    """The border that was cropped away is background in every mask."""
     segmenter = make_segmenter(frame=Frame(16, crop=4))
     ones = torch.ones(1, 3, 1, 16, 16)
     segmenter.draw_with_coarse = lambda *_: Draws(ones, None)  # type: ignore[method-assign]
-    segment(segmenter, shelf(1, size=(24, 24)), tmp_path, fingerprint="f")
+    segment(segmenter, cases_in_memory(1, size=(24, 24)), tmp_path, fingerprint="f")
     (row,) = table(tmp_path / "predictions.csv")
     assert (row["full_members"], row["empty_members"], row["area"]) == ("3", "0", "256")
 
@@ -177,7 +179,7 @@ def test_a_member_that_fills_what_was_seen_is_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skip_type", ["time_uniform", "logSNR", "time_quadratic"])
 @pytest.mark.parametrize("respacing", ["ddim50", "500,1", "10,5,5"])
 def test_solvers_stay_among_the_trained_times(respacing: str, skip_type: str) -> None:
-    """A network that was trained on some times alone knows nothing of noise beyond the largest."""
+    """A network trained on some timesteps has not seen more noise than at the largest."""
     diffusion = create_model_and_diffusion(
         image_size=16, num_channels=32, channel_mult="1", timestep_respacing=respacing
     )[1]
@@ -196,11 +198,11 @@ def test_solvers_stay_among_the_trained_times(respacing: str, skip_type: str) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_mask_that_is_not_finite_is_no_mask(value: float, tmp_path: Path) -> None:
+def test_a_mask_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
     segmenter = make_segmenter()
     next(iter(segmenter.net.parameters())).data[0] = value
     with pytest.raises(UserError, match=r"case0.*finite") as error:
-        segment(segmenter, shelf(1), tmp_path, fingerprint="f")
+        segment(segmenter, cases_in_memory(1), tmp_path, fingerprint="f")
     assert "fp32" in str(error.value) and not list(tmp_path.glob("*.png"))
 
 
@@ -226,7 +228,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def _silent(quiet: None) -> None:
-    """The log goes nowhere."""
+    """Nothing is logged."""
 
 
 # ----------------------------------------------------------------- what a mask depends on
@@ -234,7 +236,7 @@ def _silent(quiet: None) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_mask_depends_on_seed_case_and_member_alone(sampler: str) -> None:
-    dataset = shelf()
+    dataset = cases_in_memory()
     alone = {}
     for index in range(3):
         alone.update(drawn(make_segmenter(sampler, batch_size=8), dataset, [index]))
@@ -255,8 +257,8 @@ def test_a_mask_depends_on_seed_case_and_member_alone(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_global_randomness_has_no_say(sampler: str) -> None:
-    segmenter, dataset, results = make_segmenter(sampler), shelf(), []
+def test_global_random_state_has_no_effect(sampler: str) -> None:
+    segmenter, dataset, results = make_segmenter(sampler), cases_in_memory(), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         results.append(drawn(segmenter, dataset, [0, 1]))
@@ -266,8 +268,8 @@ def test_global_randomness_has_no_say(sampler: str) -> None:
     assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_noise_on_the_way_is_drawn_for_eta_only() -> None:
-    dataset = shelf(1)
+def test_ddim_draws_noise_in_its_steps_only_with_eta() -> None:
+    dataset = cases_in_memory(1)
     results = [drawn(make_segmenter(name), dataset, [0])["case0"] for name in list(SAMPLERS)[1:3]]
     assert (results[0] - results[1]).abs().max() > 0.02
 
@@ -286,8 +288,8 @@ def test_seeds_of_members() -> None:
 
 def test_the_image_matters() -> None:
     segmenter = make_segmenter()
-    one = segmenter.draw(shelf(1)[0].image[None], ["same name"])
-    two = segmenter.draw(shelf(2)[1].image[None], ["same name"])
+    one = segmenter.draw(cases_in_memory(1)[0].image[None], ["same name"])
+    two = segmenter.draw(cases_in_memory(2)[1].image[None], ["same name"])
     assert (one - two).abs().max() > 0.02
 
 
@@ -306,7 +308,7 @@ def test_nothing_keeps_a_graph_and_dropout_is_off() -> None:
     assert not segmenter.net.training
     members = segmenter.draw(torch.rand(2, 1, 16, 16, requires_grad=True), ["a", "b"])
     assert members.grad_fn is None and not members.requires_grad
-    (result,) = segmenter.segment([shelf(1)[0]])
+    (result,) = segmenter.segment([cases_in_memory(1)[0]])
     assert not any(part.requires_grad for part in result[:3])
     assert all(parameter.grad is None for parameter in segmenter.net.parameters())
 
@@ -337,13 +339,13 @@ def test_the_network_is_called_no_more_than_needed(
 
     segmenter.net.encode = spy  # type: ignore[method-assign]
     segmenter.net.register_forward_pre_hook(lambda _, args: inputs.append(len(args[0])))
-    segment(segmenter, shelf(cases), tmp_path, fingerprint="f")
+    segment(segmenter, cases_in_memory(cases), tmp_path, fingerprint="f")
 
     assert len(inputs) == calls
     assert sum(inputs) == cases * members * STEPS
     assert max(inputs) <= batch_size
     assert len(encoded) == cases
-    images = sorted(float(shelf(cases)[index].image.sum()) for index in range(cases))
+    images = sorted(float(cases_in_memory(cases)[index].image.sum()) for index in range(cases))
     assert_close(sorted(float(image.sum()) for image in encoded), images)
 
 
@@ -354,7 +356,7 @@ KINDS = ("output_ens", "mask", "uncertainty", "overlay", "output0", "output1", "
 
 
 def test_the_files_of_a_case(tmp_path: Path) -> None:
-    names = segment(make_segmenter(), shelf(2), tmp_path / "out", fingerprint="f")
+    names = segment(make_segmenter(), cases_in_memory(2), tmp_path / "out", fingerprint="f")
     assert names == ["case0", "case1"]
     assert contents(tmp_path / "out").keys() == {
         "predictions.csv",
@@ -374,7 +376,7 @@ def grey(path: Path) -> np.ndarray:
 def test_pictures_are_at_the_size_of_the_case(
     frame: Frame, size: tuple[int, int], tmp_path: Path
 ) -> None:
-    dataset = shelf(1, size)
+    dataset = cases_in_memory(1, size)
     segmenter = make_segmenter(frame=frame)
     (result,) = segmenter.segment([dataset[0]])
     segment(segmenter, dataset, tmp_path, fingerprint="f")
@@ -403,19 +405,19 @@ def test_pictures_are_at_the_size_of_the_case(
 
 def test_sizes_may_differ_within_a_set(tmp_path: Path) -> None:
     sizes = [(16, 16), (20, 31), (40, 17)]
-    dataset = Shelf([Case(torch.rand(1, *s), None, f"s{i}") for i, s in enumerate(sizes)])
+    dataset = CasesInMemory([Case(torch.rand(1, *s), None, f"s{i}") for i, s in enumerate(sizes)])
     segment(make_segmenter(num_ensemble=2, batch_size=6), dataset, tmp_path, fingerprint="f")
     for index, size in enumerate(sizes):
         assert grey(tmp_path / f"s{index}_mask.png").shape == size
 
 
 def test_pictures_have_no_volumes(tmp_path: Path) -> None:
-    segment(make_segmenter(), shelf(1), tmp_path, fingerprint="f")
+    segment(make_segmenter(), cases_in_memory(1), tmp_path, fingerprint="f")
     assert not list(tmp_path.glob("*.nii.gz"))
 
 
 def test_nifti_comes_with_the_affine_of_the_input(tmp_path: Path) -> None:
-    dataset = shelf(1, (20, 30), affine=AFFINE)
+    dataset = cases_in_memory(1, (20, 30), affine=AFFINE)
     (result,) = make_segmenter().segment([dataset[0]])
     segment(make_segmenter(), dataset, tmp_path, fingerprint="f")
     expected = {"output_ens": result.fused, "mask": result.mask, "uncertainty": result.uncertainty}
@@ -431,8 +433,8 @@ def test_nifti_comes_with_the_affine_of_the_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["mean", "vote", "staple"])
-def test_the_fusion_is_the_plans(fusion: str) -> None:
-    (result,) = make_segmenter(fusion=fusion, num_ensemble=5).segment([shelf(1)[0]])
+def test_the_fusion_is_that_of_the_plan(fusion: str) -> None:
+    (result,) = make_segmenter(fusion=fusion, num_ensemble=5).segment([cases_in_memory(1)[0]])
     votes = (result.members >= 0.5).float().mean(0)
     if fusion == "mean":
         assert_close(result.fused, result.members.mean(0))
@@ -446,8 +448,8 @@ def test_the_fusion_is_the_plans(fusion: str) -> None:
 def test_a_truth_changes_the_overlay_alone(tmp_path: Path) -> None:
     mask = torch.zeros(1, 16, 16)
     mask[:, 4:12, 4:12] = 1
-    segment(make_segmenter(), shelf(1), tmp_path / "without", fingerprint="f")
-    segment(make_segmenter(), shelf(1, mask=mask), tmp_path / "with", fingerprint="f")
+    segment(make_segmenter(), cases_in_memory(1), tmp_path / "without", fingerprint="f")
+    segment(make_segmenter(), cases_in_memory(1, mask=mask), tmp_path / "with", fingerprint="f")
     with_truth, without = contents(tmp_path / "with"), contents(tmp_path / "without")
     differing = {name for name in without if with_truth[name] != without[name]}
     assert differing - {"predictions.csv"} == {"case0_overlay.png"}
@@ -455,7 +457,7 @@ def test_a_truth_changes_the_overlay_alone(tmp_path: Path) -> None:
 
 def test_the_record_of_predictions(tmp_path: Path) -> None:
     segmenter = make_segmenter()
-    segment(segmenter, shelf(3), tmp_path, fingerprint="abc")
+    segment(segmenter, cases_in_memory(3), tmp_path, fingerprint="abc")
     rows = table(tmp_path / "predictions.csv")
     assert [row["name"] for row in rows] == ["case0", "case1", "case2"]
     assert list(rows[0]) == [
@@ -464,7 +466,9 @@ def test_the_record_of_predictions(tmp_path: Path) -> None:
     ]
     for row in rows:
         case = next(
-            case for case in map(shelf(3).__getitem__, range(3)) if case.name == row["name"]
+            case
+            for case in map(cases_in_memory(3).__getitem__, range(3))
+            if case.name == row["name"]
         )
         (result,) = segmenter.segment([case])
         assert row["members"] == "3" and row["fingerprint"] == "abc"
@@ -477,12 +481,14 @@ def test_the_record_of_predictions(tmp_path: Path) -> None:
 
 
 def test_the_first_samples_alone(tmp_path: Path) -> None:
-    assert segment(make_segmenter(), shelf(3), tmp_path, fingerprint="f", num_samples=2) == [
+    assert segment(
+        make_segmenter(), cases_in_memory(3), tmp_path, fingerprint="f", num_samples=2
+    ) == [
         "case0",
         "case1",
     ]
     assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["case0", "case1"]
-    names = segment(make_segmenter(), shelf(3), tmp_path, fingerprint="f", num_samples=9)
+    names = segment(make_segmenter(), cases_in_memory(3), tmp_path, fingerprint="f", num_samples=9)
     assert len(names) == len(table(tmp_path / "predictions.csv")) == 3
 
 
@@ -493,8 +499,8 @@ class Killed(BaseException):
     """The end of a process."""
 
 
-class Watched(Segmenter):
-    """A segmenter that notes which cases it draws, and dies before one of them."""
+class RecordingSegmenter(Segmenter):
+    """A segmenter that records which cases it draws, and is killed before one of them."""
 
     def __init__(self, base: Segmenter, dies_at: str = "") -> None:
         super().__init__(base.net, base.diffusion, frame=base.frame, plan=base.plan)
@@ -514,13 +520,13 @@ def times(folder: Path) -> dict[str, int]:
 
 def test_finished_cases_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger.configure()
-    segment(make_segmenter(), shelf(3), tmp_path, fingerprint="f", num_samples=2)
+    segment(make_segmenter(), cases_in_memory(3), tmp_path, fingerprint="f", num_samples=2)
     before = times(tmp_path)
     assert "kept" not in capsys.readouterr().out
 
-    watched = Watched(make_segmenter())
-    segment(watched, shelf(3), tmp_path, fingerprint="f")
-    assert watched.drew == ["case2"]
+    recording = RecordingSegmenter(make_segmenter())
+    segment(recording, cases_in_memory(3), tmp_path, fingerprint="f")
+    assert recording.drew == ["case2"]
     assert "2 of 3 cases are finished and kept" in capsys.readouterr().out
     assert before.items() <= times(tmp_path).items()
     assert len(table(tmp_path / "predictions.csv")) == 3
@@ -530,11 +536,11 @@ def test_cases_of_other_settings_are_drawn_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger.configure()
-    segment(make_segmenter(), shelf(2), tmp_path, fingerprint="old")
+    segment(make_segmenter(), cases_in_memory(2), tmp_path, fingerprint="old")
     before = contents(tmp_path)
-    watched = Watched(make_segmenter(seed=11))
-    segment(watched, shelf(2), tmp_path, fingerprint="new")
-    assert watched.drew == ["case0", "case1"]
+    recording = RecordingSegmenter(make_segmenter(seed=11))
+    segment(recording, cases_in_memory(2), tmp_path, fingerprint="new")
+    assert recording.drew == ["case0", "case1"]
     assert "2 cases of other settings" in capsys.readouterr().out
     after = contents(tmp_path)
     assert after.keys() == before.keys()
@@ -542,38 +548,43 @@ def test_cases_of_other_settings_are_drawn_anew(
     assert {row["fingerprint"] for row in table(tmp_path / "predictions.csv")} == {"new"}
 
 
-def test_fewer_members_leave_no_old_ones(tmp_path: Path) -> None:
+def test_surplus_members_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     """The members in a folder are what scoring takes for the members of the fused mask."""
-    segment(make_segmenter(num_ensemble=5), shelf(1), tmp_path, fingerprint="five")
-    segment(make_segmenter(num_ensemble=2), shelf(1), tmp_path, fingerprint="two")
+    segment(make_segmenter(num_ensemble=5), cases_in_memory(1), tmp_path, fingerprint="five")
+    segment(make_segmenter(num_ensemble=2), cases_in_memory(1), tmp_path, fingerprint="two")
     members = {path.name for path in tmp_path.glob("*_output?.png")}
     assert members == {"case0_output0.png", "case0_output1.png"}
 
 
 @pytest.mark.parametrize("finished", [0, 2, 3])
 def test_a_killed_run_continues(finished: int, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    complete, broken = tmp_path / "complete", tmp_path / "broken"
     one_by_one = make_segmenter(batch_size=3)
-    names = segment(one_by_one, shelf(4), whole, fingerprint="f")
+    names = segment(one_by_one, cases_in_memory(4), complete, fingerprint="f")
     with pytest.raises(Killed):
-        segment(Watched(one_by_one, names[finished]), shelf(4), broken, fingerprint="f")
+        segment(
+            RecordingSegmenter(one_by_one, names[finished]),
+            cases_in_memory(4),
+            broken,
+            fingerprint="f",
+        )
     if finished:
         rows = table(broken / "predictions.csv")
         assert [row["name"] for row in rows] == names[:finished]
 
-    again = Watched(one_by_one)
-    segment(again, shelf(4), broken, fingerprint="f")
+    again = RecordingSegmenter(one_by_one)
+    segment(again, cases_in_memory(4), broken, fingerprint="f")
     assert again.drew == names[finished:]
-    one, other = contents(whole), contents(broken)
+    one, other = contents(complete), contents(broken)
     del one["predictions.csv"], other["predictions.csv"]
     assert one == other
 
 
-def test_a_run_killed_while_it_replaces_is_not_taken_for_the_old_one(
+def test_a_run_killed_while_replacing_is_not_mistaken_for_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of a new run must never stand under the fingerprint of an old one."""
-    segment(make_segmenter(), shelf(1), tmp_path, fingerprint="old")
+    segment(make_segmenter(), cases_in_memory(1), tmp_path, fingerprint="old")
     before = contents(tmp_path)
 
     def dies(self: Record, row: dict[str, Any]) -> None:
@@ -581,28 +592,28 @@ def test_a_run_killed_while_it_replaces_is_not_taken_for_the_old_one(
 
     monkeypatch.setattr(Record, "add", dies)
     with pytest.raises(Killed):
-        segment(make_segmenter(seed=11), shelf(1), tmp_path, fingerprint="new")
+        segment(make_segmenter(seed=11), cases_in_memory(1), tmp_path, fingerprint="new")
     monkeypatch.undo()
     logger.configure(quiet=True)
 
-    watched = Watched(make_segmenter())
-    segment(watched, shelf(1), tmp_path, fingerprint="old")
-    assert watched.drew == ["case0"]
+    recording = RecordingSegmenter(make_segmenter())
+    segment(recording, cases_in_memory(1), tmp_path, fingerprint="old")
+    assert recording.drew == ["case0"]
     after = contents(tmp_path)
     del before["predictions.csv"], after["predictions.csv"]
     assert after == before
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
-def test_a_case_that_fails_is_told_at_the_end(error: type[Exception], tmp_path: Path) -> None:
-    class Choosy(Watched):
+def test_a_case_that_fails_is_reported_at_the_end(error: type[Exception], tmp_path: Path) -> None:
+    class Choosy(RecordingSegmenter):
         def segment(self, cases: Sequence[Case], note: Any = None) -> list[Any]:
             if any(case.name == "case1" for case in cases):
                 raise error("no mask of that")
             return super().segment(cases, note)
 
     with pytest.raises(UserError, match="1 of the cases: case1: no mask of that"):
-        segment(Choosy(make_segmenter()), shelf(3), tmp_path, fingerprint="f")
+        segment(Choosy(make_segmenter()), cases_in_memory(3), tmp_path, fingerprint="f")
     assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["case0", "case2"]
 
 
@@ -614,30 +625,30 @@ def test_files_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Path(path).write_bytes(Path(path).read_bytes()[:40])
         raise OSError(28, "No space left on device")
 
-    segment(make_segmenter(), shelf(2), tmp_path, fingerprint="f", num_samples=1)
+    segment(make_segmenter(), cases_in_memory(2), tmp_path, fingerprint="f", num_samples=1)
     before = contents(tmp_path)
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match=r"case1_.*\.png: cannot be written .*No space left"):
-        segment(make_segmenter(), shelf(2), tmp_path, fingerprint="f")
+        segment(make_segmenter(), cases_in_memory(2), tmp_path, fingerprint="f")
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["", "name,area\ncase0,12\n", "nonsense\n\n,,\n", "name\ncase0\n"])
-def test_a_record_of_another_kind_keeps_nothing(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_record_keeps_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "predictions.csv").write_text(text, "utf-8")
-    watched = Watched(make_segmenter())
-    segment(watched, shelf(1), tmp_path, fingerprint="f")
-    assert watched.drew == ["case0"]
+    recording = RecordingSegmenter(make_segmenter())
+    segment(recording, cases_in_memory(1), tmp_path, fingerprint="f")
+    assert recording.drew == ["case0"]
     (row,) = table(tmp_path / "predictions.csv")
     assert (row["name"], row["fingerprint"]) == ("case0", "f")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    watched = Watched(make_segmenter())
+    recording = RecordingSegmenter(make_segmenter())
     with pytest.raises(UserError, match=r"--out_dir .*: cannot be written"):
-        segment(watched, shelf(1), tmp_path / "file" / "out", fingerprint="f")
-    assert watched.drew == []
+        segment(recording, cases_in_memory(1), tmp_path / "file" / "out", fingerprint="f")
+    assert recording.drew == []
 
 
 def test_a_plan_counts_its_evaluations() -> None:

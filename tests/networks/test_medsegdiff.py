@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, script
 from golden.fill import fill
+from helpers import refused, script
+from small_networks import SMALL, VERSIONS, inputs, normals, predict, small
 from torch import nn
 
 from guided_diffusion.checkpoint import Checkpoint, adapt_weights, load_weights
@@ -19,38 +20,6 @@ from guided_diffusion.networks.highway import (
 )
 from guided_diffusion.networks.medsegdiff import HighwayUNet
 from guided_diffusion.script_util import create_model_and_diffusion
-
-VERSIONS = ["new", "1", "2"]
-SMALL = {
-    "image_size": 32,
-    "in_ch": 4,
-    "num_channels": 32,
-    "channel_mult": "1,2,2",
-    "num_res_blocks": 1,
-    "attention_resolutions": "8",
-    "num_heads": 2,
-}
-
-
-def normals(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def small(version, **flags):
-    """A network of milliseconds whose every layer does something."""
-    net = fill(create_model_and_diffusion(**{**SMALL, "version": version, **flags})[0])
-    for module in net.modules():
-        if isinstance(module, FFParser):  # filled, a filter is so weak that it closes its gate
-            module.complex_weight.data[..., 0] += 1
-    return net.eval()
-
-
-def inputs(size=32):
-    return normals(2, 3, size, size), normals(2, 1, size, size, seed=1), torch.tensor([3, 700])
-
-
-def predict(net, image, mask, t, y=None):
-    return net(mask, t, net.encode(image), y=y)
 
 
 @pytest.fixture(autouse=True)

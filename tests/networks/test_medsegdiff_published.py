@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused, script, succeeded
 from golden.fill import fill
+from helpers import refused, script, succeeded
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion.networks.highway import Highway

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_medsegdiff import inputs, normals, predict, small
+from small_networks import inputs, normals, predict, small
 from torch import nn
 
 from guided_diffusion.networks.medsegdiff_v2 import (

@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import script, succeeded
+from helpers import script, succeeded
 from PIL import Image
 
 from guided_diffusion.report import charts, report, thumbnails

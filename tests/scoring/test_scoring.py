@@ -1,6 +1,5 @@
 """The scores of whole folders: fusions, raters, volumes, and every kind of result file."""
 
-import csv
 import json
 import math
 
@@ -8,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import refused, script, succeeded
+from helpers import read_csv, refused, script, succeeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,11 +36,6 @@ def save_nifti(path, values, zooms=(1, 1, 1)):
     nib.save(nib.Nifti1Image(np.asarray(values), np.diag([*zooms, 1])), path)
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def folder(tmp_path, cases, truths):
     """Predictions by file name, truths by case."""
     for name, mask in cases.items():
@@ -58,7 +52,7 @@ def test_every_measure_of_a_shifted_square_by_hand(tmp_path):
     """8 x 8, moved by two: 48 pixels in common of 64 each; every column is two away at most."""
     pair = folder(tmp_path, {"a_output_ens.png": SHIFTED}, {"a": SQUARE})
     evaluate(*pair)
-    (row,) = rows(pair[0] / "scores.csv")
+    (row,) = read_csv(pair[0] / "scores.csv")
     ratios = {
         "dice": 0.75,
         "iou": 48 / 80,
@@ -87,7 +81,7 @@ def test_members_and_fusions_by_hand(tmp_path):
     }
     pair = folder(tmp_path, files, {"a": SQUARE})
     summary = evaluate(*pair)
-    found = {row["mask"]: float(row["dice"]) for row in rows(pair[0] / "masks.csv")}
+    found = {row["mask"]: float(row["dice"]) for row in read_csv(pair[0] / "masks.csv")}
     assert found == pytest.approx(
         {
             "fused": 0.75,
@@ -100,7 +94,7 @@ def test_members_and_fusions_by_hand(tmp_path):
             "squared_mean": 0,
         }
     )
-    (row,) = rows(pair[0] / "scores.csv")
+    (row,) = read_csv(pair[0] / "scores.csv")
     assert float(row["dice_between"]) == pytest.approx(1 / 3)
     assert float(row["uncertainty"]) == pytest.approx(2 / 3)
     assert summary["masks"]["member"]["dice"] == pytest.approx(2 / 3)
@@ -118,8 +112,8 @@ def test_members_in_any_order_score_the_same(tmp_path_factory, order):
         files = {f"a_output{k}.png": members[i] for k, i in enumerate(places)}
         pair = folder(place, {"a_output_ens.png": SQUARE, **files}, {"a": SHIFTED})
         evaluate(*pair)
-        (row,) = rows(pair[0] / "scores.csv")
-        fusions = [r for r in rows(pair[0] / "masks.csv") if "member" not in r["mask"]]
+        (row,) = read_csv(pair[0] / "scores.csv")
+        fusions = [r for r in read_csv(pair[0] / "masks.csv") if "member" not in r["mask"]]
         found.append([float(row["dice_between"]), *(float(r["dice"]) for r in fusions)])
     assert found[0] == pytest.approx(found[1])
 
@@ -175,7 +169,7 @@ def test_the_rule_for_empty_masks_is_chosen_and_printed(tmp_path, rule, dice, co
     assert summary["scores"]["dice"]["number"] == counted
     assert summary["dice_lesion"] == 1
     assert summary_text(summary).splitlines()[-1] == f"empty masks: {summary['empty_rule']}"
-    assert [row["dice"] != "" for row in rows(pair[0] / "scores.csv")].count(True) == counted
+    assert [row["dice"] != "" for row in read_csv(pair[0] / "scores.csv")].count(True) == counted
 
 
 def test_several_raters(tmp_path):
@@ -217,7 +211,7 @@ def test_tensors_of_diffusion_based_segmentation(tmp_path):
         torch.cat([torch.randn(1, 4, 224, 224), member], 1), tmp_path / "pred/000246_output1"
     )
     summary = evaluate(tmp_path / "pred", tmp_path / "gt")
-    (row,) = rows(tmp_path / "pred/scores.csv")
+    (row,) = read_csv(tmp_path / "pred/scores.csv")
     assert (row["name"], float(row["dice"]), row["members"]) == ("000246", 1, "2")
     assert summary["distances"]["unit"] == "mm" and float(row["size"]) == 3600
 
@@ -270,14 +264,14 @@ def test_volumes_in_millimetres(tmp_path):
     save_nifti(tmp_path / "gt/p1_seg.nii.gz", truth, (0.5, 0.5, 3))
     save_nifti(tmp_path / "pred/p1_output_ens.nii.gz", soft, (0.5, 0.5, 3))
     summary = evaluate(tmp_path / "pred", tmp_path / "gt")
-    (patient,) = rows(tmp_path / "pred/patients.csv")
+    (patient,) = read_csv(tmp_path / "pred/patients.csv")
     distances = surface_distances(soft >= 0.5, truth == 1, spacing=(0.5, 0.5, 3))
     assert (patient["patient"], patient["cases"]) == ("p1", "10")
     assert float(patient["dice"]) == pytest.approx(0.75)
     assert float(patient["assd"]) == pytest.approx(distances.pooled.mean())
     assert float(patient["hd95"]) == 3
     assert summary["distances"] == {"unit": "mm", "tolerance": 2.0}
-    slices = {row["name"]: row for row in rows(tmp_path / "pred/scores.csv")}
+    slices = {row["name"]: row for row in read_csv(tmp_path / "pred/scores.csv")}
     assert len(slices) == 10
     assert slices["p1_slice002"]["dice"] == "0.0" and slices["p1_slice003"]["dice"] == "1.0"
     assert float(slices["p1_slice003"]["size"]) == 36 * 0.25
@@ -290,7 +284,7 @@ def test_pixels_where_one_header_says_nothing(tmp_path):
         save(tmp_path / f"pred/{case}_output_ens.png", SHIFTED)
     summary = evaluate(tmp_path / "pred", tmp_path / "gt")
     assert summary["distances"]["unit"] == "px"
-    assert {row["hd95"] for row in rows(tmp_path / "pred/scores.csv")} == {"2.0"}
+    assert {row["hd95"] for row in read_csv(tmp_path / "pred/scores.csv")} == {"2.0"}
     (tmp_path / "gt/b.png").unlink()
     summary = evaluate(tmp_path / "pred", tmp_path / "gt", partial=True)
     assert (summary["distances"]["unit"], summary["scores"]["hd95"]["mean"]) == ("mm", 4)

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, script, succeeded
+from helpers import ROOT, refused, script, succeeded
 from PIL import Image
 
 from guided_diffusion.layouts import LAYOUTS, open_dataset

@@ -13,7 +13,7 @@ from brats_folders import (
     watch,
     write_volumes,
 )
-from conftest import contents, refused, script, succeeded
+from helpers import contents, refused, script, succeeded
 from torch.testing import assert_close
 
 from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PYTHONPATH, ROOT, training
-from test_training import make_loop, rows
+from helpers import read_csv, torchrun, training
+from loops import make_loop
 from torch.testing import assert_close
 
 from guided_diffusion import logger, train_util
@@ -30,7 +28,7 @@ import torch
 torch.set_num_threads(1)
 from guided_diffusion import logger, train_util
 from guided_diffusion.dist_util import rank, setup_dist
-from test_training import make_loop
+from loops import make_loop
 setup_dist()
 out = Path(sys.argv[1])
 logger.configure(None if rank() else out, quiet=True)
@@ -50,18 +48,9 @@ torch.save({
 }, out / f"rank{rank()}")
 """
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
 
 def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *TORCHRUN, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = torchrun(2, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -98,12 +87,12 @@ def test_gradients_and_weights_are_those_of_twice_the_batch(
     ranks = [torch.load(shared / f"rank{rank}") for rank in (0, 1)]
     for rank in ranks:
         assert len(rank["gradients"]) == len(alone) == 4
-        for step, whole in zip(rank["gradients"], alone, strict=True):
-            largest = max(float(part.abs().max()) for part in whole)
-            for one, other in zip(step, whole, strict=True):
+        for step, single in zip(rank["gradients"], alone, strict=True):
+            largest = max(float(part.abs().max()) for part in single)
+            for one, other in zip(step, single, strict=True):
                 assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
     for name in ("loss", "mse", "grad_norm"):
-        both, one = (float(rows(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
+        both, one = (float(read_csv(at / "progress.csv")[0][name]) for at in (shared, tmp_path))
         assert both == pytest.approx(one, rel=1e-4), f"{name} is that of the whole batch"
     first = zip(ranks[0]["gradients"][0], alone[0], strict=True)
     for one, other in first:
@@ -131,9 +120,9 @@ def test_one_process_writes_checkpoints_and_log(shared: Path) -> None:
     names = {path.name for path in shared.iterdir()} - {"program.py", "rank0", "rank1"}
     assert names == {
         *("savedmodel000002.pt", "savedmodel000004.pt", LATEST),
-        *("log.txt", "progress.csv", "progress.json"),
+        *("log.txt", "progress.csv", "progress.json", "curves.png"),
     }
-    table = rows(shared / "progress.csv")
+    table = read_csv(shared / "progress.csv")
     assert [row["step"] for row in table] == ["1", "2", "3", "4"]
     assert [row["samples"] for row in table] == ["4", "8", "12", "16"]
     assert (shared / "log.txt").read_text("utf-8").count("saved ") == 2
@@ -151,7 +140,7 @@ def test_the_script_under_torchrun(brats: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / LATEST).step == 6
 
 
-SPOILED = """
+NOT_FINITE = """
 import os
 import sys
 from pathlib import Path
@@ -161,15 +150,14 @@ from guided_diffusion import logger
 from guided_diffusion.data.batches import collate
 from guided_diffusion.dist_util import barrier, rank, setup_dist
 from guided_diffusion.errors import UserError
-from test_survival import spoiled
-from test_training import Discs, make_loop
+from loops import Discs, make_loop, with_nan
 setup_dist()
 logger.configure(quiet=True)
 out = Path(sys.argv[1])
 loop = make_loop(out, max_bad_steps=1)
 batch = collate([Discs()[2 * rank()], Discs()[2 * rank() + 1]])
 try:
-    loop.run_step(spoiled(batch) if rank() else batch)
+    loop.run_step(with_nan(batch) if rank() else batch)
 except UserError as error:
     (out / f"rank{rank()}").write_text(str(error))
 barrier()
@@ -179,8 +167,8 @@ os._exit(0)  # at the interpreter's exit torch's threads sometimes abort the pro
 
 @pytest.mark.slow
 def test_every_process_names_the_cases_of_all(tmp_path: Path) -> None:
-    """The gradient is shared, so no single process knows whose case spoiled it."""
-    (tmp_path / "program.py").write_text(SPOILED, encoding="utf-8")
+    """The gradient is shared, so no single process knows which case made it infinite."""
+    (tmp_path / "program.py").write_text(NOT_FINITE, encoding="utf-8")
     two_processes(tmp_path / "program.py", tmp_path)
     one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert "for the cases disc0, disc1, disc2, disc3." in one and one == other
@@ -195,14 +183,14 @@ from guided_diffusion import logger
 from guided_diffusion.networks import highway, medsegdiff
 from guided_diffusion.dist_util import rank, setup_dist
 from guided_diffusion.data.batches import collate
-from test_coarse import Squares, loop_of
+from loops import Squares, make_coarse_loop
 for module in (highway, medsegdiff):
     module.WIDTHS = (32, 64, 32, 32, 32, 32)
 setup_dist()
 logger.configure(quiet=True)
 after = {}
 for version in ("new", "1", "2"):
-    loop = loop_of(version, Path(sys.argv[1]), microbatch=1)
+    loop = make_coarse_loop(version, Path(sys.argv[1]), microbatch=1)
     for _ in range(2):
         loop.run_step(collate([Squares()[2 * rank()], Squares()[2 * rank() + 1]]))
     after[version] = {k: v.detach().clone() for k, v in loop.net.named_parameters()}

@@ -1,4 +1,4 @@
-"""What a run survives: kill -9, a full disk, losses that are not finite; its brakes, by value."""
+"""Robustness of training: kill -9, a full disk, losses that are not finite, clipping, warm-up."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PYTHONPATH, ROOT, refused, script, training
-from test_training import batch_of, equal, make_loop, resumed, rows
+from helpers import ROOT, environment, read_csv, refused, script, training
+from loops import batch_of, equal, make_loop, resumed, with_nan
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -33,7 +34,6 @@ from guided_diffusion.checkpoint import (
     step_of,
     with_companions,
 )
-from guided_diffusion.data.batches import Batch
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import Background
 from guided_diffusion.training.estimates import training_gib
@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from guided_diffusion import logger
-from test_training import make_loop, resumed
+from loops import make_loop, resumed
 out = Path(sys.argv[1])
 logger.configure(quiet=True)
 loop = make_loop(out, max_steps=0, save_interval=1, keep=3, batch_size=1)
@@ -58,13 +58,13 @@ loop.run_loop()
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_last_checkpoint_is_good(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_good_after_a_kill_at_any_moment(tmp_path: Path) -> None:
     """One program is forked 20 times, so that torch is imported once."""
     forker = f"""
 import os, sys
 sys.argv = ["", {str(tmp_path)!r}]
 import torch
-import test_training
+import loops
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -74,11 +74,10 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("gone", flush=True)
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", forker],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -112,17 +111,17 @@ for line in sys.stdin:
 
 @pytest.fixture
 def filling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The disk is full half-way through each checkpoint but the first so many: the list's item."""
+    """Fill the disk half-way through every checkpoint, except the first n; the list holds n."""
     save, good = torch.save, [1]
 
     def half(content: Any, path: Path) -> None:
-        whole = io.BytesIO()
-        save(content, whole)
+        file = io.BytesIO()
+        save(content, file)
         if good[0] > 0:
             good[0] -= 1
-            path.write_bytes(whole.getvalue())
+            path.write_bytes(file.getvalue())
         else:
-            path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+            path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
@@ -149,14 +148,14 @@ def test_a_full_disk_at_the_end_is_not_missed(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
 @pytest.mark.parametrize("name", ["log.txt", "progress.json"])
-def test_a_disk_that_is_too_full_for_the_log(name: str, brats: Path, tmp_path: Path) -> None:
+def test_a_full_disk_for_the_log_is_reported(name: str, brats: Path, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     error = refused(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
     assert f"{tmp_path / name}: cannot be written" in error and "No space left" in error
     assert "earlier checkpoints are intact" in error
 
 
-def test_a_log_that_cannot_be_continued(quiet: None, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_appended_to_is_reported(quiet: None, tmp_path: Path) -> None:
     (tmp_path / "progress.csv").mkdir()
     logger.configure(tmp_path, quiet=True)
     logger.logkv("step", 1)
@@ -194,7 +193,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 @pytest.mark.parametrize("rates", ["0.9", "0.9,0.99"])
-def test_what_training_holds_while_a_checkpoint_is_written(
+def test_the_memory_of_training_while_a_checkpoint_is_written(
     rates: str, quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def held() -> int:
@@ -220,7 +219,7 @@ def test_what_training_holds_while_a_checkpoint_is_written(
     assert most == pytest.approx(training_gib(count, len(loop.averages)), rel=0.02)
 
 
-def test_jobs_come_one_after_the_other_and_their_errors_arrive() -> None:
+def test_background_jobs_run_in_order_and_raise_their_errors() -> None:
     background, seen = Background(), []
 
     def slow() -> None:
@@ -245,17 +244,13 @@ def test_jobs_come_one_after_the_other_and_their_errors_arrive() -> None:
 # ------------------------------------------------------------------------------ not finite
 
 
-def spoiled(batch: Batch) -> Batch:
-    return batch._replace(image=torch.full_like(batch.image, torch.nan))
-
-
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     quiet: None, tmp_path: Path
 ) -> None:
     loop = make_loop(tmp_path, max_bad_steps=3)
     loop.run_step(batch_of(2))
     before = load_state(loop)
-    loop.run_step(spoiled(batch_of(2)))
+    loop.run_step(with_nan(batch_of(2)))
     assert equal(load_state(loop), before)
     assert (loop.step, loop.bad_steps) == (2, 1)
     loop.run_step(batch_of(2))
@@ -273,17 +268,17 @@ def load_state(loop: Any) -> Any:
     return [*clone, {name: v.clone() for name, v in loop.net.state_dict().items()}]
 
 
-def test_too_many_in_a_row_end_the_run_and_name_the_cases(quiet: None, tmp_path: Path) -> None:
+def test_too_many_bad_steps_end_the_run_and_name_the_cases(quiet: None, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, max_bad_steps=3)
-    for batch in (spoiled(batch_of(2)), spoiled(batch_of(2)), batch_of(2)):
+    for batch in (with_nan(batch_of(2)), with_nan(batch_of(2)), batch_of(2)):
         loop.run_step(batch)
     with pytest.raises(UserError, match=r"3 times in a row.*disc0, disc1.*--lr") as raised:
         for _ in range(3):
-            loop.run_step(spoiled(batch_of(2)))
+            loop.run_step(with_nan(batch_of(2)))
     assert "step 5" in str(raised.value)
 
 
-def test_a_loss_scale_finds_its_size_before_steps_count_as_bad(quiet: None, tmp_path: Path) -> None:
+def test_steps_count_as_bad_only_once_the_loss_scale_fits(quiet: None, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, max_bad_steps=2)
     loop.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     for parameter in loop.parameters:
@@ -299,39 +294,39 @@ def test_a_loss_scale_finds_its_size_before_steps_count_as_bad(quiet: None, tmp_
     loop.scaler.update(1.0)
     with pytest.raises(UserError, match="2 times in a row"):
         for _ in range(2):
-            loop.run_step(spoiled(batch_of(2)))
+            loop.run_step(with_nan(batch_of(2)))
 
 
-def test_the_log_counts_them(quiet: None, tmp_path: Path) -> None:
+def test_the_log_counts_skipped_steps(quiet: None, tmp_path: Path) -> None:
     logger.configure(tmp_path, quiet=True)
     loop = make_loop(tmp_path, max_steps=4, log_interval=4)
-    dataset = loop.dataset
+    dataset = loop.setup.dataset
 
-    class Spoiled(type(dataset)):  # type: ignore[misc]
+    class WithNaN(type(dataset)):  # type: ignore[misc]
         def __getitem__(self, index: int) -> Any:
             case = super().__getitem__(index)
             return case._replace(image=case.image * torch.nan) if index == 3 else case
 
-    loop.dataset = Spoiled()
+    loop.setup = replace(loop.setup, dataset=WithNaN())
     loop.run_loop()
-    (row,) = rows(tmp_path / "progress.csv")
+    (row,) = read_csv(tmp_path / "progress.csv")
     assert 1 <= float(row["skipped"]) <= 3
     assert float(row["loss"]) > 0
 
 
-# ------------------------------------------------------------------------------ brakes
+# ------------------------------------------------------------------------------ clipping, warm-up
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.5, 1e9])
 def test_the_gradient_is_clipped_to_its_norm(limit: float, quiet: None, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, grad_clip=limit)
     _ = loop.forward_backward(batch_of(4))
-    whole = torch.cat([p.grad.flatten() for p in loop.parameters if p.grad is not None])
+    gradient = torch.cat([p.grad.flatten() for p in loop.parameters if p.grad is not None])
     norm = loop.log.gradient(loop.parameters)
-    assert_close(norm, whole.norm())
+    assert_close(norm, gradient.norm())
     loop._clip(norm)
     clipped = torch.cat([p.grad.flatten() for p in loop.parameters if p.grad is not None])
-    expected = whole * min(1.0, limit / (float(norm) + 1e-6))
+    expected = gradient * min(1.0, limit / (float(norm) + 1e-6))
     assert_close(clipped, expected)
     assert float(clipped.norm()) <= limit * (1 + 1e-5)
 
@@ -356,8 +351,8 @@ def test_the_rate_warms_up_and_anneals(quiet: None, tmp_path: Path) -> None:
     assert loop.optimizer.param_groups[0]["lr"] == 0
 
 
-def test_the_first_step_of_a_run_is_a_warm_one(quiet: None, tmp_path: Path) -> None:
-    """AdamW's first step is lr in size, so the first of 100 warm steps is a hundredth."""
+def test_warm_up_applies_to_the_first_step(quiet: None, tmp_path: Path) -> None:
+    """AdamW's first step has the size lr, so the first of 100 warm-up steps is a hundredth."""
     moved = []
     for warm in (0, 100):
         loop = make_loop(tmp_path, warmup_steps=warm, lr=1e-3)
@@ -369,7 +364,7 @@ def test_the_first_step_of_a_run_is_a_warm_one(quiet: None, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4, 5]), (1, [5]), (2, [4, 5])])
-def test_so_many_checkpoints_are_kept(
+def test_the_newest_checkpoints_are_kept(
     keep: int, left: list[int], quiet: None, tmp_path: Path
 ) -> None:
     (tmp_path / BEST).write_bytes(b"the best")
@@ -380,7 +375,7 @@ def test_so_many_checkpoints_are_kept(
     assert (tmp_path / BEST).read_bytes() == b"the best"
 
 
-def test_what_another_run_left_is_kept(quiet: None, tmp_path: Path) -> None:
+def test_checkpoints_of_another_run_are_kept(quiet: None, tmp_path: Path) -> None:
     """A run started anew in an old folder removes neither the old files nor its own newest ones."""
 
     def steps() -> list[int]:
@@ -407,16 +402,16 @@ def test_what_another_run_left_is_kept(quiet: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", ["savedmodel", ""])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("step", [float, int])
-def test_the_parents_three_files_continue(
+def test_training_continues_from_the_three_files_of_the_parents(
     style: str, channels_last: bool, step: type, quiet: None, tmp_path: Path
 ) -> None:
-    """The step after is the one that the run itself would have taken."""
+    """The next step is the one that the run itself would have taken."""
     loop = make_loop(tmp_path)
     for _ in range(3):
         loop.run_step(batch_of(4))
     path = write_three_files(loop, tmp_path, style)
     if step is int:
-        _as_an_old_torch_wrote_it(path.with_name(f"opt{style}000003.pt"))
+        _with_plain_step_counts(path.with_name(f"opt{style}000003.pt"))
 
     other = make_loop(tmp_path, channels_last=channels_last)
     start = with_companions(load_checkpoint(path), path, ["0.9", "0.99"])
@@ -435,7 +430,7 @@ def test_the_parents_three_files_continue(
     assert float(torch.cat(apart).mean()) < 1e-6, "moments in another memory order give 4e-4"
 
 
-def test_without_its_optimiser_the_step_would_be_another(quiet: None, tmp_path: Path) -> None:
+def test_the_optimiser_state_changes_the_step(quiet: None, tmp_path: Path) -> None:
     loop = make_loop(tmp_path)
     for _ in range(3):
         loop.run_step(batch_of(4))
@@ -464,18 +459,18 @@ def test_a_head_of_two_channels_is_cut_with_its_moments(quiet: None, tmp_path: P
     load_weights(cut.net, start.model, path)
     cut.restore(start)
     for name, index in (("weight", -2), ("bias", -1)):
-        own, whole = (
+        own, both = (
             cut.optimizer.state[cut.parameters[index]],
             wide.optimizer.state[wide.parameters[index]],
         )
         assert cut.parameters[index].shape[0] == 1 and wide.parameters[index].shape[0] == 2, name
         for moment in ("exp_avg", "exp_avg_sq"):
-            assert_close(own[moment], whole[moment][:1], rtol=0, atol=0)
+            assert_close(own[moment], both[moment][:1], rtol=0, atol=0)
         assert own["step"] == 3
     cut.run_step(batch_of(4))
 
 
-def _as_an_old_torch_wrote_it(path: Path) -> None:
+def _with_plain_step_counts(path: Path) -> None:
     """Count an optimiser's steps by a plain number, not a tensor."""
     state = torch.load(path, weights_only=True)
     for moments in state["state"].values():

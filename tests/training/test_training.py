@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -16,102 +15,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import process, refused, script, succeeded, training
+from helpers import process, read_csv, refused, script, succeeded, training
+from loops import Discs, batch_of, equal, make_loop, resumed
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import Dataset
 
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import LATEST, load_checkpoint, load_weights
-from guided_diffusion.data.batches import Batch, collate, training_batches
-from guided_diffusion.data.datasets import Case
-from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.data.batches import Batch, training_batches
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.stop_signal import StopSignal
 
 
-class Discs(Dataset[Case]):
-    """Discs of different places and sizes in noise: the mask can be learned from the image."""
-
-    def __init__(self, size: int = 6) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Case:
-        noise = torch.Generator().manual_seed(index)
-        row, column = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-        x, y = 4 + 8 * torch.rand(2, generator=noise)
-        mask = ((row - y) ** 2 + (column - x) ** 2 < (3 + index % 3) ** 2).float()[None]
-        return Case(mask + 0.1 * torch.randn(1, 16, 16, generator=noise), mask, f"disc{index}")
-
-
-FLAGS: dict[str, Any] = {
-    "image_size": 16,
-    "in_ch": 2,
-    "num_channels": 32,
-    "channel_mult": "1",
-    "num_res_blocks": 1,
-    "attention_resolutions": "",
-    "predict_xstart": True,
-    "mask_range": "-1,1",
-    "noise_schedule": "cosine",
-}
-
-
-def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) -> TrainLoop:
-    """A loop over discs with a network whose weights are all random, none of them zero."""
-    own = {*FLAGS, "dropout", "learn_sigma"}
-    flags = {key: options.pop(key) for key in list(options) if key in own}
-    channels_last, rest = options.pop("channels_last", False), options.pop("rest", {})
-    steps = options.pop("diffusion_steps", 100)
-    net, diffusion = create_model_and_diffusion(**{**FLAGS, **flags}, diffusion_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in net.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    settings = TrainingOptions(
-        **{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 1, **options}
-    )
-    return TrainLoop(
-        net,
-        diffusion,
-        dataset=Discs(size),
-        schedule_sampler=create_named_schedule_sampler(settings.schedule_sampler, steps),
-        options=settings,
-        run=RunOptions(out_dir=str(out_dir), seed=seed),
-        recorded={},
-        **rest,
-    )
-
-
-def resumed(loop: TrainLoop, path: Path) -> TrainLoop:
-    """Bring a new loop to where a checkpoint was written."""
-    start = load_checkpoint(path)
-    load_weights(loop.net, start.model, path)
-    loop.restore(start, path=path)
-    return loop
-
-
-def batch_of(count: int) -> Batch:
-    return collate([Discs()[index] for index in range(count)])
-
-
 def gradient(loop: TrainLoop, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(3)
     loss = loop.forward_backward(batch)
     return loss, [parameter.grad for parameter in loop.parameters if parameter.grad is not None]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(autouse=True)
@@ -131,39 +53,40 @@ def test_microbatches_give_the_gradient_of_the_batch(
     microbatch: int, sampler: str, tmp_path: Path
 ) -> None:
     options = {"diffusion_steps": 3, "schedule_sampler": sampler}
-    loss, whole = gradient(make_loop(tmp_path, **options), batch_of(4))
+    loss, full = gradient(make_loop(tmp_path, **options), batch_of(4))
     same, parts = gradient(make_loop(tmp_path, microbatch=microbatch, **options), batch_of(4))
     assert_close(same, loss)
-    assert len(whole) == len(parts) > 20
-    largest = max(float(part.abs().max()) for part in whole)
-    for one, other in zip(parts, whole, strict=True):
+    assert len(full) == len(parts) > 20
+    largest = max(float(part.abs().max()) for part in full)
+    for one, other in zip(parts, full, strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-6 * largest)
 
 
-def test_the_first_microbatch_alone_would_be_another_gradient(tmp_path: Path) -> None:
-    _, whole = gradient(make_loop(tmp_path), batch_of(4))
+def test_the_first_microbatch_alone_has_another_gradient(tmp_path: Path) -> None:
+    _, full = gradient(make_loop(tmp_path), batch_of(4))
     _, first = gradient(make_loop(tmp_path), batch_of(1))
-    one, other = (torch.cat([part.flatten() for part in parts]) for parts in (first, whole))
+    one, other = (torch.cat([part.flatten() for part in parts]) for parts in (first, full))
     assert (one - other).norm() > 0.3 * other.norm()
 
 
-def test_the_loss_weights_of_the_times_count(tmp_path: Path) -> None:
+def test_the_loss_weights_of_timesteps_are_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a full history the resampler weighs a loss by 1 / (T p(t))."""
     loop = make_loop(tmp_path, schedule_sampler="loss-second-moment", diffusion_steps=2)
     for _ in range(10):
         loop.schedule_sampler.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
-    seen: list[Tensor] = []
-    losses = type(loop.diffusion).training_losses
+    weighted: list[Tensor] = []
+    losses = GaussianDiffusion.training_losses
 
-    class Spy(type(loop.diffusion)):  # type: ignore[misc]
-        def training_losses(self, net: Any, x0: Tensor, t: Tensor, **rest: Any) -> dict[str, Any]:
-            terms = losses(self, net, x0, t, **rest)
-            seen.append((terms["loss"].detach() * torch.where(t == 0, 2.0, 2 / 3)).mean())
-            return terms
+    def recording(diffusion: Any, net: Any, x0: Tensor, t: Tensor, **rest: Any) -> dict[str, Any]:
+        terms = losses(diffusion, net, x0, t, **rest)
+        weighted.append((terms["loss"].detach() * torch.where(t == 0, 2.0, 2 / 3)).mean())
+        return terms
 
-    loop.diffusion = Spy(**vars(loop.diffusion))
+    monkeypatch.setattr(GaussianDiffusion, "training_losses", recording)
     loss, _ = gradient(loop, batch_of(6))
-    assert_close(loss, seen[0], rtol=2e-3, atol=0)
+    assert_close(loss, weighted[0], rtol=2e-3, atol=0)
 
 
 def test_a_batch_without_masks_is_refused(tmp_path: Path) -> None:
@@ -174,24 +97,7 @@ def test_a_batch_without_masks_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ resumption
 
 
-def equal(one: object, other: object) -> bool:
-    """Whether two nested values agree to the bit."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(equal(one[key], other[key]) for key in one)
-        )
-    if isinstance(one, list | tuple):
-        return (
-            isinstance(other, type(one)) and len(one) == len(other) and all(map(equal, one, other))
-        )
-    return one == other
-
-
-def test_equal_can_tell() -> None:
+def test_equal_compares_nested_values() -> None:
     assert equal({"a": [torch.ones(2), 1]}, {"a": [torch.ones(2), 1]})
     assert not equal({"a": [torch.ones(2), 1]}, {"a": [torch.ones(2) + 1e-7, 1]})
     assert not equal({"a": 1}, {"a": 1, "b": 2})
@@ -201,7 +107,7 @@ def test_equal_can_tell() -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
-def test_k_and_k_steps_are_2k_to_the_bit(sampler: str, workers: int, tmp_path: Path) -> None:
+def test_resumed_training_is_bit_equal(sampler: str, workers: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "schedule_sampler": sampler,
         "num_workers": workers,
@@ -232,13 +138,13 @@ def test_k_and_k_steps_are_2k_to_the_bit(sampler: str, workers: int, tmp_path: P
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"dropout": 0.3}, {"batch_size": 5}])
-def test_that_equality_is_no_accident(change: dict[str, Any], tmp_path: Path) -> None:
+def test_other_settings_give_other_weights(change: dict[str, Any], tmp_path: Path) -> None:
     one = load_checkpoint(make_loop(tmp_path, max_steps=2).run_loop())
     other = load_checkpoint(make_loop(tmp_path, max_steps=2, **change).run_loop())
     assert not equal(one.model, other.model)
 
 
-def test_what_is_drawn_depends_on_the_step_alone(tmp_path: Path) -> None:
+def test_random_draws_depend_on_the_step_alone(tmp_path: Path) -> None:
     losses = []
     for noise in (1, 2):
         loop = make_loop(tmp_path, dropout=0.3)
@@ -248,7 +154,7 @@ def test_what_is_drawn_depends_on_the_step_alone(tmp_path: Path) -> None:
     assert len(set(losses[0])) == 3
 
 
-def test_the_script_resumes_to_the_bit(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_script_resumes_bit_equal(brats: Path, trained: Path, tmp_path: Path) -> None:
     command = training(brats, tmp_path / "run")
     succeeded(script("segmentation_train", *command, "--max_steps", 2))
     said = succeeded(script("segmentation_train", *command, "--max_steps", 4, "--resume", "auto"))
@@ -299,7 +205,7 @@ def test_another_schedule_sampler_starts_its_history_anew(
     assert load_checkpoint(other.run_loop()).step == 3
 
 
-def test_a_checkpoint_that_scaled_no_loss_continues_where_one_is_scaled(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_loss_scale_continues_with_one(tmp_path: Path) -> None:
     path = make_loop(tmp_path, max_steps=2).run_loop()
     scaled = make_loop(tmp_path, max_steps=3)
     scaled.scaler = scaled.checkpoints.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -321,7 +227,7 @@ def test_an_average_that_starts_anew_is_named(
     assert "--ema_rate 0.95,0.5: the checkpoint has no such average" in capsys.readouterr().out
 
 
-def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) -> None:
+def test_a_run_that_would_be_overwritten_is_mentioned(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 1]
     assert "--resume auto" not in succeeded(script("segmentation_train", *command))
     said = succeeded(script("segmentation_train", *command))
@@ -330,7 +236,7 @@ def test_without_resume_the_old_run_is_mentioned(brats: Path, tmp_path: Path) ->
     assert "--in_ch" in refused(never) and never.out == ""
 
 
-def test_resume_auto_starts_where_there_is_nothing(brats: Path, tmp_path: Path) -> None:
+def test_resume_auto_starts_a_new_run_in_an_empty_folder(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path / "new"), "--max_steps", 1, "--resume", "auto"]
     assert "steps 0 to 1" in succeeded(script("segmentation_train", *command))
 
@@ -401,7 +307,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
 
 
-def test_the_rate_falls_to_nothing_and_the_run_ends(tmp_path: Path) -> None:
+def test_the_learning_rate_anneals_to_zero_and_the_run_ends(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, lr=0.5, lr_anneal_steps=8, max_steps=100)
     assert loop.last_step == 8
     for step in range(1, 8):
@@ -409,7 +315,7 @@ def test_the_rate_falls_to_nothing_and_the_run_ends(tmp_path: Path) -> None:
         assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (1 - step / 8))
 
 
-def test_the_rate_stays_where_nothing_anneals(tmp_path: Path) -> None:
+def test_the_learning_rate_is_constant_without_annealing(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, lr=0.5, max_steps=2)
     loop.run_loop()
     assert loop.optimizer.param_groups[0]["lr"] == 0.5
@@ -433,7 +339,7 @@ def test_when_a_run_ends(flags: dict[str, int], end: int, brats: Path, tmp_path:
 
 
 def test_annealing_can_be_longer_than_the_default_limit(tmp_path: Path) -> None:
-    """The parents' --lr_anneal_steps alone says when a run ends."""
+    """In the parents' scripts --lr_anneal_steps alone ends a run."""
     loop = make_loop(tmp_path, lr_anneal_steps=300_000, max_steps=300_000)
     assert loop.last_step == 300_000
 
@@ -443,7 +349,7 @@ class Enough(Exception):
 
 
 @pytest.mark.parametrize("max_steps", [0, 5])
-def test_no_limit_is_no_limit(
+def test_max_steps_0_sets_no_limit(
     max_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = make_loop(tmp_path, max_steps=max_steps)
@@ -472,7 +378,7 @@ def test_a_finished_run_is_left_at_its_step(brats: Path, trained: Path, tmp_path
     assert load_checkpoint(tmp_path / LATEST).step == 4
 
 
-# ------------------------------------------------------------------------------ the stream
+# ------------------------------------------------------------------------------ batches
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 9])
@@ -486,7 +392,7 @@ def test_every_case_comes_once_in_an_epoch(batch_size: int) -> None:
     assert len({tuple(epoch) for epoch in epochs[:3]}) == 3
 
 
-def test_the_order_is_the_seeds() -> None:
+def test_the_order_depends_on_the_seed() -> None:
     def names(seed: int) -> list[list[str]]:
         return [batch.names for batch in islice(training_batches(Discs(9), 2, seed=seed), 9)]
 
@@ -496,11 +402,11 @@ def test_the_order_is_the_seeds() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_stream_starts_anywhere(workers: int) -> None:
-    whole = [batch.names for batch in islice(training_batches(Discs(7), 3, seed=1), 12)]
+def test_batches_can_start_at_any_step(workers: int) -> None:
+    full = [batch.names for batch in islice(training_batches(Discs(7), 3, seed=1), 12)]
     for first in (1, 2, 5, 11):
         rest = training_batches(Discs(7), 3, seed=1, first_step=first, workers=workers)
-        assert [batch.names for batch in islice(rest, 12 - first)] == whole[first:]
+        assert [batch.names for batch in islice(rest, 12 - first)] == full[first:]
 
 
 def test_orders_are_evenly_mixed() -> None:
@@ -508,7 +414,7 @@ def test_orders_are_evenly_mixed() -> None:
     assert len(first) == 4 and min(first.values()) > 25
 
 
-def test_the_last_image_is_as_good_as_the_others(tmp_path: Path) -> None:
+def test_the_last_image_is_drawn_as_often_as_the_others(tmp_path: Path) -> None:
     batch = next(training_batches(Discs(3), 3, seed=1))
     for image, name in zip(batch.image, batch.names, strict=True):
         assert_close(image, Discs()[int(name.removeprefix("disc"))].image, rtol=0, atol=0)
@@ -538,7 +444,7 @@ def test_sigterm_saves_and_resume_auto_continues(brats: Path, tmp_path: Path) ->
     assert f"stopped by SIGTERM at step {saved.step}" in out
     last = saved.step + 2
     succeeded(script("segmentation_train", *command, "--max_steps", last, "--resume", "auto"))
-    steps = [int(row["step"]) for row in rows(tmp_path / "run" / "progress.csv")]
+    steps = [int(row["step"]) for row in read_csv(tmp_path / "run" / "progress.csv")]
     assert steps == list(range(1, last + 1))
     assert load_checkpoint(tmp_path / "run" / LATEST).step == last
 
@@ -562,7 +468,7 @@ def test_a_signal_ends_the_run_after_its_step(
     assert f"stopped by {number.name} at step 3" in capsys.readouterr().out
 
 
-def test_a_run_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored_after_a_run(tmp_path: Path) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     make_loop(tmp_path, max_steps=1).run_loop()
     assert {number: signal.getsignal(number) for number in before} == before
@@ -570,14 +476,14 @@ def test_a_run_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a terminal has it; a job in the background is started deaf to it."""
+    """Handle Ctrl-C as in a terminal; a background job ignores it from the start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_is_not_swallowed(interruptible: None, tmp_path: Path) -> None:
-    """One who presses Ctrl-C twice does not want to wait for the step."""
+def test_a_second_signal_ends_the_process(interruptible: None, tmp_path: Path) -> None:
+    """Whoever presses Ctrl-C twice does not want to wait for the end of the step."""
     loop = make_loop(tmp_path, max_steps=50)
 
     def stuck(batch: Batch) -> Tensor:
@@ -595,7 +501,7 @@ def test_a_second_signal_is_not_swallowed(interruptible: None, tmp_path: Path) -
 def test_a_launcher_may_repeat_the_signal(
     number: signal.Signals, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun hands on what SLURM has sent to every process: the worker gets it twice."""
+    """torchrun forwards what SLURM has sent to every process: the worker receives it twice."""
     monkeypatch.setenv(mark, "1")
     loop = make_loop(tmp_path, max_steps=50)
     run_step = loop.run_step
@@ -609,7 +515,7 @@ def test_a_launcher_may_repeat_the_signal(
     assert load_checkpoint(loop.run_loop()).step == 1
 
 
-def test_a_later_signal_under_a_launcher_is_none_of_its_echoes(interruptible: None) -> None:
+def test_a_later_signal_under_a_launcher_counts_as_a_second_one(interruptible: None) -> None:
     with StopSignal(echo=0.1) as stop, pytest.raises(KeyboardInterrupt):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -648,7 +554,7 @@ def test_the_log_of_a_run(trained: Path) -> None:
     assert text.startswith(f"Logging to {trained}\n")
     assert "--fp16_scale_growth has no effect" in text
     assert "4 BRATS cases, 4 channels" in text and "steps 0 to 4" in text
-    table = rows(trained / "progress.csv")
+    table = read_csv(trained / "progress.csv")
     assert [row["step"] for row in table] == ["2", "4"]
     assert [row["samples"] for row in table] == ["4", "8"]
     for row in table:
@@ -668,16 +574,16 @@ def test_log_lines_are_appended_over_a_resume(brats: Path, tmp_path: Path) -> No
     before = (tmp_path / "log.txt").read_text("utf-8")
     succeeded(script("segmentation_train", *command, "--max_steps", 3, "--resume", "auto"))
     assert (tmp_path / "log.txt").read_text("utf-8").startswith(before)
-    assert [row["step"] for row in rows(tmp_path / "progress.csv")] == ["1", "2", "3"]
+    assert [row["step"] for row in read_csv(tmp_path / "progress.csv")] == ["1", "2", "3"]
     assert len((tmp_path / "progress.json").read_text("utf-8").splitlines()) == 3
 
 
-def test_a_csv_gets_wider_when_a_key_appears(tmp_path: Path) -> None:
+def test_a_new_key_adds_a_column_to_the_csv(tmp_path: Path) -> None:
     path = tmp_path / "progress.csv"
     for row in ({"a": 1, "b": 2}, {"a": 3}, {"b": 5, "c": "x,y"}, {"a": 7}):
         logger.append_row(path, row)
     assert path.read_text("utf-8").splitlines()[0] == "a,b,c"
-    assert rows(path) == [
+    assert read_csv(path) == [
         {"a": "1", "b": "2", "c": ""},
         {"a": "3", "b": "", "c": ""},
         {"a": "", "b": "5", "c": "x,y"},
@@ -711,7 +617,7 @@ def test_losses_are_sorted_by_quarters_of_time() -> None:
 
 
 @pytest.mark.parametrize(("t", "quarter"), [(0, 0), (24, 0), (25, 1), (74, 2), (75, 3), (99, 3)])
-def test_the_borders_of_the_quarters(t: int, quarter: int) -> None:
+def test_losses_at_the_borders_of_the_quarters(t: int, quarter: int) -> None:
     log = StepLog(100)
     log.losses(torch.tensor([t]), {"vb": torch.ones(1)})
     parameter = nn.Parameter(torch.ones(1))
@@ -727,14 +633,14 @@ def test_a_table_of_numbers() -> None:
     )
 
 
-def test_the_log_speaks_of_learned_variance(brats: Path, tmp_path: Path) -> None:
+def test_the_log_has_the_bound_of_a_learned_variance(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--learn_sigma", True, "--max_steps", 2]
     succeeded(script("segmentation_train", *command))
-    (row,) = rows(tmp_path / "progress.csv")
+    (row,) = read_csv(tmp_path / "progress.csv")
     assert float(row["loss"]) == pytest.approx(float(row["mse"]) + float(row["vb"]), rel=1e-4)
 
 
-def test_a_compiled_run_is_the_run(
+def test_compilation_does_not_change_a_run(
     brats: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[str] = []
@@ -752,12 +658,12 @@ def test_the_first_compiled_step_has_no_speed(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     command = [*training(brats, tmp_path), "--compile", "default", "--log_interval", 1]
     succeeded(script("segmentation_train", *command, "--max_steps", 2))
-    first, second = rows(tmp_path / "progress.csv")
+    first, second = read_csv(tmp_path / "progress.csv")
     assert not first["steps_per_s"] and not first["minutes_left"]
     assert float(second["steps_per_s"]) > 0 and float(second["minutes_left"]) == 0
 
 
-def test_training_without_a_compiler_says_so(
+def test_a_missing_compiler_is_reported(
     brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raised: list[RuntimeError] = []
@@ -780,7 +686,7 @@ def test_training_without_a_compiler_says_so(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_short_arithmetic_trains(precision: str, tmp_path: Path, brats: Path) -> None:
+def test_half_precision_trains(precision: str, tmp_path: Path, brats: Path) -> None:
     flags = ["--use_fp16", True] if precision == "fp16" else ["--precision", precision]
     command = [*training(brats, tmp_path), "--max_steps", 2, *flags]
     assert f", {precision};" in succeeded(script("segmentation_train", *command))

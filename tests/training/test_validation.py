@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents, refused, script, succeeded, training
+from helpers import contents, read_csv, refused, script, succeeded, training
+from loops import equal, make_loop, resumed
 from PIL import Image
-from test_training import equal, make_loop, resumed, rows
 from torch import Tensor
 
 from guided_diffusion.checkpoint import BEST, LATEST, latest_checkpoint, load_checkpoint
@@ -25,12 +25,12 @@ from guided_diffusion.training.validation import Score, score_of
 
 
 def scored(folder: Path, scores: list[float], **options: Any) -> tuple[TrainLoop, list[int]]:
-    """A loop whose validations find these Dice values, and the steps they are asked at."""
+    """A loop whose validations return these Dice values, and the steps at which they happen."""
     asked: list[int] = []
 
     def validate(weights: dict[str, Tensor], step: int) -> Score:
         asked.append(step)
-        torch.rand(3)  # what is drawn here is none of the run's business
+        torch.rand(3)  # must not change what the run draws
         return Score(scores[len(asked) - 1], 0.5)
 
     watch = WatchOptions(**options.pop("watch", {}))
@@ -41,7 +41,9 @@ def scored(folder: Path, scores: list[float], **options: Any) -> tuple[TrainLoop
 @pytest.mark.parametrize(
     ("interval", "asked"), [(0, [3, 6, 7]), (2, [2, 4, 6, 7]), (7, [7]), (100, [7])]
 )
-def test_when_it_is_asked(interval: int, asked: list[int], quiet: None, tmp_path: Path) -> None:
+def test_validation_happens_at_its_interval_and_at_the_end(
+    interval: int, asked: list[int], quiet: None, tmp_path: Path
+) -> None:
     loop, seen = scored(
         tmp_path, [0.5] * 9, max_steps=7, save_interval=3, watch={"val_interval": interval}
     )
@@ -70,7 +72,7 @@ def test_the_best_is_kept(
 
 
 @pytest.mark.parametrize(("patience", "end"), [(0, 12), (1, 6), (2, 8), (3, 12)])
-def test_the_run_ends_without_a_better_one(
+def test_the_run_ends_without_a_better_validation(
     patience: int, end: int, quiet: None, tmp_path: Path
 ) -> None:
     scores = [0.1, 0.3, 0.2, 0.3, 0.4, 0.4]
@@ -90,10 +92,10 @@ def test_patience_lasts_over_a_resume(quiet: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_validated_run_is_the_run(brats: Path, trained: Path, tmp_path: Path) -> None:
-    """To the bit, at once and in two parts; only the score is added to the checkpoint."""
-    watched = ["--val_dir", brats / "testing", "--val_steps", 2, "--val_interval", 1]
-    command = [*training(brats, tmp_path / "run"), *watched]
+def test_validation_does_not_change_a_run(brats: Path, trained: Path, tmp_path: Path) -> None:
+    """Bit for bit, at once and resumed; only the score is added to the checkpoint."""
+    validated = ["--val_dir", brats / "testing", "--val_steps", 2, "--val_interval", 1]
+    command = [*training(brats, tmp_path / "run"), *validated]
     succeeded(script("segmentation_train", *command, "--max_steps", 2))
     succeeded(script("segmentation_train", *command, "--max_steps", 4, "--resume", "auto"))
     one, other = load_checkpoint(trained / LATEST), load_checkpoint(tmp_path / "run" / LATEST)
@@ -101,11 +103,11 @@ def test_a_validated_run_is_the_run(brats: Path, trained: Path, tmp_path: Path) 
     assert equal(vars(one), vars(other))
 
 
-def test_what_is_written(brats: Path, tmp_path: Path) -> None:
+def test_the_files_of_validation(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 2, "--val_dir", brats / "testing"]
     said = succeeded(script("segmentation_train", *command, "--val_cases", 1))
     assert "validation on 1 cases, 2 masks each in 5 evaluations" in said
-    row = rows(tmp_path / "progress.csv")[-1]
+    row = read_csv(tmp_path / "progress.csv")[-1]
     assert row["step"] == "2"
     assert 0 <= float(row["val_iou"]) <= float(row["val_dice"]) <= 1
     pictures = {}
@@ -117,7 +119,7 @@ def test_what_is_written(brats: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / BEST).training["best"]["dice"] == float(row["val_dice"])
 
 
-def test_it_scores_as_sampling_and_scoring_do(brats: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_sampling_and_scoring(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path / "run"), "--max_steps", 3, "--val_steps", 3]
     succeeded(script("segmentation_train", *command, "--val_dir", brats / "testing"))
     masks = tmp_path / "masks"
@@ -127,7 +129,7 @@ def test_it_scores_as_sampling_and_scoring_do(brats: Path, tmp_path: Path) -> No
     succeeded(script("segmentation_env", "--inp_pth", masks, "--out_pth", brats / "testing"))
     with (masks / "scores.csv").open(newline="", encoding="utf-8") as file:
         found = [float(row["dice"]) for row in csv.DictReader(file)]
-    said = rows(tmp_path / "run" / "progress.csv")[-1]
+    said = read_csv(tmp_path / "run" / "progress.csv")[-1]
     assert float(said["val_dice"]) == pytest.approx(sum(found) / len(found), abs=1e-4)
 
 
@@ -141,7 +143,7 @@ def test_a_split_names_the_cases(brats: Path, tmp_path: Path) -> None:
     assert "validation on " in succeeded(done)
 
 
-def test_patience_needs_something_to_wait_for(brats: Path, tmp_path: Path) -> None:
+def test_patience_needs_cases_to_validate_on(brats: Path, tmp_path: Path) -> None:
     error = refused(script("segmentation_train", *training(brats, tmp_path), "--patience", 3))
     assert "--patience" in error and "--val_dir" in error
     assert contents(tmp_path) == {}
@@ -165,7 +167,7 @@ def test_a_score_is_the_mean_over_classes() -> None:
     assert one.dice == pytest.approx(dice(confusion(found[0], truth[0])))
 
 
-def test_a_checkpoint_remembers_v_and_one_without_it_still_loads(
+def test_a_checkpoint_records_predict_v_and_one_without_it_loads(
     brats: Path, trained: Path, tmp_path: Path
 ) -> None:
     own = [*training(brats, tmp_path / "v"), "--max_steps", 1]

@@ -42,7 +42,7 @@ def noise(rows=5):
 
 @pytest.mark.parametrize("t", [0, 20, 120, 199])
 @pytest.mark.parametrize("k", [0, 1])
-def test_of_two_gaussian_classes_guidance_makes_the_one(t, k):
+def test_guidance_separates_two_gaussian_classes(t, k):
     """Bayes: the score of a class is that of the mixture plus the classifier's gradient."""
     level, y = SCHEDULE.at(t), torch.full((5,), k)
     guided = guide(mixture, logits, y)(noise(), level).x0
@@ -93,7 +93,7 @@ def test_every_sampler_can_be_guided(name):
     assert name in STOCHASTIC or (drawn.std(0) - SPREAD).abs().max() < 0.03
 
 
-def test_classifiers_hear_the_time_the_diffusion_tells():
+def test_classifiers_get_the_timestep_of_the_diffusion():
     diffusion = GaussianDiffusion(schedule=SCHEDULE, rescale_timesteps=True)
     heard = []
 

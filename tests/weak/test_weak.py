@@ -105,8 +105,8 @@ def test_one_branch_and_counterfactual_are_what_the_normal_class_lacks():
     share = levels[-1].alpha - levels[-1].sigma / levels[0].sigma * levels[0].alpha
     assert_close(found, share * (x0 - NORMAL))
 
-    whole = [*walk(400, 4, 100), *SCHEDULE.levels([])]
-    found = maps.counterfactual_difference(denoiser(NORMAL), x0, eps, whole)
+    to_clean = [*walk(400, 4, 100), *SCHEDULE.levels([])]
+    found = maps.counterfactual_difference(denoiser(NORMAL), x0, eps, to_clean)
     assert_close(found, x0 - NORMAL)
 
 

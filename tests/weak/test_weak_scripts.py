@@ -1,8 +1,7 @@
-"""The weak-supervision scripts: their flags, a whole run of every kind, layouts and errors."""
+"""The weak-supervision scripts: their flags, a complete run of every kind, layouts and errors."""
 
 from __future__ import annotations
 
-import csv
 import json
 import pickle
 import shutil
@@ -16,8 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import contents, refused, script, succeeded
 from golden.fill import fill as fill_weights
+from helpers import contents, read_csv, refused, script, succeeded
 from PIL import Image
 from torch.testing import assert_close
 
@@ -151,7 +150,7 @@ def weak_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_data(weak_data: Path, tmp_path: Path) -> Path:
-    """A copy of the phantoms to spoil."""
+    """A copy of the phantoms to damage."""
     return Path(shutil.copytree(weak_data, tmp_path / "data"))
 
 
@@ -180,7 +179,7 @@ def test_a_healthy_phantom_is_the_patient_without_the_lesion() -> None:
     assert change[inside].mean() > 10 * change[far[..., z]].mean()
 
 
-def test_patients_and_masks_are_told_by_names(weak_data: Path) -> None:
+def test_patients_and_masks_are_recognised_by_name(weak_data: Path) -> None:
     assert patient_of("brats15_003_013") == "brats15_003"
     assert patient_of("a1_slice7") == "a1"
     assert patient_of("img_13") == patient_of("13") == patient_of("left") == ""
@@ -247,7 +246,7 @@ def test_whole_patients_are_held_out(weak_data: Path, share: float, patients: in
     assert len(sides[1]) == patients and not sides[0] & sides[1]
 
 
-def test_no_class_is_held_out_as_a_whole(tmp_path: Path) -> None:
+def test_no_class_is_held_out_completely(tmp_path: Path) -> None:
     phantom_folders.write_weak(tmp_path, 3, patients=3, slices=2, size=32, training=1.0)
     dataset = TumourImages(tmp_path / "training")  # patients 1 and 3 are ill, 2 alone is not
     for seed in range(5):
@@ -304,7 +303,7 @@ def test_a_split_file_can_run_nothing(
     assert not (tmp_path / "hacked").exists()
 
 
-# -------------------------------------------------------------------------------- whole runs
+# -------------------------------------------------------------------------------- complete runs
 
 
 @pytest.fixture(scope="module")
@@ -323,18 +322,17 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
-
-
 def test_two_networks_share_a_folder(weakly_trained: Path) -> None:
     for name, own in (("model.pt", "."), ("classifier_model.pt", "classifier")):
         folder = weakly_trained / own
         latest = (folder / "savedmodel.pt").read_bytes()
         assert (weakly_trained / name).read_bytes() == latest
         assert (folder / "savedmodel000004.pt").read_bytes() == latest
-        assert [row["step"] for row in rows(folder / "progress.csv") if row["loss"]] == ["2", "4"]
-    log = rows(weakly_trained / "classifier" / "progress.csv")
+        assert [row["step"] for row in read_csv(folder / "progress.csv") if row["loss"]] == [
+            "2",
+            "4",
+        ]
+    log = read_csv(weakly_trained / "classifier" / "progress.csv")
     assert all(0 <= float(row["acc@1"]) <= 1 for row in log if row["loss"])
     checked = [float(row["val_accuracy"]) for row in log if row["val_accuracy"]]
     best = load_checkpoint(weakly_trained / "classifier" / "bestmodel.pt")
@@ -351,9 +349,9 @@ def test_training_goes_on_bit_for_bit(
         more = ["--iterations", steps, "--resume", "auto"]
         succeeded(script("classifier_tumor_train", *common, *JUDGE, *more, "--held_out", 0.2))
     for name in ("model.pt", "classifier_model.pt"):
-        ours, whole = (load_checkpoint(folder / name) for folder in (tmp_path, weakly_trained))
-        assert ours.step == 4 and ours.options == whole.options
-        for part, weights in whole.model.items():
+        ours, complete = (load_checkpoint(folder / name) for folder in (tmp_path, weakly_trained))
+        assert ours.step == 4 and ours.options == complete.options
+        for part, weights in complete.model.items():
             assert torch.equal(ours.model[part], weights), part
 
 
@@ -447,7 +445,7 @@ def masks(weakly_trained: Path, weak_data: Path) -> Iterator[Path]:
 def test_masks_are_scored_against_the_truth(masks: Path, weak_data: Path, number: int) -> None:
     folder = masks / str(number)
     names = TumourImages(weak_data / "validate").labels
-    scores = {row["name"]: row for row in rows(folder / "scores.csv")}
+    scores = {row["name"]: row for row in read_csv(folder / "scores.csv")}
     assert scores.keys() == names.keys()
     empty, spared = [], []
     for name, label in names.items():
@@ -470,11 +468,11 @@ def test_masks_are_scored_against_the_truth(masks: Path, weak_data: Path, number
         assert not any(empty)
 
 
-def test_the_classifier_may_say_what_is_segmented(
+def test_the_classifier_can_choose_what_is_segmented(
     masks: Path, weakly_trained: Path, weak_data: Path
 ) -> None:
     trained = load_classifier(Flags(), folder=str(weakly_trained))
-    for row in rows(masks / "1" / "predictions.csv"):
+    for row in read_csv(masks / "1" / "predictions.csv"):
         path = next((weak_data / "validate").glob(f"*[lr]/{row['name']}.png"))
         x0 = Frame(16).fit_image(torch.from_numpy(pixels(path) / np.float32(255))[None])[None]
         with torch.no_grad():
@@ -523,9 +521,9 @@ def step_of_ddim(denoise: Any, x: torch.Tensor, now: Any, nxt: Any) -> torch.Ten
 
 def test_levels_of_a_reconstruction_end_at_the_clean_image(weakly_trained: Path) -> None:
     model = load_image_model(Flags(), folder=str(weakly_trained))
-    whole = WeakSegmenter(WeakOptions("counterfactual", level=50, steps=6), model, None, seed=0)
-    assert [level.t for level in whole.levels[:-1]] == [50, 40, 30, 20, 10, 0]
-    assert whole.levels[-1] == CLEAN
+    complete = WeakSegmenter(WeakOptions("counterfactual", level=50, steps=6), model, None, seed=0)
+    assert [level.t for level in complete.levels[:-1]] == [50, 40, 30, 20, 10, 0]
+    assert complete.levels[-1] == CLEAN
 
 
 def test_finished_cases_are_kept_and_other_settings_start_anew(
@@ -557,7 +555,7 @@ def test_arrays_run_through_all_scripts(arrays: Path, tmp_path: Path) -> None:
 
 
 def test_published_weights_are_used_as_they_are(weak_data: Path, tmp_path: Path) -> None:
-    """Bare weights of a diffusion with 1000 classes, and of an untold ResNet."""
+    """Bare weights of a diffusion with 1000 classes, and of a ResNet without timesteps."""
     network = ImageNetworkOptions(
         image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", class_cond=True
     )
@@ -587,7 +585,7 @@ def test_published_weights_are_used_as_they_are(weak_data: Path, tmp_path: Path)
 # ----------------------------------------------------------------------------------- errors
 
 
-def spoil_nothing(folder: Path) -> None:
+def change_nothing(folder: Path) -> None:
     pass
 
 
@@ -619,22 +617,22 @@ def lonely_mask(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train_tumor_ddfm", "classifier_tumor_train"])
 @pytest.mark.parametrize(
-    ("spoil", "flags", "found"),
+    ("damage", "flags", "found"),
     [
         (empty_class, [], "training/tumor: has no image"),
         (no_class, [], "training/normal: has no image"),
         (no_image, [], "training: has no image in normal/ or tumor/"),
         (no_part, [], "data has no folder training."),
         (lonely_mask, [], "seg: has 1 mask without an image in tumor/: x_1"),
-        (spoil_nothing, ["--batch_size", 50], "--batch_size 50: there are only"),
-        (spoil_nothing, ["--src_dir", "nowhere"], "nowhere: does not exist"),
-        (spoil_nothing, ["--img_size", 17], "--image_size 17: must be a multiple of"),
+        (change_nothing, ["--batch_size", 50], "--batch_size 50: there are only"),
+        (change_nothing, ["--src_dir", "nowhere"], "nowhere: does not exist"),
+        (change_nothing, ["--img_size", 17], "--image_size 17: must be a multiple of"),
     ],
 )
 def test_training_refuses(
-    own_data: Path, tmp_path: Path, name: str, spoil: Any, flags: list[object], found: str
+    own_data: Path, tmp_path: Path, name: str, damage: Any, flags: list[object], found: str
 ) -> None:
-    spoil(own_data)
+    damage(own_data)
     small = SMALL if name == "train_tumor_ddfm" else JUDGE
     common = ["--src_dir", own_data, "--save_dir", tmp_path / "run", *small, "--max_steps", 1]
     assert found in refused(script(name, *common, *flags))
@@ -661,7 +659,7 @@ def test_segmentation_refuses(
     assert found in refused(script("image_p_seg", *common, *flags))
 
 
-def test_one_network_in_the_other_s_place_is_refused(
+def test_a_checkpoint_of_the_other_network_is_refused(
     weakly_trained: Path, weak_data: Path, tmp_path: Path
 ) -> None:
     common = ["--src_dir", weak_data, "--save_dir", tmp_path, "--guided"]
@@ -696,7 +694,7 @@ def test_a_diffusion_without_classes_cannot_segment(weak_data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("version", ["1", "new", "2"])
-def test_images_are_diffused_by_the_plain_network_alone(
+def test_only_the_plain_network_diffuses_images(
     weak_data: Path, tmp_path: Path, version: str
 ) -> None:
     common = ["--src_dir", weak_data, "--save_dir", tmp_path / "run", *SMALL, "--max_steps", 1]

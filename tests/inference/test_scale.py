@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import csv
 import gc
-import os
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +14,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import DIFFUSION, NETWORK, ROOT, contents, refused, script, succeeded, training
+from helpers import (
+    DIFFUSION,
+    NETWORK,
+    contents,
+    read_csv,
+    refused,
+    script,
+    succeeded,
+    torchrun,
+    training,
+)
 from PIL import Image
 
 from guided_diffusion.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -37,11 +43,6 @@ def sampling(data: Path, model: Path, out: Path) -> list[object]:
     ]
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
@@ -51,19 +52,6 @@ def contains(picture: np.ndarray, part: np.ndarray) -> bool:
     windows = np.lib.stride_tricks.sliding_window_view(picture, part.shape)
     corners = (windows[..., 0, 0] == part[0, 0]) & (windows[..., -1, -1] == part[-1, -1])
     return any(np.array_equal(window, part) for window in windows[corners])
-
-
-def together(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run sampling in several processes, as torchrun does."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    return subprocess.run(
-        [sys.executable, *launcher, "scripts/segmentation_sample.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +70,14 @@ def test_two_processes_draw_the_same_as_one(
     trained = request.getfixturevalue(model)
     one, two = tmp_path / "one", tmp_path / "two"
     succeeded(script("segmentation_sample", *sampling(brats / "training", trained, one)))
-    done = together(2, *sampling(brats / "training", trained, two))
+    done = torchrun(
+        2, "scripts/segmentation_sample.py", *sampling(brats / "training", trained, two)
+    )
     assert done.returncode == 0, done.stderr
 
-    assert [row["name"] for row in rows(two)] == [row["name"] for row in rows(one)]
+    assert [row["name"] for row in read_csv(two / "predictions.csv")] == [
+        row["name"] for row in read_csv(one / "predictions.csv")
+    ]
     left, right = contents(one), contents(two)
     assert left.keys() == right.keys()
     masks = [name for name in left if name.endswith("_mask.png")]
@@ -96,7 +88,9 @@ def test_two_processes_draw_the_same_as_one(
         assert np.abs(pixels(one / name).astype(int) - pixels(two / name)).max() <= 1, name
 
     assert done.stdout.count("cases in") == 1
-    again = together(2, *sampling(brats / "training", trained, two))
+    again = torchrun(
+        2, "scripts/segmentation_sample.py", *sampling(brats / "training", trained, two)
+    )
     assert "4 of 4 cases are finished and kept" in again.stdout
 
 
@@ -111,7 +105,7 @@ def test_two_processes_write_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if run:
             succeeded(run("segmentation_sample", *line))
         else:
-            done = together(2, *line)
+            done = torchrun(2, "scripts/segmentation_sample.py", *line)
             assert done.returncode == 0, done.stderr
     volumes = sorted(path.name for path in one.glob("*.nii.gz"))
     assert len(volumes) == 9 and volumes == sorted(path.name for path in two.glob("*.nii.gz"))
@@ -143,7 +137,10 @@ def test_rows_of_a_killed_process_are_not_lost(brats: Path, trained: Path, tmp_p
     (tmp_path / "predictions.csv").rename(tmp_path / ".predictions-1.csv")
     text = succeeded(script("segmentation_sample", *arguments))
     assert "4 of 4 cases are finished and kept" in text
-    assert len(rows(tmp_path)) == 4 and not (tmp_path / ".predictions-1.csv").exists()
+    assert (
+        len(read_csv(tmp_path / "predictions.csv")) == 4
+        and not (tmp_path / ".predictions-1.csv").exists()
+    )
 
 
 @pytest.mark.parametrize(("which", "compile"), [(0, ""), (0, "default"), (1, "")])
@@ -163,11 +160,13 @@ def test_a_failing_case_does_not_stop_the_others(
     arguments = [*sampling(data, trained, out), "--compile", compile]
     message = refused(script("segmentation_sample", *arguments))
     assert "1 of the cases" in message and broken.name in message
-    assert len(rows(out)) == 3
+    assert len(read_csv(out / "predictions.csv")) == 3
 
     shutil.copy(brats / "training" / broken.relative_to(data), broken)
     text = succeeded(script("segmentation_sample", *arguments))
-    assert "3 of 4 cases are finished and kept" in text and len(rows(out)) == 4
+    assert (
+        "3 of 4 cases are finished and kept" in text and len(read_csv(out / "predictions.csv")) == 4
+    )
 
 
 def test_if_no_case_can_be_read_the_first_error_is_reported(
@@ -207,9 +206,10 @@ def test_empty_and_full_members_are_reported(
     text = succeeded(script("segmentation_sample", *sampling(brats / "testing", trained, tmp_path)))
     assert ("look at 000005, 000006: some of their members" in text) == named
     assert ("nothing is found in any member of 000005, 000006" in text) == (max(levels) < 0.5)
-    assert {(row["empty_members"], row["full_members"]) for row in rows(tmp_path)} == {
-        (empty, full)
-    }
+    assert {
+        (row["empty_members"], row["full_members"])
+        for row in read_csv(tmp_path / "predictions.csv")
+    } == {(empty, full)}
 
 
 def test_memory_does_not_grow_with_steps(trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""Watching a run: curves, TensorBoard's absence, and a visdom server that answers, or does not."""
+"""Live display of a run: curves, no TensorBoard, a visdom server that answers or does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from conftest import contents, refused, script, succeeded, training
+from helpers import contents, refused, script, succeeded, training
 from PIL import Image
 
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
@@ -89,7 +89,7 @@ def test_without_tensorboard_there_is_one_line(
 
 
 class Server:
-    """A visdom server as far as its protocol goes: POST of JSON, answered with a window's name."""
+    """A visdom server's protocol: POST of JSON, answered with a window's name."""
 
     def __init__(self) -> None:
         self.posts: list[tuple[str, dict[str, Any]]] = []
@@ -120,7 +120,7 @@ def server() -> Iterator[Server]:
     server.http.server_close()
 
 
-def test_lines_on_the_wire(server: Server) -> None:
+def test_the_messages_of_lines(server: Server) -> None:
     sink = VisdomSink(server.port, environment="mine")
     sink.numbers({"step": 10, "loss": 0.5, "loss_q0": 0.7, "lr": 1e-3, "memory_gib": 1.0})
     sink.numbers({"step": 20, "loss": 0.25, "lr": 1e-3})
@@ -136,7 +136,7 @@ def test_lines_on_the_wire(server: Server) -> None:
     assert last["loss"]["layout"]["title"] == last["loss"]["opts"]["title"] == "loss"
 
 
-def test_a_picture_on_the_wire(server: Server) -> None:
+def test_the_message_of_a_picture(server: Server) -> None:
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     sink = VisdomSink(server.port)
     sink.picture("sampling", pixels, 7)
@@ -153,7 +153,7 @@ def test_a_picture_on_the_wire(server: Server) -> None:
 
 @pytest.mark.slow
 def test_a_real_server_keeps_lines_and_pictures(tmp_path: Path) -> None:
-    """Of visdom itself, where it is installed: what it stores is what was sent."""
+    """A real visdom, if it is installed, stores what was sent."""
     pytest.importorskip("visdom", reason="visdom is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -182,21 +182,21 @@ def test_a_real_server_keeps_lines_and_pictures(tmp_path: Path) -> None:
 
 def _wait_for(port: int) -> None:
     for _ in range(300):
-        with socket.socket() as door:
-            if door.connect_ex(("127.0.0.1", port)) == 0:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
     raise TimeoutError(f"no server on port {port}")
 
 
-def test_a_server_that_is_away_costs_nothing() -> None:
+def test_an_absent_server_does_not_delay_a_run() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert seconds_of(VisdomSink(port)) < 1
 
 
-def test_a_server_that_never_answers_costs_nothing() -> None:
+def test_a_server_that_never_answers_does_not_delay_a_run() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -205,7 +205,7 @@ def test_a_server_that_never_answers_costs_nothing() -> None:
 
 
 def seconds_of(sink: VisdomSink) -> float:
-    """How long a run of 200 lines and pictures is held up, and its end with it."""
+    """Return how long 200 lines and pictures, and closing, delay a run."""
     started = time.monotonic()
     for step in range(200):
         sink.numbers({"step": step, "loss": 1.0})
@@ -214,7 +214,7 @@ def seconds_of(sink: VisdomSink) -> float:
     return time.monotonic() - started
 
 
-def test_a_server_that_comes_back_has_it_all(server: Server) -> None:
+def test_a_restarted_server_gets_all_points(server: Server) -> None:
     sink = VisdomSink(1, pause=0.05)
     sink.numbers({"step": 1, "loss": 1.0})
     sink.close()
@@ -225,7 +225,7 @@ def test_a_server_that_comes_back_has_it_all(server: Server) -> None:
     assert server.posts[-1][1]["data"][0]["x"] == [1, 2]
 
 
-def test_sampling_is_drawn_and_stays_the_same(
+def test_live_display_does_not_change_sampling(
     server: Server, brats: Path, trained: Path, tmp_path: Path
 ) -> None:
     for name, extra in (("plain", ()), ("shown", ("--visdom", server.port))):
@@ -241,7 +241,9 @@ def test_sampling_is_drawn_and_stays_the_same(
     assert all(one[name] == other[name] for name in one if name.endswith(".png"))
 
 
-def test_sampling_waits_for_no_server(brats: Path, trained: Path, tmp_path: Path) -> None:
+def test_an_absent_server_does_not_delay_sampling(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -253,7 +255,7 @@ def test_sampling_waits_for_no_server(brats: Path, trained: Path, tmp_path: Path
     assert (tmp_path / "000005_mask.png").exists()
 
 
-def test_a_run_is_drawn_and_stays_the_same(
+def test_live_display_does_not_change_training(
     server: Server, brats: Path, trained: Path, tmp_path: Path
 ) -> None:
     command = [*training(brats, tmp_path / "run"), "--max_steps", 4, "--visdom", server.port]
