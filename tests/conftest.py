@@ -14,7 +14,6 @@ from guided_diffusion import logger
 from guided_diffusion.networks import highway, medsegdiff
 from guided_diffusion.tools import phantom_folders
 
-
 HAS_CUDA, COUNT_CUDA = torch.cuda.is_available, torch.cuda.device_count
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NETWORK, ROOT
+from helpers import NETWORK, ROOT
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -24,9 +24,9 @@ from guided_diffusion.dist_util import autocast, describe, dev, place_model
 from guided_diffusion.inference.plan import make_plan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.unet import UNetModel
 
 pytestmark = [
@@ -77,17 +77,16 @@ def make_loop(device: torch.device, folder: Path, **flags: Any) -> TrainLoop:
     net, diffusion = random_network(device, **flags)
     if run.get("compile"):
         place_model(net, device, compile=run["compile"])
-    options = TrainingOptions(batch_size=4, lr=1e-3, ema_rate="0.9")
-    sampler = create_named_schedule_sampler("uniform", 100)
-    return TrainLoop(
-        net,
-        diffusion,
+    setup = TrainSetup(
+        net=net,
+        diffusion=diffusion,
         dataset=[],  # type: ignore[arg-type]
-        schedule_sampler=sampler,
-        options=options,
+        options=TrainingOptions(batch_size=4, lr=1e-3, ema_rate="0.9"),
         run=RunOptions(out_dir=str(folder), seed=1, **run),
         recorded={},
+        data="",
     )
+    return TrainLoop(setup)
 
 
 def drawn(device: torch.device, precision: str = "fp32", compile: str = "", **options: Any) -> Any:

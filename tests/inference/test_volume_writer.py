@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import DIFFUSION, NETWORK, contents, script, succeeded
+from helpers import DIFFUSION, NETWORK, contents, script, succeeded
 
 from guided_diffusion.tools import phantom_folders
 
