@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -138,7 +139,7 @@ class TrainLoop:
         start, total, patience = self.step, self.last_step, self.setup.watch.patience
         hidden = True if rank() else None
         bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
-        with StopSignal() as stop:
+        with closing(batches), StopSignal() as stop:
             with bar as progress:
                 while not any_rank(bool(stop.wanted)) and (not total or self.step < total):
                     batch, compiles = next(batches), self.run.compile and self.step == start

@@ -69,12 +69,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def process(name: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a file of scripts/ in a separate process, from the repository's root."""
+def process(name: str, *arguments: object, group: bool = False) -> subprocess.Popen[str]:
+    """Start a file of scripts/ in a process, or a group of them, from the repository's root."""
     return subprocess.Popen(
         [sys.executable, f"scripts/{name}.py", *map(str, arguments)],
         cwd=ROOT,
         env=environment(),
+        start_new_session=group,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

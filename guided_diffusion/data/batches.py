@@ -7,7 +7,8 @@ diffused and what conditions it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def training_batches(
     augmentation: Augmentation | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield full batches without end, each epoch in a new order, starting at any step.
 
     Args:
@@ -83,6 +84,8 @@ def training_batches(
         rank: the rank of this process, which gets its share of every step's global batch.
         world_size: the number of processes that share each step.
 
+    Closing the generator ends the reading processes.
+
     Raises:
         UserError: a file cannot be used, whichever process read it.
     """
@@ -92,6 +95,7 @@ def training_batches(
         batch_sampler=_Positions(len(drawn), batch_size, seed, first_step, rank, world_size),
         num_workers=workers,
         collate_fn=_batch_or_error,
+        worker_init_fn=_leave_signals_to_the_parent,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
@@ -101,6 +105,19 @@ def training_batches(
         yield batch
     del loader  # ends the workers now; the traceback below would keep the loader alive
     raise batch
+
+
+GRACE = 120
+"""Seconds that a reading process stays after SIGTERM, in which the training process saves."""
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Outlive a signal that the training process got as well: it saves, then ends its readers."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class _Positions:

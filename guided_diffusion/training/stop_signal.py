@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that a loop can see, so that it ends between two steps."""
+"""SIGTERM, SIGHUP and Ctrl-C as a request that a loop can see, to end between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAUNCHER_ECHO = 5.0
 
 
 class StopSignal:
-    """Notes that SIGTERM or Ctrl-C was received, so that the step can be finished.
+    """Notes that SIGTERM, SIGHUP or Ctrl-C was received, so that the step can be finished.
 
     A second signal of the same kind has its usual effect, as has any signal after the run. Repeats
     within ``echo`` seconds count as the first one: a launcher forwards the signal that it received
@@ -25,9 +25,9 @@ class StopSignal:
         self.first: dict[int, float] = {}
 
     def __enter__(self) -> StopSignal:
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        names = ("SIGTERM", "SIGINT", "SIGHUP")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -449,7 +449,22 @@ def test_sigterm_saves_and_resume_auto_continues(brats: Path, tmp_path: Path) ->
     assert load_checkpoint(tmp_path / "run" / LATEST).step == last
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_loses_nothing_with_reading_processes(
+    number: signal.Signals, brats: Path, tmp_path: Path
+) -> None:
+    """As SLURM's --signal and a terminal's Ctrl-C send it: to the readers, too."""
+    flags = ["--max_steps", 0, "--save_interval", 10**6, "--log_interval", 1, "--num_workers", 2]
+    running = process("segmentation_train", *training(brats, tmp_path), *flags, group=True)
+    wait_for(tmp_path / "progress.csv", running)
+    os.killpg(running.pid, number)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (0, "")
+    assert f"stopped by {number.name} at step {load_checkpoint(tmp_path / LATEST).step}" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
