@@ -39,7 +39,7 @@ class NetworkOptions:
     num_head_channels: int = flag(
         -1, "channels of one head, instead of num_heads; -1: unused", least=-1
     )
-    use_scale_shift_norm: bool = flag(True, "the time scales and shifts after normalisation")
+    use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts normalised maps")
     resblock_updown: bool = flag(False, "resample inside residual blocks")
     use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
     class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
@@ -58,7 +58,7 @@ class DiffusionOptions:
         1000, "training: length of the schedule; sampling: network evaluations per mask"
     )
     noise_schedule: str = flag("linear", "noise schedule", choices=("linear", "cosine"))
-    timestep_respacing: str = flag("", "times to use, as in 50 or 10,20,30 or ddim50; empty: all")
+    timestep_respacing: str = flag("", "timesteps to use: 50, 10,20,30 or ddim50; empty: all")
     learn_sigma: bool = flag(False, "learn the variance of the reverse process")
     predict_xstart: bool = flag(False, "predict the clean mask instead of the noise")
     use_kl: bool = flag(False, "train on the variational bound")
@@ -111,7 +111,7 @@ class DataOptions:
         "empty: all above 0 is one class",
     )
     slices: str = flag(
-        "", "axial slices of each volume, from 0, end left out; BraTS: 80:129; empty: all", run=True
+        "", "axial slices of each volume, from 0, end left out, as in 80:129; empty: all", run=True
     )
     blank_slices: bool = flag(True, "keep slices of a volume whose image is constant", run=True)
     cache_dir: str = flag(
@@ -166,7 +166,7 @@ class TrainingOptions:
     max_bad_steps: int = flag(10, "end after so many non-finite steps in a row", least=1)
     keep: int = flag(0, "numbered checkpoints to keep, the newest; 0: all", least=0)
     schedule_sampler: str = flag(
-        "uniform", "how times are drawn", choices=("uniform", "loss-second-moment")
+        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
     )
     log_interval: int = flag(100, "steps between two lines of the log", least=1)
     save_interval: int = flag(5000, "steps between two checkpoints", least=1)
@@ -179,7 +179,7 @@ class TrainingOptions:
     num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
     augment: bool = flag(
         False,
-        "flip, turn, scale and re-light the training images at random; masks follow",
+        "flip, rotate, scale and re-light the training images at random; masks follow",
     )
     cache_gib: float = flag(
         2.0, "room on disk, in GiB, for decoded training cases of this run", least=0
@@ -227,7 +227,7 @@ class SamplingOptions:
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
         choices=("", "ddpm", "ddim", *SOLVERS),
     )
-    steps: int = flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
+    steps: int = flag(0, "network evaluations per mask; 0: all timesteps, solvers 50", least=0)
     dpm_solver: bool = flag(False, "sample with DPM-Solver++")
     use_ddim: bool = flag(False, "sample with DDIM")
     eta: float = flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
@@ -241,7 +241,7 @@ class SamplingOptions:
         choices=("time_uniform", "logSNR", "time_quadratic"),
     )
     temperature: float = flag(
-        1.0, "scale of the noise a mask starts from; above 1 members differ more", least=0
+        1.0, "scale of the noise a mask starts from; above 1 masks differ more", least=0
     )
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
@@ -277,7 +277,7 @@ class ScoringOptions:
 
     inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
-    partial: bool = flag(False, "score the cases that both folders hold")
+    partial: bool = flag(False, "score the cases that both folders hold; False: all, or an error")
     mask_labels: str = flag(
         "",
         "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says",

@@ -83,7 +83,7 @@ class ClassifierOptions:
         "32,16,8", "feature map sizes, in pixels, that get attention"
     )
     classifier_use_scale_shift_norm: bool = flag(
-        True, "the time scales and shifts after normalisation"
+        True, "the timestep scales and shifts normalised maps"
     )
     classifier_resblock_updown: bool = flag(True, "resample inside residual blocks")
     classifier_pool: str = flag(
@@ -169,7 +169,7 @@ class ImageSamplingOptions:
     num_samples: int = flag(8, "images to draw", least=1)
     batch_size: int = flag(8, "images at a time", least=1)
     use_ddim: bool = flag(False, "sample with DDIM")
-    steps: int = flag(0, "network evaluations per image; 0: every trained time", least=0)
+    steps: int = flag(0, "network evaluations per image; 0: every trained timestep", least=0)
     clip_denoised: bool = flag(True, "clip the predicted clean image at every evaluation")
     sigma_small: bool = flag(False, "the smaller of DDPM's two variances")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
@@ -196,9 +196,9 @@ class WeakOptions:
         "",
         "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt",
     )
-    level: int = flag(400, "Q, the time to which images are noised", least=0)
+    level: int = flag(400, "Q, the timestep to which images are noised", least=0)
     steps: int = flag(10, "R, steps of each branch, or of the whole reconstruction", least=1)
-    stride: int = flag(1, "trained times between two steps of the branches", least=1)
+    stride: int = flag(1, "trained timesteps between two steps of the branches", least=1)
     tau: float = flag(
         0.95,
         "share of the lesion's embedding in the second branch's",
@@ -238,7 +238,7 @@ class WeakOptions:
 class UnusedOptions:
     """What the published script of segmentation accepts and segmentation has no use for."""
 
-    schedule_sampler: str = flag("uniform", "how times are drawn", dead="only training has it")
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", dead="only training has it")
     lr: float = flag(1e-4, "learning rate", dead="only training has it")
     weight_decay: float = flag(0.0, "weight decay", dead="only training has it")
     lr_anneal_steps: int = flag(0, "steps of annealing", dead="only training has it")
