@@ -33,7 +33,7 @@ $(VENV)/ready-to-test: requirements.txt requirements-dev.txt
 # One line says which Python is used; an old one is refused before anything is installed.
 define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
-	print("$(PYTHON) is Python %d.%d; 3.11 or newer is needed" % v[:2]); sys.exit(v < (3, 11))'
+	print("$(PYTHON) is Python %d.%d (3.11 or newer is needed)" % v[:2]); sys.exit(v < (3, 11))'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(1)
 	touch $@

@@ -14,9 +14,11 @@ HEAD = """# Command line
 
 Every flag of every command, made by `docs/cli.py` from the code. `guided-diffusion train` and
 `python scripts/segmentation_train.py` are the same; so are the other pairs. Flags are accepted with
-`-` for `_`, and may be cut as long as they stay unique. Truth values are written `True` or `False`.
-Flags marked *no effect* are accepted because the published commands have them. **Bold** flags are
-those that `-h` shows. [Migration](migration.md) has the differences from the published commands.
+`-` for `_`, and may be shortened as long as they stay unique. Truth values are written `True` or
+`False`. Flags marked *no effect* are accepted because the published commands have them. **Bold**
+flags are those that `-h` shows. Every command also has `--help_all`, which shows all flags, and
+`--about`, which prints the version, torch and the device. [Migration](migration.md) has the
+differences from the published commands.
 """
 
 
@@ -49,6 +51,7 @@ def row(group: type, entry: Any, basic: list[str]) -> str:
     flag = f"**{flag}**" if entry.name in basic else flag
     kind = get_type_hints(group)[entry.name].__name__
     kind = " ".join(f"`{choice}`" for choice in info["choices"] if choice) or kind
+    kind = " ".join(info["words"]) or kind
     default = "" if entry.default in ("", ()) else f"`{entry.default}`"
     meaning = info["help"] + (f"; *no effect: {info['dead']}*" if info["dead"] else "")
     return f"| {flag} | {kind} | {default} | {meaning.replace('|', chr(92) + '|')} |\n"

@@ -113,7 +113,7 @@ class DataOptions:
         "empty: all above 0 is one class",
     )
     slices: str = flag(
-        "", "axial slices of each volume, from 0, end left out; BraTS: 80:129; empty: all", run=True
+        "", "axial slices of each volume, from 0, end left out, as in 80:129; empty: all", run=True
     )
     blank_slices: bool = flag(True, "keep slices of a volume whose image is constant", run=True)
     cache_dir: str = flag(
@@ -221,7 +221,7 @@ class SamplingOptions:
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
         choices=("", "ddpm", "ddim", *SOLVERS),
     )
-    steps: int = flag(0, "network evaluations per mask; 0: as diffusion_steps says", least=0)
+    steps: int = flag(0, "network evaluations per mask; 0: all timesteps, solvers 50", least=0)
     dpm_solver: bool = flag(False, "sample with DPM-Solver++")
     use_ddim: bool = flag(False, "sample with DDIM")
     eta: float = flag(0.0, "noise of DDIM: 0 is deterministic, 1 is that of DDPM", least=0, most=1)
@@ -235,7 +235,7 @@ class SamplingOptions:
         choices=("time_uniform", "logSNR", "time_quadratic"),
     )
     temperature: float = flag(
-        1.0, "scale of the noise a mask starts from; above 1 members differ more", least=0
+        1.0, "scale of the noise a mask starts from; above 1 masks differ more", least=0
     )
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
@@ -271,7 +271,7 @@ class ScoringOptions:
 
     inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
-    partial: bool = flag(False, "score the cases that both folders hold")
+    partial: bool = flag(False, "score the cases that both folders hold; False: all, or an error")
     mask_labels: str = flag(
         "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
     )

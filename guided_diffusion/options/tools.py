@@ -14,7 +14,7 @@ class CheckOptions:
 
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
-    image_size: int = flag(256, "size of training, at which masks must not vanish", least=1)
+    image_size: int = flag(256, "that of training: masks that vanish at it are named", least=1)
     labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(
         -1, "processes that read; 0: this one; -1: by cores and cases", least=-1
@@ -29,13 +29,13 @@ class SlicingOptions:
     out: str = flag("", "folder to write; the same command continues")
     slices: str = flag("80:129", "axial slices, from 0, end left out")
     blank_slices: bool = flag(True, "keep slices whose image is constant")
-    modalities: str = flag("", "channels, as in flair,t1ce; empty: all there are")
+    modalities: str = flag("", "modalities to write, as in flair,t1ce; empty: all there are")
     normalise: str = flag(
         "minmax", "intensities of a volume", choices=("none", "minmax", "percentile", "zscore")
     )
     dtype: str = flag("uint8", "type of the images", choices=("uint8", "float32"))
     train: float = flag(0.8, "share of patients for training", least=0, most=1)
-    seed: int = flag(0, "seed of the division into parts")
+    seed: int = flag(0, "seed of the division of the patients")
     workers: int = flag(0, "processes; 0: one per core", least=0)
 
 
