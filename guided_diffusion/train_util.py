@@ -145,13 +145,7 @@ class TrainLoop:
     def restore(
         self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
     ) -> None:
-        """Continue from a checkpoint whose weights the network already has.
-
-        Args:
-            checkpoint: the state.
-            path: its file, if it has one.
-            missing: parameters that its optimiser did not have.
-        """
+        """Continue from a checkpoint: see :meth:`CheckpointManager.restore`."""
         self.step = checkpoint.step
         self.best = BestScore(checkpoint.training.get("best", {}))
         self.checkpoints.restore(checkpoint, path=path, missing=missing)

@@ -90,14 +90,14 @@ class CheckpointManager:
                 step=step,
                 model=plain(self.net.state_dict()),
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
-                training=copied(training),
+                training=with_tensors(training, lambda tensor: tensor.detach().clone()),
             )
             reading = side_stream(next(self.net.parameters()).device)
             drop = self._surplus(path) if numbered else []
 
             def write() -> None:
                 with reading:
-                    kept = Checkpoint(**on_cpu(vars(state)))
+                    kept = Checkpoint(**with_tensors(vars(state), Tensor.cpu))
                 save_checkpoint(self.folder, kept, drop=drop, best=is_best, numbered=numbered)
                 logger.log(f"saved {path}")
                 self.after_save()
@@ -155,22 +155,13 @@ class CheckpointManager:
         return own[: -self.keep]
 
 
-def copied(value: Any) -> Any:
-    """Copy every tensor of a nested state, on its device; the rest is handed on."""
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor of a nested state; the rest is handed on."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return change(value)
     if isinstance(value, dict):
-        return {key: copied(part) for key, part in value.items()}
-    return [copied(part) for part in value] if isinstance(value, list) else value
-
-
-def on_cpu(value: Any) -> Any:
-    """Bring every tensor of a nested state to the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    return [on_cpu(part) for part in value] if isinstance(value, list) else value
+        return {key: with_tensors(part, change) for key, part in value.items()}
+    return [with_tensors(part, change) for part in value] if isinstance(value, list) else value
 
 
 def fitted_moments(
