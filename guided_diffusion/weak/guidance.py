@@ -2,7 +2,6 @@
 
 Here also is what such a classifier is trained on. Dhariwal & Nichol (2021), section 4: the score
 of ``p(x_t) p(y | x_t)^scale`` is the diffusion's plus ``scale`` times the classifier's gradient.
-Called by ``weak_runs``.
 """
 
 from __future__ import annotations
