@@ -50,7 +50,8 @@ class CustomDataset(SegmentationDataset):
     ) -> None:
         folder = open_folder(directory)
         entries = _paired(folder, test_flag=test_flag)
-        super().__init__(folder, entries, channels=_channels(entries), reading=reading)
+        channels = image_channels([entry.images[0] for entry in entries])
+        super().__init__(folder, entries, channels=channels, reading=reading)
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Decode the image: pictures in [0, 1], NIfTI slices as stored and with their affine."""
@@ -134,19 +135,6 @@ def _mask_files(folder: Path, *, optional: bool) -> dict[str, Path]:
             "Add masks/ with one mask per image, of the same stem: training needs them.",
         )
     return found
-
-
-def _channels(entries: list[Entry]) -> int:
-    """The channels of the first readable image; where none is, its error is refused."""
-    errors: list[UserError] = []
-    for entry in entries:
-        try:
-            return image_channels(entry.images[0])
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        refuse(errors[0])
-    return 3
 
 
 def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@
 The class-derivative map is Hu et al. (2023), *Conditional Diffusion Models for Weakly Supervised
 Medical Image Segmentation*; its rivals are the difference from a healthy reconstruction (Wolleb et
 al., 2022, *Diffusion Models for Medical Anomaly Detection*) and Grad-CAM (Selvaraju et al., 2017).
-All maps of the diffusion take denoisers and levels, as every sampler does. Called by ``weak_runs``.
+All maps of the diffusion take denoisers and levels, as every sampler does.
 """
 
 from __future__ import annotations
