@@ -28,6 +28,9 @@ from guided_diffusion.unet import UNetModel
 FORMAT = "guided_diffusion checkpoint 1"
 LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
+SEGMENTATION = "a segmentation network, which scripts/segmentation_train.py trains"
+IMAGES = "a diffusion of images, which scripts/train_tumor_ddfm.py trains"
+CLASSIFIER = "a classifier of images, which scripts/classifier_tumor_train.py trains"
 Weights = dict[str, Tensor]
 
 
@@ -148,12 +151,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:  # other files can fail in any way
         raise _unreadable_checkpoint(path, _why(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        expected = ["format", *(part.name for part in fields(Checkpoint))]
-        if content.keys() == set(expected):
+        names = [part.name for part in fields(Checkpoint)]
+        kinds = [int if name == "step" else dict for name in names]
+        if content.keys() == {"format", *names} and all(
+            map(isinstance, map(content.get, names), kinds)
+        ):
             del content["format"]
             return Checkpoint(**content)
-        names = ", ".join(map(str, content))
-        raise _unreadable_checkpoint(path, f"holds {names} instead of {', '.join(expected)}")
+        problem = f"its parts are not those of a checkpoint, {', '.join(names)}"
+        raise _unreadable_checkpoint(path, problem)
     if isinstance(content, dict) and content and all(map(_is_weight, content.items())):
         weights = {name.removeprefix("module."): value.data for name, value in content.items()}
         return Checkpoint(options={}, step=step_of(path), model=weights)
@@ -254,6 +260,14 @@ def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.options:
         return {**LATER, **checkpoint.options}
     return {"version": version_of(checkpoint.model)}
+
+
+def require_kind(checkpoint: Checkpoint, kind: str, path: object) -> None:
+    """Raise a UserError for a checkpoint of another kind; bare weights do not say theirs."""
+    options = checkpoint.options
+    own = CLASSIFIER if "model_type" in options else SEGMENTATION
+    if options and kind != (IMAGES if options.get("of_images") else own):
+        raise UserError(path, f"is not {kind}", "Correct the path.")
 
 
 def adapt_weights(

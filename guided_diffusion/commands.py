@@ -139,7 +139,7 @@ def phantoms(flags: Flags) -> None:
     from guided_diffusion.tools.commands import write_phantoms
 
     _require(flags, "out")
-    write_phantoms(flags.group(PhantomOptions), given=flags.given.keys())
+    write_phantoms(flags.group(PhantomOptions))
 
 
 def weak_train(flags: Flags) -> None:
@@ -280,13 +280,10 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error():
-        if "--about" in words:
-            print(_about())
-            return
         program = f"python scripts/{name}.py" if name else "guided-diffusion"
         if not name:
-            if not words or words[0] in ("-h", "--help"):
-                print(_overview())
+            if not words or words[0] in ("-h", "--help", "--about"):
+                print(_about() if words[:1] == ["--about"] else _overview())
                 return
             name = words.pop(0)
             program += f" {name}"
@@ -294,22 +291,24 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
         name = by_script.get(name, name)
         if name not in COMMANDS:
             raise UserError(
-                name,
+                name or "''",
                 "there is no such command",
                 did_you_mean(name, COMMANDS, "-h lists all commands."),
             )
         command = COMMANDS[name]
-        command.run(
-            parse(
-                command.groups,
-                words,
-                command=name,
-                program=program,
-                summary=command.summary,
-                basic=command.basic,
-                examples=[f"{program} {example}" for example in command.examples],
-            )
+        flags = parse(
+            command.groups,
+            words,
+            command=name,
+            program=program,
+            summary=command.summary,
+            basic=command.basic,
+            examples=[f"{program} {example}" for example in command.examples],
         )
+        if flags.get("about"):
+            print(_about())
+        else:
+            command.run(flags)
 
 
 def _overview() -> str:

@@ -42,7 +42,8 @@ class CustomDataset(SegmentationDataset):
     ) -> None:
         folder = open_folder(directory)
         entries = _paired(folder, test_flag=test_flag)
-        super().__init__(folder, entries, channels=_channels(entries), reading=reading)
+        channels = image_channels([entry.images[0] for entry in entries])
+        super().__init__(folder, entries, channels=channels, reading=reading)
 
 
 class CustomVolumes(VolumeDataset):
@@ -108,19 +109,6 @@ def _files_in(
         missing = f"folder {name}" if within is None else name.removesuffix("s")
         raise UserError(within or folder, f"has no {missing}", hint)
     return found
-
-
-def _channels(entries: list[Entry]) -> int:
-    """The channels of the first readable image; where none is, its error is refused."""
-    errors: list[UserError] = []
-    for entry in entries:
-        try:
-            return image_channels(entry.images[0])
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        refuse(errors[0])
-    return 3
 
 
 def _require_pairs(folder: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:

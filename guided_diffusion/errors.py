@@ -2,7 +2,8 @@
 
 :class:`UserError` is raised wherever input from outside (a flag, a file, a folder) cannot be used;
 the scripts run inside :func:`exit_on_user_error`, which turns it into one message on stderr and
-exit code 2. Any other exception that escapes is a bug in this package and keeps its traceback.
+exit code 2, as an OSError that names a file does. Any other exception that escapes is a bug in this
+package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -70,11 +71,16 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Run a script's body: a :class:`UserError` becomes one line and exit code 2, Ctrl-C 130."""
+    """Run a script: bad input and file errors become one line and exit code 2, Ctrl-C 130."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise
+            message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+        print("error:", " ".join(message.splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)

@@ -38,8 +38,11 @@ def atomic_write(path: Path, *, hint: str = FREE_SPACE_HINT) -> Iterator[Path]:
     """Yield a temporary path; renamed to ``path`` on success and deleted on failure.
 
     Raises:
-        UserError: the file cannot be written; an earlier file of that name is unchanged.
+        UserError: the file cannot be written; an earlier file of that name is unchanged. A folder,
+            a device or a pipe is never replaced.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(path, "is not a file that can be replaced", "Choose another name.")
     part = path.with_name(f".part-{path.name}")
     try:
         with writing(path, hint=hint):
@@ -106,5 +109,5 @@ def nearest_path(path: Path, otherwise: str) -> str:
         there = {entry.name: entry for entry in missing.parent.iterdir()}
     except OSError:
         return otherwise
-    close = difflib.get_close_matches(missing.name, there, n=1)
+    close = difflib.get_close_matches(missing.name, there.keys() - {missing.name}, n=1)
     return f"Did you mean {there[close[0]]}?" if close else otherwise

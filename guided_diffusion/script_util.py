@@ -234,11 +234,11 @@ def channel_multipliers(network: NetworkOptions) -> list[float]:
             f"Use --image_size {nearest}{fewer}.",
         )
     for width in (network.num_channels * factor for factor in mult):
-        if width % 32 or width < 32:
+        if width % 32 or not 32 <= width <= 65536:
             raise UserError(
                 f"--num_channels {network.num_channels}",
                 f"makes a level {width:g} channels wide, but the width of every level must be a "
-                "multiple of 32, the number of normalisation groups",
+                "multiple of 32, the number of normalisation groups, up to 65536",
                 "Use --num_channels 32, 64, 96 or 128.",
             )
     return mult

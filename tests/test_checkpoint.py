@@ -416,13 +416,18 @@ def test_files_that_are_not_checkpoints(content: bytes, tmp_path: Path) -> None:
         {"state": {0: {"step": torch.ones(1)}}, "param_groups": []},
         {"format": "guided_diffusion checkpoint 1"},
         {"format": "guided_diffusion checkpoint 1", "step": 1, "options": {}, "model": {}, "x": 1},
+        {"format": "guided_diffusion checkpoint 1", **vars(Checkpoint({}, 1, {})), "ema": [1]},
+        {"format": "guided_diffusion checkpoint 1", **vars(Checkpoint({}, 1, {})), "step": "x"},
         {1: torch.ones(2)},
     ],
-    ids=["list", "empty", "int", "tensor", "optimiser", "headless", "surplus", "unnamed"],
+    ids=[
+        *("list", "empty", "int", "tensor", "optimiser", "headless", "surplus", "other part"),
+        *("other step", "unnamed"),
+    ],
 )
 def test_other_objects_saved_by_torch_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt: .*(not a dictionary of|instead of format,)"):
+    with pytest.raises(UserError, match=r"other\.pt: .*not (a dictionary|those of a ch)"):
         load_checkpoint(tmp_path / "other.pt")
 
 

@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
@@ -76,6 +77,13 @@ def test_the_full_help_shows_all_flags(
         (["slices", "--out", "x"], "error: --src: is missing. Name a folder with --src.\n"),
         (["phantoms"], "error: --out: is missing. Name a folder with --out.\n"),
         (["phantoms", "--out", "x", "--layout", "isic", "--slices", "3"], "Omit --slices."),
+        ([""], "error: '': there is no such command."),
+        (["train", "a b", ""], "error: unrecognized arguments: 'a b' ''. "),
+        (["train", "--out_dir", "--about"], "--out_dir: expected one argument. "),
+        (["train", "--lr", "x", "--about"], "invalid float value: 'x'. "),
+        (["sample", "--eta", "-1e-3"], "error: --eta -0.001: must be between 0 and 1. "),
+        (["sample", "--model_path", "a\nb"], "there is no file a b. "),
+        (["sample", "--model_path", 3000 * "a"], "aaa: File name too long. "),
     ],
 )
 def test_common_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +103,8 @@ def test_common_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFi
         (["sample", "--model_path", "runs/fisrt"], "runs/first"),
         (["score", "--inp_pth", "run", "--out_pth", "data/testing"], "runs"),
         (["check", "--data_dir", "xyz"], ""),
+        (["sample", "--model_path", "runs/first"], ""),
+        (["sample", "--model_path", "runs/dangling.pt"], ""),
     ],
 )
 def test_a_mistyped_path_suggests_one_that_is_there(
@@ -108,6 +118,7 @@ def test_a_mistyped_path_suggests_one_that_is_there(
     (tmp_path / "data").symlink_to(brats)
     (tmp_path / "runs/first").mkdir(parents=True)
     (tmp_path / "split.txt").touch()
+    (tmp_path / "runs/dangling.pt").symlink_to("nothing")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         main(argv=argv)
@@ -123,7 +134,26 @@ def test_the_overview_and_about(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == text
     assert all(re.search(rf"^  {name} +\S", text, re.MULTILINE) for name in COMMANDS)
     main(argv=["--about"])
-    assert re.fullmatch(r"guided-diffusion \S+, torch \S+, \S+ \(.*\)\n", capsys.readouterr().out)
+    about = capsys.readouterr().out
+    assert re.fullmatch(r"guided-diffusion \S+, torch \S+, \S+ \(.*\)\n", about)
+    for argv in (["train", "--about"], ["train", "--lr", "1", "--abou"], ["--about", "train"]):
+        main(argv=argv)
+        assert capsys.readouterr().out == about
+
+
+def test_a_shortened_help_all_shows_all_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for spelling in ("--help_all", "--help_a"):
+        with pytest.raises(SystemExit, match="0"):
+            main(argv=["train", spelling])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_flags_at_their_default_are_no_slip(tmp_path: Path) -> None:
+    flags = ["--layout", "weak", "--raters", "0", "--patients", "2", "--size", "32"]
+    main(argv=["phantoms", "--out", str(tmp_path), *flags])
+    assert (tmp_path / "training").is_dir()
 
 
 # ------------------------------------------------------------------------------ from Python
@@ -140,6 +170,12 @@ def test_the_overview_and_about(capsys: pytest.CaptureFixture[str]) -> None:
         ({"steps": 1001}, "steps 1001: the network was trained at 100 times."),
         ({"num_ensemble": 0}, "num_ensemble 0: must be 1 or more."),
         ({"dpm_solver": 1}, "dpm_solver: 1 is not True or False."),
+        ({"steps": True}, "steps: True is not a whole number."),
+        ({"eta": "0.5"}, "eta: '0.5' is not a number."),
+        ({"eta": 10**400}, "eta: 1000"),
+        ({"sampler": None}, "sampler: None is not a text."),
+        ({"mask_labels": (1, 2)}, "mask_labels: (1, 2) is not a text."),
+        ({"version": "3"}, "version 3: contradicts plain, which "),
         ({"num_channels": 64}, "num_channels 64: contradicts 32, which "),
         ({"data_dir": "x"}, "data_dir: no such flag."),
         ({"out_dir": "x"}, "out_dir: no such flag."),
@@ -154,16 +190,28 @@ def test_loading_refuses_unknown_flags_and_values(
     assert "--" not in str(error.value)
 
 
-def test_loading_names_its_own_parameter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", [Path("nowhere"), "", None, 3])
+def test_loading_names_its_own_parameter(path: object) -> None:
     with pytest.raises(UserError) as error:
-        Segmenter.load(tmp_path / "nowhere")
-    assert str(error.value).startswith("path") and "model_path" not in str(error.value)
+        Segmenter.load(path)  # type: ignore[arg-type]
+    assert str(error.value).startswith("path: ")
+
+
+def test_an_image_that_cannot_be_segmented(trained: Path) -> None:
+    segmenter = Segmenter.load(trained, steps=1, num_ensemble=1)
+    with pytest.raises(UserError, match=r"image: its shape is \(4, 0, 0\)"):
+        segmenter(np.zeros((4, 0, 0)))
+    with pytest.raises(UserError, match=r"Use precision fp32; scripts/check_data\.py looks"):
+        segmenter(np.full((4, 16, 16), np.nan))
 
 
 def test_flags_from_python_are_those_of_a_command_line() -> None:
     flags = Flags.of(SAMPLE, steps=5, eta=1, gpu_dev=1, sampler="ddim")
     assert flags.group(SamplingOptions) == SamplingOptions(steps=5, eta=1.0, sampler="ddim")
     assert flags.given["gpu_dev"] == "1"
+    given = {"steps": np.int64(5), "eta": np.float32(0.5), "use_ddim": np.bool_(True)}
+    assert Flags.of(SAMPLE, **given).given == {"steps": 5, "eta": 0.5, "use_ddim": True}
+    assert Flags.of(SAMPLE, normalise=np.str_("none"), gpu_dev=np.int64(1)).given["gpu_dev"] == "1"
 
 
 def test_the_root_exports_what_people_use() -> None:

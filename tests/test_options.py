@@ -154,6 +154,8 @@ def test_bools_take_the_parents_words() -> None:
         (["--mask_range", "-1,1", "--seed", "-1"], {"mask_range": "-1,1", "seed": -1}),
         (["--num_head_channels", "-1"], {"num_head_channels": -1}),
         (["--eta", "-.5"], {"eta": -0.5}),
+        (["--eta", "-1e-3"], {"eta": -0.001}),
+        (["--slices", "-26:-3", "--seed", "2"], {"slices": "-26:-3", "seed": 2}),
         ([], {}),
     ],
 )

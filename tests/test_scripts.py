@@ -462,6 +462,7 @@ BAD_TRAINING: dict[str, Mistake] = {
     ),
     "no size": (lambda b, r, t: ["--image_size", 0], ("--image_size", "0")),
     "odd width": (lambda b, r, t: ["--num_channels", 48], ("--num_channels", "48", "32")),
+    "vast width": (lambda b, r, t: ["--channel_mult", "1,99999999999999"], ("up to 65536",)),
     "no width": (lambda b, r, t: ["--num_channels", 0], ("--num_channels", "0")),
     "bad list": (lambda b, r, t: ["--channel_mult", "1;2"], ("--channel_mult", "1;2")),
     "bad attention": (

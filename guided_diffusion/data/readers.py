@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import is_nifti
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, refuse
 
 Array = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
@@ -41,12 +41,23 @@ UNREADABLE = (
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def image_channels(path: Path) -> int:
-    """Return 1 for NIfTI or a grey picture and 3 for a coloured one, from the header alone."""
-    if is_nifti(path):
-        return 1
-    with _opened(path) as picture:
-        return 1 if _is_grey(picture) else 3
+def image_channels(paths: Sequence[Path]) -> int:
+    """Return 1 if the first readable image is NIfTI or grey and 3 if it is coloured.
+
+    Only headers are read. Where no image is readable, the first one's error is refused.
+    """
+    errors: list[UserError] = []
+    for path in paths:
+        try:
+            if is_nifti(path):
+                return 1
+            with _opened(path) as picture:
+                return 1 if _is_grey(picture) else 3
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        refuse(errors[0])
+    return 3
 
 
 def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:

@@ -66,9 +66,10 @@ class LabelledImages(SegmentationDataset):
 class TumourImages(LabelledImages):
     """Pictures in ``normal/`` and ``tumor/``: image [1 or 3, H, W], mask [1, H, W].
 
-    The first picture decides between grey and colour. A case is named by its stem, and its patient
-    by the part before the stem's last number, if that part contains a number. The mask of a normal
-    image is empty. With ``test_flag=True`` tumours may lack masks; masks may never lack images.
+    The first readable picture decides between grey and colour. A case is named by its stem, and its
+    patient by the part before the stem's last number, if that part contains a number. The mask of a
+    normal image is empty. With ``test_flag=True`` tumours may lack masks; masks may never lack
+    images.
     """
 
     layout = "TUMOR"
@@ -91,7 +92,7 @@ class TumourImages(LabelledImages):
             for name, found in pictures.items()
             for stem in found
         }
-        channels = image_channels(entries[0].images[0])
+        channels = image_channels([entry.images[0] for entry in entries])
         super().__init__(folder, entries, channels=channels, reading=reading)
 
     def has_mask(self, entry: Entry) -> bool:

@@ -22,9 +22,6 @@ from guided_diffusion.inference.segmenter import batched
 
 Result = TypeVar("Result")
 
-Failures = dict[str, str]
-"""Why a case could not be segmented, by its name."""
-
 
 def share_of(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
     """Choose this process's cases; all slices of a volume go to one process."""
@@ -67,7 +64,7 @@ def run_cases(
     Raises:
         UserError: some of this process's cases failed; all others are finished.
     """
-    failures: Failures = {}
+    failures: dict[str, str] = {}  # why, by the case's name
 
     def keep(results: Sequence[tuple[int, Result]], seconds: float) -> None:
         for index, result in results:
@@ -94,7 +91,7 @@ def run_cases(
     if failures:
         raise UserError(
             f"{len(failures)} of the cases",
-            "; ".join(f"{name}: {why}" for name, why in list(failures.items())[:10]),
+            "; ".join(f"{name}: {why.rstrip('.')}" for name, why in list(failures.items())[:10]),
             "All others are finished: repair these, and run the same command again.",
         )
     return all_done
@@ -104,13 +101,13 @@ def draw_or_note(
     draw: Callable[[Sequence[int]], Sequence[Result]],
     indices: Sequence[int],
     entries: Sequence[Entry],
-    failures: Failures,
+    failures: dict[str, str],
 ) -> Iterator[tuple[int, Result]]:
     """Draw cases together; where that fails, one by one, noting those that fail alone."""
     results: Sequence[Result] = []
     try:
         results = draw(indices)
-    except (UserError, OSError, RuntimeError, ValueError) as error:
+    except (UserError, OSError, RuntimeError, ValueError, MemoryError) as error:
         why = (str(error).splitlines() or [repr(error)])[0]
     # The error is gone by now, and with it the memory of what it interrupted.
     if results:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guided_diffusion.checkpoint import (
+    SEGMENTATION,
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     recorded_flags,
+    require_kind,
 )
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import WOLLEB_CROP, Frame, SegmentationDataset, readable
@@ -79,24 +81,27 @@ class SampleSetup:
     notes: tuple[str, ...]
 
 
-def load_trained(path: str | Path, flags: Flags, *, flag: str = "--model_path") -> Trained:
-    """Load a checkpoint, or a folder's latest one, and resolve the flags by it.
+def load_trained(
+    path: str | Path, flags: Flags, *, flag: str = "--model_path", kind: str = SEGMENTATION
+) -> Trained:
+    """Load a checkpoint of a kind, or a folder's latest one, and resolve the flags by it.
 
     Bare weights are taken as trained on ``--trained_steps`` steps, 1000 by default.
 
     Raises:
-        UserError: no checkpoint there (``flag`` names the path), or flags that contradict it.
+        UserError: no checkpoint of that kind there (``flag`` names the path), or flags that
+            contradict it.
     """
     found = latest_checkpoint(path, flag=flag)
     checkpoint = load_checkpoint(found)
+    require_kind(checkpoint, kind, found)
     flags, trained = normalise_flags(flags), recorded_flags(checkpoint)
     passing, steps = ("diffusion_steps", "timestep_respacing"), flags.get("trained_steps", 0)
-    if not checkpoint.options:
-        flags.refuse_contradictions(trained, found, passing=passing)
+    if checkpoint.options:
+        trained["trained_steps"] = trained["diffusion_steps"] if steps else 0
+    else:
         trained |= {"diffusion_steps": steps or 1000, "timestep_respacing": ""}
-        return Trained(checkpoint, found, flags.with_resolved(**trained))
-    length = trained["diffusion_steps"] if steps else 0
-    flags.refuse_contradictions({**trained, "trained_steps": length}, found, passing=passing)
+    flags.refuse_contradictions(trained, found, passing=passing)
     return Trained(checkpoint, found, flags.with_resolved(**trained))
 
 

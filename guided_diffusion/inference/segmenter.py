@@ -133,6 +133,7 @@ class Segmenter:
         self.device = next(net.parameters()).device
 
     @classmethod
+    @python_names()
     def load(cls, path: str | Path, **flags: Any) -> Segmenter:
         """Load a checkpoint, or a folder's latest one.
 
@@ -146,9 +147,8 @@ class Segmenter:
             UserError: no checkpoint there, an unknown flag or value, or one that contradicts the
                 checkpoint.
         """
-        with python_names():
-            given = Flags.of(SAMPLE, without=ONLY_OF_FOLDERS, **flags)
-            return cls.from_setup(resolve_sampling(given, model=path))
+        given = Flags.of(SAMPLE, without=ONLY_OF_FOLDERS, **flags)
+        return cls.from_setup(resolve_sampling(given, model=str(path)))
 
     @classmethod
     def from_setup(cls, setup: SampleSetup) -> Segmenter:
@@ -216,6 +216,7 @@ class Segmenter:
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @python_names()
     def __call__(self, image: ArrayLike | Tensor | str | Path, name: str = "") -> Segmentation:
         """Segment one image of any size.
 
@@ -234,7 +235,7 @@ class Segmenter:
             pixels = scaled(pixels, self.normalise)
         else:
             pixels = torch.as_tensor(image, dtype=torch.float32)
-        if pixels.ndim != 3 or len(pixels) != channels:
+        if pixels.ndim != 3 or len(pixels) != channels or not pixels.numel():
             raise UserError(
                 name or "image",
                 f"its shape is {tuple(pixels.shape)}, that of training is [{channels}, H, W]",

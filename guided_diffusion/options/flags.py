@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, TypeVar, get_type_hints
 
 from guided_diffusion.errors import UserError, did_you_mean
@@ -81,10 +83,10 @@ class Flags:
         """Take flags from Python, all those of the groups but for some.
 
         Raises:
-            UserError: a name that no group has, or a value of another kind or outside the choices.
+            UserError: a name that no group has, or a value of another kind.
         """
         known = {
-            entry.name: (group, entry)
+            entry.name: get_type_hints(group)[entry.name]
             for group in groups
             for entry in _fields(group)
             if entry.name not in without
@@ -92,19 +94,13 @@ class Flags:
         given = {}
         for name, value in values.items():
             if name not in known:
-                raise UserError(
-                    name, "no such flag", did_you_mean(name, known, "docs/cli.md lists all flags.")
-                )
-            group, entry = known[name]
-            convert, kind = _KINDS[get_type_hints(group)[name]]
+                hint = did_you_mean(name, known, "docs/cli.md lists all flags.")
+                raise UserError(name, "no such flag", hint)
             try:
-                given[name] = convert(value)
-            except (TypeError, ValueError):
+                given[name] = _converted(value, known[name])
+            except (TypeError, ValueError, OverflowError):
+                kind = _KINDS[known[name]]
                 raise UserError(f"--{name}", f"{value!r} is not {kind}", f"Give {kind}.") from None
-            choices = entry.metadata["choices"]
-            if choices and given[name] not in choices:
-                known_choices = ", ".join(repr(choice) for choice in choices)
-                raise UserError(f"--{name}", f"{value!r} is not a choice", f"Use {known_choices}.")
         return cls(tuple(groups), given)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -115,13 +111,16 @@ class Flags:
         """Make the options of one group; other flags are passed over.
 
         Raises:
-            UserError: a number outside the flag's limits, or one that is not finite.
+            UserError: a value outside the flag's choices or limits, or a number that is not finite.
         """
         values = {**self.given, **self.resolved}
         chosen = {e.name: values[e.name] for e in _fields(kind) if e.name in values}
         for entry in _fields(kind):
-            value = chosen.get(entry.name)
-            least, most = entry.metadata["least"], entry.metadata["most"]
+            value = chosen.get(entry.name, entry.default)
+            least, most, choices = (entry.metadata[key] for key in ("least", "most", "choices"))
+            if choices and value not in choices:
+                hint = f"Use {', '.join(map(repr, choices))}."
+                raise UserError(f"--{entry.name}", f"{value!r} is not a choice", hint)
             if isinstance(value, float) and not math.isfinite(value):
                 problem = "must be a finite number"
             elif isinstance(value, int | float) and not least <= value <= most:
@@ -151,9 +150,8 @@ class Flags:
             UserError: for the first flag that differs.
         """
         for name, value in self.given.items():
-            if name in passing:
-                continue
-            if name in trained and value not in (trained[name], "auto"):
+            known = name in trained and name not in passing
+            if known and value not in (trained[name], "auto"):
                 was = "''" if trained[name] == "" else trained[name]
                 raise UserError(
                     f"--{name} {value}",
@@ -166,18 +164,18 @@ def _fields(group: type) -> tuple[Any, ...]:
     return fields(group)
 
 
-def _as_bool(value: Any) -> bool:
-    if not isinstance(value, bool):
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """Convert a value from Python to the type of a flag; NumPy's are accepted."""
+    is_bool = str(getattr(value, "dtype", type(value).__name__)) == "bool"
+    is_text = isinstance(value, str | os.PathLike)
+    if is_bool != (kind is bool) or (is_text and kind is float):
         raise TypeError
-    return value
-
-
-_KINDS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    bool: (_as_bool, "True or False"),
-    int: (operator.index, "a whole number"),
-    float: (float, "a number"),
-    str: (str, "a text"),
-}
+    if kind is str and not (is_text or isinstance(value, Integral)):
+        raise TypeError
+    return operator.index(value) if kind is int else kind(value)
 
 
 def recorded(*options: Any) -> dict[str, Any]:

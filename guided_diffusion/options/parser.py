@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NoReturn, get_type_hints
 
 from guided_diffusion.errors import did_you_mean
@@ -46,11 +48,12 @@ def parse(
         description=summary,
         epilog="\n  ".join(["examples:", *map(_broken, examples)]) if examples else None,
         argument_default=argparse.SUPPRESS,
-        formatter_class=_Formatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=26),
         add_help=False,
     )
     entries = {entry.name: (group, entry) for group in groups[::-1] for entry in fields(group)}
-    shown = [] if "--help_all" in words else [name for name in basic if name in entries]
+    all_flags = any(word.startswith("--help_") for word in words)
+    shown = [] if all_flags else [name for name in basic if name in entries]
     if shown:
         section = parser.add_argument_group("basic flags")
         for name in shown:
@@ -65,31 +68,21 @@ def parse(
     about.add_argument("-h", "--help", action="help", help="show the basic flags")
     about.add_argument("--help_all", action="help", help="show all flags")
     about.add_argument("--about", action="store_true", help="show version, torch and device")
-    return Flags(tuple(groups), vars(parser.parse_args(words)), command=(command, *argv))
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}")
+    return Flags(tuple(groups), vars(given), command=(command, *argv))
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one message."""
 
-    @property
-    def known(self) -> Iterable[str]:
-        """Every spelling of every flag."""
-        return self._option_string_actions
-
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        hint = did_you_mean(
-            unknown[1] if unknown else "", self.known, "--help_all lists all flags."
-        )
+        known = self._option_string_actions
+        hint = did_you_mean(unknown[1] if unknown else "", known, "--help_all lists all flags.")
         print(f"error: {message}. {hint}", file=sys.stderr)
         sys.exit(2)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with the flags' texts in one column."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
 
 
 def _add_flag(section: Any, group: type, entry: Any, *, hidden: bool = False) -> None:
@@ -150,7 +143,7 @@ def _glue_negative_values(argv: Sequence[str]) -> list[str]:
     """Let ``--mask_range -1,1`` pass: argparse would take the value for a flag."""
     glued: list[str] = []
     for word in argv:
-        if re.fullmatch(r"-[\d.][\d.,-]*", word) and glued and re.fullmatch(r"--[\w-]+", glued[-1]):
+        if re.fullmatch(r"-[\d.][\d.,:e-]*", word) and glued and re.fullmatch(r"--\w+", glued[-1]):
             glued[-1] += f"={word}"
         else:
             glued.append(word)

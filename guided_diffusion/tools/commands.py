@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,15 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
     )
 
 
-def write_phantoms(options: PhantomOptions, *, given: Collection[str]) -> None:
-    """Write phantoms, with progress by patient; ``given`` are the flags that the user gave.
+def write_phantoms(options: PhantomOptions) -> None:
+    """Write phantoms, with progress by patient.
 
     Raises:
         UserError: a folder in use, or flags that the layout has no use for.
     """
     layout, out = options.layout, Path(options.out).expanduser()
     for name, idle in (("slices", "isic"), ("raters", "weak")):
-        if name in given and layout == idle:
+        if getattr(options, name) and layout == idle:
             raise UserError(f"--{name}", f"has no effect with --layout {idle}", f"Omit --{name}.")
     _refuse_occupied(out)
     usual_size, usual_slices = SIZES[layout]

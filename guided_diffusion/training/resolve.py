@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from guided_diffusion.checkpoint import (
     LATEST,
+    SEGMENTATION,
     Checkpoint,
     adapt_weights,
     latest_checkpoint,
@@ -24,6 +25,7 @@ from guided_diffusion.checkpoint import (
     load_weights,
     missing_weights_note,
     recorded_flags,
+    require_kind,
     with_companions,
 )
 from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
@@ -128,21 +130,22 @@ class Beginning(NamedTuple):
 
 
 def begin(
-    flags: Flags, training: type[Training], kind: type[RunOptions], *, subfolder: str = ""
+    flags: Flags, training: type[Training], running: type[RunOptions], kind: str, folder: str = ""
 ) -> Beginning:
     """Check options, join the other processes, and find what to continue.
 
-    ``subfolder`` of ``--out_dir`` is where the run works.
+    The checkpoint has to be of a ``kind``; the run works in a ``folder`` below ``--out_dir``.
 
     Raises:
         UserError: options that no run can have, or that contradict the checkpoint.
     """
-    options, run = training_options(flags, training), run_options(flags, kind)
-    run = replace(run, out_dir=str(Path(run.out_dir) / subfolder)) if subfolder else run
+    options, run = training_options(flags, training), run_options(flags, running)
+    run = replace(run, out_dir=str(Path(run.out_dir) / folder)) if folder else run
     launch(run.multi_gpu, flags.command)
     setup_dist()
     path, start = checkpoint_to_resume(options, run)
     if start:
+        require_kind(start, kind, path)
         trained = recorded_flags(start)
         normalise_flags(flags).refuse_contradictions(trained, path)
         flags = flags.with_resolved(**trained)
@@ -156,7 +159,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
         UserError: flags, data and checkpoint that do not belong together.
     """
     given = flags
-    flags, options, run, path, start = begin(flags, TrainingOptions, RunOptions)
+    flags, options, run, path, start = begin(flags, TrainingOptions, RunOptions, SEGMENTATION)
     watch, data = flags.group(WatchOptions), flags.group(DataOptions)
 
     # The data: cases to train on, and those to validate on.

@@ -1,7 +1,7 @@
 """Classifier guidance as a wrapper of the denoiser, for any sampler, and the classifier's losses.
 
-Dhariwal & Nichol (2021), section 4: the score of ``p(x_t) p(y | x_t)^scale`` is that of the
-diffusion plus ``scale`` times the classifier's gradient.
+Here also is what such a classifier is trained on. Dhariwal & Nichol (2021), section 4: the score
+of ``p(x_t) p(y | x_t)^scale`` is the diffusion's plus ``scale`` times the classifier's gradient.
 """
 
 from __future__ import annotations

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from guided_diffusion.checkpoint import LATEST, Weights, latest_checkpoint, load_weights
+from guided_diffusion.checkpoint import (
+    CLASSIFIER,
+    IMAGES,
+    LATEST,
+    Weights,
+    latest_checkpoint,
+    load_weights,
+)
 from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
@@ -31,7 +38,7 @@ from guided_diffusion.script_util import create_classifier, create_gaussian_diff
 from guided_diffusion.unet import UNetModel
 from guided_diffusion.weak.guidance import Classify, guide, noise_aware
 
-DIFFUSION, CLASSIFIER = "model.pt", "classifier_model.pt"
+DIFFUSION_FILE, CLASSIFIER_FILE = "model.pt", "classifier_model.pt"
 """What the published scripts call the two networks' latest weights in ``save_dir``."""
 Net = TypeVar("Net", bound=torch.nn.Module)
 _HEADS = ("fc.weight", "out.2.c_proj.weight", "out.3.weight", "out.2.weight")
@@ -99,10 +106,8 @@ def load_image_model(
         UserError: no checkpoint there, or one of something else.
     """
     where = flags.get("model_path") or folder
-    trained = load_trained(_model_file(where, DIFFUSION, "--model_path"), flags)
+    trained = load_trained(_model_file(where, DIFFUSION_FILE, "--model_path"), flags, kind=IMAGES)
     path, known = trained.path, trained.flags
-    if trained.is_own and not known.get("of_images"):
-        raise _other(path, "a diffusion of images", "scripts/train_tumor_ddfm.py")
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_unet(trained.checkpoint.model))
     network = known.group(ImageNetworkOptions)
@@ -124,10 +129,10 @@ def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> Class
         UserError: no checkpoint there, or one of something else.
     """
     where = flags.get("classifier_path") or folder
-    trained = load_trained(_model_file(where, CLASSIFIER, "--classifier_path"), flags)
+    trained = load_trained(
+        _model_file(where, CLASSIFIER_FILE, "--classifier_path"), flags, kind=CLASSIFIER
+    )
     path, known = trained.path, trained.flags
-    if trained.is_own and "model_type" not in trained.checkpoint.options:
-        raise _other(path, "a classifier of images", "scripts/classifier_tumor_train.py")
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_classifier(trained.checkpoint.model, path))
     options = known.group(ClassifierOptions)
@@ -149,7 +154,7 @@ def _model_file(path: str, published: str, flag: str) -> Path:
     """Find a checkpoint, or in a folder the one with the published name, else the latest."""
     named = Path(path).expanduser() / published
     latest = Path(path).expanduser() / LATEST
-    use_named = named.is_file() and (published == CLASSIFIER or not latest.is_file())
+    use_named = named.is_file() and (published == CLASSIFIER_FILE or not latest.is_file())
     return latest_checkpoint(named if use_named else path, flag=flag)
 
 
@@ -168,7 +173,7 @@ def _shapes_of_unet(weights: Weights) -> dict[str, Any]:
 def _shapes_of_classifier(weights: Weights, path: Path) -> dict[str, Any]:
     """Flags that the names and shapes of bare weights imply."""
     if "output_blocks.0.0.in_layers.0.weight" in weights:
-        raise _other(path, "a classifier of images", "scripts/classifier_tumor_train.py")
+        raise UserError(path, f"is not {CLASSIFIER}", "Correct the path.")
     resnet = "fc.weight" in weights
     stem = weights.get("conv1.weight" if resnet else "input_blocks.0.0.weight")
     head = next((weights[name] for name in _HEADS if name in weights), None)
@@ -180,7 +185,3 @@ def _shapes_of_classifier(weights: Weights, path: Path) -> dict[str, Any]:
         "num_classes": len(head),
         "classifier_told_time": "time_embed.0.weight" in weights,
     }
-
-
-def _other(path: Path, expected: str, script: str) -> UserError:
-    return UserError(path, f"is not {expected}", f"Train one with {script}, or correct the path.")

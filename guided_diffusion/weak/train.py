@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from guided_diffusion.checkpoint import Weights, load_weights
+from guided_diffusion.checkpoint import CLASSIFIER, IMAGES, Weights, load_weights
 from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.datasets import Frame
 from guided_diffusion.data.tumorloader import (
@@ -43,7 +43,7 @@ from guided_diffusion.script_util import create_classifier, create_gaussian_diff
 from guided_diffusion.training.resolve import Beginning, TrainSetup, begin, overwriting_notes
 from guided_diffusion.training.validation import Accuracy
 from guided_diffusion.weak.guidance import classification_losses
-from guided_diffusion.weak.models import CLASSIFIER, DIFFUSION
+from guided_diffusion.weak.models import CLASSIFIER_FILE, DIFFUSION_FILE
 
 ARRAY_PARTS = {"training": ("train", "val"), "validation": ("test",)}
 
@@ -54,7 +54,7 @@ def resolve_images(flags: Flags) -> TrainSetup:
     Raises:
         UserError: flags, data and checkpoint that do not belong together.
     """
-    begun = begin(flags, ImageTrainingOptions, WeakRunOptions)
+    begun = begin(flags, ImageTrainingOptions, WeakRunOptions, IMAGES)
     dataset = open_labelled(begun.flags.group(SourceOptions), "training")
     network = _following(begun.flags, in_ch=dataset.channels).group(ImageNetworkOptions)
     _require_channels(network.in_ch, dataset, "--in_ch")
@@ -70,7 +70,7 @@ def resolve_images(flags: Flags) -> TrainSetup:
         diffusion=create_gaussian_diffusion(diffusion),
         recorded={**recorded(network, diffusion), "of_images": True},
         prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,
-        alias=Path(begun.run.out_dir).expanduser() / DIFFUSION,
+        alias=Path(begun.run.out_dir).expanduser() / DIFFUSION_FILE,
         notes=dead_flags(flags),
     )
 
@@ -83,7 +83,7 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
     Raises:
         UserError: flags, data and checkpoint that do not belong together.
     """
-    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, subfolder="classifier")
+    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, CLASSIFIER, "classifier")
     options, run = begun.options, begun.run
     if options.anneal_lr and options.max_steps:
         begun = begun._replace(options=replace(options, lr_anneal_steps=options.max_steps))
@@ -112,7 +112,7 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
         diffusion=process,
         recorded=recorded(network, diffusion),
         prepare_batch=prepare_labelled_images,
-        alias=Path(run.out_dir).expanduser().parent / CLASSIFIER,
+        alias=Path(run.out_dir).expanduser().parent / CLASSIFIER_FILE,
         losses=classification_losses(process, noised=options.noised),
         watch=WatchOptions(val_interval=options.eval_interval),
         validate=validate,

@@ -604,15 +604,15 @@ def test_a_run_killed_while_replacing_is_not_mistaken_for_the_old_one(
     assert after == before
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, MemoryError])
 def test_a_case_that_fails_is_reported_at_the_end(error: type[Exception], tmp_path: Path) -> None:
     class Choosy(RecordingSegmenter):
         def segment(self, cases: Sequence[Case], note: Any = None) -> list[Any]:
             if any(case.name == "case1" for case in cases):
-                raise error("no mask of that")
+                raise error("no mask of that.")
             return super().segment(cases, note)
 
-    with pytest.raises(UserError, match="1 of the cases: case1: no mask of that"):
+    with pytest.raises(UserError, match=r"1 of the cases: case1: no mask of that\. All others"):
         segment(Choosy(make_segmenter()), cases_in_memory(3), tmp_path, fingerprint="f")
     assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["case0", "case2"]
 

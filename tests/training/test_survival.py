@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from guided_diffusion.checkpoint import (
     with_companions,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import Background
+from guided_diffusion.files import Background, atomic_write
 from guided_diffusion.training.estimates import training_gib
 
 # ------------------------------------------------------------------------------ kill -9
@@ -217,6 +218,17 @@ def test_the_memory_of_training_while_a_checkpoint_is_written(
         loop.checkpoints.writer.wait()
     count = sum(parameter.numel() for parameter in loop.parameters)
     assert most == pytest.approx(training_gib(count, len(loop.averages)), rel=0.02)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_never_replaced(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "other")
+    with (
+        pytest.raises(UserError, match=r"other: is not a file that can be replaced\."),
+        atomic_write(tmp_path / "other") as part,
+    ):
+        part.touch()
+    assert not (tmp_path / "other").is_file() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_background_jobs_run_in_order_and_raise_their_errors() -> None:

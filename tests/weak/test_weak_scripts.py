@@ -540,6 +540,33 @@ def test_finished_cases_are_kept_and_other_settings_start_anew(
     assert "drawn anew" in succeeded(script("image_p_seg", *command, "--tau", 0.5))
 
 
+def test_broken_images_leave_the_good_ones(
+    weakly_trained: Path, own_data: Path, tmp_path: Path
+) -> None:
+    pictures = sorted((own_data / "validate/normal").iterdir())
+    whole = {path: path.read_bytes() for path in pictures[:2]}
+    for path, content in whole.items():
+        path.write_bytes(content[:60])
+    out = tmp_path / "out"
+    command = ["--src_dir", own_data, "--save_dir", weakly_trained, "--results_dir", out]
+    command += ["--method", "cdm", "--level", 40, "--batch_size", 3]
+    told = refused(script("image_p_seg", *command))
+    assert told.startswith("error: 2 of the cases: ") and ".." not in told
+    assert all(path.name in told for path in whole)
+    before = contents(out)
+    assert {name[:15] for name in before if name.endswith(".png")} == {
+        path.stem[:15] for path in (own_data / "validate/tumor").iterdir()
+    }
+    assert not [name for name in before if ".part" in name]
+
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert "2 of 4 cases are finished and kept" in succeeded(script("image_p_seg", *command))
+    after = contents(out)
+    assert all(after[name] == before[name] for name in before if name.endswith(".png"))
+    assert len([name for name in after if name.endswith("_mask.png")]) == 4
+
+
 def test_arrays_run_through_all_scripts(arrays: Path, tmp_path: Path) -> None:
     common = ["--src_dir", arrays, "--save_dir", tmp_path / "run", *SCHEDULE, *SHORT]
     common += ["--class_index", 1]
@@ -669,6 +696,15 @@ def test_a_checkpoint_of_the_other_network_is_refused(
     paths = ["--model_path", diffusion, "--classifier_path", diffusion]
     assert "is not a classifier of images" in refused(script("image_p_seg", *common, *paths))
     kept = load_checkpoint(diffusion)
+    other = ["--data_dir", weak_data / "validate", "--out_dir", tmp_path / "out"]
+    for path in (diffusion, judge):
+        said = refused(script("segmentation_sample", *other, "--model_path", path))
+        assert "is not a segmentation network, which scripts/segmentation_train.py trains" in said
+        resume = ["--resume_checkpoint", path]
+        assert "is not a seg" in refused(script("segmentation_train", *other, *resume))
+    resume = [*common[:4], "--resume_checkpoint"]
+    assert "is not a diffusion of" in refused(script("train_tumor_ddfm", *resume, judge))
+    assert "is not a classifier" in refused(script("classifier_tumor_train", *resume, diffusion))
     save_checkpoint(tmp_path, type(kept)(**{**vars(kept), "options": {**kept.options, "in_ch": 3}}))
     with pytest.raises(UserError, match=r"input_blocks\.0\.0\.weight has shape \(32, 1, 3, 3\)"):
         load_image_model(Flags(), folder=str(tmp_path))
