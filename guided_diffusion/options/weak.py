@@ -76,7 +76,7 @@ class ClassifierOptions:
         128, "height and width the classifier works at, in pixels", alias="--img_size"
     )
     in_channel: int = flag(1, "image channels; follows the data", least=1)
-    num_classes: int = flag(5, "classes; follows the data", least=1)
+    num_classes: int = flag(5, "classes; follows the data", least=2, most=1000)
     classifier_width: int = flag(128, "width of the first level, a multiple of 32")
     classifier_depth: int = flag(2, "residual blocks on each level", least=1)
     classifier_attention_resolutions: str = flag(

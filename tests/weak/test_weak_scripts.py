@@ -665,6 +665,13 @@ def test_training_refuses(
     assert found in refused(script(name, *common, *flags))
 
 
+@pytest.mark.parametrize("classes", [1, 10**14])
+def test_a_classifier_has_two_classes_or_more(classes: int, own_data: Path, tmp_path: Path) -> None:
+    common = ["--src_dir", own_data, "--save_dir", tmp_path / "run", *JUDGE]
+    said = refused(script("classifier_tumor_train", *common, "--num_classes", classes))
+    assert f"--num_classes {classes}: must be between 2 and 1000" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
