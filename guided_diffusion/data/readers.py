@@ -131,7 +131,7 @@ def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
         raise UserError(
             path,
             f"its shape is {' x '.join(map(str, values.shape))}, but a slice has two axes",
-            "Cut volumes into slices; whole volumes are read in the BRATS layout only.",
+            "Cut volumes into slices; volumes are read in the BRATS and CUSTOM layouts.",
         )
     return values, affine
 

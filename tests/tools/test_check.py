@@ -155,7 +155,7 @@ def test_a_folder_without_masks(folder: Path) -> None:
 
 
 def test_the_contact_sheet(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sheet.png"
+    out = tmp_path / "new" / "sheet.png"
     said = succeeded(script("check_data", "--data_dir", folder, "--out", out, "--cases", 7))
     assert f"7 cases drawn on {out}" in said
     with Image.open(out) as sheet:
