@@ -8,40 +8,83 @@ samplers take device and dtype from their tensors.
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import Stopped, UserError
 
 Net = TypeVar("Net", bound=torch.nn.Module)
 Value = TypeVar("Value")
 _TIMEOUT = timedelta(days=2)
+_SHUTDOWN_TIMEOUT = 110
+"""Seconds that a process has to save, once the launcher was told to end; SLURM waits for 120."""
+_UNSET_HINT = "Start several processes with torchrun; for one, unset WORLD_SIZE and RANK."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def rank() -> int:
     """Return the number of this process; process 0 writes the files."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes that work together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """Read a launcher's variable; unset and empty are the same.
+
+    Raises:
+        UserError: it is not a whole number.
+    """
+    value = os.environ.get(variable, "") or str(otherwise)
+    if not value.isdecimal():
+        raise UserError(f"{variable}={value} in the environment", "is not a number", _UNSET_HINT)
+    return int(value)
 
 
 def launched() -> bool:
     """Say whether ``torchrun`` or another launcher started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ
+    return bool(os.environ.get("TORCHELASTIC_RUN_ID")) or world_size() > 1
+
+
+def check_launcher() -> None:
+    """Check the variables by which a launcher tells a process of the others.
+
+    Raises:
+        UserError: some are missing, as where one was left in the environment, or contradict others.
+    """
+    count, needed = world_size(), ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)] if count > 1 else []
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={count} in the environment",
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing, so the other "
+            "processes cannot be found",
+            _UNSET_HINT,
+        )
+    if rank() >= count:
+        raise UserError(
+            f"RANK={rank()} in the environment",
+            f"there is no such process where WORLD_SIZE is {count}",
+            _UNSET_HINT,
+        )
 
 
 def setup_dist() -> None:
@@ -50,7 +93,11 @@ def setup_dist() -> None:
     The timeout is long, since a process may wait for another that validates or segments a large
     volume; if a process dies, ``torchrun`` ends the others. The group is left at exit: otherwise
     its threads sometimes abort the interpreter after the work is done, and the exit code is lost.
+
+    Raises:
+        UserError: the environment describes no group.
     """
+    check_launcher()
     if world_size() > 1 and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
@@ -108,9 +155,10 @@ def any_rank(value: bool) -> bool:
 
 
 def launch(multi_gpu: str, command: Sequence[str]) -> None:
-    """Run a command again in one process per CUDA device, then exit with its exit code.
+    """Run a command again in one process per CUDA device, then exit with the exit code.
 
-    Does nothing if ``multi_gpu`` is empty, or in a process that was launched this way.
+    Does nothing if ``multi_gpu`` is empty, or in a process that was launched. A signal is passed on
+    to the processes, which save and end.
 
     Args:
         multi_gpu: indices of CUDA devices, such as ``0,1,2``.
@@ -118,29 +166,48 @@ def launch(multi_gpu: str, command: Sequence[str]) -> None:
 
     Raises:
         UserError: this machine does not have those devices.
+        Stopped: a signal was received, and all processes have ended.
+        SystemExit: otherwise, with the exit code of the process that failed first.
     """
-    if not multi_gpu or "LOCAL_RANK" in os.environ:
+    if not multi_gpu or launched():
         return
     devices = [device.strip() for device in multi_gpu.split(",")]
     count = torch.cuda.device_count()
     if not all(device.isdecimal() and int(device) < count for device in devices):
         raise UserError(
             f"--multi_gpu {multi_gpu}",
-            f"indices must be below {count}, the number of CUDA devices of this machine",
+            f"indices must be below {count}, the number of CUDA devices of this machine"
+            if count
+            else "this machine has no CUDA device",
             "Name devices that nvidia-smi lists; if there are none, omit --multi_gpu.",
         )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    processes = [f"--nproc_per_node={len(devices)}", "-m", "guided_diffusion"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     chosen = [visible[int(device)] if any(visible) else device for device in devices]
     root = str(Path(__file__).resolve().parents[1])
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": ",".join(chosen),
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-    }
-    done = subprocess.run([*torchrun, *processes, *command], env=environment, check=False)
-    sys.exit(done.returncode)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_TIMEOUT))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # the launcher heeds no nohup
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(devices),
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "guided_diffusion", *command)
+    except SignalException as received:
+        raise Stopped(received.sigval) from None
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+    sys.exit(0)
 
 
 def dev(gpu_dev: str = "0") -> torch.device:
@@ -152,7 +219,7 @@ def dev(gpu_dev: str = "0") -> torch.device:
     Raises:
         UserError: the index is not a number, or there are CUDA devices, but not that one.
     """
-    index = os.environ.get("LOCAL_RANK", gpu_dev)
+    index = os.environ.get("LOCAL_RANK") or gpu_dev
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not index.isdecimal() or (count and int(index) >= count):
         raise UserError(

@@ -1,19 +1,22 @@
-"""The one kind of error a user should ever see, and how a script ends on it.
+"""The one kind of error a user should ever see, and how a script ends on it or on a signal.
 
 :class:`UserError` is raised wherever input from outside (a flag, a file, a folder) cannot be used;
 the scripts run inside :func:`exit_on_user_error`, which turns it into one message on stderr and
-exit code 2, as an OSError that names a file does. Any other exception that escapes is a bug in this
-package and keeps its traceback.
+exit code 2, as an OSError that names a file does. A signal raises :class:`Stopped`. Any other
+exception that escapes is a bug in this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 
 class UserError(Exception):
@@ -69,11 +72,49 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"Did you mean {close[0]}?" if close else otherwise
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ends the command; :attr:`code` is the exit code that shells give it."""
+
+    def __init__(self, number: int) -> None:
+        self.name = signal.Signals(number).name
+        self.code = 128 + number
+        super().__init__(self.name)
+
+
+def stop(number: int, frame: object) -> None:
+    """Handle a signal: raise :class:`Stopped` at once."""
+    raise Stopped(number)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Give SIGTERM, SIGHUP and Ctrl-C a handler inside this context.
+
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored. Threads other than the main one
+    cannot handle signals: there, nothing changes.
+    """
+    before: dict[signal.Signals, Any] = {}
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and threading.current_thread() is threading.main_thread():
+            before[number] = signal.getsignal(number) or signal.SIG_DFL
+            if name == "SIGHUP" and before[number] is signal.SIG_IGN:
+                del before[number]
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Run a script: bad input and file errors become one line and exit code 2, Ctrl-C 130."""
+    """Run a script: bad input and file errors end with exit code 2, a signal n with 128 + n."""
     try:
-        yield
+        with handling_signals(stop):
+            yield
     except (UserError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):
@@ -82,9 +123,9 @@ def exit_on_user_error() -> Iterator[None]:
             message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
         print("error:", " ".join(message.splitlines()), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print(f"stopped by {stopped.name}; what is finished is kept", file=sys.stderr)
+        sys.exit(stopped.code)
 
 
 @contextmanager

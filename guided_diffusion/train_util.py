@@ -8,7 +8,7 @@ CPU, whatever the number of reading processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -27,15 +27,17 @@ from guided_diffusion.dist_util import (
     all_gather_object,
     any_rank,
     autocast,
+    barrier,
     compiling,
     describe,
+    launched,
     memory_gib,
     no_sync,
     rank,
     world_size,
     wrap_ddp,
 )
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
@@ -70,6 +72,7 @@ class TrainLoop:
         self.step = 0
         self.bad_steps = 0
         self.best = BestScore()
+        self.stop = StopSignal()
 
         self.device = next(net.parameters()).device
         self.parameters = list(net.parameters())
@@ -114,10 +117,14 @@ class TrainLoop:
         self._set_rate()
 
     def run_loop(self) -> Path:
-        """Train to the end, or until SIGTERM or Ctrl-C, and return the last checkpoint.
+        """Train to the end, or until a signal, and return the last checkpoint.
+
+        A signal ends the run after the step, and a file that cannot be read before it; the state
+        is saved in any case.
 
         Raises:
-            UserError: not all processes start at the same step.
+            UserError: not all processes start at the same step; a case cannot be read.
+            Stopped: a signal, before the first step or for the second time.
         """
         starts = all_gather(torch.tensor([self.step])).tolist()
         if len(set(starts)) > 1:
@@ -139,11 +146,18 @@ class TrainLoop:
         start, total, patience = self.step, self.last_step, self.setup.watch.patience
         hidden = True if rank() else None
         bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
-        with closing(batches), StopSignal() as stop:
+        error, failed = None, False
+        with closing(batches), self.stop as stop:
             with bar as progress:
-                while not any_rank(bool(stop.wanted)) and (not total or self.step < total):
-                    batch, compiles = next(batches), self.run.compile and self.step == start
-                    with compiling(compiles):
+                if self.best.owed and self._validate(progress, owed=True):
+                    self.save(best=True, numbered=False)
+                while not total or self.step < total:
+                    batch, error = self._read(batches)
+                    if any_rank(batch is None) or batch is None:
+                        failed = any_rank(error is not None)
+                        break
+                    compiles = self.run.compile and self.step == start
+                    with compiling(compiles), stop.at_once(bool(compiles)):
                         loss = self.run_step(batch)
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
@@ -162,7 +176,21 @@ class TrainLoop:
                 logger.log(f"stopped by {stop.wanted} at step {self.step}; --resume auto continues")
             path = self.save()
             self.checkpoints.wait()
+            if failed:
+                barrier()  # a process that ends with an error lets the launcher end the others
+            if error:
+                raise error
             return path
+
+    def _read(self, batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
+        """Read the next batch: none after a signal; none, and the error, if it cannot be read."""
+        try:
+            with self.stop.at_once():
+                return next(batches), None
+        except Stopped:
+            return None, None
+        except UserError as error:
+            return None, error
 
     def run_step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch and return its mean loss, a scalar tensor.
@@ -278,17 +306,23 @@ class TrainLoop:
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _validate(self, progress: tqdm[Any]) -> bool:
+    def _validate(self, progress: tqdm[Any], *, owed: bool = False) -> bool:
         """Score the slowest average if validation is due, and return whether it is the best so far.
 
-        The first process scores; all get the same answer.
+        The first process scores; all get the same answer. A signal interrupts it; it is repeated
+        when the run is resumed, since it is still ``owed``.
         """
         setup = self.setup
         interval = setup.watch.val_interval or self.options.save_interval
-        if not (self._due(interval) or self.step == self.last_step):
+        if not (owed or self._due(interval) or self.step == self.last_step):
             return False
         slowest = self.averages[max(self.averages, key=float)]
-        score = setup.validate(slowest.state_dict(), self.step) if setup.validate else None
+        score = None
+        try:
+            with self.stop.at_once(setup.validate is not None):
+                score = setup.validate and setup.validate(slowest.state_dict(), self.step)
+        except Stopped:
+            self.best.owe()
         if score is None:
             return any_rank(False)
         logger.logkv("step", self.step)
@@ -322,7 +356,12 @@ class TrainLoop:
 
 
 def run_training(setup: TrainSetup) -> Path:
-    """Announce a run, restore what it continues, and train; returns the last checkpoint."""
+    """Announce a run, restore what it continues, and train; returns the last checkpoint.
+
+    Raises:
+        SystemExit: a signal ended the run; the exit code tells the shell so. A launcher is told
+            of success, since it would start the processes again.
+    """
     folder = None if rank() else setup.run.out_dir
     logger.configure(folder, quiet=rank() > 0, sinks=setup.sinks)
     loop = TrainLoop(setup)
@@ -336,7 +375,10 @@ def run_training(setup: TrainSetup) -> Path:
         f"{setup.run.precision}; steps {loop.step} to {loop.last_step or 'no end'}"
     )
     try:
-        return loop.run_loop()
+        path = loop.run_loop()
     finally:
         for sink in setup.sinks:
             sink.close()
+    if loop.stop.wanted and not launched():
+        raise SystemExit(loop.stop.code)
+    return path

@@ -8,7 +8,9 @@ diffused and what conditions it.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -99,12 +101,43 @@ def training_batches(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in loader:
+    with _deaths_at_reading():
+        batches = iter(loader)
+    while True:
+        batch = _next_or_error(batches)
         if isinstance(batch, UserError):
             break
         yield batch
-    del loader  # ends the workers now; the traceback below would keep the loader alive
+    del loader, batches  # ends the workers now; the traceback below would keep them alive
     raise batch
+
+
+@contextmanager
+def _deaths_at_reading() -> Iterator[None]:
+    """Undo the handler by which torch raises the death of a worker anywhere, mid-step included.
+
+    Reading a batch notices it as well.
+    """
+    child = getattr(signal, "SIGCHLD", None)
+    before = signal.getsignal(child) if child else None
+    yield
+    if child and threading.current_thread() is threading.main_thread():
+        signal.signal(child, before or signal.SIG_DFL)
+
+
+def _next_or_error(batches: Iterator[Batch | UserError]) -> Batch | UserError:
+    """Read a batch; a reading process that was killed is an error, too."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return UserError(
+            "--num_workers",
+            f"a reading process ended unexpectedly ({str(error).splitlines()[0].rstrip('.')})",
+            "Most often memory ran out: use fewer --num_workers, or a smaller --cache_gib. "
+            "--resume auto continues.",
+        )
 
 
 GRACE = 120

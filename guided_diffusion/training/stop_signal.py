@@ -4,41 +4,62 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from guided_diffusion.dist_util import launched
+from guided_diffusion.errors import Stopped, handling_signals
 
-LAUNCHER_ECHO = 5.0
-"""Seconds within which a launcher may repeat a signal that this process already received."""
+ECHO = 5.0
+"""Seconds in which a repeated signal counts as the first one: launchers forward the signal that
+SLURM has sent to every process, and whoever presses Ctrl-C often presses it twice."""
 
 
 class StopSignal:
     """Notes that SIGTERM, SIGHUP or Ctrl-C was received, so that the step can be finished.
 
-    A second signal of the same kind has its usual effect, as has any signal after the run. Repeats
-    within ``echo`` seconds count as the first one: a launcher forwards the signal that it received
-    itself, after SLURM has sent it to every process of the step.
+    The same signal ``echo`` seconds later raises :class:`Stopped` at once, as the first one does
+    inside :meth:`at_once`.
+
+    Attributes:
+        wanted: the name of the last signal, empty before the first.
+        code: the exit code that it asks for.
     """
 
-    def __init__(self, *, echo: float | None = None) -> None:
+    def __init__(self, *, echo: float = ECHO) -> None:
         self.wanted = ""
-        self.echo = (LAUNCHER_ECHO if launched() else 0.0) if echo is None else echo
-        self.first: dict[int, float] = {}
+        self.code = 0
+        self.echo = echo
+        self._first: dict[int, float] = {}
+        self._urgent = False
 
     def __enter__(self) -> StopSignal:
-        names = ("SIGTERM", "SIGINT", "SIGHUP")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self._handling = handling_signals(self._note)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
+
+    @contextmanager
+    def at_once(self, urgent: bool = True) -> Iterator[None]:
+        """Interrupt what takes long and changes nothing; a signal that came before counts, too.
+
+        Raises:
+            Stopped: a signal is received, or was, while ``urgent``.
+        """
+        self._urgent = urgent
+        try:
+            if urgent and self.wanted:
+                raise Stopped(signal.Signals[self.wanted])
+            yield
+        finally:
+            self._urgent = False
 
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if number not in self.first:
-            self.first[number] = now
-            self.wanted = signal.Signals(number).name
-        elif now - self.first[number] >= self.echo:
-            signal.signal(number, self.before[signal.Signals(number)])
-            signal.raise_signal(number)
+        repeated = now - self._first.setdefault(number, now) >= self.echo
+        stopped = Stopped(number)
+        self.wanted, self.code = stopped.name, stopped.code
+        if repeated or self._urgent:
+            self._urgent = False
+            raise stopped

@@ -54,15 +54,25 @@ class BestScore:
     """The best validation of a run, and how many validations have come since.
 
     ``state`` is what a checkpoint keeps: the score by its name, ``step`` and ``since``; empty
-    before the first validation.
+    before the first validation. It has ``owed`` if a signal kept the last one from its end.
     """
 
     def __init__(self, state: Mapping[str, Any] = {}) -> None:
         self.state = dict(state)
 
+    def owe(self) -> None:
+        """Note that the present step has not been validated to the end."""
+        self.state["owed"] = True
+
+    @property
+    def owed(self) -> bool:
+        """Whether the present step is still to be validated."""
+        return "owed" in self.state
+
     def update(self, score: Score | Accuracy, step: int) -> bool:
         """Add a validation, whose first value decides, and return whether it is the best."""
         name = score._fields[0]
+        self.state.pop("owed", None)
         better = score[0] > self.state.get(name, -1.0)
         if better:
             self.state = {name: score[0], "step": step, "since": 0}

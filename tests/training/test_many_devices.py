@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import read_csv, torchrun, training
+from helpers import read_csv, refused, script, succeeded, torchrun, training
 from loops import make_loop
+from torch.distributed.launcher.api import LaunchConfig
 from torch.testing import assert_close
 
-from guided_diffusion import logger, train_util
+from guided_diffusion import dist_util, logger, train_util
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
 from guided_diffusion.dist_util import launch, setup_dist
 from guided_diffusion.errors import UserError
@@ -26,7 +30,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from guided_diffusion import logger, train_util
+from guided_diffusion import dist_util, logger, train_util
 from guided_diffusion.dist_util import rank, setup_dist
 from loops import make_loop
 setup_dist()
@@ -218,8 +222,10 @@ def test_a_process_sets_its_device_before_it_joins(monkeypatch: pytest.MonkeyPat
     joined = lambda backend, **_: calls.append((backend,))  # noqa: E731
     monkeypatch.setattr(dist, "init_process_group", joined)
     monkeypatch.setattr("atexit.register", lambda _: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     setup_dist()
     assert calls == [(torch.device("cuda", 1),), ("cpu:gloo,cuda:nccl",)]
 
@@ -233,20 +239,43 @@ def test_devices_are_counted_among_the_visible_ones(
     """On a shared node a job sees some devices only, and --multi_gpu counts those."""
     seen = []
 
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
-        seen.append((env["CUDA_VISIBLE_DEVICES"], command[command.index("--standalone") + 1 :]))
-        return subprocess.CompletedProcess(command, 3)
+    def elastic_launch(config: LaunchConfig, program: str) -> Callable[..., None]:
+        return lambda *words: seen.append((os.environ["CUDA_VISIBLE_DEVICES"], words))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(dist_util, "elastic_launch", elastic_launch)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    started = ["--nproc_per_node=2", "-m", "guided_diffusion", "train", "--lr", "1"]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     with pytest.raises(SystemExit) as left:
         launch("1, 0", ["train", "--lr", "1"])
-    assert left.value.code == 3 and seen == [(chosen, started)]
+    started = ("-m", "guided_diffusion", "train", "--lr", "1")
+    assert left.value.code == 0 and seen == [(chosen, started)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 .* RANK and MASTER_ADDR and MASTER_PORT are missing"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is missing"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many .* not a number"),
+        ({"RANK": "-1"}, "RANK=-1 .* not a number"),
+        ({"RANK": "1"}, "RANK=1 .* no such process where WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, ""),
+        ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}, ""),
+    ],
+)
+def test_what_a_launcher_left_in_the_environment(
+    variables: dict[str, str], named: str, brats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = script("segmentation_train", *training(brats, tmp_path), "--max_steps", 1)
+    if named:
+        assert re.search(named, refused(done)) and "unset" in done.err
+    else:
+        succeeded(done)
 
 
 def test_processes_that_start_at_different_steps_are_refused(

@@ -1,21 +1,17 @@
-"""The training loop: right gradients, bit-equal resumption, averages, limits, stopping, the log."""
+"""The training loop: right gradients, bit-equal resumption, averages, limits, the log."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import time
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import process, read_csv, refused, script, succeeded, training
+from helpers import read_csv, refused, script, succeeded, training
 from loops import Discs, batch_of, equal, make_loop, resumed
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -27,7 +23,6 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.step_log import StepLog
-from guided_diffusion.training.stop_signal import StopSignal
 
 
 def gradient(loop: TrainLoop, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -37,11 +32,8 @@ def gradient(loop: TrainLoop, batch: Batch) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.fixture(autouse=True)
-def _as_before(quiet: None) -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def _quiet(quiet: None) -> None:
+    """No test of this file logs to the console, unless it configures the log itself."""
 
 
 # ------------------------------------------------------------------------------ gradients
@@ -418,126 +410,6 @@ def test_the_last_image_is_drawn_as_often_as_the_others(tmp_path: Path) -> None:
     batch = next(training_batches(Discs(3), 3, seed=1))
     for image, name in zip(batch.image, batch.names, strict=True):
         assert_close(image, Discs()[int(name.removeprefix("disc"))].image, rtol=0, atol=0)
-
-
-# ------------------------------------------------------------------------------ stopping
-
-
-def wait_for(path: Path, running: Any) -> None:
-    limit = time.monotonic() + 60
-    while not path.exists():
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < limit, f"{path} does not appear"
-        time.sleep(0.02)
-
-
-def test_sigterm_saves_and_resume_auto_continues(brats: Path, tmp_path: Path) -> None:
-    command = [*training(brats, tmp_path / "run"), "--log_interval", 1]
-    running = process("segmentation_train", *command, "--max_steps", 0, "--save_interval", 10**6)
-    wait_for(tmp_path / "run" / "progress.csv", running)
-    running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
-    assert (running.returncode, err) == (0, "")
-
-    saved = load_checkpoint(tmp_path / "run" / LATEST)
-    assert saved.step >= 1
-    assert f"stopped by SIGTERM at step {saved.step}" in out
-    last = saved.step + 2
-    succeeded(script("segmentation_train", *command, "--max_steps", last, "--resume", "auto"))
-    steps = [int(row["step"]) for row in read_csv(tmp_path / "run" / "progress.csv")]
-    assert steps == list(range(1, last + 1))
-    assert load_checkpoint(tmp_path / "run" / LATEST).step == last
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_whole_group_loses_nothing_with_reading_processes(
-    number: signal.Signals, brats: Path, tmp_path: Path
-) -> None:
-    """As SLURM's --signal and a terminal's Ctrl-C send it: to the readers, too."""
-    flags = ["--max_steps", 0, "--save_interval", 10**6, "--log_interval", 1, "--num_workers", 2]
-    running = process("segmentation_train", *training(brats, tmp_path), *flags, group=True)
-    wait_for(tmp_path / "progress.csv", running)
-    os.killpg(running.pid, number)
-    out, err = running.communicate(timeout=60)
-    assert (running.returncode, err) == (0, "")
-    assert f"stopped by {number.name} at step {load_checkpoint(tmp_path / LATEST).step}" in out
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step(
-    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logger.configure()
-    loop = make_loop(tmp_path, max_steps=50)
-    run_step = loop.run_step
-
-    def interrupted(batch: Batch) -> Tensor:
-        if loop.step == 2:
-            os.kill(os.getpid(), number)
-        return run_step(batch)
-
-    loop.run_step = interrupted  # type: ignore[method-assign]
-    path = loop.run_loop()
-    assert path.name == "savedmodel000003.pt"
-    assert f"stopped by {number.name} at step 3" in capsys.readouterr().out
-
-
-def test_signal_handlers_are_restored_after_a_run(tmp_path: Path) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    make_loop(tmp_path, max_steps=1).run_loop()
-    assert {number: signal.getsignal(number) for number in before} == before
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Handle Ctrl-C as in a terminal; a background job ignores it from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_second_signal_ends_the_process(interruptible: None, tmp_path: Path) -> None:
-    """Whoever presses Ctrl-C twice does not want to wait for the end of the step."""
-    loop = make_loop(tmp_path, max_steps=50)
-
-    def stuck(batch: Batch) -> Tensor:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("still there")
-
-    loop.run_step = stuck  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        loop.run_loop()
-
-
-@pytest.mark.parametrize("mark", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_launcher_may_repeat_the_signal(
-    number: signal.Signals, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torchrun forwards what SLURM has sent to every process: the worker receives it twice."""
-    monkeypatch.setenv(mark, "1")
-    loop = make_loop(tmp_path, max_steps=50)
-    run_step = loop.run_step
-
-    def twice(batch: Batch) -> Tensor:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        return run_step(batch)
-
-    loop.run_step = twice  # type: ignore[method-assign]
-    assert load_checkpoint(loop.run_loop()).step == 1
-
-
-def test_a_later_signal_under_a_launcher_counts_as_a_second_one(interruptible: None) -> None:
-    with StopSignal(echo=0.1) as stop, pytest.raises(KeyboardInterrupt):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted == "SIGINT"
-        time.sleep(0.15)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------ what is written
