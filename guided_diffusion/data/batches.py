@@ -8,10 +8,11 @@ diffused and what conditions it.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,12 +146,24 @@ GRACE = 120
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Outlive a signal that the training process got as well: it saves, then ends its readers."""
+    """Outlive a signal that the training process got as well: it saves, then ends its readers.
+
+    Where that interrupts it as it receives a tensor, the lost connection is nothing to report.
+    """
+    sys.excepthook = _hook_for_all_but(ConnectionError)
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+
+
+def _hook_for_all_but(expected: type[BaseException]) -> Callable[..., None]:
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, expected):
+            sys.__excepthook__(kind, *rest)
+
+    return hook
 
 
 class _Positions:
