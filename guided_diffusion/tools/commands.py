@@ -70,7 +70,7 @@ def write_phantoms(options: PhantomOptions) -> None:
         "patients": options.patients,
         "size": options.size or usual_size,
         "training": options.split,
-        "progress": partial(tqdm, desc=layout, unit="patient"),
+        "progress": partial(tqdm, desc=layout, unit="patient", disable=None),
     }
     if layout == "isic":
         special: dict[str, Any] = {"raters": options.raters, "generation": options.generation}
