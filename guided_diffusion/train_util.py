@@ -36,6 +36,7 @@ from guided_diffusion.dist_util import (
     wrap_ddp,
 )
 from guided_diffusion.errors import UserError
+from guided_diffusion.inference.run_lock import TRAINING, only_run
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
@@ -322,7 +323,16 @@ class TrainLoop:
 
 
 def run_training(setup: TrainSetup) -> Path:
-    """Announce a run, restore what it continues, and train; returns the last checkpoint."""
+    """Announce a run, restore what it continues, and train; returns the last checkpoint.
+
+    Raises:
+        UserError: another training writes into the folder.
+    """
+    with only_run(Path(setup.run.out_dir).expanduser(), TRAINING):
+        return _run(setup)
+
+
+def _run(setup: TrainSetup) -> Path:
     folder = None if rank() else setup.run.out_dir
     logger.configure(folder, quiet=rank() > 0, sinks=setup.sinks)
     loop = TrainLoop(setup)
