@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, memory_problem
 
 Net = TypeVar("Net", bound=torch.nn.Module)
 Value = TypeVar("Value")
@@ -186,7 +186,7 @@ def compiling(active: object = True) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
+        if not active or memory_problem(error):
             raise
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(

@@ -8,10 +8,11 @@ CPU, whatever the number of reading processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
-from contextlib import closing
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, cast
 
 import torch
@@ -35,12 +36,13 @@ from guided_diffusion.dist_util import (
     world_size,
     wrap_ddp,
 )
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.inference.run_lock import TRAINING, only_run
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
 from guided_diffusion.training.ema import ExponentialAverage
+from guided_diffusion.training.estimates import step_too_large
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.stop_signal import StopSignal
@@ -68,7 +70,7 @@ class TrainLoop:
         self.schedule_sampler = create_named_schedule_sampler(
             options.schedule_sampler, len(self.diffusion.kept)
         )
-        self.step = 0
+        self.step = self.start = 0
         self.bad_steps = 0
         self.best = BestScore()
 
@@ -137,14 +139,17 @@ class TrainLoop:
             rank=rank(),
             world_size=world_size(),
         )
-        start, total, patience = self.step, self.last_step, self.setup.watch.patience
+        self.start = start = self.step
+        total, patience = self.last_step, self.setup.watch.patience
         hidden = True if rank() else None
         bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
         with closing(batches), StopSignal() as stop:
             with bar as progress:
                 while not any_rank(bool(stop.wanted)) and (not total or self.step < total):
-                    batch, compiles = next(batches), self.run.compile and self.step == start
-                    with compiling(compiles):
+                    compiles = self.run.compile and self.step == start
+                    with self._memory_guarded(save=self.step > start):
+                        batch = next(batches)
+                    with self._memory_guarded(save=False), compiling(compiles):
                         loss = self.run_step(batch)
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
@@ -165,6 +170,30 @@ class TrainLoop:
             self.checkpoints.wait()
             return path
 
+    @contextmanager
+    def _memory_guarded(self, *, save: bool) -> Iterator[None]:
+        """Report that memory ran out, after saving the state if that is wanted.
+
+        Of several processes the others may be waiting in the step, so that nothing is saved.
+
+        Raises:
+            UserError: memory ran out.
+        """
+        try:
+            yield
+            return
+        except (RuntimeError, MemoryError, OSError) as error:
+            problem = memory_problem(error)
+            if not problem:
+                raise
+            clear_frames(error.__traceback__)  # frees the memory of what was interrupted
+        self.optimizer.zero_grad(set_to_none=True)
+        if save and world_size() == 1:
+            with suppress(RuntimeError, MemoryError):
+                self.save()
+                self.checkpoints.wait()
+        raise step_too_large(problem, self.options, step=self.step, device=self.device)
+
     def run_step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch and return its mean loss, a scalar tensor.
 
@@ -174,7 +203,13 @@ class TrainLoop:
             UserError: too many such steps in a row.
         """
         before = [buffer.clone() for buffer in self.net.buffers()]
-        loss = self.forward_backward(batch)
+        with self._memory_guarded(save=self.step > self.start):
+            try:
+                loss = self.forward_backward(batch)
+            except (RuntimeError, MemoryError):
+                for buffer, old in zip(self.net.buffers(), before, strict=True):
+                    buffer.copy_(old)
+                raise
         self.scaler.unscale_(self.optimizer)
         norm = self.log.gradient(self.parameters)
         for buffer, old in zip(self.net.buffers(), before, strict=True):
@@ -289,7 +324,8 @@ class TrainLoop:
         if not (self._due(interval) or self.step == self.last_step):
             return False
         slowest = self.averages[max(self.averages, key=float)]
-        score = setup.validate(slowest.state_dict(), self.step) if setup.validate else None
+        with self._memory_guarded(save=True):
+            score = setup.validate(slowest.state_dict(), self.step) if setup.validate else None
         if score is None:
             return any_rank(False)
         logger.logkv("step", self.step)

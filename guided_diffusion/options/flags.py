@@ -125,7 +125,7 @@ class Flags:
                 problem = "must be a finite number"
             elif isinstance(value, int | float) and not least <= value <= most:
                 limits = f"between {least} and {most}" if most < math.inf else f"{least} or more"
-                problem = f"must be {limits}"
+                problem = f"must be {limits if least > -math.inf else f'at most {most}'}"
             else:
                 continue
             raise UserError(

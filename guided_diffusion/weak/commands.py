@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from guided_diffusion import logger
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import atomic_write
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
@@ -82,13 +82,28 @@ def _draw_images(flags: Flags, folder: Path) -> None:
     size = (model.net.in_channels, model.net.image_size, model.net.image_size)
     keywords = {"eta": eta} if sampler == "ddim" else {}
     drawn = []
-    for rows in torch.arange(len(names)).split(options.batch_size):
+
+    def draw(rows: torch.Tensor) -> torch.Tensor:
         noise = MemberNoise([member_seed(run.seed, names[int(i)], 0) for i in rows])
         x = noise(torch.empty(len(rows), *size, device=model.device))
         denoise = _denoiser(model, classifier, x, classes[rows], scale=options.classifier_scale)
         with torch.no_grad():
             x0 = SAMPLERS[sampler](denoise, x, levels, randn_like=noise, **keywords)
-        drawn.append(model.diffusion.from_range(x0).cpu())
+        return model.diffusion.from_range(x0).cpu()
+
+    left, batch = torch.arange(len(names)), options.batch_size
+    while len(left):
+        try:
+            drawn.append(draw(left[:batch]))
+            left = left[batch:]
+            continue
+        except (RuntimeError, MemoryError) as error:
+            problem = memory_problem(error)
+            if not problem or batch == 1:
+                raise
+        # The error is gone by now, and with it the memory of what it interrupted.
+        batch = min(batch, len(left)) // 2 or 1
+        logger.log(f"{problem}; going on with --batch_size {batch}")
 
     labelled = bool(model.net.num_classes or classifier)
     _write_images(torch.cat(drawn), classes if labelled else None, folder)
