@@ -110,16 +110,16 @@ def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
     [
         ("segmentation_train", ("--image_size", 10**9), "must be at most 16384"),
         ("segmentation_train", ("--diffusion_steps", 10**14), "must be at most 100000"),
-        ("segmentation_train", ("--num_workers", 10**6), "must be between 0 and 256"),
-        ("segmentation_train", ("--num_res_blocks", 10**9), "must be between 1 and 100"),
+        ("segmentation_train", ("--num_workers", 10**6), "must be at most 256"),
+        ("segmentation_train", ("--num_res_blocks", 10**9), "must be at most 100"),
         ("segmentation_train", ("--batch_size", 99999999999999), "use --batch_size "),
         ("segmentation_train", ("--batch_size", 10**9, "--microbatch", 1), "use --batch_size "),
         ("segmentation_train", ("--image_size", 16384), "pixels fit: lower --image_size"),
-        ("segmentation_sample", ("--num_ensemble", 10**14), "must be between 1 and 10000"),
-        ("segmentation_sample", ("--batch_size", 10**14), "must be between 0 and 65536"),
+        ("segmentation_sample", ("--num_ensemble", 10**14), "must be at most 10000"),
+        ("segmentation_sample", ("--batch_size", 10**14), "must be at most 65536"),
         ("segmentation_sample", ("--diffusion_steps", 10**14), "was trained at 100 times"),
-        ("check_data", ("--num_workers", 10**6), "must be between -1 and 256"),
-        ("make_phantoms", ("--out", "x", "--size", 10**14), "must be between 0 and 16384"),
+        ("check_data", ("--num_workers", 10**6), "must be at most 256"),
+        ("make_phantoms", ("--out", "x", "--size", 10**14), "must be at most 16384"),
     ],
 )
 def test_absurd_flags_are_refused_at_once(

@@ -15,14 +15,14 @@ class CheckOptions:
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
     image_size: int = flag(
-        256, "that of training: masks that vanish at it are named", least=1, most=MOST_PIXELS
+        256, "that of training: masks that vanish at it are named", least=1, cap=MOST_PIXELS
     )
     labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(
         -1,
         "processes that read; 0: this one; -1: by cores and cases",
         least=-1,
-        most=MOST_PROCESSES,
+        cap=MOST_PROCESSES,
     )
 
 
@@ -41,7 +41,7 @@ class SlicingOptions:
     dtype: str = flag("uint8", "type of the images", choices=("uint8", "float32"))
     train: float = flag(0.8, "share of patients for training", least=0, most=1)
     seed: int = flag(0, "seed of the division of the patients")
-    workers: int = flag(0, "processes; 0: one per core", least=0, most=MOST_PROCESSES)
+    workers: int = flag(0, "processes; 0: one per core", least=0, cap=MOST_PROCESSES)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class PhantomOptions:
         0,
         "slices per patient (brats3d: the depth); 0: 4, weak 3, brats3d 155",
         least=0,
-        most=MOST_PIXELS,
+        cap=MOST_PIXELS,
     )
     size: int = flag(
-        0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0, most=MOST_PIXELS
+        0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0, cap=MOST_PIXELS
     )
     raters: int = flag(0, "also write the masks of this many raters", least=0)
     generation: str = flag("2025", "isic: which CSV layout", choices=("2023", "2025"))

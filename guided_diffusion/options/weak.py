@@ -55,7 +55,7 @@ class ImageNetworkOptions(NetworkOptions):
         128,
         "height and width the network works at, in pixels",
         alias="--img_size",
-        most=MOST_PIXELS,
+        cap=MOST_PIXELS,
     )
     in_ch: int = flag(1, "image channels; follows the data")
     class_cond: bool = flag(False, "condition on the image-level label; segmentation needs it")
@@ -83,12 +83,12 @@ class ClassifierOptions:
         128,
         "height and width the classifier works at, in pixels",
         alias="--img_size",
-        most=MOST_PIXELS,
+        cap=MOST_PIXELS,
     )
     in_channel: int = flag(1, "image channels; follows the data", least=1)
     num_classes: int = flag(5, "classes; follows the data", least=2, most=1000)
     classifier_width: int = flag(128, "width of the first level, a multiple of 32")
-    classifier_depth: int = flag(2, "residual blocks on each level", least=1, most=100)
+    classifier_depth: int = flag(2, "residual blocks on each level", least=1, cap=100)
     classifier_attention_resolutions: str = flag(
         "32,16,8", "feature map sizes, in pixels, that get attention"
     )
@@ -120,7 +120,7 @@ class ImageTrainingOptions(TrainingOptions):
         0,
         "processes that read data; 0: the training process itself",
         least=0,
-        most=MOST_PROCESSES,
+        cap=MOST_PROCESSES,
         alias="--workers",
     )
     sigma_small: bool = flag(
@@ -173,15 +173,15 @@ class ImageSamplingOptions:
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
     class_index: int = flag(-1, "class of every image; -1: drawn for each", least=-1, most=1)
-    num_samples: int = flag(8, "images to draw", least=1, most=1_000_000)
-    batch_size: int = flag(8, "images at a time", least=1, most=MOST_INPUTS)
+    num_samples: int = flag(8, "images to draw", least=1, cap=1_000_000)
+    batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
     use_ddim: bool = flag(False, "sample with DDIM")
     steps: int = flag(0, "network evaluations per image; 0: every trained timestep", least=0)
     clip_denoised: bool = flag(True, "clip the predicted clean image at every evaluation")
     sigma_small: bool = flag(False, "the smaller of DDPM's two variances")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = flag(
-        0, "schedule length of bare weights; 0: 1000", least=0, most=MOST_STEPS
+        0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
     dataset: str = flag("brats", "name of the data set", dead="the checkpoint knows its channels")
     src_dir: str = flag("", "folder of the data", dead="images are drawn from noise")
@@ -236,10 +236,10 @@ class WeakOptions:
     part: str = flag("validation", "images to segment", choices=("validation", "training"))
     results_dir: str = flag("", "folder for masks and scores; empty: save_dir/<method>")
     num_samples: int = flag(0, "images to segment, evenly spread; 0: all", least=0)
-    batch_size: int = flag(8, "images at a time", least=1, most=MOST_INPUTS)
+    batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = flag(
-        0, "schedule length of bare weights; 0: 1000", least=0, most=MOST_STEPS
+        0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
 
 
