@@ -65,7 +65,8 @@ def memory_problem(error: BaseException) -> str:
         return ""
     amount = _AMOUNT.search(text)
     if amount is None:
-        return "more memory is needed than there is"
+        own_words = isinstance(error, MemoryError) and not _MEMORY.search(text)
+        return (own_words and text) or "more memory is needed than there is"
     value, unit, other = amount.groups()
     asked = other or f"{value} {unit}"
     if unit == "bytes":

@@ -136,6 +136,7 @@ class Segmenter:
         self.classes = classes
         self.normalise = normalise
         self.device = next(net.parameters()).device
+        self.halved = False
 
     @classmethod
     @python_names()
@@ -338,7 +339,7 @@ class Segmenter:
         done: list[Draws] = []
         first = 0
         while first < len(images):
-            some = slice(first, first + self.plan.cases)
+            some = slice(first, first + (self.plan.cases if self.halved else len(images)))
             try:
                 done.append(self._draw_together(images[some], names[some], callback))
                 first += len(images[some])
@@ -349,6 +350,7 @@ class Segmenter:
                     raise
             # The error is gone by now, and with it the memory of what it interrupted.
             self.plan = halved(self.plan, batch, problem, device=self.device)
+            self.halved = True
         coarse = [drawn.coarse for drawn in done if drawn.coarse is not None]
         members = torch.cat([drawn.members for drawn in done])
         return Draws(members, torch.cat(coarse) if coarse else None)
