@@ -211,6 +211,7 @@ def test_two_trainings_at_once_and_a_killed_one(brats: Path, tmp_path: Path) -> 
         assert f"process {first.pid} on {socket.gethostname()}, since " in message
     finally:
         first.kill()
+        first.wait()
     (lock,) = tmp_path.glob(".lock*")
     ended = [*training(brats, tmp_path), "--max_steps", 4, "--resume", "auto"]
     succeeded(script("segmentation_train", *ended))
