@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
+from guided_diffusion.options.console import tolerant_console
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
 from guided_diffusion.options.segmentation import (
@@ -279,7 +280,7 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
     Without a name the first argument is the command. Bad input ends with exit code 2.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with exit_on_user_error():
+    with tolerant_console(), exit_on_user_error():
         program = f"python scripts/{name}.py" if name else "guided-diffusion"
         if not name:
             if not words or words[0] in ("-h", "--help", "--about"):

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from guided_diffusion.errors import Stopped, UserError
+from guided_diffusion.errors import Stopped, UserError, memory_problem
 
 Net = TypeVar("Net", bound=torch.nn.Module)
 Value = TypeVar("Value")
@@ -253,7 +253,7 @@ def compiling(active: object = True) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not active or isinstance(error, torch.cuda.OutOfMemoryError):
+        if not active or memory_problem(error):
             raise
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(

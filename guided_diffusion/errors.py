@@ -2,13 +2,15 @@
 
 :class:`UserError` is raised wherever input from outside (a flag, a file, a folder) cannot be used;
 the scripts run inside :func:`exit_on_user_error`, which turns it into one message on stderr and
-exit code 2, as an OSError that names a file does. A signal raises :class:`Stopped`. Any other
-exception that escapes is a bug in this package and keeps its traceback.
+exit code 2, as an OSError that names a file does, and whatever says that memory ran out. A signal
+raises :class:`Stopped`. Any other exception that escapes is a bug in this package and keeps its
+traceback.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import signal
 import sys
@@ -42,6 +44,38 @@ class UserError(Exception):
 
 def _again(message: str) -> UserError:
     return UserError.__new__(UserError, message)
+
+
+MEMORY_HINT = "Use smaller images, fewer at a time, fewer processes, or a larger machine."
+
+_MEMORY = re.compile(
+    r"tried to allocate|unable to allocate|out of memory|can't allocate memory|not enough memory"
+    r"|Invalid buffer size|Storage size calculation overflowed|multiplication overflow"
+    r"|array is too big|Maximum allowed dimension exceeded|out of shared memory|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+_AMOUNT = re.compile(r"allocate (\d[\d.]*) ?(bytes|[KMGTPE]?i?B)|buffer size: (\d[\d.]* \w+)", re.I)
+
+
+def memory_problem(error: BaseException) -> str:
+    """Say that memory ran out, and what was asked for if the error tells; empty for other errors.
+
+    NumPy, PyTorch on every device, and Python have different errors for it.
+    """
+    text = str(error)
+    kinds = (RuntimeError, ValueError, OSError)
+    known = isinstance(error, kinds) and not isinstance(error, UserError) and _MEMORY.search(text)
+    if not (known or isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM):
+        return ""
+    amount = _AMOUNT.search(text)
+    if amount is None:
+        own_words = isinstance(error, MemoryError) and not _MEMORY.search(text)
+        return (own_words and text) or "more memory is needed than there is"
+    value, unit, other = amount.groups()
+    asked = other or f"{value} {unit}"
+    if unit == "bytes":
+        asked = f"{int(float(value)) / 2**30:.1f} GiB"
+    return f"more memory is needed than there is (a part of {asked} was asked for)"
 
 
 _gathered: ContextVar[list[UserError] | None] = ContextVar("gathered", default=None)
@@ -111,16 +145,21 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Run a script: bad input and file errors end with exit code 2, a signal n with 128 + n."""
+    """Run a script: bad input, file errors and full memory become one line and exit code 2.
+
+    A signal n ends it with 128 + n.
+    """
     try:
         with handling_signals(stop):
             yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError, ValueError, MemoryError) as error:
         message = str(error)
-        if isinstance(error, OSError):
-            if error.filename is None:
-                raise
+        if problem := memory_problem(error):
+            message = f"memory: {problem}. {MEMORY_HINT}"
+        elif isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+        elif not isinstance(error, UserError):
+            raise
         print("error:", " ".join(message.splitlines()), file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:

@@ -83,8 +83,13 @@ class Background:
     def start(self, job: Callable[[], object]) -> None:
         """Start a job once the previous one is done; raise what that one raised."""
         self.wait()
-        self._thread = Thread(target=self._run, args=(job,))
-        self._thread.start()
+        thread = Thread(target=self._run, args=(job,))
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):  # no thread can be started: it is done in this one
+            self._run(job)
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Wait for the current job, if any, and raise what it raised."""

@@ -145,5 +145,8 @@ def append_row(path: Path, values: Values) -> None:
 
 
 def _append_line(path: Path, text: str) -> None:
-    with writing(path, hint=CHECKPOINTS_HINT), path.open("a", encoding="utf-8") as file:
+    with (
+        writing(path, hint=CHECKPOINTS_HINT),
+        path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.write(text + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -31,17 +31,18 @@ from guided_diffusion.dist_util import (
     compiling,
     describe,
     launched,
-    memory_gib,
     no_sync,
     rank,
     world_size,
     wrap_ddp,
 )
 from guided_diffusion.errors import Stopped, UserError
+from guided_diffusion.inference.run_lock import TRAINING, only_run
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
 from guided_diffusion.training.ema import ExponentialAverage
+from guided_diffusion.training.estimates import memory_guarded
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.stop_signal import StopSignal
@@ -69,7 +70,7 @@ class TrainLoop:
         self.schedule_sampler = create_named_schedule_sampler(
             options.schedule_sampler, len(self.diffusion.kept)
         )
-        self.step = 0
+        self.step = self.start = 0
         self.bad_steps = 0
         self.best = BestScore()
         self.stop = StopSignal()
@@ -143,7 +144,8 @@ class TrainLoop:
             rank=rank(),
             world_size=world_size(),
         )
-        start, total, patience = self.step, self.last_step, self.setup.watch.patience
+        self.start = start = self.step
+        total, patience = self.last_step, self.setup.watch.patience
         hidden = True if rank() else None
         bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
         error, failed = None, False
@@ -157,7 +159,11 @@ class TrainLoop:
                         failed = any_rank(error is not None)
                         break
                     compiles = self.run.compile and self.step == start
-                    with compiling(compiles), stop.at_once(bool(compiles)):
+                    with (
+                        self._memory_guarded(save=False),
+                        compiling(compiles),
+                        stop.at_once(bool(compiles)),
+                    ):
                         loss = self.run_step(batch)
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
@@ -185,12 +191,27 @@ class TrainLoop:
     def _read(self, batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
         """Read the next batch: none after a signal; none, and the error, if it cannot be read."""
         try:
-            with self.stop.at_once():
+            with self.stop.at_once(), self._memory_guarded(save=False):
                 return next(batches), None
         except Stopped:
             return None, None
         except UserError as error:
             return None, error
+
+    def _memory_guarded(self, *, save: bool) -> AbstractContextManager[None]:
+        """Report that memory ran out; of several processes the others may wait, so none saves."""
+        return memory_guarded(
+            self.options, self.step, self.device, self._rescue if save else self._free
+        )
+
+    def _free(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _rescue(self) -> None:
+        self._free()
+        if world_size() == 1:
+            self.save()
+            self.checkpoints.wait()
 
     def run_step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch and return its mean loss, a scalar tensor.
@@ -201,7 +222,13 @@ class TrainLoop:
             UserError: too many such steps in a row.
         """
         before = [buffer.clone() for buffer in self.net.buffers()]
-        loss = self.forward_backward(batch)
+        with self._memory_guarded(save=self.step > self.start):
+            try:
+                loss = self.forward_backward(batch)
+            except (RuntimeError, MemoryError):
+                for buffer, old in zip(self.net.buffers(), before, strict=True):
+                    buffer.copy_(old)
+                raise
         self.scaler.unscale_(self.optimizer)
         norm = self.log.gradient(self.parameters)
         for buffer, old in zip(self.net.buffers(), before, strict=True):
@@ -319,7 +346,7 @@ class TrainLoop:
         slowest = self.averages[max(self.averages, key=float)]
         score = None
         try:
-            with self.stop.at_once(setup.validate is not None):
+            with self._memory_guarded(save=True), self.stop.at_once(setup.validate is not None):
                 score = setup.validate and setup.validate(slowest.state_dict(), self.step)
         except Stopped:
             self.best.owe()
@@ -341,16 +368,13 @@ class TrainLoop:
             group["lr"] = self.options.lr * warm * left
 
     def _write_log(self, progress: tqdm[Any]) -> None:
-        logger.logkv("step", self.step)
-        logger.logkv("samples", self.step * self.options.batch_size * world_size())
-        logger.logkv("lr", self.optimizer.param_groups[0]["lr"])
-        logger.logkv("memory_gib", memory_gib(self.device))
-        means = self.log.means(self.parameters, all_gather)
-        for name, value in means.items():
-            logger.logkv(name, value)
-        if self.last_step and "steps_per_s" in means:
-            left = (self.last_step - self.step) / means["steps_per_s"]
-            logger.logkv("minutes_left", round(left / 60, 1))
+        self.log.report(
+            step=self.step,
+            last=self.last_step,
+            samples=self.step * self.options.batch_size * world_size(),
+            lr=self.optimizer.param_groups[0]["lr"],
+            parameters=self.parameters,
+        )
         with progress.external_write_mode(sys.stdout):
             logger.dumpkvs()
 
@@ -359,9 +383,15 @@ def run_training(setup: TrainSetup) -> Path:
     """Announce a run, restore what it continues, and train; returns the last checkpoint.
 
     Raises:
+        UserError: another training writes into the folder.
         SystemExit: a signal ended the run; the exit code tells the shell so. A launcher is told
             of success, since it would start the processes again.
     """
+    with only_run(Path(setup.run.out_dir).expanduser(), TRAINING):
+        return _run(setup)
+
+
+def _run(setup: TrainSetup) -> Path:
     folder = None if rank() else setup.run.out_dir
     logger.configure(folder, quiet=rank() > 0, sinks=setup.sinks)
     loop = TrainLoop(setup)

@@ -22,7 +22,7 @@ from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import counted, listing, size_text
 from guided_diffusion.data.intensity import measure, normalised
 from guided_diffusion.data.readers import Affine, read_image_file, read_mask_file
-from guided_diffusion.errors import UserError, refuse
+from guided_diffusion.errors import UserError, memory_problem, refuse
 
 CROPS = ("auto", "none", "wolleb")
 WOLLEB_SIZE, WOLLEB_CROP = 240, 8
@@ -152,6 +152,15 @@ class SegmentationDataset(Dataset[Case]):
     def __getitem__(self, index: int) -> Case:
         """Read case ``index``; raises a :class:`UserError` naming a file that cannot be used."""
         entry = self.entries[index]
+        try:
+            return self._read(entry)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if not (problem := memory_problem(error)):
+                raise
+            path = entry.images[0]
+        raise UserError(path, problem, "Use a smaller image, or a larger machine.")
+
+    def _read(self, entry: Entry) -> Case:
         image, affine = self.read_image(entry)
         if entry.plane is None:
             image = scaled(image, self.normalise)

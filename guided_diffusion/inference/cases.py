@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from guided_diffusion import logger
 from guided_diffusion.data.datasets import Entry
 from guided_diffusion.dist_util import any_rank, rank, world_size
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import Background
+from guided_diffusion.inference.plan import batched
 from guided_diffusion.inference.record import Record
-from guided_diffusion.inference.segmenter import batched
 
 Result = TypeVar("Result")
 
@@ -71,12 +72,18 @@ def run_cases(
             record.add({"name": entries[index].name, **write(index, result, seconds)})
             after()
 
+    def fewer(count: int) -> None:
+        nonlocal together
+        together = count
+
     writer = Background()
     try:
         with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
-            for some in batched(indices, together):
+            left = list(indices)
+            while some := left[:together]:
+                left = left[len(some) :]
                 started = time.perf_counter()
-                results = list(draw_or_note(draw, some, entries, failures))
+                results = list(draw_or_note(draw, some, entries, failures, fewer))
                 writer.start(partial(keep, results, (time.perf_counter() - started) / len(some)))
 
                 progress.update(len(some))
@@ -102,18 +109,27 @@ def draw_or_note(
     indices: Sequence[int],
     entries: Sequence[Entry],
     failures: dict[str, str],
+    fewer: Callable[[int], object] = bool,
 ) -> Iterator[tuple[int, Result]]:
-    """Draw cases together; where that fails, one by one, noting those that fail alone."""
+    """Draw cases together; where that fails, one by one, noting those that fail alone.
+
+    Where memory runs out, half of them are drawn at a time, which ``fewer`` is told.
+    """
     results: Sequence[Result] = []
     try:
         results = draw(indices)
     except (UserError, OSError, RuntimeError, ValueError, MemoryError) as error:
-        why = (str(error).splitlines() or [repr(error)])[0]
+        memory = memory_problem(error)
+        why = memory or (str(error).splitlines() or [repr(error)])[0]
     # The error is gone by now, and with it the memory of what it interrupted.
     if results:
         yield from zip(indices, results, strict=True)
     elif len(indices) == 1:
         failures[entries[indices[0]].name] = why
     else:
-        for index in indices:
-            yield from draw_or_note(draw, [index], entries, failures)
+        together = len(indices) // 2 if memory else 1
+        if memory:
+            logger.log(f"{len(indices)} cases at a time: {why}; going on with {together}")
+            fewer(together)
+        for some in batched(indices, together):
+            yield from draw_or_note(draw, some, entries, failures, fewer)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from guided_diffusion import logger
+from guided_diffusion.dist_util import describe, total_gib
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseLevel
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,57 @@ class SamplingPlan:
     def inputs(self) -> int:
         """Network inputs in a full call."""
         return min(self.batch_size, self.cases * self.num_ensemble)
+
+    def inputs_of(self, cases: int) -> int:
+        """Network inputs in the first call for some cases; compiled code is for full calls."""
+        return self.inputs if self.compile else min(self.batch_size, cases * self.num_ensemble)
+
+
+MAPS = 16
+"""Maps of the first level's width that a network holds for each input while it predicts, about."""
+
+
+def within_memory(
+    plan: SamplingPlan, *, size: int, width: int, masks: int, device: torch.device
+) -> SamplingPlan:
+    """Lower a plan's batch to what can fit into memory, and say so.
+
+    Args:
+        plan: of a run.
+        size: height and width at which the network works.
+        width: of the network's first level, in channels.
+        masks: channels of a mask.
+        device: that draws.
+
+    Raises:
+        UserError: not even the masks of one case fit into main memory.
+    """
+    member = 3 * 4 * masks * size**2 / 2**30  # drawn, gathered and brought to the case's size
+    main = total_gib(torch.device("cpu"))
+    if plan.num_ensemble * member > main:
+        raise UserError(
+            f"--num_ensemble {plan.num_ensemble}",
+            f"the masks of one case take {plan.num_ensemble * member:.1f} GiB, this machine has "
+            f"{main:.1f}",
+            f"At most {int(main / member)} fit.",
+        )
+    fitting = total_gib(device) / (MAPS * 4 * width * size**2 / 2**30)
+    if plan.batch_size <= max(1, fitting):
+        return plan
+    lower = max(1, int(fitting))
+    logger.log(
+        f"--batch_size {plan.batch_size}: lowered to {lower}, about what fits into the "
+        f"{total_gib(device):.1f} GiB of {describe(device)}"
+    )
+    return replace(plan, batch_size=lower)
+
+
+def halved(plan: SamplingPlan, batch: int, problem: str, *, device: torch.device) -> SamplingPlan:
+    """Halve the batch with which memory ran out, and say so."""
+    logger.log(f"--batch_size {batch}: {problem}; going on with {batch // 2}")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return replace(plan, batch_size=batch // 2)
 
 
 def sampler_of(options: SamplingOptions) -> str:
@@ -150,3 +206,14 @@ def sampling_levels(
         return schedule.levels([trained[-1]])
     visited = space_timesteps(total, [count] if count else respacing)
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
+
+
+def batched(values: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Cut a sequence into pieces of ``size``; the last may be shorter."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def padded(values: Sequence[Item], size: int) -> Sequence[Item]:
+    """Repeat the last value until there are ``size``: compiled code is for one shape."""
+    return [*values, *[values[-1]] * (size - len(values))]

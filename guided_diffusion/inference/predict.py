@@ -20,6 +20,7 @@ from guided_diffusion.inference.provenance import note_sampling
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import area_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
+from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter
 from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.inference.volume_writer import VolumeWriter
@@ -29,7 +30,16 @@ from guided_diffusion.report.sinks import VisdomSink, page_of
 
 
 def run_sampling(setup: SampleSetup) -> None:
-    """Announce a sampling run, segment its data, and write a record of it beside the results."""
+    """Announce a sampling run, segment its data, and write a record of it beside the results.
+
+    Raises:
+        UserError: another sampling writes into the folder, or some cases failed.
+    """
+    with only_run(Path(setup.run.out_dir).expanduser(), SAMPLING):
+        _run(setup)
+
+
+def _run(setup: SampleSetup) -> None:
     options, run, dataset = setup.options, setup.run, setup.dataset
     assert dataset is not None
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []

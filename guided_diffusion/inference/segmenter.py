@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -24,9 +24,16 @@ from guided_diffusion.data.folders import split_name
 from guided_diffusion.data.readers import read_image_file
 from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
 from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
-from guided_diffusion.errors import UserError, python_names
+from guided_diffusion.errors import UserError, memory_problem, python_names
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
-from guided_diffusion.inference.plan import SamplingPlan, make_plan
+from guided_diffusion.inference.plan import (
+    SamplingPlan,
+    batched,
+    halved,
+    make_plan,
+    padded,
+    within_memory,
+)
 from guided_diffusion.inference.resolve import SampleSetup, resolve_sampling
 from guided_diffusion.nn import AttentionBlock
 from guided_diffusion.options.flags import Flags
@@ -35,8 +42,6 @@ from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, MemberNoise, member_
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
-
-Item = TypeVar("Item")
 
 
 class Segmentation(NamedTuple):
@@ -131,6 +136,7 @@ class Segmenter:
         self.classes = classes
         self.normalise = normalise
         self.device = next(net.parameters()).device
+        self.halved = False
 
     @classmethod
     @python_names()
@@ -172,6 +178,13 @@ class Segmenter:
             device=device,
             own=trained.is_own,
             respacing=setup.respacing,
+        )
+        plan = within_memory(
+            plan,
+            size=net.image_size,
+            width=net.model_channels,
+            masks=net.mask_channels,
+            device=device,
         )
         source = f"{trained.path}: {which}"
         if not trained.is_own:
@@ -308,10 +321,9 @@ class Segmenter:
                 for _ in range(3):  # CUDA graphs are recorded on the second call
                     self.draw(fitted[None].expand(plan.cases, -1, -1, -1), [case.name] * plan.cases)
         finally:
-            self.plan = plan
+            self.plan = replace(self.plan, levels=plan.levels)
         return time.perf_counter() - started
 
-    @torch.inference_mode()
     def draw_with_coarse(
         self, images: Tensor, names: Sequence[str], callback: StepCallback | None = None
     ) -> Draws:
@@ -321,7 +333,32 @@ class Segmenter:
             images: at the network's size, float32 [B, C, h, w].
             names: of the B cases; they seed the noise.
             callback: called with every network evaluation.
+
+        Where memory runs out, ``batch_size`` is halved for good, which changes no mask.
         """
+        done: list[Draws] = []
+        first = 0
+        while first < len(images):
+            some = slice(first, first + (self.plan.cases if self.halved else len(images)))
+            try:
+                done.append(self._draw_together(images[some], names[some], callback))
+                first += len(images[some])
+                continue
+            except (RuntimeError, MemoryError) as error:
+                problem, batch = memory_problem(error), self.plan.inputs_of(len(names[some]))
+                if not problem or batch == 1:
+                    raise
+            # The error is gone by now, and with it the memory of what it interrupted.
+            self.plan = halved(self.plan, batch, problem, device=self.device)
+            self.halved = True
+        coarse = [drawn.coarse for drawn in done if drawn.coarse is not None]
+        members = torch.cat([drawn.members for drawn in done])
+        return Draws(members, torch.cat(coarse) if coarse else None)
+
+    @torch.inference_mode()
+    def _draw_together(
+        self, images: Tensor, names: Sequence[str], callback: StepCallback | None
+    ) -> Draws:
         plan = self.plan
         with autocast(self.device, plan.precision):
             condition = self.net.encode(images.to(self.device))
@@ -359,14 +396,3 @@ class _Observed:
         if self.callback:
             self.callback(x, level, prediction)
         return prediction
-
-
-def batched(values: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Cut a sequence into pieces of ``size``; the last may be shorter."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
-
-
-def padded(values: Sequence[Item], size: int) -> Sequence[Item]:
-    """Repeat the last value until there are ``size``: compiled code is for one shape."""
-    return [*values, *[values[-1]] * (size - len(values))]

@@ -32,6 +32,7 @@ def flag(
     switch: bool = False,
     least: float = -math.inf,
     most: float = math.inf,
+    cap: float = math.inf,
     words: str = "",
 ) -> Any:
     """Declare a flag as a dataclass field.
@@ -46,6 +47,7 @@ def flag(
         switch: given without a value it means True.
         least: smallest number that is allowed.
         most: largest number that is allowed; only finite ones are.
+        cap: a number far above all that is sensible, larger ones are taken for mistakes.
         words: names of the values, for a flag that takes several.
     """
     metadata = {
@@ -57,6 +59,7 @@ def flag(
         "switch": switch,
         "least": least,
         "most": most,
+        "cap": cap,
         "words": tuple(words.split()),
     }
     return field(default=default, metadata=metadata)
@@ -126,6 +129,8 @@ class Flags:
             elif isinstance(value, int | float) and not least <= value <= most:
                 limits = f"between {least} and {most}" if most < math.inf else f"{least} or more"
                 problem = f"must be {limits}"
+            elif isinstance(value, int | float) and value > entry.metadata["cap"]:
+                problem = f"must be at most {entry.metadata['cap']}"
             else:
                 continue
             raise UserError(

@@ -17,6 +17,12 @@ from guided_diffusion.options.flags import Flags, flag
 DPM_SOLVERS = ("dpm_solver", "dpm_solver++")
 SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
 
+# Far above what anybody has used; beyond, a typing mistake would fill the memory before it fails.
+MOST_PIXELS = 16_384
+MOST_STEPS = 100_000
+MOST_PROCESSES = 256
+MOST_INPUTS = 65_536
+
 
 @dataclass(frozen=True)
 class NetworkOptions:
@@ -28,10 +34,10 @@ class NetworkOptions:
         "MedSegDiff-V2's",
         choices=("plain", "1", "new", "2"),
     )
-    image_size: int = flag(64, "height and width the network works at, in pixels")
+    image_size: int = flag(64, "height and width the network works at, in pixels", cap=MOST_PIXELS)
     in_ch: int = flag(5, "image channels plus noisy mask channels; follows the data")
     num_channels: int = flag(128, "width of the first level, a multiple of 32")
-    num_res_blocks: int = flag(2, "residual blocks on each level", least=1)
+    num_res_blocks: int = flag(2, "residual blocks on each level", least=1, cap=100)
     channel_mult: str = flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
     attention_resolutions: str = flag("16,8", "feature map sizes, in pixels, that get attention")
     num_heads: int = flag(4, "attention heads", least=1)
@@ -43,7 +49,7 @@ class NetworkOptions:
     resblock_updown: bool = flag(False, "resample inside residual blocks")
     use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
     class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
-    ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1)
+    ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1, cap=100)
     dropout: float = flag(
         0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
     )
@@ -55,7 +61,9 @@ class DiffusionOptions:
     """The diffusion a network is trained for; recorded in the checkpoint."""
 
     diffusion_steps: int = flag(
-        1000, "training: length of the schedule; sampling: network evaluations per mask"
+        1000,
+        "training: length of the schedule; sampling: network evaluations per mask",
+        cap=MOST_STEPS,
     )
     noise_schedule: str = flag("linear", "noise schedule", choices=("linear", "cosine"))
     timestep_respacing: str = flag(
@@ -176,7 +184,9 @@ class TrainingOptions:
     resume: str = flag(
         "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
     )
-    num_workers: int = flag(0, "processes that read data; 0: the training process itself", least=0)
+    num_workers: int = flag(
+        0, "processes that read data; 0: the training process itself", least=0, cap=MOST_PROCESSES
+    )
     augment: bool = flag(
         False, "flip, rotate, scale and brighten the training cases at random, masks alike"
     )
@@ -213,9 +223,11 @@ class SamplingOptions:
     """How masks are drawn."""
 
     model_path: str = flag("", "checkpoint, or the folder that holds savedmodel.pt")
-    num_ensemble: int = flag(5, "masks drawn for each case", least=1)
+    num_ensemble: int = flag(5, "masks drawn for each case", least=1, cap=10_000)
     num_samples: int = flag(0, "cases to segment, from the first; 0: all", least=0)
-    batch_size: int = flag(0, "network inputs (cases x masks) at a time; 0: automatic", least=0)
+    batch_size: int = flag(
+        0, "network inputs (cases x masks) at a time; 0: automatic", least=0, cap=MOST_INPUTS
+    )
     sampler: str = flag(
         "",
         "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
@@ -255,7 +267,9 @@ class SamplingOptions:
         choices=("none", "blend", "mean", "logit", "only"),
     )
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = flag(0, "schedule length of bare weights; 0: 1000", least=0)
+    trained_steps: int = flag(
+        0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
+    )
     debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
     visdom: int = flag(
         0,

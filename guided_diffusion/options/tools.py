@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.options.flags import flag
-from guided_diffusion.options.segmentation import DataOptions
+from guided_diffusion.options.segmentation import MOST_PIXELS, MOST_PROCESSES, DataOptions
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,15 @@ class CheckOptions:
 
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
-    image_size: int = flag(256, "that of training: masks that vanish at it are named", least=1)
+    image_size: int = flag(
+        256, "that of training: masks that vanish at it are named", least=1, cap=MOST_PIXELS
+    )
     labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(
-        -1, "processes that read; 0: this one; -1: by cores and cases", least=-1
+        -1,
+        "processes that read; 0: this one; -1: by cores and cases",
+        least=-1,
+        cap=MOST_PROCESSES,
     )
 
 
@@ -36,7 +41,7 @@ class SlicingOptions:
     dtype: str = flag("uint8", "type of the images", choices=("uint8", "float32"))
     train: float = flag(0.8, "share of patients for training", least=0, most=1)
     seed: int = flag(0, "seed of the division of the patients")
-    workers: int = flag(0, "processes; 0: one per core", least=0)
+    workers: int = flag(0, "processes; 0: one per core", least=0, cap=MOST_PROCESSES)
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ class PhantomOptions:
     seed: int = flag(0, "seed of all phantoms", least=0)
     patients: int = flag(31, "patients, or ISIC pictures", least=1)
     slices: int = flag(
-        0, "slices per patient (brats3d: the depth); 0: 4, weak 3, brats3d 155", least=0
+        0,
+        "slices per patient (brats3d: the depth); 0: 4, weak 3, brats3d 155",
+        least=0,
+        cap=MOST_PIXELS,
     )
-    size: int = flag(0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0)
+    size: int = flag(
+        0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0, cap=MOST_PIXELS
+    )
     raters: int = flag(0, "also write the masks of this many raters", least=0)
     generation: str = flag("2025", "isic: which CSV layout", choices=("2023", "2025"))
     split: float = flag(0.8, "share of patients for training", least=0, most=1)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from guided_diffusion.options.flags import flag
 from guided_diffusion.options.segmentation import (
+    MOST_INPUTS,
+    MOST_PIXELS,
+    MOST_PROCESSES,
+    MOST_STEPS,
     DiffusionOptions,
     NetworkOptions,
     RunOptions,
@@ -48,7 +52,10 @@ class ImageNetworkOptions(NetworkOptions):
 
     version: str = flag("plain", "network; only plain diffuses images")
     image_size: int = flag(
-        128, "height and width the network works at, in pixels", alias="--img_size"
+        128,
+        "height and width the network works at, in pixels",
+        alias="--img_size",
+        cap=MOST_PIXELS,
     )
     in_ch: int = flag(1, "image channels; follows the data")
     class_cond: bool = flag(False, "condition on the image-level label; segmentation needs it")
@@ -73,12 +80,15 @@ class ClassifierOptions:
 
     model_type: str = flag("encoder", "classifier", choices=("encoder", "resnet50"))
     image_size: int = flag(
-        128, "height and width the classifier works at, in pixels", alias="--img_size"
+        128,
+        "height and width the classifier works at, in pixels",
+        alias="--img_size",
+        cap=MOST_PIXELS,
     )
     in_channel: int = flag(1, "image channels; follows the data", least=1)
     num_classes: int = flag(5, "classes; follows the data", least=2, most=1000)
     classifier_width: int = flag(128, "width of the first level, a multiple of 32")
-    classifier_depth: int = flag(2, "residual blocks on each level", least=1)
+    classifier_depth: int = flag(2, "residual blocks on each level", least=1, cap=100)
     classifier_attention_resolutions: str = flag(
         "32,16,8", "feature map sizes, in pixels, that get attention"
     )
@@ -107,7 +117,11 @@ class ImageTrainingOptions(TrainingOptions):
     log_interval: int = flag(10, "steps between two lines of the log", least=1)
     save_interval: int = flag(1000, "steps between two checkpoints", least=1)
     num_workers: int = flag(
-        0, "processes that read data; 0: the training process itself", least=0, alias="--workers"
+        0,
+        "processes that read data; 0: the training process itself",
+        least=0,
+        cap=MOST_PROCESSES,
+        alias="--workers",
     )
     sigma_small: bool = flag(
         False, "the smaller variance in sampling", dead="training does not depend on it"
@@ -159,14 +173,16 @@ class ImageSamplingOptions:
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
     class_index: int = flag(-1, "class of every image; -1: drawn for each", least=-1, most=1)
-    num_samples: int = flag(8, "images to draw", least=1)
-    batch_size: int = flag(8, "images at a time", least=1)
+    num_samples: int = flag(8, "images to draw", least=1, cap=1_000_000)
+    batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
     use_ddim: bool = flag(False, "sample with DDIM")
     steps: int = flag(0, "network evaluations per image; 0: every trained timestep", least=0)
     clip_denoised: bool = flag(True, "clip the predicted clean image at every evaluation")
     sigma_small: bool = flag(False, "the smaller of DDPM's two variances")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = flag(0, "schedule length of bare weights; 0: 1000", least=0)
+    trained_steps: int = flag(
+        0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
+    )
     dataset: str = flag("brats", "name of the data set", dead="the checkpoint knows its channels")
     src_dir: str = flag("", "folder of the data", dead="images are drawn from noise")
 
@@ -220,9 +236,11 @@ class WeakOptions:
     part: str = flag("validation", "images to segment", choices=("validation", "training"))
     results_dir: str = flag("", "folder for masks and scores; empty: save_dir/<method>")
     num_samples: int = flag(0, "images to segment, evenly spread; 0: all", least=0)
-    batch_size: int = flag(8, "images at a time", least=1)
+    batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
-    trained_steps: int = flag(0, "schedule length of bare weights; 0: 1000", least=0)
+    trained_steps: int = flag(
+        0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
+    )
 
 
 @dataclass(frozen=True)

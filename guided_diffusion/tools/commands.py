@@ -13,6 +13,7 @@ from tqdm import tqdm
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.errors import UserError
+from guided_diffusion.inference.run_lock import SLICING, only_run
 from guided_diffusion.options.flags import slice_range
 from guided_diffusion.options.tools import PhantomOptions, SlicingOptions
 from guided_diffusion.tools import phantom_folders
@@ -30,7 +31,7 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
     """Cut what is not cut yet, with progress by volume, and yield the messages to print.
 
     Raises:
-        UserError: volumes or settings that cannot be used.
+        UserError: volumes or settings that cannot be used, or another slicing into the folder.
     """
     reading = Reading(
         modalities=find_modalities(options.modalities),
@@ -41,13 +42,13 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
     plan = SlicingPlan(reading, dtype=options.dtype, train=options.train, seed=options.seed)
     out = Path(options.out).expanduser()
     dataset = open_volumes(Path(options.src).expanduser(), reading)
-    jobs = plan_jobs(dataset, out, plan)
-    sweep(out)
-    yield from dataset.notes
-
-    workers = options.workers or os.cpu_count() or 1
-    counts = cut_all(dataset, jobs, dtype=plan.dtype, workers=workers)
-    written = sum(tqdm(counts, total=len(jobs), unit="volume", disable=None))
+    with only_run(out, SLICING, flag="--out"):
+        jobs = plan_jobs(dataset, out, plan)
+        sweep(out)
+        yield from dataset.notes
+        workers = options.workers or os.cpu_count() or 1
+        counts = cut_all(dataset, jobs, dtype=plan.dtype, workers=workers)
+        written = sum(tqdm(counts, total=len(jobs), unit="volume", disable=None))
     yield (
         f"{written} slices of {len(jobs)} volumes written, {len(dataset) - written} were there; "
         f"who is in which part: {out / 'split.txt'}"
@@ -70,7 +71,7 @@ def write_phantoms(options: PhantomOptions) -> None:
         "patients": options.patients,
         "size": options.size or usual_size,
         "training": options.split,
-        "progress": partial(tqdm, desc=layout, unit="patient"),
+        "progress": partial(tqdm, desc=layout, unit="patient", disable=None),
     }
     if layout == "isic":
         special: dict[str, Any] = {"raters": options.raters, "generation": options.generation}

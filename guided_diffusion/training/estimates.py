@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from traceback import clear_frames
+
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from guided_diffusion import logger
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.dist_util import describe, rank, total_gib
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.options.flags import numbers
 from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptions, TrainingOptions
 from guided_diffusion.script_util import channel_multipliers, create_model, parameter_count
+from guided_diffusion.unet import EncodeAndPredict, UNetModel
 
 LARGE_GIB = 8.0
 """Training that holds more than this, activations aside, is announced before it is built."""
@@ -24,7 +32,11 @@ def check_size(
     classes: Classes | None,
     device: torch.device,
 ) -> None:
-    """Report the memory of a large network before it is built; refuse one that cannot fit."""
+    """Report the memory of a large network before it is built.
+
+    Raises:
+        UserError: the network, or a step of this batch, cannot fit into the device's memory.
+    """
     with torch.device("meta"):
         net = create_model(network, diffusion, classes)
     averages = len(options.ema_rate.split(","))
@@ -39,6 +51,7 @@ def check_size(
             f"{memory}, more than the {total_gib(device):.1f} GiB of {describe(device)}",
             "Use a larger device, or lower --num_channels or --num_res_blocks.",
         )
+    refuse_large_batch(net, options, held=needed, device=device)
     if needed > LARGE_GIB and rank() == 0:
         logger.log(memory)
     if spectra_gib(network) > 0.5 and rank() == 0:
@@ -46,6 +59,122 @@ def check_size(
             f"attention between spectra takes {spectra_gib(network):.1f} GiB for each image of a "
             "batch, 16 times less with one more level (--channel_mult)"
         )
+
+
+def refuse_large_batch(
+    net: UNetModel, options: TrainingOptions, *, held: float, device: torch.device
+) -> None:
+    """Refuse a batch or an image size with which no step can be taken.
+
+    Less than estimated may do, with half precision or a compiler: half of it counts.
+
+    Args:
+        net: on the meta device.
+        options: with the batch.
+        held: GiB of weights, moments and averages.
+        device: to train on.
+
+    Raises:
+        UserError: what is needed is more than the device has.
+    """
+    batch, size = options.batch_size, net.image_size
+    micro = min(batch, options.microbatch) if options.microbatch > 0 else batch
+    read = 8 * net.in_channels * size**2 / 2**30  # an image in float32, read and moved
+    free = total_gib(device) - held
+    usual_most = 1600 * net.model_channels * size**2 / 2**30
+    if micro * usual_most + batch * read < free:
+        return
+    image = activations_gib(net)
+    if micro * image / 2 + batch * read <= free:
+        return
+    has = f"{describe(device)} has {total_gib(device):.1f} GiB"
+    fitting = int(free / (image + read))
+    if fitting < 1:
+        largest = int(size * (free / (image + read)) ** 0.5)
+        raise UserError(
+            f"--image_size {size}",
+            f"one image takes about {gib_text(image + read)} while its gradient is computed; {has}",
+            f"About {largest} pixels fit: lower --image_size or --num_channels.",
+        )
+    same = f", or --microbatch {fitting} for the same gradient" if batch * read < free / 2 else ""
+    raise UserError(
+        f"--batch_size {batch}",
+        f"a step takes about {gib_text(micro * image + batch * read)}, {gib_text(image + read)} "
+        f"for each image; {has}",
+        f"About {fitting} images fit: use --batch_size {fitting}{same}.",
+    )
+
+
+@contextmanager
+def memory_guarded(
+    options: TrainingOptions, step: int, device: torch.device, free: Callable[[], object]
+) -> Iterator[None]:
+    """Report that memory ran out inside this context, after calling ``free``.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError, OSError) as error:
+        problem = memory_problem(error)
+        if not problem:
+            raise
+        clear_frames(error.__traceback__)  # frees the memory of what was interrupted
+    with suppress(RuntimeError, MemoryError):
+        free()
+    raise step_too_large(problem, options, step=step, device=device)
+
+
+def step_too_large(
+    problem: str, options: TrainingOptions, *, step: int, device: torch.device
+) -> UserError:
+    """Make the error for a training step in which memory ran out."""
+    batch = options.batch_size
+    size = min(batch, options.microbatch) if options.microbatch > 0 else batch
+    return UserError(
+        f"--batch_size {batch}",
+        f"{problem} in step {step + 1}, {size} images at a time; {describe(device)} has "
+        f"{total_gib(device):.1f} GiB",
+        f"Use --microbatch {size // 2} for the same gradient, or a smaller --batch_size."
+        if size > 1
+        else "Use a smaller --image_size or --num_channels, or --use_checkpoint True.",
+    )
+
+
+def gib_text(gib: float) -> str:
+    """Write a number of GiB for people, small ones in MiB."""
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB"
+
+
+def activations_gib(net: UNetModel) -> float:
+    """What a network on the meta device keeps of one image for its gradient, in GiB of float32.
+
+    Matrices between the pixels of a map are left out: attention need not keep them. Infinite where
+    a single tensor has more bytes than can be counted.
+    """
+    own = {value.untyped_storage()._cdata for value in (*net.parameters(), *net.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        between_pixels = value.ndim > 2 and min(value.shape[-2:]) > net.image_size
+        if storage._cdata not in own and not between_pixels:
+            kept[storage._cdata] = storage
+        return value
+
+    shape = (net.image_size, net.image_size)
+    diffused, condition = net.mask_channels, net.in_channels - net.mask_channels
+    try:
+        with torch.device("meta"), saved_tensors_hooks(note, lambda value: value):
+            x, image = torch.empty(1, diffused, *shape), torch.empty(1, condition, *shape)
+            EncodeAndPredict(net)(x, torch.zeros(1), image)
+    except RuntimeError as error:
+        if memory_problem(error):
+            return math.inf
+        raise
+    return sum(storage.nbytes() for storage in kept.values()) / 2**30
 
 
 def attention_notes(network: NetworkOptions) -> list[str]:

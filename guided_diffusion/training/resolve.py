@@ -35,6 +35,7 @@ from guided_diffusion.data.splits import narrowed, read_split
 from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
+from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import normalise_flags, open_data
 from guided_diffusion.options.flags import Flags, numbers, recorded
@@ -137,12 +138,14 @@ def begin(
     The checkpoint has to be of a ``kind``; the run works in a ``folder`` below ``--out_dir``.
 
     Raises:
-        UserError: options that no run can have, or that contradict the checkpoint.
+        UserError: options that no run can have or that contradict the checkpoint, or another
+            training in the folder.
     """
     options, run = training_options(flags, training), run_options(flags, running)
     run = replace(run, out_dir=str(Path(run.out_dir) / folder)) if folder else run
     launch(run.multi_gpu, flags.command)
     setup_dist()
+    refuse_second_run(Path(run.out_dir).expanduser(), TRAINING)
     path, start = checkpoint_to_resume(options, run)
     if start:
         require_kind(start, kind, path)

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from guided_diffusion import logger
+from guided_diffusion.dist_util import all_gather, memory_gib
+
 
 class StepLog:
     """Collects what steps report, without waiting for the device, until the log is written."""
@@ -45,6 +48,27 @@ class StepLog:
         norm = _norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norms.append(norm)
         return norm
+
+    def report(
+        self, *, step: int, last: int, samples: int, lr: float, parameters: Sequence[Tensor]
+    ) -> None:
+        """Give the logger a line: the means of all processes, speed, memory and time left.
+
+        Args:
+            step: steps that were taken.
+            last: the step to stop at; 0 for never.
+            samples: images that were drawn.
+            lr: the learning rate.
+            parameters: of the network, on its device.
+        """
+        for name, value in (("step", step), ("samples", samples), ("lr", lr)):
+            logger.logkv(name, value)
+        logger.logkv("memory_gib", memory_gib(parameters[0].device))
+        means = self.means(parameters, all_gather)
+        for name, value in means.items():
+            logger.logkv(name, value)
+        if last and "steps_per_s" in means:
+            logger.logkv("minutes_left", round((last - step) / means["steps_per_s"] / 60, 1))
 
     def means(
         self, parameters: Sequence[Tensor], gather: Callable[[Tensor], Tensor] = torch.Tensor.cpu

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from guided_diffusion import logger
-from guided_diffusion.errors import UserError
-from guided_diffusion.files import atomic_write, make_folder
+from guided_diffusion.errors import UserError, memory_problem
+from guided_diffusion.files import atomic_write
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
 from guided_diffusion.inference.resolve import chosen_steps
+from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import SamplingOptions, dead_flags
 from guided_diffusion.options.weak import (
@@ -45,7 +46,16 @@ def draw_images(flags: Flags) -> None:
 
     Image i depends on the seed and i alone. Written: ``samples_NxHxWxC.npz`` (``arr_0`` uint8
     [N, H, W, C], ``arr_1`` the classes int64 [N] where there are any) and a contact sheet.
+
+    Raises:
+        UserError: networks that cannot be used, or another sampling into the folder.
     """
+    folder = Path(flags.group(WeakRunOptions).out_dir).expanduser()
+    with only_run(folder, SAMPLING, flag="--save_dir"):
+        _draw_images(flags, folder)
+
+
+def _draw_images(flags: Flags, folder: Path) -> None:
     options, run = flags.group(ImageSamplingOptions), flags.group(WeakRunOptions)
     logger.configure()
     for note in dead_flags(flags, vars(options)):
@@ -72,16 +82,31 @@ def draw_images(flags: Flags) -> None:
     size = (model.net.in_channels, model.net.image_size, model.net.image_size)
     keywords = {"eta": eta} if sampler == "ddim" else {}
     drawn = []
-    for rows in torch.arange(len(names)).split(options.batch_size):
+
+    def draw(rows: torch.Tensor) -> torch.Tensor:
         noise = MemberNoise([member_seed(run.seed, names[int(i)], 0) for i in rows])
         x = noise(torch.empty(len(rows), *size, device=model.device))
         denoise = _denoiser(model, classifier, x, classes[rows], scale=options.classifier_scale)
         with torch.no_grad():
             x0 = SAMPLERS[sampler](denoise, x, levels, randn_like=noise, **keywords)
-        drawn.append(model.diffusion.from_range(x0).cpu())
+        return model.diffusion.from_range(x0).cpu()
+
+    left, batch = torch.arange(len(names)), options.batch_size
+    while len(left):
+        try:
+            drawn.append(draw(left[:batch]))
+            left = left[batch:]
+            continue
+        except (RuntimeError, MemoryError) as error:
+            problem = memory_problem(error)
+            if not problem or batch == 1:
+                raise
+        # The error is gone by now, and with it the memory of what it interrupted.
+        batch = min(batch, len(left)) // 2 or 1
+        logger.log(f"{problem}; going on with --batch_size {batch}")
 
     labelled = bool(model.net.num_classes or classifier)
-    _write_images(torch.cat(drawn), classes if labelled else None, Path(run.out_dir).expanduser())
+    _write_images(torch.cat(drawn), classes if labelled else None, folder)
 
 
 def _denoiser(
@@ -100,7 +125,6 @@ def _denoiser(
 
 def _write_images(images: torch.Tensor, classes: torch.Tensor | None, folder: Path) -> None:
     """Write images [N, C, H, W] in [0, 1] as arrays, and some of them as a picture."""
-    make_folder(folder, flag="--save_dir")
     arrays = [(255 * images + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).numpy()]
     if classes is not None:
         arrays.append(classes.numpy())
@@ -148,6 +172,7 @@ def segment_weakly(flags: Flags) -> None:
             "Train both networks with one --img_size.",
         )
     folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
-    segment_images(segmenter, dataset, folder)
-    for line in score_masks(dataset, folder):
-        logger.log(line)
+    with only_run(folder, SAMPLING, flag="--results_dir"):
+        segment_images(segmenter, dataset, folder)
+        for line in score_masks(dataset, folder):
+            logger.log(line)

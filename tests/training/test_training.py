@@ -568,8 +568,8 @@ def test_a_missing_compiler_is_reported(
     with pytest.raises(RuntimeError, match="no C"):
         script("segmentation_train", *command)
     raised.append(torch.cuda.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        script("segmentation_train", *command, "--compile", "default")
+    error = refused(script("segmentation_train", *command, "--compile", "default"))
+    assert "more memory is needed than there is in step 1" in error and "--compile" not in error
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

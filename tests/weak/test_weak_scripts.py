@@ -50,6 +50,7 @@ from guided_diffusion.schedule import CLEAN
 from guided_diffusion.scoring import metrics
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 from guided_diffusion.tools import phantom_folders, phantoms
+from guided_diffusion.unet import UNetModel
 from guided_diffusion.weak.guidance import classification_losses
 from guided_diffusion.weak.maps import noisy
 from guided_diffusion.weak.models import load_classifier, load_image_model
@@ -417,6 +418,36 @@ def test_drawn_images_depend_on_seed_and_number_alone(weakly_trained: Path, tmp_
     succeeded(script("image_tumor_sample", *plain, "--class_index", 1))
     with np.load(folder / "samples_3x16x16x1.npz") as arrays:
         assert (arrays["arr_0"] != images).any() and arrays["arr_1"].tolist() == [1, 1, 1]
+
+
+def test_images_and_masks_are_drawn_in_halves_where_memory_runs_out(
+    weakly_trained: Path, weak_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = UNetModel.forward
+
+    def limited(self: Any, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if len(x) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, x, *rest, **named)
+
+    folder = Path(shutil.copytree(weakly_trained, tmp_path / "run"))
+    drawing = ["--save_dir", folder, "--steps", 3]
+    images, masks = [], []
+    for batch in (2, 5):
+        some = ["--batch_size", batch]
+        said = succeeded(script("image_tumor_sample", *drawing, *some, "--num_samples", 5))
+        assert said.count("going on with --batch_size 2") == (batch == 5)
+        with np.load(folder / "samples_5x16x16x1.npz") as arrays:
+            images.append(arrays["arr_0"])
+        own = ["--src_dir", weak_data, "--level", 40, "--results_dir", tmp_path / f"{batch}"]
+        said = succeeded(script("image_p_seg", *drawing, *some, *own))
+        assert said.count("4 cases at a time: more memory is needed") == (batch == 5)
+        masks.append(contents(tmp_path / f"{batch}"))
+        monkeypatch.setattr(UNetModel, "forward", limited)
+    assert (images[0] == images[1]).all()
+    assert sum(name.endswith("_mask.png") for name in masks[0]) == 4
+    same = [name for name in masks[0] if name.endswith(".png")]
+    assert [masks[0][name] for name in same] == [masks[1][name] for name in same]
 
 
 METHODS = [

@@ -1,0 +1,252 @@
+"""One run of a kind at a time in a folder: a file there names the run that holds it.
+
+The file is left behind where a run is killed, so that the next one judges from host, process and
+the process's start whether its holder is still there. A training and a sampling may share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from guided_diffusion.dist_util import all_gather_object, rank
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import make_folder, writing
+
+TRAINING, SAMPLING, SLICING = "training", "sampling", "slicing"
+
+SETTLED = 60.0
+"""Seconds after which a file without a holder is left over, and not just being written."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The run that holds a folder.
+
+    Attributes:
+        host: name of its machine.
+        pid: its process there.
+        machine: what the process numbers belong to, from one start of the machine to the next;
+            empty if unknown.
+        process: when the process started, in whatever unit the system has; empty if unknown.
+        job: its SLURM job, if any.
+        restarts: how often that job was queued again.
+        started: when the run started, in ISO 8601.
+        command: its command line.
+    """
+
+    host: str
+    pid: int
+    machine: str
+    process: str
+    job: str
+    restarts: int
+    started: str
+    command: str
+
+    @classmethod
+    def this(cls) -> Holder:
+        """Describe this process."""
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            machine=_machine(),
+            process=_process_start(os.getpid()) or "",
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(restarts) if restarts.isdecimal() else 0,
+            started=datetime.now().astimezone().isoformat(timespec="seconds"),
+            command=" ".join(sys.argv),
+        )
+
+    @classmethod
+    def read(cls, text: bytes) -> Holder | None:
+        """Read what a lock file says; None for anything else."""
+        try:
+            values = json.loads(text)
+            holder = cls(**{entry.name: values[entry.name] for entry in fields(cls)})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        numbers = (holder.pid, holder.restarts)
+        return holder if all(type(number) is int for number in numbers) else None
+
+    def is_gone(self) -> bool | None:
+        """Say whether the run has ended; None where that cannot be known from here."""
+        own = Holder.this()
+        if self.job and self.job == own.job and self.restarts < own.restarts:
+            return True
+        if self.host != own.host:
+            return None
+        if self.machine != own.machine:
+            rebooted = self.machine.split()[:1] != own.machine.split()[:1]
+            return True if rebooted and self.machine else None  # None: another container
+        started = _process_start(self.pid)
+        if started is None or (started and not self.process):
+            return None
+        return started != self.process
+
+
+class Found(NamedTuple):
+    """What a lock file holds, and when it was written, in nanoseconds."""
+
+    text: bytes
+    written: int
+
+
+@contextmanager
+def only_run(folder: Path, kind: str, *, flag: str = "--out_dir") -> Iterator[None]:
+    """Hold a folder, which is made if needed, as its only run of a kind.
+
+    The first process takes the lock; all processes of the run raise where it is refused.
+
+    Args:
+        folder: of the run.
+        kind: what runs, as in :data:`TRAINING`; part of the file's name.
+        flag: that names the folder in messages.
+
+    Raises:
+        UserError: another run of that kind holds it, or it cannot be written.
+    """
+    own = json.dumps(asdict(Holder.this())).encode()
+    path = folder / f".lock-{kind}"
+    with _by_the_first_process():
+        if rank() == 0:
+            make_folder(folder, flag=flag)
+            with writing(path):
+                _take(path, own, f"{flag} {folder}", kind)
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            with suppress(OSError):
+                if path.read_bytes() == own:
+                    path.unlink()
+
+
+def refuse_second_run(folder: Path, kind: str, *, flag: str = "--out_dir") -> None:
+    """Raise what :func:`only_run` would, before data and networks are loaded; takes nothing."""
+    path = folder / f".lock-{kind}"
+    with _by_the_first_process():
+        if rank() == 0 and (found := _read(path)):
+            _refuse_unless_gone(path, found, f"{flag} {folder}", kind)
+
+
+@contextmanager
+def _by_the_first_process() -> Iterator[None]:
+    """Raise in every process what the first one raises."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if first := all_gather_object(error)[0]:
+        raise first
+
+
+def _take(path: Path, own: bytes, what: str, kind: str) -> None:
+    """Write a lock file, or replace one that is left over.
+
+    Of several that find the same file left over one writes the claim to it, a file of its own name,
+    and that one alone renames the claim to the lock. A claim that is left over is taken likewise.
+    """
+    for _ in range(100):
+        if _create(path, own):
+            return
+        if (found := _read(path)) is None:
+            continue  # its run has just ended
+        _refuse_unless_gone(path, found, what, kind)
+        digest = hashlib.sha256(found.text + str(found.written).encode()).hexdigest()[:12]
+        claim = path.with_name(f"{path.name}-{digest}")
+        _take(claim, own, what, kind)
+        if _read(path) == found:
+            claim.replace(path)
+            return
+        claim.unlink()
+    raise UserError(path, "can neither be read nor made", "Delete it.")
+
+
+def _create(path: Path, text: bytes) -> bool:
+    """Write a file unless there is one; exclusive on network file systems too."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text)
+    except OSError:
+        path.unlink()
+        raise
+    return True
+
+
+def _read(path: Path) -> Found | None:
+    try:
+        return Found(path.read_bytes(), path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_unless_gone(path: Path, found: Found, what: str, kind: str) -> None:
+    holder = Holder.read(found.text)
+    if holder is None:
+        if time.time() - found.written / 1e9 > SETTLED:
+            return
+        raise UserError(what, f"another {kind} is just starting there", "Try again in a minute.")
+    gone = holder.is_gone()
+    if gone:
+        return
+    raise UserError(
+        what,
+        f"another {kind} writes there: process {holder.pid} on {holder.host}, since "
+        f"{holder.started}",
+        f"If that run is gone, delete {path}; else wait for it, or choose another folder."
+        if gone is None
+        else "Wait for it or stop it, or choose another folder.",
+    )
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text("utf-8", "replace")  # a process's name may be any bytes
+
+
+def _machine() -> str:
+    """Identify this start of the machine and the namespace of its processes; empty if unknown."""
+    try:
+        boot = _text("/proc/sys/kernel/random/boot_id").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this machine started; empty if there is none, None if unknown."""
+    if os.name != "posix":
+        return None
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return ""
+    except OSError:
+        pass  # another user's
+    try:
+        if sys.platform == "linux":
+            state, *rest = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            return "" if state in "ZX" else rest[18]
+        asked = ["ps", "-o", "lstart=", "-p", str(pid)]
+        plain = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(asked, env=plain, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
