@@ -329,6 +329,7 @@ def run_training(setup: TrainSetup) -> Path:
     if setup.start:
         loop.restore(setup.start, path=setup.path, missing=setup.missing)
         logger.log(f"resuming {setup.path} at step {setup.start.step}")
+    logger.rewind(loop.step, new=setup.start is None and setup.options.resume != "auto")
     for note in setup.notes:
         logger.log(note)
     logger.log(
