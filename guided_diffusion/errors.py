@@ -9,6 +9,8 @@ package and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -69,17 +71,38 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"Did you mean {close[0]}?" if close else otherwise
 
 
+_HINTS = {
+    errno.ENOSPC: "Free some space, or choose another folder.",
+    errno.EDQUOT: "Free some space, or choose another folder.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Allow more open files (ulimit -n), or use fewer --num_workers.",
+    errno.EIO: "Check the disk.",
+}
+
+
+def os_message(error: OSError) -> str:
+    """Say what the operating system refused; empty for an error that is not the system's.
+
+    Those that name no file are told if they are about space, limits or permissions.
+    """
+    named = [name for name in (error.filename, error.filename2) if name not in (None, "")]
+    known = {*_HINTS, errno.EACCES, errno.EPERM, errno.EROFS}
+    if not named and error.errno not in known:
+        return ""
+    what = os.fsdecode(named[0]) if named and not isinstance(named[0], int) else "a file"
+    hint = _HINTS.get(error.errno or 0, "Check the path and its permissions.")
+    return f"{what}: {error.strerror}. {hint}"
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Run a script: bad input and file errors become one line and exit code 2, Ctrl-C 130."""
     try:
         yield
     except (UserError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):
-            if error.filename is None:
-                raise
-            message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+        message = os_message(error) if isinstance(error, OSError) else str(error)
+        if not message:
+            raise
         print("error:", " ".join(message.splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

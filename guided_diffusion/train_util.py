@@ -36,6 +36,7 @@ from guided_diffusion.dist_util import (
     wrap_ddp,
 )
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded, remove_leftovers
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
@@ -86,7 +87,7 @@ class TrainLoop:
         }
         self.log = StepLog(len(self.diffusion.schedule))
         self.checkpoints = CheckpointManager(
-            Path(run.out_dir).expanduser(),
+            expanded(run.out_dir),
             net=net,
             optimizer=self.optimizer,
             scaler=self.scaler,
@@ -329,6 +330,8 @@ def run_training(setup: TrainSetup) -> Path:
     if setup.start:
         loop.restore(setup.start, path=setup.path, missing=setup.missing)
         logger.log(f"resuming {setup.path} at step {setup.start.step}")
+    if setup.alias and rank() == 0:
+        remove_leftovers(setup.alias.parent)
     logger.rewind(loop.step, new=setup.start is None and setup.options.resume != "auto")
     for note in setup.notes:
         logger.log(note)

@@ -13,6 +13,9 @@ from guided_diffusion.scoring.case_scores import CaseScore, MaskScore
 from guided_diffusion.scoring.patients import PatientScore
 from guided_diffusion.scoring.summary import ClassScores, Summary
 
+TABLES = ("scores.csv", "masks.csv", "patients.csv")
+TARGET_HINT = "Free some space, change the permissions, or copy the predictions elsewhere."
+
 
 def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summary) -> None:
     """Write every table of a scored folder, each file atomically."""
@@ -60,7 +63,5 @@ def _class_column(rows: Mapping[str, object], name: str) -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file into the result folder atomically."""
-    with atomic_write(
-        path, hint="Change the permissions, or copy the predictions elsewhere."
-    ) as part:
-        part.write_text(text, encoding="utf-8")
+    with atomic_write(path, hint=TARGET_HINT) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -13,7 +13,7 @@ import torch
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import atomic_write, make_folder
+from guided_diffusion.files import atomic_write, expanded, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
 from guided_diffusion.inference.resolve import chosen_steps
@@ -81,7 +81,7 @@ def draw_images(flags: Flags) -> None:
         drawn.append(model.diffusion.from_range(x0).cpu())
 
     labelled = bool(model.net.num_classes or classifier)
-    _write_images(torch.cat(drawn), classes if labelled else None, Path(run.out_dir).expanduser())
+    _write_images(torch.cat(drawn), classes if labelled else None, expanded(run.out_dir))
 
 
 def _denoiser(
@@ -147,7 +147,7 @@ def segment_weakly(flags: Flags) -> None:
             f"{model.net.image_size}",
             "Train both networks with one --img_size.",
         )
-    folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
+    folder = expanded(options.results_dir or Path(run.out_dir) / method)
     segment_images(segmenter, dataset, folder)
     for line in score_masks(dataset, folder):
         logger.log(line)
