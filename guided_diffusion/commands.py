@@ -67,10 +67,14 @@ def score(flags: Flags) -> None:
     from guided_diffusion.report.report import write_report
     from guided_diffusion.report.thumbnails import CaseLayers
     from guided_diffusion.scoring.compare import compare_folders, comparison_text
+    from guided_diffusion.scoring.evaluate import folder_of
     from guided_diffusion.scoring.summary import summary_text
+    from guided_diffusion.scoring.tables import require_writable
 
     options = flags.group(ScoringOptions)
     if options.compare:
+        for folder in options.compare:
+            require_writable(folder_of(folder, "--compare"))
         first, second = (_scored(options, folder) for folder in options.compare)
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")

@@ -89,7 +89,9 @@ def make_folder(path: Path, *, flag: str = "--out_dir", hint: str = "") -> Path:
             file.flush()
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
-        raise UserError(f"{flag} {path}", problem, hint or f"Choose another {flag}.") from error
+        raise UserError(
+            f"{flag} {path}".strip(), problem, hint or f"Choose another {flag}."
+        ) from error
     remove_leftovers(path)
     return path
 

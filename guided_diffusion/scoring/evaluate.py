@@ -21,7 +21,7 @@ from guided_diffusion.data.classes import Classes, find_classes, recorded_classe
 from guided_diffusion.data.folders import counted, is_nifti
 from guided_diffusion.data.readers import nifti_spacing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import expanded, make_folder, nearest_path, require_replaceable
+from guided_diffusion.files import expanded, nearest_path
 from guided_diffusion.layouts import Truth, open_masks
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.case_scores import (
@@ -39,7 +39,7 @@ from guided_diffusion.scoring.patients import PatientScore, score_patients
 from guided_diffusion.scoring.predictions import Reader, find_predictions
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
 from guided_diffusion.scoring.surface import surface_distances
-from guided_diffusion.scoring.tables import TABLES, TARGET_HINT, write_tables
+from guided_diffusion.scoring.tables import require_writable, write_tables
 
 OnCase = Callable[[Sequence[CaseFiles], Sequence[CaseMasks]], None]
 """Takes the files and masks of a case that has been read, one of each per class."""
@@ -93,10 +93,7 @@ def evaluate_all(
         UserError: a missing or empty folder, cases in one folder only, a file that is not a
             readable mask, a class without files, a truth with a label of no class.
     """
-    folder = folder_of(inp_pth, "--inp_pth")
-    make_folder(folder, flag="--inp_pth", hint=TARGET_HINT)
-    for name in (*TABLES, "summary.json"):
-        require_replaceable(folder / name)
+    folder = require_writable(folder_of(inp_pth, "--inp_pth"))
     truth_folder = folder_of(out_pth, "--out_pth")
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
     truths = open_masks(truth_folder, classes)
