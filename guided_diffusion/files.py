@@ -249,10 +249,8 @@ def read_table(
         why = f"it has no column {missing[0]}" if text.strip() else "it is empty"
         raise DamagedFile(path, why, hint)
     cut = not text.endswith(("\n", "\r"))
-    last = lines.pop() if cut and lines else []
-    lines = [line for line in lines if line]
+    lines = [line for line in (lines[:-1] if cut and not keep_cut else lines) if line]
     bad = sum(len(line) != len(header) for line in lines)
-    lines += [last] * keep_cut
     rows = [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]
     return Table(header, rows, bad, cut)
 

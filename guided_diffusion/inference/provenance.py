@@ -63,7 +63,9 @@ def note_sampling(
     """
     path = folder / RECORD
     try:
-        known = read_json(path, hint=HINT) or {}
+        known = read_json(path, hint=HINT) or {"fingerprint": ""}
+        if not isinstance(known.get("fingerprint"), str):
+            raise DamagedFile(path, "it has no fingerprint", HINT)
     except DamagedFile as error:
         kept = set_aside(path).name
         logger.log(f"{path} is damaged ({error.why}); it is kept as {kept}, and made anew")

@@ -154,7 +154,7 @@ def _is_whole_slice(path: Path) -> bool:
     """Whether a slice waits, and can be read."""
     try:
         return all(_load(path, kind).ndim >= 2 for kind in KINDS)
-    except (*UNREADABLE, KeyError, BadZipFile, MemoryError):
+    except (*UNREADABLE, KeyError, TypeError, BadZipFile, MemoryError):
         return False
 
 
@@ -171,7 +171,7 @@ def _is_volume(path: Path) -> bool:
 
 
 def _load(path: Path, kind: str) -> np.ndarray:
-    with np.load(path) as maps:
+    with path.open("rb") as file, np.load(file) as maps:
         return np.asarray(maps[kind])
 
 
