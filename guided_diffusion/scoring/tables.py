@@ -13,7 +13,14 @@ from guided_diffusion.scoring.case_scores import CaseScore, MaskScore
 from guided_diffusion.scoring.patients import PatientScore
 from guided_diffusion.scoring.summary import ClassScores, Summary
 
-WRITTEN = ("scores.csv", "masks.csv", "patients.csv", "summary.json", "comparison.json")
+WRITTEN = (
+    "scores.csv",
+    "masks.csv",
+    "patients.csv",
+    "summary.json",
+    "comparison.json",
+    "report.html",
+)
 TARGET_HINT = "Free some space, change the permissions, or copy the predictions elsewhere."
 
 

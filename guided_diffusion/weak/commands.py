@@ -63,6 +63,7 @@ def draw_images(flags: Flags) -> None:
     wanted = SamplingOptions(steps=chosen_steps(flags, options.steps))
     respacing = flags.given.get("timestep_respacing", "")
     levels = sampling_levels(model.diffusion, sampler, wanted, respacing=respacing)
+    out_dir = make_folder(expanded(run.out_dir), flag="--save_dir")
     logger.log(f"{model.source}; {options.num_samples} images by {sampler}")
 
     names = [f"image{i:05d}" for i in range(options.num_samples)]
@@ -81,7 +82,7 @@ def draw_images(flags: Flags) -> None:
         drawn.append(model.diffusion.from_range(x0).cpu())
 
     labelled = bool(model.net.num_classes or classifier)
-    _write_images(torch.cat(drawn), classes if labelled else None, expanded(run.out_dir))
+    _write_images(torch.cat(drawn), classes if labelled else None, out_dir)
 
 
 def _denoiser(
@@ -100,7 +101,6 @@ def _denoiser(
 
 def _write_images(images: torch.Tensor, classes: torch.Tensor | None, folder: Path) -> None:
     """Write images [N, C, H, W] in [0, 1] as arrays, and some of them as a picture."""
-    make_folder(folder, flag="--save_dir")
     arrays = [(255 * images + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).numpy()]
     if classes is not None:
         arrays.append(classes.numpy())
