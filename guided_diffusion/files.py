@@ -269,8 +269,10 @@ def set_aside(path: Path, as_what: str = "damaged") -> Path:
 
 
 def _read_text(path: Path, hint: str) -> str | None:
-    """Read a text file in UTF-8; None where there is none."""
+    """Read a text file in UTF-8; None where there is none. A device may never end."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(path, "is not a file", hint)
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         return None

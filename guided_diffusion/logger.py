@@ -145,7 +145,7 @@ def rewind(step: int, *, new: bool = False) -> None:
     for earlier in (path, path.with_suffix(".json")):
         if new and earlier.is_file():
             set_aside(earlier, "old")
-    known = _read_progress(path, ["step"])
+    known = _read_progress(path, ["step"]) if path.is_file() else None
     if known is not None:
         rows: dict[str, dict[str, str]] = {}
         for row in known.rows:
@@ -157,7 +157,7 @@ def rewind(step: int, *, new: bool = False) -> None:
         if known.bad or known.cut or kept != known.rows:
             _write_rows(path, known.columns, kept)
     path = path.with_suffix(".json")
-    if path.exists():
+    if path.is_file():
         with writing(path, hint=CHECKPOINTS_HINT):
             lines = path.read_bytes().splitlines(keepends=True)
         steps = [_step_of(line) for line in lines]
@@ -203,6 +203,8 @@ def _ends(path: Path) -> tuple[list[str], list[str] | None]:
     """The columns of a CSV file and the fields of its last line; None unless both are whole."""
     if not path.exists():
         return [], None
+    if not path.is_file():
+        raise OSError("it is not a file")
     with path.open("rb") as file:
         first = file.readline()
         file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))

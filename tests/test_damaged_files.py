@@ -219,8 +219,13 @@ def restarted(
     return flags, folder
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("name", ["progress.csv", "progress.json", "log.txt", "curves.png"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("progress.csv", "progress.json") for kind in DAMAGES),
+        *(("log.txt", "binary"), ("curves.png", "empty")),
+    ],
+)
 def test_training_goes_on_and_logs_each_step_once(
     name: str,
     kind: str,

@@ -148,7 +148,7 @@ def test_a_full_disk_at_the_end_is_not_missed(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
-@pytest.mark.parametrize("name", ["log.txt", "progress.json"])
+@pytest.mark.parametrize("name", ["log.txt", "progress.json", "progress.csv"])
 def test_a_full_disk_for_the_log_is_reported(name: str, brats: Path, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     error = refused(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
