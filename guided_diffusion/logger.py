@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,22 +148,25 @@ def rewind(step: int, *, new: bool = False) -> None:
             set_aside(earlier, "old")
     known = _read_progress(path, ["step"]) if path.is_file() else None
     if known is not None:
-        rows: dict[str, dict[str, str]] = {}
-        for row in known.rows:
-            if row["step"].isdecimal() and int(row["step"]) <= step:
-                rows[row["step"]] = _merged(rows.get(row["step"], {}), row)
-        kept = list(rows.values())
-        if known.bad:
-            _set_aside(path, "a line has too few or too many fields")
-        if known.bad or known.cut or kept != known.rows:
-            _write_rows(path, known.columns, kept)
+        rows: dict[int, dict[str, str]] = {}
+        whole = [row for row in known.rows if re.fullmatch(r"\d{1,18}", row["step"])]
+        for row in whole:
+            number = int(row["step"])
+            if number <= step:
+                rows[number] = _merged(rows.get(number, {}), row)
+        damaged = known.bad + len(known.rows) - len(whole) > 0
+        if damaged:
+            _set_aside(path, "a line is not that of a step")
+        if damaged or known.cut or list(rows.values()) != known.rows:
+            _write_rows(path, known.columns, list(rows.values()))
     path = path.with_suffix(".json")
     if path.is_file():
         with writing(path, hint=CHECKPOINTS_HINT):
             lines = path.read_bytes().splitlines(keepends=True)
         steps = [_step_of(line) for line in lines]
-        if None in steps[:-1]:
-            _set_aside(path, "a line is not JSON")
+        wrong = [line for line, at in zip(lines, steps, strict=True) if at is None]
+        if any(line.endswith(b"\n") or not line.startswith(b'{"') for line in wrong):
+            _set_aside(path, "a line is not that of a step")
         good = [
             line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step
         ]

@@ -245,6 +245,9 @@ def test_training_goes_on_and_logs_each_step_once(
     for found in (steps, logged):
         assert found == sorted({*found})
         assert found == ["2", "4", "6"] or name.startswith("progress")
+    cut = kind == "cut" or (name, kind) in [("progress.json", "empty"), ("progress.json", "deep")]
+    named = name.startswith("progress") and not cut
+    assert set_aside(folder) == [f"{name}.damaged"] * named
     one, other = (load_checkpoint(at / LATEST) for at in (folder, expected))
     assert all(one.model[key].equal(value) for key, value in other.model.items())
 
