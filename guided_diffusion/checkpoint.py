@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, nearest_path
+from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, expanded, nearest_path
 from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
@@ -121,7 +121,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
     Raises:
         UserError: there is none; ``flag`` names the path in the message.
     """
-    file = Path(path).expanduser()
+    file = expanded(path, flag=flag)
     if file.is_dir():
         numbered = numbered_checkpoints(file)
         file = (file / LATEST) if (file / LATEST).exists() or not numbered else numbered[-1]
@@ -130,7 +130,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
             flag,
             f"there is no file {file}" if str(path) else "no path given",
             nearest_path(
-                Path(path).expanduser(),
+                expanded(path, flag=flag),
                 f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
             ),
         )

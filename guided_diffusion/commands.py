@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
+from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.options.console import tolerant_console
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
@@ -67,10 +68,14 @@ def score(flags: Flags) -> None:
     from guided_diffusion.report.report import write_report
     from guided_diffusion.report.thumbnails import CaseLayers
     from guided_diffusion.scoring.compare import compare_folders, comparison_text
+    from guided_diffusion.scoring.evaluate import folder_of
     from guided_diffusion.scoring.summary import summary_text
+    from guided_diffusion.scoring.tables import require_writable
 
     options = flags.group(ScoringOptions)
     if options.compare:
+        for folder in options.compare:
+            require_writable(folder_of(folder, "--compare"))
         first, second = (_scored(options, folder) for folder in options.compare)
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
@@ -111,6 +116,10 @@ def check(flags: Flags) -> None:
     from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
 
     data, options = flags.group(DataOptions), flags.group(CheckOptions)
+    out = expanded(options.out, flag="--out") if options.out else None
+    if out:
+        make_folder(out.parent, flag="--out")
+        require_replaceable(out)
     findings = look_at(
         lambda: open_data(data, test=not options.labelled),
         image_size=options.image_size,
@@ -119,8 +128,7 @@ def check(flags: Flags) -> None:
         parts_of=(lambda dataset: part_of_cases(dataset, data.split)) if data.split else None,
     )
     print(findings_text(findings))
-    if options.out:
-        out = Path(options.out).expanduser()
+    if out:
         print(f"{write_sheet(findings, out, cases=options.cases)} cases drawn on {out}")
     if findings.problems:
         sys.exit(2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 import signal
 import sys
@@ -143,6 +144,29 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+_HINTS = {
+    errno.ENOSPC: "Free some space, or choose another folder.",
+    errno.EDQUOT: "Free some space, or choose another folder.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Allow more open files (ulimit -n), or use fewer --num_workers.",
+    errno.EIO: "Check the disk.",
+}
+
+
+def os_message(error: OSError) -> str:
+    """Say what the operating system refused; empty for an error that is not the system's.
+
+    Those that name no file are told if they are about space, limits or permissions.
+    """
+    named = [name for name in (error.filename, error.filename2) if name not in (None, "")]
+    known = {*_HINTS, errno.EACCES, errno.EPERM, errno.EROFS}
+    if not named and error.errno not in known:
+        return ""
+    what = os.fsdecode(named[0]) if named and not isinstance(named[0], int) else "a file"
+    hint = _HINTS.get(error.errno or 0, "Check the path and its permissions.")
+    return f"{what}: {error.strerror}. {hint}"
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Run a script: bad input, file errors and full memory become one line and exit code 2.
@@ -153,12 +177,13 @@ def exit_on_user_error() -> Iterator[None]:
         with handling_signals(stop):
             yield
     except (UserError, OSError, RuntimeError, ValueError, MemoryError) as error:
-        message = str(error)
         if problem := memory_problem(error):
             message = f"memory: {problem}. {MEMORY_HINT}"
-        elif isinstance(error, OSError) and error.filename is not None:
-            message = f"{error.filename}: {error.strerror}. Check the path and its permissions."
-        elif not isinstance(error, UserError):
+        elif isinstance(error, OSError):
+            message = os_message(error)
+        else:
+            message = str(error) if isinstance(error, UserError) else ""
+        if not message:
             raise
         print("error:", " ".join(message.splitlines()), file=sys.stderr)
         sys.exit(2)

@@ -34,6 +34,7 @@ from guided_diffusion.data.splits import narrowed
 from guided_diffusion.data.tumorloader import TumourImages, is_classified
 from guided_diffusion.data.volumes import VolumeStore
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded
 from guided_diffusion.isicloader import ISICDataset, has_csv, has_pictures
 from guided_diffusion.options.flags import Flags, slice_range
 from guided_diffusion.options.segmentation import DataOptions
@@ -245,16 +246,22 @@ def _truth(mask: Tensor, classes: Classes | None) -> Array:
 
 def create_reading(data: DataOptions) -> Reading:
     """What the flags say about reading a data set."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = {"auto": home / "guided_diffusion", "none": None}
     return Reading(
         modalities=find_modalities(data.modalities),
         slices=slice_range(data.slices),
         blank_slices=data.blank_slices,
         normalise=data.normalise,
-        cache_dir=places.get(data.cache_dir, Path(data.cache_dir).expanduser()),
+        cache_dir=_cache_folder(data.cache_dir),
         classes=find_classes(data.mask_labels),
     )
+
+
+def _cache_folder(text: str) -> Path | None:
+    """The folder that ``--cache_dir`` names; None for none, or where nothing is known as home."""
+    if text != "auto":
+        return None if text == "none" else expanded(text, flag="--cache_dir")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(home) / "guided_diffusion" if home[0] != "~" else None
 
 
 def open_data(data: DataOptions, *, part: str = "", test: bool = False) -> SegmentationDataset:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import Checkpoint
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import Batch, mix, training_batches
+from guided_diffusion.data.batches import Batch, training_batches
 from guided_diffusion.dist_util import (
     all_gather,
     all_gather_object,
@@ -37,6 +37,7 @@ from guided_diffusion.dist_util import (
     wrap_ddp,
 )
 from guided_diffusion.errors import Stopped, UserError
+from guided_diffusion.files import expanded, remove_leftovers
 from guided_diffusion.inference.run_lock import TRAINING, only_run
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
@@ -45,6 +46,7 @@ from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.estimates import memory_guarded
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
+from guided_diffusion.training.steps import draw, last_step, learning_rate
 from guided_diffusion.training.stop_signal import StopSignal
 from guided_diffusion.training.validation import BestScore
 from guided_diffusion.unet import EncodeAndPredict, UNetModel
@@ -71,6 +73,7 @@ class TrainLoop:
             options.schedule_sampler, len(self.diffusion.kept)
         )
         self.step = self.start = 0
+        self.last_step = last_step(options)  # 0 for never
         self.bad_steps = 0
         self.best = BestScore()
         self.stop = StopSignal()
@@ -90,7 +93,7 @@ class TrainLoop:
         }
         self.log = StepLog(len(self.diffusion.schedule))
         self.checkpoints = CheckpointManager(
-            Path(run.out_dir).expanduser(),
+            expanded(run.out_dir),
             net=net,
             optimizer=self.optimizer,
             scaler=self.scaler,
@@ -101,12 +104,6 @@ class TrainLoop:
             after_save=setup.after_save,
         )
         self._set_rate()
-
-    @property
-    def last_step(self) -> int:
-        """The step to stop at; 0 for never."""
-        limits = [self.options.max_steps, self.options.lr_anneal_steps]
-        return min((limit for limit in limits if limit > 0), default=0)
 
     def restore(
         self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
@@ -200,9 +197,8 @@ class TrainLoop:
 
     def _memory_guarded(self, *, save: bool) -> AbstractContextManager[None]:
         """Report that memory ran out; of several processes the others may wait, so none saves."""
-        return memory_guarded(
-            self.options, self.step, self.device, self._rescue if save else self._free
-        )
+        rescue = self._rescue if save else self._free
+        return memory_guarded(self.options, self.step, self.device, rescue)
 
     def _free(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -254,7 +250,7 @@ class TrainLoop:
         condition = prepared.condition.to(self.device, non_blocking=True)
         x0 = self.diffusion.to_range(prepared.x0.to(self.device, non_blocking=True))
         y = None if prepared.y is None else prepared.y.to(self.device, non_blocking=True)
-        positions, weights, eps = self._draw(x0.shape)
+        positions, weights, eps = draw(self.schedule_sampler, x0.shape, self.run.seed, self.step)
         t = torch.tensor(self.diffusion.kept)[positions]
         eps = eps.to(self.device, non_blocking=True)
 
@@ -286,16 +282,6 @@ class TrainLoop:
         if self.schedule_sampler.learns:
             self.schedule_sampler.update(all_gather(positions), all_gather(torch.cat(losses)))
         return total
-
-    def _draw(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw positions, weights and noise of this process's rows of the step's whole batch."""
-        torch.manual_seed(mix(self.run.seed, self.step))
-        count, rows = shape[0] * world_size(), slice(rank() * shape[0], (rank() + 1) * shape[0])
-        positions, weights = self.schedule_sampler.sample(count)
-        eps = torch.randn(count, *shape[1:])
-        if rank():
-            torch.manual_seed(mix(self.run.seed + rank(), self.step))
-        return positions[rows], weights[rows], eps[rows]
 
     def _clip(self, norm: Tensor) -> None:
         """Shrink a gradient of this norm to the largest that is allowed."""
@@ -360,12 +346,9 @@ class TrainLoop:
         return any_rank(self.best.update(score, self.step))
 
     def _set_rate(self) -> None:
-        """Set the learning rate of the step to come: warm-up, then linear annealing."""
-        warm = min(1.0, (self.step + 1) / max(self.options.warmup_steps, 1))
-        anneal = self.options.lr_anneal_steps
-        left = max(1 - self.step / anneal, 0.0) if anneal else 1.0
+        """Set the learning rate of the step to come."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * warm * left
+            group["lr"] = learning_rate(self.options, self.step)
 
     def _write_log(self, progress: tqdm[Any]) -> None:
         self.log.report(
@@ -387,7 +370,7 @@ def run_training(setup: TrainSetup) -> Path:
         SystemExit: a signal ended the run; the exit code tells the shell so. A launcher is told
             of success, since it would start the processes again.
     """
-    with only_run(Path(setup.run.out_dir).expanduser(), TRAINING):
+    with only_run(expanded(setup.run.out_dir), TRAINING):
         return _run(setup)
 
 
@@ -398,6 +381,9 @@ def _run(setup: TrainSetup) -> Path:
     if setup.start:
         loop.restore(setup.start, path=setup.path, missing=setup.missing)
         logger.log(f"resuming {setup.path} at step {setup.start.step}")
+    if setup.alias and rank() == 0:
+        remove_leftovers(setup.alias.parent)
+    logger.rewind(loop.step, new=setup.start is None and setup.options.resume != "auto")
     for note in setup.notes:
         logger.log(note)
     logger.log(

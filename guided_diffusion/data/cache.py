@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.datasets import Case, ResizedDataset
+from guided_diffusion.files import remove_leftovers, temporary_name
 
 GIB = 2**30
 
@@ -27,7 +29,7 @@ class CachedDataset(Dataset[Case]):
 
     Cached cases are bit-identical, but without their affine, which training does not need. The
     first cases by index are cached, so that all processes agree without communicating. A full disk
-    ends the caching, not the run.
+    ends the caching, not the run; without a folder to cache in, ``note`` says so.
 
     Args:
         dataset: cases at the network's size, all of one shape.
@@ -40,7 +42,15 @@ class CachedDataset(Dataset[Case]):
     ) -> None:
         self.dataset = dataset
         self.most_bytes = most_bytes
-        self.folder = _temporary_folder(self, directory)
+        self.note = ""
+        try:
+            self.folder = _temporary_folder(self, directory)
+        except OSError as error:
+            self.most_bytes, self.folder = 0, Path(os.devnull)
+            self.note = (
+                f"no temporary folder can be made ({error.strerror}), so every case is decoded "
+                "each time it is used: free some space, or set TMPDIR"
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -50,7 +60,7 @@ class CachedDataset(Dataset[Case]):
         path = self.folder / f"{index}.npy"
         try:
             return self._load(path, self.dataset.dataset.names[index])
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, SyntaxError, MemoryError):
             case = self.dataset[index]
             if (index + 1) * _bytes(case) <= self.most_bytes:
                 self._save(path, case)
@@ -67,7 +77,7 @@ class CachedDataset(Dataset[Case]):
 
     def _save(self, path: Path, case: Case) -> None:
         """Write a case, renaming it once it is complete: another process may look for it."""
-        part = path.with_suffix(f".{os.getpid()}")
+        part = path.with_name(temporary_name(path.name))
         mask = np.empty(0) if case.mask is None else case.mask.numpy()
         try:
             with part.open("wb") as file:
@@ -76,12 +86,17 @@ class CachedDataset(Dataset[Case]):
             part.replace(path)
         except OSError:
             self.most_bytes = 0
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def _temporary_folder(owner: object, directory: Path | None) -> Path:
-    """Make a folder that is removed with its owner, or when the process that made it ends."""
-    folder = Path(tempfile.mkdtemp(prefix="decoded-", dir=directory))
+    """Make a folder that is removed with its owner, or when the process that made it ends.
+
+    Those that killed processes have left are removed first.
+    """
+    remove_leftovers(directory or Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=temporary_name("", "decoded"), dir=directory))
     weakref.finalize(owner, _remove, folder, os.getpid())
     return folder
 

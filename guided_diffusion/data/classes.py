@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import DamagedFile, read_json
 
 FLAG = "--mask_labels"
 RECORD = "classes.json"
@@ -208,19 +209,24 @@ def recorded_classes(folder: Path) -> Classes | None:
     """The classes that a result folder records; None where it has no record.
 
     Raises:
-        UserError: the record cannot be read.
+        DamagedFile: the record is not what sampling wrote.
+        UserError: it cannot be opened.
     """
     path = folder / RECORD
-    if not path.exists():
+    hint = (
+        f"To score, name the classes with {FLAG}; to sample, remove the file if the folder's "
+        "results are of the same classes, else choose another --out_dir."
+    )
+    record = read_json(path, hint=hint)
+    if record is None:
         return None
+    text = record.get("mask_labels")
+    if not isinstance(text, str) or not text:
+        raise DamagedFile(path, "it does not say which classes were sampled", hint)
     try:
-        return find_classes(str(json.loads(path.read_text(encoding="utf-8"))["mask_labels"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            path,
-            f"does not hold the classes that sampling recorded ({error})",
-            f"Sample again, or remove the file and name the classes with {FLAG}.",
-        ) from error
+        return find_classes(text)
+    except UserError as error:
+        raise DamagedFile(path, f"{text!r} are no classes", hint) from error
 
 
 def each(classes: Classes | None) -> Iterator[tuple[int, str]]:

@@ -7,6 +7,7 @@ of 100,000 files. A folder that cannot be used is a :class:`UserError` that name
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import re
 import unicodedata
@@ -17,17 +18,19 @@ from pathlib import Path
 from torch import Tensor
 
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import nearest_path
+from guided_diffusion.files import expanded, nearest_path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI = (".nii.gz", ".nii")
 ENDINGS = (*PICTURES, *NIFTI)
+MOST_BYTES = 200
+"""Of a case id: file systems allow 255, and the names of a case's files are longer than its id."""
 _RESERVED = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 
 
 def open_folder(directory: str | os.PathLike[str]) -> Path:
     """The folder with ``~`` expanded; a :class:`UserError` where it is missing, or a file."""
-    folder = Path(directory).expanduser()
+    folder = expanded(directory)
     if folder.is_dir():
         return folder
     problem = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -127,11 +130,15 @@ def is_nifti(path: Path) -> bool:
 def safe_name(text: str) -> str:
     """A case id that is a valid name on any file system.
 
-    Separators, reserved characters and bytes that are not text become '_'.
+    Separators, reserved characters and bytes that are not text become '_'. Of a name that is too
+    long for the files of a case a digest replaces the end.
     """
     readable = text.encode("utf-8", "replace").decode()
-    name = _RESERVED.sub("_", unicodedata.normalize("NFC", readable))
-    return name.strip(" .") or "_"
+    name = _RESERVED.sub("_", unicodedata.normalize("NFC", readable)).strip(" .") or "_"
+    if len(name.encode()) <= MOST_BYTES:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name.encode()[: MOST_BYTES - 13].decode(errors='ignore')}-{digest}"
 
 
 @contextmanager

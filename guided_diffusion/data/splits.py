@@ -15,7 +15,7 @@ from pathlib import Path
 from guided_diffusion.data.datasets import Entry, SegmentationDataset
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import nearest_path
+from guided_diffusion.files import expanded, nearest_path
 
 PARTS = ("training", "validation", "testing")
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -27,7 +27,7 @@ def read_split(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: the file or a line cannot be read, or an id is in two parts.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

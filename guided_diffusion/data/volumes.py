@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from torch import Tensor
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.intensity import Levels, measure, normalised
 from guided_diffusion.data.readers import (
+    UNREADABLE,
     Affine,
     Array,
     class_masks,
@@ -35,7 +37,7 @@ from guided_diffusion.data.readers import (
     require_same_axes,
 )
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import atomic_write, make_folder
+from guided_diffusion.files import atomic_write, make_folder, read_json
 
 MEMORY = 2**30
 Stamp = tuple[int, int]
@@ -96,10 +98,23 @@ class VolumeStore:
 
         facts = self.folder / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
         known = _read_facts(facts)
-        if known is None or known["stamp"] != list(stamp) or not unpacked(path, facts).exists():
+        if known is None or known["stamp"] != list(stamp) or not is_whole(unpacked(path, facts)):
             known = _unpack(path, facts, stamp)
         voxels, affine = _proxy(unpacked(path, facts))
         return Volume(voxels, affine, Levels(*known["levels"]), frozenset(known["constant"]), stamp)
+
+    def plane(self, path: Path, position: int) -> Array:
+        """Read one axial plane [H, W], float32.
+
+        A copy in the cache that cannot be read is made again. Raises a :class:`UserError` where
+        the volume itself cannot be read.
+        """
+        try:
+            return np.asarray(self(path).voxels[..., position], dtype=np.float32)
+        except UNREADABLE:
+            self._open.pop(path, None)
+        with decoding(path, "NIfTI volume"):
+            return np.asarray(self(path).voxels[..., position], dtype=np.float32)
 
 
 class VolumeDataset(SegmentationDataset):
@@ -158,8 +173,7 @@ class VolumeDataset(SegmentationDataset):
                 "Export all files of a case on one grid.",
             )
         require_same_axes(path, volume.affine, grid.affine, other=entry.images[0])
-        with decoding(path, "NIfTI volume"):
-            plane = np.asarray(volume.voxels[..., entry.plane], dtype=np.float32)
+        plane = self.store.plane(path, entry.plane or 0)
         return normalised(np.ascontiguousarray(plane), volume.levels, scale)
 
 
@@ -184,25 +198,21 @@ def unpacked(path: Path, facts: Path) -> Path:
 def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
     """Unpack a volume and measure it; the facts are written last, so they imply the voxels.
 
-    Several processes may do so at once: each writes a separate file and renames it.
+    Several processes may do so at once: each writes a file of its own and renames it.
     """
-    bare = unpacked(path, facts)
-    own = bare.with_name(f"{bare.stem}-{os.getpid()}.nii")
+    bare, hint = unpacked(path, facts), "Free some space, or choose another --cache_dir."
     if bare != path:
         facts.unlink(missing_ok=True)
-        with atomic_write(own, hint="Free some space, or choose another --cache_dir.") as part:
+        with atomic_write(bare, hint=hint) as part:
             _gunzip(path, part)
             values, _ = _read_volume(part, shown=path)
-        own.replace(bare)
     else:
         values, _ = _read_volume(path)
 
     known = {"stamp": list(stamp), "levels": measure(values), "source": str(path)}
     known["constant"] = sorted(constant_planes(values))
-    written = facts.with_name(f"{facts.stem}-{os.getpid()}.json")
-    with atomic_write(written) as part:
+    with atomic_write(facts, hint=hint) as part:
         part.write_text(json.dumps(known), encoding="utf-8")
-    written.replace(facts)
     return known
 
 
@@ -220,11 +230,24 @@ def _gunzip(path: Path, target: Path) -> None:
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
+    """Read what is known of a cached volume; None where that is nothing, or damaged."""
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return facts if {"stamp", "levels", "constant"} <= facts.keys() else None
-    except (OSError, ValueError, AttributeError):
+        facts = read_json(path, hint="") or {}
+        Levels(*map(float, facts["levels"]))
+        whole = all(type(number) is int for key in ("stamp", "constant") for number in facts[key])
+    except (UserError, KeyError, TypeError, ValueError):
         return None
+    return facts if whole and len(facts["stamp"]) == 2 else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is an uncompressed NIfTI volume of the length that its header states."""
+    try:
+        voxels: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
+        needed = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
+        return len(voxels.shape) >= 3 and path.stat().st_size >= needed
+    except (*UNREADABLE, AttributeError):
+        return False
 
 
 def _read_volume(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]:

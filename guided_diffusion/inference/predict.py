@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion import logger
+from guided_diffusion.data.classes import each
 from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as, readable
 from guided_diffusion.dist_util import rank
-from guided_diffusion.files import make_folder
+from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import run_cases, share_of
+from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
 from guided_diffusion.inference.provenance import note_sampling
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import area_columns, draw_strip
@@ -35,7 +37,7 @@ def run_sampling(setup: SampleSetup) -> None:
     Raises:
         UserError: another sampling writes into the folder, or some cases failed.
     """
-    with only_run(Path(setup.run.out_dir).expanduser(), SAMPLING):
+    with only_run(expanded(setup.run.out_dir), SAMPLING):
         _run(setup)
 
 
@@ -47,7 +49,7 @@ def _run(setup: SampleSetup) -> None:
     segmenter = Segmenter.from_setup(setup)
     for note in [*setup.notes, str(dataset), str(segmenter)]:
         logger.log(note)
-    out_dir = Path(run.out_dir).expanduser()
+    out_dir = expanded(run.out_dir, flag="--out_dir")
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     names = segment(
@@ -102,9 +104,12 @@ def segment(
     make_folder(out_dir)
     entries = dataset.entries[: num_samples or None]
     names = [entry.name for entry in entries]
-    note_classes(out_dir, segmenter.classes)
-    record = Record(out_dir, fingerprint, area_columns(segmenter.classes))
+    require_replaceable(out_dir / SAMPLING_RECORD)
+    ends = [end for _, end in each(segmenter.classes)]
+    record = Record(out_dir, fingerprint, area_columns(segmenter.classes), ends=ends)
+    note_classes(out_dir, segmenter.classes, known=record.is_uniform)
     volumes = VolumeWriter(out_dir, fingerprint, entries)
+    record.forget(volumes.lost(record.rows.keys() - {*names}))
     todo = [
         index
         for index, entry in enumerate(entries)

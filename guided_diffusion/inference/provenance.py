@@ -15,9 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import atomic_write
+from guided_diffusion import logger
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import DamagedFile, atomic_write, read_json, set_aside
 
 RECORD = "sampling.json"
+HINT = "The next sampling into this folder makes it anew."
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pillow")
 
 
@@ -58,7 +61,16 @@ def note_sampling(
     Raises:
         UserError: the note cannot be written.
     """
-    if read_note(folder).get("fingerprint") == fingerprint:
+    path = folder / RECORD
+    try:
+        known = read_json(path, hint=HINT) or {"fingerprint": ""}
+        if not isinstance(known.get("fingerprint"), str):
+            raise DamagedFile(path, "it has no fingerprint", HINT)
+    except DamagedFile as error:
+        kept = set_aside(path).name
+        logger.log(f"{path} is damaged ({error.why}); it is kept as {kept}, and made anew")
+        known = {}
+    if known.get("fingerprint") == fingerprint:
         return
     note = {
         "fingerprint": fingerprint,
@@ -69,22 +81,16 @@ def note_sampling(
         "options": dict(options),
         "versions": versions(),
     }
-    with atomic_write(folder / RECORD) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-
-
-def read_note(folder: Path) -> dict[str, Any]:
-    """Read the record of sampling; empty if there is none that can be read."""
-    try:
-        note = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
 
 
 def describe_run(folder: Path) -> dict[str, str]:
     """Describe the sampling, if recorded, and this scoring, as labels and texts for people."""
-    note = read_note(folder)
+    try:
+        note = read_json(folder / RECORD, hint=HINT) or {}
+    except UserError as error:
+        note = {"date": str(error)}
     return {
         "Sampled": str(note.get("date", "")),
         "Sampling command": str(note.get("command", "")),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,13 @@ from guided_diffusion.data.datasets import Case, Frame
 from guided_diffusion.data.folders import listing
 from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import atomic_write
+from guided_diffusion.files import (
+    DamagedFile,
+    atomic_write,
+    read_table,
+    require_replaceable,
+    set_aside,
+)
 from guided_diffusion.inference.rendering import measured
 from guided_diffusion.inference.segmenter import Segmentation
 
@@ -43,7 +51,7 @@ def log_remarks(record: Record, names: Sequence[str]) -> None:
 def _is_uncertain(row: dict[str, Any]) -> bool:
     some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
     full = int(row.get("full_members") or 0) > 0
-    return some_empty or full or float(row["disagreement"]) > MOST_DISAGREEMENT
+    return some_empty or full or float(row["disagreement"] or 0) > MOST_DISAGREEMENT
 
 
 def _is_empty(row: dict[str, Any]) -> bool:
@@ -67,39 +75,109 @@ COLUMNS = (
     *("name", "members", "area", "empty_members", "full_members"),
     *("disagreement", "uncertainty", "seconds", "fingerprint"),
 )
+NEEDED = ("name", "members", "fingerprint")
+COUNTS = ("members", "area", "empty_members", "full_members")
+MEASURES = ("disagreement", "uncertainty", "seconds")
 
 
 class Record:
     """``predictions.csv``: one row per finished case, written once its files are in place.
 
     Of several processes each keeps a file of its own until the first one gathers them.
+
+    Args:
+        out_dir: the result folder.
+        fingerprint: of the settings of this run.
+        areas: columns of its own.
+        ends: of the names of a case's files, one for each class.
+        with_members: whether the members of a case are written, too.
     """
 
-    def __init__(self, out_dir: Path, fingerprint: str, areas: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        fingerprint: str,
+        areas: Sequence[str] = (),
+        *,
+        ends: Sequence[str] = ("",),
+        with_members: bool = True,
+    ) -> None:
         self.out_dir = out_dir
         self.columns = (*COLUMNS[:3], *areas, *COLUMNS[3:])
         self.fingerprint = fingerprint
+        self.ends = ends
+        self.with_members = with_members
         self.path = out_dir / "predictions.csv"
-        self.rows = {row["name"]: row for row in _read_rows([self.path, *self._parts()])}
+        require_replaceable(self.path)
+        self.damage: dict[Path, str] = {}
+        self.forgotten: list[str] = []
+        self.rows = {row["name"]: row for row in self._read([self.path, *self._parts()])}
+
+    def _read(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+        """Read the finished cases of some records, and note which of these are damaged."""
+        for path in paths:
+            try:
+                table = read_table(path, needs=NEEDED, hint="Choose another --out_dir.")
+            except DamagedFile as error:
+                self.damage[path] = error.why
+                continue
+            rows = table.rows if table else []
+            good = [row for row in rows if _is_whole(row)]
+            if table and table.bad + len(rows) - len(good):
+                self.damage[path] = "not all of its lines are those of cases"
+            yield from good
 
     def _parts(self) -> list[Path]:
         return sorted(self.out_dir.glob(".predictions-*.csv"))
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether everything that is recorded has this run's settings."""
+        same = all(row["fingerprint"] == self.fingerprint for row in self.rows.values())
+        return same and not self.damage
+
     def finished(self, name: str) -> bool:
-        """Whether a case is done, with these settings, and its mask is still there."""
-        same = self.rows.get(name, {}).get("fingerprint") == self.fingerprint
-        return same and (self.out_dir / f"{name}_mask.png").exists()
+        """Whether a case is done, with these settings, and its masks are still there and whole."""
+        row = self.rows.get(name)
+        if row is None or row["fingerprint"] != self.fingerprint:
+            return False
+        return all(is_whole_png(self.out_dir / f"{name}_{kind}.png") for kind in self._masks(row))
+
+    def _masks(self, row: Mapping[str, str]) -> Iterator[str]:
+        """The ends of the names of a case's masks, those that scoring reads."""
+        yield "mask"
+        for end in self.ends:
+            yield f"output_ens{end}"
+            if self.with_members:
+                yield from (f"output{index}{end}" for index in range(int(row["members"])))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take cases for unfinished whose files are gone."""
+        for name in names:
+            del self.rows[name]
+            self.forgotten.append(name)
 
     def begin(self, names: Sequence[str], *, of: int) -> None:
         """Remove cases before their files are replaced, and log what is kept."""
         if len(names) < of:
             logger.log(f"{of - len(names)} of {of} cases are finished and kept")
-        stale = [name for name in names if self.rows.pop(name, None)]
-        if stale:
-            logger.log(f"{len(stale)} cases of other settings in {self.out_dir} are drawn anew")
+        stale = [row for name in names if (row := self.rows.pop(name, None))]
+        lost = [row["name"] for row in stale if row["fingerprint"] == self.fingerprint]
+        if len(stale) > len(lost):
+            logger.log(
+                f"{len(stale) - len(lost)} cases of other settings in {self.out_dir} are drawn anew"
+            )
+        if lost:
+            logger.log(f"files of {listing(lost)} are missing or damaged; they are drawn anew")
         barrier()  # every process has read the parts that the first one now gathers
         if rank() == 0:
-            self._gather(stale)
+            for path, why in self.damage.items():
+                kept = set_aside(path).name
+                logger.log(
+                    f"{path} is damaged ({why}); it is kept as {kept}, and cases that cannot be "
+                    "read from it are drawn anew"
+                )
+            self._gather([*stale, *self.damage, *self.forgotten])
         barrier()
         if rank():
             self.path, self.rows = self.out_dir / f".predictions-{rank()}.csv", {}
@@ -113,7 +191,7 @@ class Record:
         """Gather the rows of all processes in the first one's file."""
         barrier()
         if rank() == 0:
-            self.rows |= {row["name"]: row for row in _read_rows(self._parts())}
+            self.rows |= {row["name"]: row for row in self._read(self._parts())}
             self._gather(self._parts())
         barrier()
 
@@ -132,25 +210,47 @@ class Record:
             writer.writerows(self.rows[name] for name in sorted(self.rows))
 
 
-def _read_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Read the finished cases of some records; other files have none."""
-    for path in paths:
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    if row.get("fingerprint") and row.get("name") and row.get("members"):
-                        yield row
+def _is_whole(row: Mapping[str, str]) -> bool:
+    """Whether a row is that of a finished case, and its numbers are numbers."""
+    try:
+        counts = [int(row.get(name) or 0) for name in COUNTS]
+        measures = [float(row.get(name) or 0) for name in MEASURES]
+    except ValueError:
+        return False
+    finite = all(map(math.isfinite, measures))
+    return bool(row["name"] and row["fingerprint"]) and finite and min(counts) >= 0 < counts[0]
 
 
-def note_classes(out_dir: Path, classes: Classes | None) -> None:
+def is_whole_png(path: Path) -> bool:
+    """Whether a file is there and begins and ends as a PNG does."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(8) == b"\x89PNG\r\n\x1a\n"
+            file.seek(-12, os.SEEK_END)
+            return begins and file.read() == b"\0\0\0\0IEND\xaeB`\x82"
+    except OSError:
+        return False
+
+
+def note_classes(out_dir: Path, classes: Classes | None, *, known: bool = False) -> None:
     """Record the classes in the folder, since results of other classes must not mix with them.
 
     The first process writes.
 
+    A damaged record is made anew where ``known`` says that all results in the folder are those of
+    the settings of this run, and so of its classes.
+
     Raises:
-        UserError: the folder holds results of other classes.
+        UserError: the folder holds results of other classes, or nobody knows of which.
     """
-    earlier, path = recorded_classes(out_dir), out_dir / RECORD
+    path = out_dir / RECORD
+    require_replaceable(path)
+    try:
+        earlier, why = recorded_classes(out_dir), ""
+    except DamagedFile as error:
+        if not known:
+            raise
+        earlier, why = classes, error.why
     if earlier != classes and (out_dir / "predictions.csv").exists():
         raise UserError(
             out_dir,
@@ -160,9 +260,12 @@ def note_classes(out_dir: Path, classes: Classes | None) -> None:
     barrier()  # every process has read what the first one now writes
     if rank():
         return
+    if why:
+        kept = set_aside(path).name
+        logger.log(f"{path} is damaged ({why}); it is kept as {kept}, and made anew")
     if classes is None:
         path.unlink(missing_ok=True)
-    elif earlier != classes:
+    elif earlier != classes or why:
         with atomic_write(path) as part:
             part.write_text(record_text(classes) + "\n", encoding="utf-8")
 

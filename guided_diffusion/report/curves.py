@@ -5,13 +5,13 @@ This needs matplotlib, the extra ``plot``.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import atomic_write
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import atomic_write, read_table
 
 Points = tuple[list[float], list[float]]
 INK, QUIET, GRID = "#1c2430", "#6b7482", "#e4e7ec"
@@ -22,17 +22,18 @@ QUARTERS = ("first quarter of t", "second", "third", "last (most noise)")
 def read_points(path: Path) -> dict[str, Points]:
     """Read the steps and values of every column of a ``progress.csv``, finite numbers only."""
     columns: dict[str, Points] = {}
-    if not path.exists():
+    try:
+        table = read_table(path, needs=["step"], hint="")
+    except UserError:  # the log of a run that goes on mends it
         return columns
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = _number(row.get("step"))
-            for name, text in row.items():
-                value = _number(text)
-                if name and math.isfinite(step + value):
-                    steps, values = columns.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(value)
+    for row in table.rows if table else ():
+        step = _number(row["step"])
+        for name, text in row.items():
+            value = _number(text)
+            if name and math.isfinite(step + value):
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
     return columns
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded
 from guided_diffusion.options.segmentation import RunOptions, WatchOptions
 from guided_diffusion.report.canvas import Pixels
 
@@ -32,7 +33,7 @@ _MOST_POINTS = 2000
 
 def open_sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | TensorBoardSink]:
     """Open the live displays that the flags ask for."""
-    folder = Path(run.out_dir).expanduser()
+    folder = expanded(run.out_dir)
     sinks: list[VisdomSink | TensorBoardSink] = []
     if watch.tensorboard:
         sinks.append(TensorBoardSink(folder))
@@ -43,7 +44,7 @@ def open_sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | Te
 
 def page_of(run: RunOptions) -> str:
     """The visdom environment that a run draws on: the name of its result folder."""
-    return Path(run.out_dir).expanduser().name or "main"
+    return expanded(run.out_dir).name or "main"
 
 
 class VisdomSink:

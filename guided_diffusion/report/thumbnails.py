@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
+from guided_diffusion.data.readers import UNREADABLE
 from guided_diffusion.errors import UserError
 from guided_diffusion.report.canvas import HEAT, Floats, Pixels, fitted
 from guided_diffusion.report.pictures import STD, displayed, image_panel
@@ -79,7 +80,7 @@ def _picture(case: CaseFiles, size: tuple[int, int], folder: Path) -> Pixels | N
             return displayed(case.truth.image())
         with Image.open(folder / f"{case.name}_overlay.png") as drawn:
             return image_panel(np.asarray(drawn.convert("RGB")), size)
-    except (UserError, OSError, SyntaxError, ValueError):
+    except (UserError, *UNREADABLE):
         return None
 
 

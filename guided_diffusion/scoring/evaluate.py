@@ -21,7 +21,7 @@ from guided_diffusion.data.classes import Classes, find_classes, recorded_classe
 from guided_diffusion.data.folders import counted, is_nifti
 from guided_diffusion.data.readers import nifti_spacing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import nearest_path
+from guided_diffusion.files import expanded, nearest_path
 from guided_diffusion.layouts import Truth, open_masks
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.case_scores import (
@@ -39,7 +39,7 @@ from guided_diffusion.scoring.patients import PatientScore, score_patients
 from guided_diffusion.scoring.predictions import Reader, find_predictions
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
 from guided_diffusion.scoring.surface import surface_distances
-from guided_diffusion.scoring.tables import write_tables
+from guided_diffusion.scoring.tables import require_writable, write_tables
 
 OnCase = Callable[[Sequence[CaseFiles], Sequence[CaseMasks]], None]
 """Takes the files and masks of a case that has been read, one of each per class."""
@@ -93,7 +93,7 @@ def evaluate_all(
         UserError: a missing or empty folder, cases in one folder only, a file that is not a
             readable mask, a class without files, a truth with a label of no class.
     """
-    folder = folder_of(inp_pth, "--inp_pth")
+    folder = require_writable(folder_of(inp_pth, "--inp_pth"))
     truth_folder = folder_of(out_pth, "--out_pth")
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
     truths = open_masks(truth_folder, classes)
@@ -301,9 +301,10 @@ def folder_of(path: str | Path | None, flag: str) -> Path:
     """The folder that a flag names; a UserError where it is not one."""
     if path is None or not str(path):
         raise UserError(flag, "is missing", f"Add {flag} with a folder.")
-    if not Path(path).exists():
-        hint = nearest_path(Path(path), "Check the path.")
+    folder = expanded(path, flag=flag)
+    if not folder.exists():
+        hint = nearest_path(folder, "Check the path.")
         raise UserError(f"{flag} {path}", "does not exist", hint)
-    if not Path(path).is_dir():
+    if not folder.is_dir():
         raise UserError(f"{flag} {path}", "is a file, not a folder", "Pass the folder it is in.")
-    return Path(path)
+    return folder

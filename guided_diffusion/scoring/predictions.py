@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guided_diffusion.data.folders import PICTURES, is_nifti
-from guided_diffusion.data.readers import label_mask, nifti_shape, read_mask_file, read_nifti
+from guided_diffusion.data.readers import (
+    UNREADABLE,
+    label_mask,
+    nifti_shape,
+    read_mask_file,
+    read_nifti,
+)
 from guided_diffusion.errors import UserError
 
 Mask = NDArray[np.float32]
@@ -138,7 +144,7 @@ def read_soft(path: Path) -> Mask:
         with Image.open(path) as picture:
             deep = picture.mode.startswith("I")
             levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise _unreadable_prediction(path, error, "an image of one mask") from error
     soft: Mask = levels / np.float32(65535 if deep else 255)
     return last_panel(soft) if path.suffix.lower() in (".jpg", ".jpeg") else soft
@@ -176,7 +182,7 @@ def read_tensor(path: Path) -> Mask:
         raise _unreadable_prediction(path, ValueError(f"it holds {shape}"), "a tensor [..., H, W]")
     mask = loaded.reshape(-1, *loaded.shape[-2:])[-1].float()
     if not torch.isfinite(mask).all():
-        hint = "Sample this case again, or remove the file."
+        hint = "Remove it and sample into this folder again: only this case is drawn."
         raise UserError(path, "has NaN or infinite values", hint)
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
@@ -192,5 +198,5 @@ def _read_nifti(path: Path, axes: int) -> Mask:
 
 def _unreadable_prediction(path: Path, error: BaseException, kind: str) -> UserError:
     why = " ".join(str(error).split())[:200] or type(error).__name__
-    hint = "Sample this case again, or remove the file."
+    hint = "Remove it and sample into this folder again: only this case is drawn."
     return UserError(path, f"cannot be read as {kind} ({why})", hint)

@@ -7,7 +7,6 @@ calibration of the probability and the value of the uncertainty.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import read_table
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.calibration import (
     BINS,
@@ -213,15 +214,25 @@ def _uncertainty(scores: ClassScores, scoring: Scoring) -> Summary:
 
 def noted(folder: Path) -> Summary:
     """Read the seconds per case and the number of settings from ``predictions.csv``."""
-    path = folder / "predictions.csv"
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    hint = "The scores do not need it; sampling into this folder makes it anew."
+    try:
+        table = read_table(folder / "predictions.csv", needs=["fingerprint"], hint=hint)
+    except UserError as error:
+        return {"seconds_per_case": None, "settings": 0, "record": str(error)}
+    rows = table.rows if table else []
+    seconds = [number for row in rows if math.isfinite(number := _seconds(row))]
     return {
-        "seconds_per_case": mean_of([float(row["seconds"]) for row in rows if row.get("seconds")]),
-        "settings": len({row.get("fingerprint") for row in rows}),
+        "seconds_per_case": mean_of(seconds),
+        "settings": len({row["fingerprint"] for row in rows}),
     }
+
+
+def _seconds(row: dict[str, str]) -> float:
+    """The seconds in a row of ``predictions.csv``; NaN where there are none."""
+    try:
+        return float(row.get("seconds") or math.nan)
+    except ValueError:
+        return math.nan
 
 
 def summary_text(summary: Summary) -> str:
@@ -297,6 +308,8 @@ def _confidence_lines(summary: Summary) -> list[str]:
 
 
 def _settings_warning(summary: Summary) -> list[str]:
+    if summary.get("record"):
+        return [f"warning: {summary['record']}"]
     if summary["settings"] < 2:
         return []
     return [

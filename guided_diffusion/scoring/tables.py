@@ -8,10 +8,28 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from guided_diffusion.files import atomic_write
+from guided_diffusion.files import atomic_write, make_folder, require_replaceable
 from guided_diffusion.scoring.case_scores import CaseScore, MaskScore
 from guided_diffusion.scoring.patients import PatientScore
 from guided_diffusion.scoring.summary import ClassScores, Summary
+
+WRITTEN = (
+    "scores.csv",
+    "masks.csv",
+    "patients.csv",
+    "summary.json",
+    "comparison.json",
+    "report.html",
+)
+TARGET_HINT = "Free some space, change the permissions, or copy the predictions elsewhere."
+
+
+def require_writable(folder: Path) -> Path:
+    """Return a folder in which every table can be written; a :class:`UserError` if it is none."""
+    make_folder(folder, flag="", hint=TARGET_HINT)
+    for name in WRITTEN:
+        require_replaceable(folder / name)
+    return folder
 
 
 def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summary) -> None:
@@ -60,7 +78,5 @@ def _class_column(rows: Mapping[str, object], name: str) -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file into the result folder atomically."""
-    with atomic_write(
-        path, hint="Change the permissions, or copy the predictions elsewhere."
-    ) as part:
-        part.write_text(text, encoding="utf-8")
+    with atomic_write(path, hint=TARGET_HINT) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded, make_folder, writing
 from guided_diffusion.inference.run_lock import SLICING, only_run
 from guided_diffusion.options.flags import slice_range
 from guided_diffusion.options.tools import PhantomOptions, SlicingOptions
@@ -40,8 +41,8 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
         normalise=options.normalise,
     )
     plan = SlicingPlan(reading, dtype=options.dtype, train=options.train, seed=options.seed)
-    out = Path(options.out).expanduser()
-    dataset = open_volumes(Path(options.src).expanduser(), reading)
+    out = expanded(options.out, flag="--out")
+    dataset = open_volumes(expanded(options.src, flag="--src"), reading)
     with only_run(out, SLICING, flag="--out"):
         jobs = plan_jobs(dataset, out, plan)
         sweep(out)
@@ -61,11 +62,19 @@ def write_phantoms(options: PhantomOptions) -> None:
     Raises:
         UserError: a folder in use, or flags that the layout has no use for.
     """
-    layout, out = options.layout, Path(options.out).expanduser()
+    layout, out = options.layout, expanded(options.out, flag="--out")
     for name, idle in (("slices", "isic"), ("raters", "weak")):
         if getattr(options, name) and layout == idle:
             raise UserError(f"--{name}", f"has no effect with --layout {idle}", f"Omit --{name}.")
     _refuse_occupied(out)
+    make_folder(out, flag="--out")
+    hint = "Free some space, empty the folder and run the command again."
+    with writing(out, hint=hint):
+        _write_layout(options, out)
+
+
+def _write_layout(options: PhantomOptions, out: Path) -> None:
+    layout = options.layout
     usual_size, usual_slices = SIZES[layout]
     common: dict[str, Any] = {
         "patients": options.patients,

@@ -25,7 +25,6 @@ from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, aut
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.readers import label_values
 from guided_diffusion.errors import UserError, gathering
-from guided_diffusion.files import make_folder
 from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
 
 Result = TypeVar("Result")
@@ -321,6 +320,5 @@ def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:
     subtitle = f"{dataset.layout}  ·  {len(tiles)} of {len(dataset)} cases"
     title = "/".join(dataset.directory.resolve().parts[-2:])
     page = contact_sheet(tiles, title=title, subtitle=subtitle)
-    make_folder(path.parent, flag="--out")
     write_picture(path, page, hint="Choose another --out.")
     return len(tiles)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from skimage.io import imsave
+from PIL import Image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.tools.phantom_fields import FIELD_OF_VIEW, Array, random_stream
@@ -262,4 +262,4 @@ def save_skin(out: Path, place: IsicPlace, *, skin: Skin) -> None:
 def save_picture(path: Path, pixels: Array) -> None:
     """Write a picture; creates the folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, pixels, check_contrast=False)
+    Image.fromarray(pixels).save(path)

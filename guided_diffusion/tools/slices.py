@@ -9,7 +9,6 @@ are complete, so the same command continues a run that was killed.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,15 @@ from guided_diffusion.data.readers import Affine, Array
 from guided_diffusion.data.splits import PARTS, read_split
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import atomic_write, make_folder
+from guided_diffusion.files import (
+    DamagedFile,
+    atomic_write,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    set_aside,
+    temporary_name,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
     entries = sorted(dataset.entries, key=lambda entry: (order[entry.patient], entry.name))
 
     path = out / "volumes.json"
-    known: dict[str, list[int]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known = _read_numbers(path)
     free = 1 + max((first + count - 1 for first, count, _ in known.values()), default=0)
     jobs = []
     for volume, group in groupby(entries, key=lambda entry: entry.volume):
@@ -108,6 +115,25 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
     with atomic_write(path) as part:
         part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return jobs
+
+
+def _read_numbers(path: Path) -> dict[str, list[int]]:
+    """Read first slice, count and checksum of each volume; a damaged file only before any slice."""
+    hint = (
+        "The numbers of the slices are lost with it: choose another --out, or empty this folder "
+        "and cut everything again."
+    )
+    try:
+        known = read_json(path, hint=hint) or {}
+        for row in known.values():
+            if not isinstance(row, list) or [type(number) for number in row] != 3 * [int]:
+                raise DamagedFile(path, "it does not say which slices a volume has", hint)
+    except DamagedFile:
+        if any(next((path.parent / part).glob("[0-9]*"), None) for part in PARTS):
+            raise
+        set_aside(path)
+        known = {}
+    return known
 
 
 def _stamp(volume: Entry) -> int:
@@ -181,14 +207,13 @@ def cut(dataset: VolumeDataset, job: Job, dtype: str) -> int:
 def sweep(out: Path) -> None:
     """Remove the incomplete folders of a run that was killed."""
     for part in PARTS:
-        for folder in (out / part).glob(".part-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_leftovers(out / part)
 
 
 @contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into, which is renamed to ``folder`` once all is written."""
-    part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
+    part = folder.with_name(temporary_name(folder.name))
     try:
         part.mkdir(parents=True)
         yield part
@@ -225,7 +250,8 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan)
             part.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return parts
 
-    lines = path.read_text(encoding="utf-8").splitlines()
+    parts = read_split(path)
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
     written = next((line for line in lines if line.startswith("# slices ")), settings)
     if written != settings:
         raise UserError(
@@ -233,7 +259,6 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan)
             f"the slices were cut with other settings ({written[2:]}) than these ({settings[2:]})",
             "Choose another --out, or use the earlier settings.",
         )
-    parts = read_split(path)
     missing = sorted(set(patients) - parts.keys())
     if missing:
         raise UserError(

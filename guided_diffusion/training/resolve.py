@@ -34,6 +34,7 @@ from guided_diffusion.data.datasets import Case, ResizedDataset, SegmentationDat
 from guided_diffusion.data.splits import narrowed, read_split
 from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
 from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
@@ -111,7 +112,7 @@ class TrainSetup:
 
     def after_save(self) -> None:
         """Draw the curves, and give the latest checkpoint its second name, if it has one."""
-        folder = Path(self.run.out_dir).expanduser()
+        folder = expanded(self.run.out_dir)
         if self.alias and (folder / LATEST).exists():  # not where only the best has been written
             link_as(folder / LATEST, self.alias)
         draw_curves(folder / "progress.csv", folder / "curves.png")
@@ -145,7 +146,7 @@ def begin(
     run = replace(run, out_dir=str(Path(run.out_dir) / folder)) if folder else run
     launch(run.multi_gpu, flags.command)
     setup_dist()
-    refuse_second_run(Path(run.out_dir).expanduser(), TRAINING)
+    refuse_second_run(expanded(run.out_dir), TRAINING)
     path, start = checkpoint_to_resume(options, run)
     if start:
         require_kind(start, kind, path)
@@ -195,10 +196,11 @@ def resolve_training(flags: Flags) -> TrainSetup:
         validation = make_validation(segmenter, dataset, held_out, watch, run)
 
     resized = ResizedDataset(dataset, frame)
+    cached = CachedDataset(resized, most_bytes=round(options.cache_gib * GIB))
     return TrainSetup(
         net=place_model(net, device, compile=run.compile),
         diffusion=process,
-        dataset=CachedDataset(resized, most_bytes=round(options.cache_gib * GIB)),
+        dataset=cached,
         options=options,
         run=run,
         recorded={
@@ -220,6 +222,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *dead_flags(given, vars(network)),
             *(attention_notes(network) if "attention_resolutions" in given.given else []),
             *dataset.notes,
+            *([cached.note] if cached.note else []),
             *validation_notes(validation),
         ],
     )
@@ -257,7 +260,7 @@ def checkpoint_to_resume(
     options: TrainingOptions, run: RunOptions
 ) -> tuple[Path | None, Checkpoint | None]:
     """Find what to continue from: a named checkpoint, or, with resume auto, the folder's latest."""
-    own = Path(run.out_dir).expanduser() / LATEST
+    own = expanded(run.out_dir, flag="--out_dir") / LATEST
     if options.resume_checkpoint:
         path = latest_checkpoint(options.resume_checkpoint, flag="--resume_checkpoint")
     elif own.exists() and options.resume == "auto":
@@ -272,7 +275,7 @@ def checkpoint_to_resume(
 
 def overwriting_notes(run: RunOptions, start: Checkpoint | None) -> list[str]:
     """Warn of a checkpoint that a new run will overwrite."""
-    own = Path(run.out_dir).expanduser() / LATEST
+    own = expanded(run.out_dir, flag="--out_dir") / LATEST
     if start or not own.exists():
         return []
     return [f"{own} exists and will be overwritten; --resume auto would continue it"]

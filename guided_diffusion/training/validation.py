@@ -20,7 +20,7 @@ from guided_diffusion.checkpoint import BEST, Weights
 from guided_diffusion.data.datasets import Case, SegmentationDataset
 from guided_diffusion.dist_util import rank
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import make_folder
+from guided_diffusion.files import expanded, make_folder
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.plan import SamplingPlan, make_plan
 from guided_diffusion.inference.rendering import draw_overlay
@@ -193,7 +193,7 @@ def make_validation(
     """Validate on some held-out cases; without any, only draw one training case."""
     if held_out is None:
         return Validation(segmenter, [dataset[0]], folder=None)
-    folder = Path(run.out_dir).expanduser() / "validation"
+    folder = expanded(run.out_dir) / "validation"
     return Validation(segmenter, chosen_cases(held_out, watch.val_cases), folder=folder)
 
 

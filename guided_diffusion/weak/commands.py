@@ -13,7 +13,7 @@ import torch
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError, memory_problem
-from guided_diffusion.files import atomic_write
+from guided_diffusion.files import atomic_write, expanded, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
 from guided_diffusion.inference.resolve import chosen_steps
@@ -50,7 +50,7 @@ def draw_images(flags: Flags) -> None:
     Raises:
         UserError: networks that cannot be used, or another sampling into the folder.
     """
-    folder = Path(flags.group(WeakRunOptions).out_dir).expanduser()
+    folder = expanded(flags.group(WeakRunOptions).out_dir)
     with only_run(folder, SAMPLING, flag="--save_dir"):
         _draw_images(flags, folder)
 
@@ -73,6 +73,7 @@ def _draw_images(flags: Flags, folder: Path) -> None:
     wanted = SamplingOptions(steps=chosen_steps(flags, options.steps))
     respacing = flags.given.get("timestep_respacing", "")
     levels = sampling_levels(model.diffusion, sampler, wanted, respacing=respacing)
+    out_dir = make_folder(expanded(run.out_dir), flag="--save_dir")
     logger.log(f"{model.source}; {options.num_samples} images by {sampler}")
 
     names = [f"image{i:05d}" for i in range(options.num_samples)]
@@ -106,7 +107,7 @@ def _draw_images(flags: Flags, folder: Path) -> None:
         logger.log(f"{problem}; going on with --batch_size {batch}")
 
     labelled = bool(model.net.num_classes or classifier)
-    _write_images(torch.cat(drawn), classes if labelled else None, folder)
+    _write_images(torch.cat(drawn), classes if labelled else None, out_dir)
 
 
 def _denoiser(
@@ -171,7 +172,7 @@ def segment_weakly(flags: Flags) -> None:
             f"{model.net.image_size}",
             "Train both networks with one --img_size.",
         )
-    folder = Path(options.results_dir or Path(run.out_dir) / method).expanduser()
+    folder = expanded(options.results_dir or Path(run.out_dir) / method)
     with only_run(folder, SAMPLING, flag="--results_dir"):
         segment_images(segmenter, dataset, folder)
         for line in score_masks(dataset, folder):

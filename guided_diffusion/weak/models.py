@@ -24,6 +24,7 @@ from guided_diffusion.checkpoint import (
 )
 from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
 from guided_diffusion.inference.resolve import Trained, load_trained
 from guided_diffusion.networks.classifier import EncoderUNetModel
@@ -152,8 +153,8 @@ def _placed(net: Net, trained: Trained, weights: str, flags: Flags) -> Net:
 
 def _model_file(path: str, published: str, flag: str) -> Path:
     """Find a checkpoint, or in a folder the one with the published name, else the latest."""
-    named = Path(path).expanduser() / published
-    latest = Path(path).expanduser() / LATEST
+    named = expanded(path, flag=flag) / published
+    latest = expanded(path, flag=flag) / LATEST
     use_named = named.is_file() and (published == CLASSIFIER_FILE or not latest.is_file())
     return latest_checkpoint(named if use_named else path, flag=flag)
 

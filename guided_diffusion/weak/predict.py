@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from guided_diffusion import logger
@@ -25,7 +24,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.cases import run_cases
-from guided_diffusion.inference.record import Record
+from guided_diffusion.inference.record import Record, is_whole_png
 from guided_diffusion.options.weak import WeakOptions
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import map_overlay, write_picture
@@ -33,6 +32,7 @@ from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.evaluate import evaluate
+from guided_diffusion.scoring.predictions import read_soft
 from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.weak.maps import (
     Map,
@@ -200,7 +200,7 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
         UserError: some cases failed; all others are finished.
     """
     make_folder(folder, flag="--results_dir")
-    record = Record(folder, segmenter.fingerprint, ("label",))
+    record = Record(folder, segmenter.fingerprint, ("label",), with_members=False)
     total, wanted = len(dataset), segmenter.options.num_samples
     chosen = [i * total // wanted for i in range(wanted)] if wanted else range(total)
     entries = [dataset.entries[i] for i in chosen]
@@ -298,7 +298,7 @@ def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
 
 
 def _empty_truth(path: Path) -> metrics.Confusion:
-    mask = np.asarray(Image.open(path)) > 0
+    mask = read_soft(path) > 0
     return metrics.confusion(mask, np.zeros_like(mask))
 
 
@@ -308,7 +308,6 @@ def _written_truths(dataset: LabelledImages, folder: Path) -> Path:
     for entry in dataset.entries:
         path = truths / f"{entry.name}.png"
         mask = dataset.read_mask(entry)
-        if mask is not None and not path.exists():
-            with atomic_write(path) as part:
-                Image.fromarray(soft_png(mask[0])).save(part, format="PNG")
+        if mask is not None and not is_whole_png(path):
+            write_picture(path, soft_png(mask[0]))
     return truths

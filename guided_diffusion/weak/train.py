@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from guided_diffusion.data.tumorloader import (
 )
 from guided_diffusion.dist_util import dev, place_model, rank
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.flags import Flags, recorded
 from guided_diffusion.options.segmentation import WatchOptions, dead_flags
@@ -70,7 +70,7 @@ def resolve_images(flags: Flags) -> TrainSetup:
         diffusion=create_gaussian_diffusion(diffusion),
         recorded={**recorded(network, diffusion), "of_images": True},
         prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,
-        alias=Path(begun.run.out_dir).expanduser() / DIFFUSION_FILE,
+        alias=expanded(begun.run.out_dir) / DIFFUSION_FILE,
         notes=dead_flags(flags),
     )
 
@@ -112,7 +112,7 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
         diffusion=process,
         recorded=recorded(network, diffusion),
         prepare_batch=prepare_labelled_images,
-        alias=Path(run.out_dir).expanduser().parent / CLASSIFIER_FILE,
+        alias=expanded(run.out_dir).parent / CLASSIFIER_FILE,
         losses=classification_losses(process, noised=options.noised),
         watch=WatchOptions(val_interval=options.eval_interval),
         validate=validate,
@@ -126,7 +126,7 @@ def open_labelled(source: SourceOptions, part: str) -> LabelledImages:
     Raises:
         UserError: nothing that can be read there, or a class without images to train on.
     """
-    folder = Path(source.src_dir).expanduser()
+    folder = expanded(source.src_dir, flag="--src_dir")
     if not (folder / "splits.pkl").exists():
         images = TumourImages(part_folder(folder, part), test_flag=True)
         if part == "training":

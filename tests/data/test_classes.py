@@ -448,5 +448,5 @@ def test_scoring_names_what_is_missing(by_hand: Path) -> None:
     with pytest.raises(UserError, match="other cases of class 2 than of class 1"):
         evaluate_all(by_hand / "pred", by_hand / "truth", partial=True)
     (by_hand / "pred" / "classes.json").write_text("{")
-    with pytest.raises(UserError, match=r"classes\.json: does not hold the classes"):
+    with pytest.raises(UserError, match=r"classes\.json: is damaged \(it is not JSON"):
         evaluate_all(by_hand / "pred", by_hand / "truth")

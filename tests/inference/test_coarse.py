@@ -265,19 +265,21 @@ def test_a_step_trains_highway_and_network(version: str, tmp_path: Path) -> None
         assert means["coarse"] == pytest.approx(10 * means["loss_cal"], rel=1e-5)
 
 
-def test_the_coarse_loss_is_added_without_the_weights_of_timesteps(tmp_path: Path) -> None:
+def test_the_coarse_loss_is_added_without_the_weights_of_timesteps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = make_coarse_loop("new", tmp_path)
     loop.net.eval()
     terms: list[dict[str, Tensor]] = []
     noted = loop.log.losses
     loop.log.losses = lambda t, given: (terms.append(given), noted(t, given))  # type: ignore
-    draw = loop._draw
+    sample = loop.schedule_sampler.sample
 
-    def weighed(shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        positions, weights, eps = draw(shape)
-        return positions, 3 * weights, eps
+    def weighed(count: int) -> tuple[Tensor, Tensor]:
+        positions, weights = sample(count)
+        return positions, 3 * weights
 
-    loop._draw = weighed  # type: ignore[method-assign]
+    monkeypatch.setattr(loop.schedule_sampler, "sample", weighed)
     loss = loop.forward_backward(collate([Squares()[index] for index in range(4)]))
     assert_close(loss, 3 * terms[0]["loss"].mean() + terms[0]["coarse"].mean())
 

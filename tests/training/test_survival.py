@@ -164,6 +164,17 @@ def test_a_log_that_cannot_be_appended_to_is_reported(quiet: None, tmp_path: Pat
         logger.dumpkvs()
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no device without an end")
+def test_a_device_is_never_read_as_a_log(quiet: None, tmp_path: Path) -> None:
+    for name in ("progress.csv", "progress.json"):
+        (tmp_path / name).symlink_to("/dev/zero")
+    logger.configure(tmp_path, quiet=True)
+    logger.rewind(1)
+    logger.logkv("step", 1)
+    with pytest.raises(UserError, match=r"progress\.csv: cannot be written .*checkpoints"):
+        logger.dumpkvs()
+
+
 # ------------------------------------------------------------------------------ the background
 
 

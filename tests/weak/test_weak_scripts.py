@@ -603,13 +603,18 @@ def test_arrays_run_through_all_scripts(arrays: Path, tmp_path: Path) -> None:
     common += ["--class_index", 1]
     succeeded(script("train_2d_ddfm", *common, *SMALL, "--class_cond", True, "--max_steps", 2))
     succeeded(script("classifier_train", *common, *JUDGE, "--iterations", 2, "--held_out", 0))
-    said = succeeded(
-        script("image_p_seg", "--src_dir", arrays, "--save_dir", tmp_path / "run",
-               "--guided", "--level", 40, "--class_index", 1)
-    )  # fmt: skip
-    assert "3 of 3 left empty" in said
-    truth = pixels(tmp_path / "run" / "cg-cdm" / "truth" / "v1_slice001.png")
+    command = ["--src_dir", arrays, "--save_dir", tmp_path / "run"]
+    command += ["--guided", "--level", 40, "--class_index", 1]
+    assert "3 of 3 left empty" in succeeded(script("image_p_seg", *command))
+    out = tmp_path / "run" / "cg-cdm"
+    truth = pixels(out / "truth" / "v1_slice001.png")
     assert truth[:, 0].tolist() == [0, 0] + 4 * [255] + 10 * [0]
+
+    before, damaged = contents(out), ("truth/v1_slice001.png", "v1_slice001_mask.png")
+    for name in damaged:  # they are made anew
+        (out / name).write_bytes(before[name][:-20])
+    assert "files of v1_slice001 are missing" in succeeded(script("image_p_seg", *command))
+    assert all(contents(out)[name] == before[name] for name in damaged)
 
 
 def test_published_weights_are_used_as_they_are(weak_data: Path, tmp_path: Path) -> None:
