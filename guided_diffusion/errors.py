@@ -187,7 +187,8 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         print("error:", " ".join(message.splitlines()), file=sys.stderr)
         sys.exit(2)
-    except Stopped as stopped:
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         print(f"stopped by {stopped.name}; what is finished is kept", file=sys.stderr)
         sys.exit(stopped.code)
 

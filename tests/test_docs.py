@@ -71,7 +71,7 @@ RUN_ELSEWHERE = (  # by make, by the test of the installed wheel, or by a cluste
     r"python3 -m venv \.venv$",
     r"\. \.venv/bin/activate$",
     r"python -m (pip install|ruff|mypy|pytest)\b",
-    r"#!/bin/bash$|#SBATCH |head=\$\(scontrol ",
+    r"#!/bin/bash$|#SBATCH |export TORCH_ELASTIC_|head=\$\(scontrol ",
 )
 
 

@@ -99,7 +99,7 @@ def test_a_command_that_runs_out_of_memory_ends_with_one_line(
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no method x"), ValueError("x"), OSError(5, "x")])
+@pytest.mark.parametrize("error", [RuntimeError("no method x"), ValueError("x"), OSError(9, "x")])
 def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), exit_on_user_error():
         raise error

@@ -37,11 +37,6 @@ def run_sampling(setup: SampleSetup) -> None:
     Raises:
         UserError: another sampling writes into the folder, or some cases failed.
     """
-    with only_run(expanded(setup.run.out_dir), SAMPLING):
-        _run(setup)
-
-
-def _run(setup: SampleSetup) -> None:
     options, run, dataset = setup.options, setup.run, setup.dataset
     assert dataset is not None
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
@@ -49,7 +44,23 @@ def _run(setup: SampleSetup) -> None:
     segmenter = Segmenter.from_setup(setup)
     for note in [*setup.notes, str(dataset), str(segmenter)]:
         logger.log(note)
-    out_dir = expanded(run.out_dir, flag="--out_dir")
+    out_dir = expanded(run.out_dir)
+    with only_run(out_dir, SAMPLING):
+        names = _segment_and_note(segmenter, setup, out_dir)
+    for sink in sinks:
+        sink.close()
+    end = "_<class>" if segmenter.classes else ""
+    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
+    kinds += [] if setup.network.version == "plain" else [f"coarse{end}"]
+    kinds += ["debug"] * options.debug
+    files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
+    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
+
+
+def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -> list[str]:
+    """Segment the data, note the settings beside the results, and return the cases' names."""
+    options, dataset = setup.options, setup.dataset
+    assert dataset is not None
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     names = segment(
@@ -60,8 +71,6 @@ def _run(setup: SampleSetup) -> None:
         num_samples=options.num_samples,
         debug=options.debug,
     )
-    for sink in sinks:
-        sink.close()
     if rank() == 0:
         note_sampling(
             out_dir,
@@ -70,12 +79,7 @@ def _run(setup: SampleSetup) -> None:
             seed=segmenter.plan.seed,
             options=setup.trained.checkpoint.options,
         )
-    end = "_<class>" if segmenter.classes else ""
-    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
-    kinds += [] if setup.network.version == "plain" else [f"coarse{end}"]
-    kinds += ["debug"] * options.debug
-    files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
-    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
+    return names
 
 
 def segment(

@@ -194,7 +194,7 @@ def _create(path: Path, text: bytes) -> bool:
 def _read(path: Path) -> Found | None:
     try:
         return Found(path.read_bytes(), path.stat().st_mtime_ns)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
