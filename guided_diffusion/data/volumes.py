@@ -28,7 +28,7 @@ from guided_diffusion.data.intensity import Levels, measure, normalised
 from guided_diffusion.data.readers import (
     Affine,
     Array,
-    class_masks,
+    StoredLabels,
     decoding,
     nifti_shape,
     read_nifti,
@@ -86,6 +86,11 @@ class VolumeStore:
             self._open.popitem(last=False)
         return volume
 
+    def labels(self, path: Path) -> StoredLabels:
+        """Return the voxels at ``path`` as labels; without a folder, none are kept in memory."""
+        voxels = _read_volume(path)[0] if self.folder is None else self(path).voxels
+        return StoredLabels(np.asarray(voxels))
+
     def _bytes(self) -> int:
         return sum(volume.bytes for volume in self._open.values())
 
@@ -128,6 +133,7 @@ class VolumeDataset(SegmentationDataset):
         volumes = list(volumes)
         kept = [plane for volume in volumes for plane in _planes(volume, reading, self.store)]
         super().__init__(directory, kept, channels=channels, reading=reading)
+        self.masks.read_file = self.store.labels
         if reading.cache_dir and any(path.name.lower().endswith(".gz") for path in _files(volumes)):
             self.notes.append(f"volumes are unpacked once, into {reading.cache_dir}")
 
@@ -142,7 +148,7 @@ class VolumeDataset(SegmentationDataset):
         values = self.read_labels(entry)
         if entry.mask is None or values is None:
             return None
-        return class_masks(entry.mask, values, self.classes)
+        return self.masks.read_plane(entry.mask, values)
 
     def read_labels(self, entry: Entry) -> Array | None:
         """Read one plane of the labels as stored, float32 [H, W]; None where there are none."""

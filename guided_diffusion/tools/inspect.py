@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame, readable
 from guided_diffusion.data.folders import counted, listing
-from guided_diffusion.data.readers import label_values
+from guided_diffusion.data.mask_values import distinct
+from guided_diffusion.data.readers import read_labels
 from guided_diffusion.errors import UserError, gathering
 from guided_diffusion.files import make_folder
 from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
@@ -99,9 +100,15 @@ class _FactsDataset(Dataset[CaseFacts]):
         try:
             case = self.dataset[index]
             path = self.label_files.get(index)
-            return _facts_of(case, self.frame.fit(case), label_values(path) if path else [])
+            return _facts_of(case, self.frame.fit(case), _label_values(path) if path else [])
         except UserError as error:
             return CaseFacts(self.dataset.names[index], error=str(error))
+
+
+def _label_values(path: Path) -> list[float]:
+    """The different values in a mask's file; of very many fractions some."""
+    levels: list[float] = distinct(read_labels(path).values).levels.tolist()
+    return levels
 
 
 def _facts_of(case: Case, fitted: Case, labels: Sequence[float]) -> CaseFacts:
