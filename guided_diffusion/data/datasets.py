@@ -152,8 +152,10 @@ class SegmentationDataset(Dataset[Case]):
         """
         converts = type(self).read_image is SegmentationDataset.read_image
         pictures = not any(is_nifti(entry.images[0]) for entry in self.entries[:1])
-        if converts and pictures and {channels, self.channels} <= {1, 3}:
+        if converts and pictures and {channels, self.channels} == {1, 3}:
             self.channels = channels
+            kind = "colour" if channels == 3 else "grey"
+            self.notes = [*self.notes, f"pictures are read in {kind}, as the network needs"]
 
     def has_mask(self, entry: Entry) -> bool:
         """Whether the entry's mask is known, without decoding it."""

@@ -219,17 +219,23 @@ def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Pa
 
 
 def read_picture(path: Path, *, channels: int) -> Tensor:
-    """Decode a picture to float32 [channels, H, W] in [0, 1].
+    """Decode a picture to float32 [channels, H, W] in [0, 1], as :func:`picture_values` does."""
+    return picture_values(path, _decoded(path), channels=channels)
+
+
+def picture_values(source: object, picture: Image.Image, *, channels: int) -> Tensor:
+    """Return the pixels of a picture, float32 [channels, H, W] in [0, 1].
 
     Grey is repeated for 3 channels, transparency is dropped, and orientation tags are ignored, as
-    masks rarely have them. A coloured picture for 1 channel is a :class:`UserError`.
+    masks rarely have them. A coloured picture for 1 channel is a :class:`UserError`, which names
+    ``source``.
     """
-    values = _levels(path, _decoded(path))
+    values = _levels(source, picture)
     if values.ndim == 2:
         return torch.from_numpy(values).expand(channels, -1, -1).clone()
     if channels == 3:
         return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-    return torch.from_numpy(_one_channel(path, values, "grey ones are read"))[None]
+    return torch.from_numpy(_one_channel(source, values, "grey ones are read"))[None]
 
 
 def _decoded(path: Path) -> Image.Image:
@@ -252,7 +258,7 @@ def _is_grey(picture: Image.Image) -> bool:
     return picture.mode in ("1", "L", "LA", "La", "F", *_DEEP_GREY)
 
 
-def _levels(path: Path, picture: Image.Image) -> Array:
+def _levels(source: object, picture: Image.Image) -> Array:
     """Return pixel values in [0, 1], [H, W] for grey modes and [H, W, 3] for all others."""
     if picture.mode == "F":
         values, white = np.asarray(picture, dtype=np.float32), 1
@@ -263,21 +269,21 @@ def _levels(path: Path, picture: Image.Image) -> Array:
         converted = opaque.convert("L" if _is_grey(picture) else "RGB")
         values, white = np.asarray(converted).astype(np.float32), 255
 
-    _require_finite(path, values)
+    _require_finite(source, values)
     if values.min() < 0 or values.max() > white:
         raise UserError(
-            path,
+            source,
             f"has values from {values.min():g} to {values.max():g}, outside of 0 to {white}",
             "Scale the picture, or store it with 8 or 16 bits.",
         )
     return np.asarray(values / np.float32(white), dtype=np.float32)
 
 
-def _one_channel(path: Path, values: Array, rule: str, *, noise: float = 8 / 255) -> Array:
+def _one_channel(source: object, values: Array, rule: str, *, noise: float = 8 / 255) -> Array:
     """Reduce [H, W, 3] to [H, W] where the channels agree up to compression noise."""
     if not _agree(values, noise):
         raise UserError(
-            path,
+            source,
             f"is a coloured picture, but {rule}",
             "Convert it, or check that images and masks were not swapped.",
         )
@@ -301,10 +307,10 @@ def _require_opaque(path: Path, picture: Image.Image) -> None:
             )
 
 
-def _require_finite(path: Path, values: Stored) -> None:
+def _require_finite(source: object, values: Stored) -> None:
     if values.size == 0 or not np.isfinite(values).all():
         raise UserError(
-            path,
+            source,
             "has NaN or infinite values" if values.size else "has no pixels",
             "Repair the file, or remove the case from the data set.",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.options.flags import flag
-from guided_diffusion.options.segmentation import DataOptions
+from guided_diffusion.options.segmentation import DataOptions, NetworkOptions
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,9 @@ class CheckOptions:
 
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
-    image_size: int = flag(256, "that of training: masks that vanish at it are named", least=1)
+    image_size: int = flag(
+        NetworkOptions.image_size, "that of training: masks that vanish at it are named", least=1
+    )
     labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(
         -1, "processes that read; 0: this one; -1: by cores and cases", least=-1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from guided_diffusion.checkpoint import CLASSIFIER, IMAGES, Weights, load_weights
+from guided_diffusion.data.advice import intensity_notes
 from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.datasets import Frame
 from guided_diffusion.data.tumorloader import (
@@ -201,6 +202,7 @@ def _following(flags: Flags, **values: int) -> Flags:
 
 
 def _require_channels(channels: int, dataset: LabelledImages, flag: str) -> None:
+    dataset.convert_to(channels)
     if channels != dataset.channels:
         raise UserError(
             f"{flag} {channels}",
@@ -237,6 +239,11 @@ def _set_up(
         data=f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal",
         start=start,
         path=begun.path,
-        notes=[*overwriting_notes(run, start), *notes, *dataset.notes],
+        notes=[
+            *overwriting_notes(run, start),
+            *notes,
+            *dataset.notes,
+            *intensity_notes(dataset),
+        ],
         **rest,
     )
