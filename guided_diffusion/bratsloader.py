@@ -10,7 +10,7 @@ one header.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -176,10 +176,16 @@ class _Index(NamedTuple):
 
     @property
     def era(self) -> str:
-        """'2023' where the files are named as since BraTS 2023, whose label 3 is what was 4."""
+        """'2023' where the files are named as since then, else 'older'."""
         some = self.entries[:: 1 + len(self.entries) // 200]
-        names = [" ".join(path.name for path in entry.images) for entry in some]
-        return "2023" if names and all(map(_SINCE_2023.search, names)) else "older"
+        named = named_since_2023(" ".join(path.name for path in entry.images) for entry in some)
+        return "2023" if named else "older"
+
+
+def named_since_2023(names: Iterable[str]) -> bool:
+    """Whether all files are named as since BraTS 2023, whose label 3 is what 4 was."""
+    found = [_SINCE_2023.search(name) is not None for name in names]
+    return bool(found) and all(found)
 
 
 def _index(folder: Path, reading: Reading, *, needs_seg: bool) -> _Index:

@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from guided_diffusion.bratsloader import SEG, find_cases, find_modalities, open_brats
+from guided_diffusion.bratsloader import (
+    SEG,
+    find_cases,
+    find_modalities,
+    named_since_2023,
+    open_brats,
+)
 from guided_diffusion.custom_dataset_loader import KvasirDataset, open_custom
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
@@ -178,7 +184,8 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
     masks: dict[str, Truth] = {}
     store = VolumeStore(None)
-    truths = MaskSet(list((named or files).values()), classes)
+    since_2023 = named_since_2023(path.name for path in files.values())
+    truths = MaskSet(list((named or files).values()), classes, brats="2023" if since_2023 else "")
     for stem, path in (named or files).items():
         found = dict(_truths_in(path, _case_id(stem), truths, store))
         if twice := found.keys() & masks.keys():

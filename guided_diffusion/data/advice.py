@@ -11,8 +11,15 @@ from guided_diffusion.errors import UserError
 LOOKED_AT = 8
 """Images whose intensities are measured before a run."""
 FAR = 20.0
-"""Magnitudes above this are raw intensities; those of standardised images stay below."""
 NARROW = 0.05
+
+
+def are_raw(low: float, high: float) -> bool:
+    """Whether intensities are far from those of pictures and of standardised images.
+
+    The latter have negative values, and outliers.
+    """
+    return max(-low, high) > (FAR if low >= 0 else 5 * FAR)
 
 
 def mask_notes(dataset: SegmentationDataset) -> list[str]:
@@ -53,7 +60,7 @@ def intensity_notes(dataset: SegmentationDataset) -> list[str]:
 
 def intensity_advice(low: float, high: float) -> str:
     """Advise a ``--normalise`` for images that are read as stored; empty where none is needed."""
-    if max(-low, high) > FAR:
+    if are_raw(low, high):
         return (
             "a network needs about 0 to 1: --normalise percentile scales every image to that, "
             "--normalise zscore to mean 0 and deviation 1"

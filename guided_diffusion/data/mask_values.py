@@ -105,11 +105,27 @@ def in_the_middle(levels: Any, low: float, high: float) -> Any:
 
 
 def is_soft(values: Values, ends: tuple[float, float] | None, share: float) -> bool:
-    """Whether that share of all pixels lies within a tenth of the range of its two ends."""
+    """Whether that share of all pixels lies within a tenth of the range of its two ends.
+
+    More than four pixels in between for each bright one are instances or levels, not borders.
+    """
     if ends is None:
         return False
-    middle = values.counts[in_the_middle(values.levels, *ends)].sum()
-    return bool(middle <= (1 - share) * values.counts.sum() + 1e-9)
+    counts = values.counts
+    middle = counts[in_the_middle(values.levels, *ends)].sum()
+    bright = counts[values.levels >= ends[1] - EDGE * (ends[1] - ends[0])].sum()
+    return bool(middle <= (1 - share) * counts.sum() + 1e-9 and middle <= 4 * bright)
+
+
+def has_levels(values: Values, ends: tuple[float, float]) -> bool:
+    """Whether the values between two ends are many and crowd at one level, as JPEG blurs labels."""
+    between = in_the_middle(values.levels, *ends)
+    levels, counts = values.levels[between], values.counts[between]
+    bright = values.counts[values.levels >= ends[1] - EDGE * (ends[1] - ends[0])].sum()
+    if not len(levels) or counts.sum() < bright / 4:
+        return False
+    bins = np.histogram(levels, bins=round(1 / EDGE), range=ends, weights=counts)[0]
+    return bool((bins[:-1] + bins[1:]).max() > 0.4 * counts.sum())
 
 
 def has_two_ends(levels: Iterable[float], ends: tuple[float, float]) -> bool:

@@ -24,6 +24,7 @@ from guided_diffusion.data.mask_values import (
     MOST_LABEL,
     Values,
     distinct,
+    has_levels,
     has_two_ends,
     is_crowded,
     is_label_map,
@@ -232,7 +233,9 @@ def _kind_of_one(labels: Sequence[Label], left_out: tuple[int, ...]) -> MaskKind
                 text=f"label maps of {labelled}",
             )
     lossy = any(label.lossy for label in usable)
-    if ends and is_soft(values, ends, SOFT_SHARE) and not is_crowded(values, ends, lossy):
+    labels_in_jpeg = ends and lossy and has_levels(values, ends)
+    crowded = labels_in_jpeg or (ends and is_crowded(values, ends, lossy))
+    if ends and is_soft(values, ends, SOFT_SHARE) and not crowded:
         text = f"soft masks from {ends[0]:g} to {ends[1]:g}, cut half-way"
         return MaskKind(ends=ends, text=text)
     brightest = sorted(usable, key=lambda label: float(label.values.levels[-1]))

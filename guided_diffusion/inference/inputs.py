@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from guided_diffusion.data.advice import FAR
+from guided_diffusion.data.advice import are_raw
 from guided_diffusion.data.datasets import scaled
 from guided_diffusion.data.readers import picture_values, read_image_file
 from guided_diffusion.errors import UserError
@@ -92,7 +92,7 @@ def _white_of_floats(
     """What floats are divided by; None where they are in the range of training already."""
     if low >= 0 and 1 < high <= 255 and (pixels == np.rint(pixels)).all():
         return 255
-    if max(-low, high) <= FAR and (normalise in ("none", "zscore") or high <= 1.001):
+    if not are_raw(low, high) and (normalise in ("none", "zscore") or high <= 1.001):
         return None
     if normalise != "none":
         return 1

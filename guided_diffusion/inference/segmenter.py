@@ -224,15 +224,14 @@ class Segmenter:
             image: the path of a picture or NIfTI file; a PIL image; or an array or tensor
                 [C, H, W] of uint8 or uint16 pixels, or of floats in the range of training
                 (pictures: [0, 1]).
-            name: seeds the noise; a path's stem by itself.
+            name: seeds the noise; the file's stem by itself.
 
         Raises:
             UserError: another number of channels than the network has, an unreadable file, or
                 values that cannot be those of training.
         """
-        if not name and isinstance(image, (str, PathLike)):
-            name = split_name(Path(image).name)[0]
-        name = name or "image"
+        file = image if isinstance(image, (str, PathLike)) else getattr(image, "filename", "")
+        name = name or split_name(Path(file).name)[0] or "image"
         channels = self.net.in_channels - self.net.mask_channels
         pixels = pixels_of(image, name=name, channels=channels, normalise=self.normalise)
         return self.segment([Case(pixels, None, name)])[0]

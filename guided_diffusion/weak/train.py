@@ -202,7 +202,6 @@ def _following(flags: Flags, **values: int) -> Flags:
 
 
 def _require_channels(channels: int, dataset: LabelledImages, flag: str) -> None:
-    dataset.convert_to(channels)
     if channels != dataset.channels:
         raise UserError(
             f"{flag} {channels}",

@@ -50,6 +50,7 @@ def slices(folder: Path, white: float) -> Path:
         (-4, 12, ""),
         (0, 3000, "--normalise percentile"),
         (-1024, 10, "--normalise percentile"),
+        (-2, 30, ""),  # standardised, with an outlier
         (0, 0.01, "--normalise minmax"),
         (0, 0, ""),
     ],

@@ -177,6 +177,24 @@ def test_noise_of_jpeg_is_no_label(tmp_path: Path) -> None:
         assert (found != only(*places)).mean() < 0.01
 
 
+def test_labels_blurred_by_jpeg_are_refused(tmp_path: Path) -> None:
+    corner = marked()
+    corner[:4, :4] = 85
+    corner[20:28, 20:28] = 255
+    data_set(tmp_path, corner, corner, ending=".jpg")
+    with pytest.raises(UserError, match="neither labels"):
+        read(tmp_path)
+
+
+def test_numbered_objects_are_refused_however_few(tmp_path: Path) -> None:
+    objects = np.zeros(SIZE, np.uint16)
+    objects[4:44, 20] = np.arange(40) * 5 + 5
+    data_set(tmp_path, objects, ending=".tif")
+    assert (objects > 0).mean() < 0.02
+    with pytest.raises(UserError, match="holds 0 to 200, 41 values: neither labels"):
+        read(tmp_path)
+
+
 def test_dark_grey_below_all_of_white_is_background(tmp_path: Path) -> None:
     data_set(tmp_path, marked(235, ground=16), marked(235, 235, ground=16))
     assert [mask.sum() for mask in read(tmp_path)] == [96, 196]
@@ -347,6 +365,15 @@ def test_the_resection_cavity_is_no_tumour(tmp_path: Path) -> None:
     assert areas(folder, "tumour=1+2+3,cavity=4") == [[72, 24], [48, 24]]  # named, so kept
     (note,) = mask_notes(open_dataset(folder))
     assert note.startswith("label 4 is left out") and "resection cavity" in note
+
+
+def test_the_cavity_among_bare_truths(tmp_path: Path) -> None:
+    folder = brats(tmp_path / "set", {"BraTS-GLI-00008-101": (1, 2, 4)}, SINCE_2023)
+    seg = next(folder.rglob("*-seg.nii.gz"))
+    (tmp_path / "truth").mkdir()
+    seg.rename(tmp_path / "truth" / "BraTS-GLI-00008-101.nii.gz")
+    truths = open_masks(tmp_path / "truth")
+    assert sum(truth().sum() for truth in truths.values()) == 48
 
 
 @pytest.mark.parametrize("enhancing", [3, 4])
