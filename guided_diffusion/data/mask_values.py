@@ -40,7 +40,8 @@ def distinct(stored: Stored) -> Values:
         if np.abs(flat - rounded).max() >= 1e-3:
             return _of_fractions(flat)
         flat = rounded
-    if flat.min() < 0 or flat.max() > 65535:
+    small = flat.dtype in (np.uint8, np.uint16, np.bool_)
+    if not small and (flat.min() < 0 or flat.max() > 65535):
         levels, counts = np.unique(flat, return_counts=True)
         return _values(levels, counts, whole=True)
     counts = np.bincount(flat.astype(np.intp))

@@ -67,7 +67,8 @@ class MaskSet:
         classes: the mask's channels; None for a single one.
         brats: '2023' where the files are named as since BraTS 2023, 'older' for other BraTS data,
             else empty.
-        read: decodes a file.
+        read: decodes a file, or a part of it, to be looked at.
+        most: files that are looked at; None for 200.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class MaskSet:
         *,
         brats: str = "",
         read: Callable[[Path], StoredLabels] = read_labels,
+        most: int | None = None,
     ) -> None:
-        self.read_file = read
+        self._read = read
+        self._most = most
         self._paths = paths
         self.classes = classes
         self._brats = brats
@@ -89,7 +92,7 @@ class MaskSet:
         """The decision; made from at most 200 masks, and the same in every process."""
         if self._kind is None:
             self._kind = decide(
-                sample(self._paths, self.read_file), self.classes, brats=self._brats
+                sample(self._paths, self._read, self._most), self.classes, brats=self._brats
             )
             self._paths = ()
         return self._kind
@@ -118,16 +121,19 @@ class MaskSet:
 
 
 def sample(
-    paths: Iterable[Path | None], read: Callable[[Path], StoredLabels] = read_labels
+    paths: Iterable[Path | None],
+    read: Callable[[Path], StoredLabels] = read_labels,
+    most: int | None = None,
 ) -> list[Label]:
     """Read at most 200 masks, evenly spread; those that cannot be read are left out."""
     files = list(dict.fromkeys(path for path in paths if path is not None))
-    looked = (_look(file, read) for file in _spread(files, SAMPLE))
+    most = min(SAMPLE, most or SAMPLE)
+    looked = (_look(file, read) for file in _spread(files, most))
     first = next((label for label in looked if label is not None), None)
     if first is None:
         return []
-    most = min(SAMPLE, max(LEAST, round(SAMPLED_PIXELS / first.values.counts.sum())))
-    some = _spread(files, most)
+    fitting = max(LEAST, round(SAMPLED_PIXELS / first.values.counts.sum()))
+    some = _spread(files, min(most, fitting))
     found = (first if file == first.path else _look(file, read) for file in some)
     return [label for label in found if label is not None]
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import script, succeeded
 from PIL import Image
 
-from guided_diffusion.data import masks
+from guided_diffusion.data import masks, volumes
 from guided_diffusion.data.advice import mask_notes
 from guided_diffusion.data.classes import find_classes
 from guided_diffusion.data.datasets import Reading, SegmentationDataset
@@ -270,6 +270,20 @@ def test_the_sample_is_bounded_and_spread(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(masks.sample(paths, decoded)) == 200 and looked == paths[::5]
     monkeypatch.setattr(masks, "SAMPLED_PIXELS", 50 * SIZE[0] * SIZE[1])
     assert [label.path for label in masks.sample(paths, decoded)] == paths[::20]
+
+
+def test_planes_of_volumes_are_looked_at_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((*SIZE, 20), np.uint8)
+    labels[LESION] = np.arange(20)
+    for side in ("images", "masks"):
+        (tmp_path / side).mkdir()
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / side / "a.nii.gz")
+    dataset = open_dataset(tmp_path)
+    assert dataset.masks.kind.levels == tuple(range(20))
+    monkeypatch.setattr(volumes, "LABEL_PIXELS", 4 * SIZE[0] * SIZE[1])
+    assert open_dataset(tmp_path).masks.kind.levels == (0, 2, 7, 12, 17)
 
 
 def test_the_decision_goes_to_reading_processes(tmp_path: Path) -> None:
