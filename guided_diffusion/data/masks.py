@@ -224,8 +224,7 @@ def _kind_of_one(labels: Sequence[Label], left_out: tuple[int, ...]) -> MaskKind
     plain = [label for label in deep if label.indexed or is_label_map(label.values)]
     soft = [label for label in deep if label not in plain and _may_be_soft(label)]
     if 2 * (len(plain) + len(soft)) < len(deep):
-        odd = [label for label in deep if label not in plain and label not in soft]
-        return _refused(odd[:1])
+        return _refused(next(label for label in deep if label not in plain and label not in soft))
     usable = [*plain, *soft]
     values = union(label.values for label in usable)
     ends = soft_range(values)
@@ -244,8 +243,9 @@ def _kind_of_one(labels: Sequence[Label], left_out: tuple[int, ...]) -> MaskKind
     if ends and is_soft(values, ends, SOFT_SHARE) and not crowded:
         text = f"soft masks from {ends[0]:g} to {ends[1]:g}, cut half-way"
         return MaskKind(ends=ends, text=text)
-    brightest = sorted(usable, key=lambda label: float(label.values.levels[-1]))
-    return _refused([next((b for b in brightest if b.values.levels[-1] > 0), brightest[0])], values)
+    darkest_first = sorted(usable, key=lambda label: float(label.values.levels[-1]))
+    marked = (label for label in darkest_first if label.values.levels[-1] > 0)
+    return _refused(next(marked, darkest_first[0]), values)
 
 
 def _is_clear(label: Label) -> bool:
@@ -268,8 +268,8 @@ def _may_be_soft(label: Label) -> bool:
     )
 
 
-def _refused(examples: Sequence[Label], values: Values | None = None) -> MaskKind:
-    (example,) = examples
+def _refused(example: Label, values: Values | None = None) -> MaskKind:
+    """The refusal of a set, which names one of its masks, and the values of all of them."""
     others = f", and the masks together {values}" if values is not None else ""
     refusal = (
         example.path,
