@@ -10,7 +10,7 @@ one header.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +44,7 @@ _SLICE = re.compile(
     r"_\d+(?:_w)?",
     re.IGNORECASE,
 )
+_SINCE_2023 = re.compile(r"BraTS-[A-Z]+-\d+-\d{3}|\b(?:.*[_-])?(?:t1n|t2f)[_.-]", re.IGNORECASE)
 
 
 class BRATSDataset(SegmentationDataset):
@@ -60,6 +61,7 @@ class BRATSDataset(SegmentationDataset):
     ) -> None:
         index = _index(open_folder(directory), reading, needs_seg=not test_flag)
         self.modalities = index.modalities
+        self.brats = index.era
         super().__init__(index.folder, index.entries, channels=index.channels, reading=reading)
         self.notes += index.notes
 
@@ -86,6 +88,7 @@ class BRATSDataset3D(VolumeDataset):
         index = _index(open_folder(directory), reading, needs_seg=not test_flag)
         volumes = [entry._replace(patient=_patient_of_case(entry.name)) for entry in index.entries]
         self.modalities = index.modalities
+        self.brats = index.era
         super().__init__(index.folder, volumes, channels=index.channels, reading=reading)
         self.notes += index.notes
 
@@ -170,6 +173,19 @@ class _Index(NamedTuple):
     def channels(self) -> int:
         """The number of modalities."""
         return len(self.modalities)
+
+    @property
+    def era(self) -> str:
+        """'2023' where the files are named as since then, else 'older'."""
+        some = self.entries[:: 1 + len(self.entries) // 200]
+        named = named_since_2023(" ".join(path.name for path in entry.images) for entry in some)
+        return "2023" if named else "older"
+
+
+def named_since_2023(names: Iterable[str]) -> bool:
+    """Whether all files are named as since BraTS 2023, whose label 3 is what 4 was."""
+    found = [_SINCE_2023.search(name) is not None for name in names]
+    return bool(found) and all(found)
 
 
 def _index(folder: Path, reading: Reading, *, needs_seg: bool) -> _Index:

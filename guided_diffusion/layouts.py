@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from guided_diffusion.bratsloader import SEG, find_cases, find_modalities, open_brats
+from guided_diffusion.bratsloader import (
+    SEG,
+    find_cases,
+    find_modalities,
+    named_since_2023,
+    open_brats,
+)
 from guided_diffusion.custom_dataset_loader import KvasirDataset, open_custom
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
@@ -29,7 +35,8 @@ from guided_diffusion.data.folders import (
     safe_name,
     subfolder,
 )
-from guided_diffusion.data.readers import Array, class_masks, nifti_shape, read_mask_file
+from guided_diffusion.data.masks import MaskSet
+from guided_diffusion.data.readers import Array, nifti_shape
 from guided_diffusion.data.splits import narrowed
 from guided_diffusion.data.tumorloader import TumourImages, is_classified
 from guided_diffusion.data.volumes import VolumeStore
@@ -178,8 +185,10 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
     masks: dict[str, Truth] = {}
     store = VolumeStore(None)
+    since_2023 = named_since_2023(path.name for path in files.values())
+    truths = MaskSet(list((named or files).values()), classes, brats="2023" if since_2023 else "")
     for stem, path in (named or files).items():
-        found = dict(_truths_in(path, _case_id(stem), classes, store))
+        found = dict(_truths_in(path, _case_id(stem), truths, store))
         if twice := found.keys() & masks.keys():
             raise UserError(folder, f"has two masks for case {min(twice)}", "Remove one of them.")
         masks |= found
@@ -193,18 +202,18 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
 
 
 def _truths_in(
-    path: Path, case: str, classes: Classes | None, store: VolumeStore
+    path: Path, case: str, masks: MaskSet, store: VolumeStore
 ) -> Iterator[tuple[str, Truth]]:
     """Yield the one mask of a file, or a mask for every axial plane of a volume."""
     shape = nifti_shape(path) if is_nifti(path) else ()
     if len(shape) != 3:
-        yield case, Truth(partial(_file_mask, path, classes), source=path)
+        yield case, Truth(partial(_file_mask, path, masks), source=path)
         return
     for plane in range(shape[2]):
         yield (
             f"{case}_slice{plane:03d}",
             Truth(
-                partial(_plane_mask, path, plane, classes, store),
+                partial(_plane_mask, path, plane, masks, store),
                 patient=case,
                 volume=case,
                 plane=plane,
@@ -224,24 +233,24 @@ def _case_id(stem: str) -> str:
 def _entry_mask(dataset: SegmentationDataset, entry: Entry) -> Array:
     mask = dataset.read_mask(entry)
     assert mask is not None
-    return _truth(mask, dataset.classes)
+    return _truth(mask, one=dataset.classes is None)
 
 
 def _entry_image(dataset: SegmentationDataset, entry: Entry) -> Array:
     return np.asarray(dataset.read_image(entry)[0].numpy(), dtype=np.float32)
 
 
-def _plane_mask(path: Path, plane: int, classes: Classes | None, store: VolumeStore) -> Array:
+def _plane_mask(path: Path, plane: int, masks: MaskSet, store: VolumeStore) -> Array:
     values = np.ascontiguousarray(store(path).voxels[..., plane], dtype=np.float32)
-    return _truth(class_masks(path, values, classes), classes)
+    return _truth(masks.read_plane(path, values), one=masks.classes is None)
 
 
-def _file_mask(path: Path, classes: Classes | None) -> Array:
-    return _truth(read_mask_file(path, classes), classes)
+def _file_mask(path: Path, masks: MaskSet) -> Array:
+    return _truth(masks.read(path), one=masks.classes is None)
 
 
-def _truth(mask: Tensor, classes: Classes | None) -> Array:
-    return np.asarray((mask if classes else mask[0]).numpy(), dtype=np.float32)
+def _truth(mask: Tensor, *, one: bool) -> Array:
+    return np.asarray((mask[0] if one else mask).numpy(), dtype=np.float32)
 
 
 def create_reading(data: DataOptions) -> Reading:

@@ -306,12 +306,14 @@ def parameter_count(net: torch.nn.Module) -> str:
 def network_for(dataset: SegmentationDataset, flags: Flags, path: Path | None) -> NetworkOptions:
     """Choose the network for a data set's channels and classes.
 
-    ``path`` is the checkpoint whose network has to fit, if there is one.
+    Grey pictures are read in colour, or the reverse, where the flags' network needs that. ``path``
+    is the checkpoint whose network has to fit, if there is one.
 
     Raises:
         UserError: the channels do not fit, or ``--class_cond`` is asked for.
     """
     masks = count_masks(dataset.classes)
+    dataset.convert_to(flags.get("in_ch", 0) - masks)
     expected = dataset.channels + masks
     if (in_ch := flags.get("in_ch", expected)) != expected:
         needs = f"{expected}: {dataset.channels} of the images and {masks} of the noisy mask"

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from torch import Tensor
+
 from guided_diffusion import logger
+from guided_diffusion.data.classes import Classes
+from guided_diffusion.data.masks import MaskSet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,6 +112,11 @@ def refused(run: Run) -> str:
     assert run.err.startswith("error: "), run
     assert run.err.count("\n") == 1 and run.err.endswith("\n"), run
     return run.err
+
+
+def read_alone(path: Path, classes: Classes | None = None) -> Tensor:
+    """Read a mask by what the values of this one file say, float32 [K, H, W]."""
+    return MaskSet([path], classes).read(path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

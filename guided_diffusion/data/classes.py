@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from guided_diffusion.files import DamagedFile, read_json
 FLAG = "--mask_labels"
 RECORD = "classes.json"
 MOST = 255
-# The enhancing tumour is 4 until 2021 and 3 since 2023; a file has one of the two.
+# The enhancing tumour is 4 until 2021 and 3 since 2023, when 4 is a resection cavity.
+CAVITY = 4
 BRATS = {"WT": (1, 2, 4, 3), "TC": (1, 4, 3), "ET": (4, 3)}
 ENHANCING = (4, 3)
 _ITEM = re.compile(r"(?:(?P<name>\w[\w-]*)=)?(?P<labels>\d+(?:\+\d+)*)")
@@ -38,12 +39,16 @@ class Classes:
         labels: the values in a file that make each class.
         unused: further values that a file may hold, which belong to no class.
         either: values of which a file may hold at most one.
+        rivals: those of them that this data set does not have, as its other masks show.
+
+    Where 0 is a label of a class, all values that are not named are background.
     """
 
     names: tuple[str, ...]
     labels: tuple[tuple[int, ...], ...]
     unused: tuple[int, ...] = ()
     either: tuple[int, ...] = ()
+    rivals: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,9 +66,12 @@ class Classes:
     def values(self) -> tuple[int, ...]:
         """The value that stands for each class in a label map: its first unambiguous label.
 
-        That is a label of this class alone, else one that no class painted later has.
+        That is a label of this class alone, else one that no class painted later has. 0, which
+        stands for the background, is replaced by the lowest number that is no label.
         """
-        return tuple(self._value(k) for k in range(len(self)))
+        named = {label for labels in self.labels for label in labels}
+        free = next(value for value in range(1, MOST + 2) if value not in named)
+        return tuple(self._value(k) or free for k in range(len(self)))
 
     def _value(self, k: int) -> int:
         order = self.painted
@@ -77,6 +85,17 @@ class Classes:
     def painted(self) -> list[int]:
         """The order of painting: the widest region first, so that it hides none inside it."""
         return sorted(range(len(self)), key=lambda k: -len(self.labels[k]))
+
+    def without(self, label: int, *, rival: bool = False) -> Classes:
+        """Take a label out of the regions of BraTS: it is background, or, as a rival, an error."""
+        labels = tuple(
+            tuple(own for own in labels if own != label) if BRATS.get(name) == labels else labels
+            for name, labels in zip(self.names, self.labels, strict=True)
+        )
+        unused, rivals = (*self.unused, label), (*self.rivals, label)
+        if rival:
+            return replace(self, labels=labels, rivals=rivals)
+        return replace(self, labels=labels, unused=unused, either=())
 
     def split(self, values: npt.ArrayLike, source: object) -> npt.NDArray[np.float32]:
         """Label map [H, W] -> one channel per class, float32 [K, H, W] in {0, 1}.
@@ -99,6 +118,16 @@ class Classes:
 
     def _require_declared(self, found: set[int], source: object) -> None:
         declared = {label for labels in self.labels for label in labels}
+        if other := sorted(found & set(self.rivals)):
+            (own,) = set(self.either) - set(self.rivals)
+            raise UserError(
+                source,
+                f"has the label {other[0]}, but {own} is the enhancing tumour in the other masks",
+                f"Write the regions out, as in {FLAG} WT=1+2+{own},TC=1+{own},ET={own},"
+                f"other={other[0]}.",
+            )
+        if 0 in declared:
+            return
         unknown = sorted(found - declared - {0, *self.unused})
         if unknown:
             raise UserError(
@@ -167,7 +196,7 @@ def _read_item(item: str, text: str) -> tuple[str, tuple[int, ...]]:
     if match is None:
         raise _invalid_classes(text, f"{item!r} is no class")
     labels = tuple(int(label) for label in match["labels"].split("+"))
-    if not all(0 < label <= MOST for label in labels) or len(set(labels)) < len(labels):
+    if not all(0 <= label <= MOST for label in labels) or len(set(labels)) < len(labels):
         raise _invalid_classes(text, f"the labels of {item!r} are not valid")
     if match["name"] is None and len(labels) > 1:
         raise _invalid_classes(text, f"the class {item!r} has no name")
@@ -177,7 +206,7 @@ def _read_item(item: str, text: str) -> tuple[str, tuple[int, ...]]:
 def _invalid_classes(text: str, problem: str) -> UserError:
     return UserError(
         FLAG,
-        f"in {text!r}, {problem}; classes are labels from 1 to {MOST}, the regions "
+        f"in {text!r}, {problem}; classes are labels from 0 to {MOST}, the regions "
         f"{', '.join(BRATS)}, or named sums of labels, each once, separated by commas",
         f"Write for example {FLAG} 1,2,4 or {FLAG} WT,TC,ET or {FLAG} core=1+4,oedema=2.",
     )
@@ -185,7 +214,7 @@ def _invalid_classes(text: str, problem: str) -> UserError:
 
 def _flag_item(name: str, labels: tuple[int, ...]) -> str:
     """One class as :func:`_read_item` reads it: its name alone where that says the labels."""
-    plain = BRATS.get(name) == labels or labels == (int(name) if name.isdecimal() else 0,)
+    plain = BRATS.get(name) == labels or labels == (int(name) if name.isdecimal() else -1,)
     return name if plain else f"{name}={_plus(labels)}"
 
 

@@ -19,9 +19,10 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.folders import counted, listing, size_text
+from guided_diffusion.data.folders import counted, is_nifti, listing, size_text
 from guided_diffusion.data.intensity import measure, normalised
-from guided_diffusion.data.readers import Affine, read_image_file, read_mask_file
+from guided_diffusion.data.masks import MaskSet
+from guided_diffusion.data.readers import Affine, read_image_file
 from guided_diffusion.errors import UserError, memory_problem, refuse
 
 CROPS = ("auto", "none", "wolleb")
@@ -97,11 +98,14 @@ class SegmentationDataset(Dataset[Case]):
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
     ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (the names
     of the channels, where they have any), ``classes`` (of the mask, None for a single one),
-    ``normalise`` (never 'auto') and ``notes`` for the run to print, such as ignored files.
+    ``normalise`` (never 'auto'), ``masks`` (what their values mean, decided by the first that is
+    read), ``brats`` (what :class:`MaskSet` says of it) and ``notes`` for the run to print, such as
+    ignored files.
     """
 
     layout = ""
     usual_scale = "none"
+    brats = ""
     modalities: tuple[str, ...] = ()
 
     def __init__(
@@ -117,6 +121,9 @@ class SegmentationDataset(Dataset[Case]):
         self.names = [entry.name for entry in self.entries]
         self.channels = channels
         self.classes = reading.classes
+        self.masks = MaskSet(
+            [entry.mask for entry in self.entries], reading.classes, brats=self.brats
+        )
         self.notes: list[str] = []
         self.normalise = self.usual_scale if reading.normalise == "auto" else reading.normalise
         _require_unique(directory, self.names)
@@ -136,7 +143,19 @@ class SegmentationDataset(Dataset[Case]):
 
     def read_mask(self, entry: Entry) -> Tensor | None:
         """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none."""
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
+        return None if entry.mask is None else self.masks.read(entry.mask)
+
+    def convert_to(self, channels: int) -> None:
+        """Read grey pictures as colour, or colour that is grey as grey, as a network needs it.
+
+        Nothing happens to data of another number of channels than 1 and 3, and to NIfTI files.
+        """
+        converts = type(self).read_image is SegmentationDataset.read_image
+        pictures = not any(is_nifti(entry.images[0]) for entry in self.entries[:1])
+        if converts and pictures and {channels, self.channels} == {1, 3}:
+            self.channels = channels
+            kind = "colour" if channels == 3 else "grey"
+            self.notes = [*self.notes, f"pictures are read in {kind}, as the network needs"]
 
     def has_mask(self, entry: Entry) -> bool:
         """Whether the entry's mask is known, without decoding it."""

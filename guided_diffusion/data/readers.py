@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -21,12 +21,12 @@ from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 from torch import Tensor
 
-from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import is_nifti
 from guided_diffusion.errors import UserError, refuse
 
 Array = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
+Stored = npt.NDArray[Any]
 UNREADABLE = (
     OSError,
     EOFError,
@@ -41,23 +41,52 @@ UNREADABLE = (
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-def image_channels(paths: Sequence[Path]) -> int:
-    """Return 1 if the first readable image is NIfTI or grey and 3 if it is coloured.
+MOST_HEADERS = 200
 
-    Only headers are read. Where no image is readable, the first one's error is refused.
+
+class StoredLabels(NamedTuple):
+    """What a mask file holds, [H, W] or [H, W, D] of any real type.
+
+    ``lossy`` says that it is a JPEG, ``indexed`` that its values are indices into colours.
     """
+
+    values: Stored
+    lossy: bool = False
+    indexed: bool = False
+
+
+def image_channels(paths: Sequence[Path]) -> int:
+    """Return 1 for NIfTI files and grey pictures, and 3 where any picture is coloured.
+
+    Only the headers of at most 200 pictures, evenly spread, are read, and the pixels of those that
+    have three channels among grey ones. Where none is readable, the first one's error is refused.
+    """
+    count = min(len(paths), MOST_HEADERS)
     errors: list[UserError] = []
-    for path in paths:
+    greys = 0
+    coloured: list[Path] = []
+    for path in (paths[i * len(paths) // count] for i in range(count)):
         try:
             if is_nifti(path):
                 return 1
             with _opened(path) as picture:
-                return 1 if _is_grey(picture) else 3
+                grey = _is_grey(picture)
         except UserError as error:
             errors.append(error)
-    if errors:
+            continue
+        greys += grey
+        coloured += [] if grey else [path]
+    if errors and not greys and not coloured:
         refuse(errors[0])
-    return 3
+    return 3 if not greys or any(map(_shows_colour, coloured)) else 1
+
+
+def _shows_colour(path: Path) -> bool:
+    """Whether a picture of three channels is more than grey, as far as it can be read."""
+    try:
+        return not _agree(_levels(path, _decoded(path)))
+    except UserError:
+        return False
 
 
 def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None]:
@@ -68,41 +97,48 @@ def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None
     return torch.from_numpy(values)[None], affine
 
 
-def read_mask_file(path: Path, classes: Classes | None = None) -> Tensor:
-    """Read a mask of either kind, float32 [1, H, W] in [0, 1], or [K, H, W] of K classes."""
+def read_labels(path: Path) -> StoredLabels:
+    """Read what a mask file holds: grey levels, palette indices or labels, as they are stored.
+
+    A palette of greys alone is read by its greys, one of colours by its indices. A coloured mask
+    and one that is drawn in the alpha channel are each a :class:`UserError`.
+    """
     if is_nifti(path):
-        return class_masks(path, read_nifti_slice(path)[0], classes)
-    if classes is None:
-        return read_picture_mask(path)
-    return torch.from_numpy(classes.split(_stored_labels(path), path))
+        return StoredLabels(read_nifti(path)[0])
+    picture = _decoded(path)
+    _require_opaque(path, picture)
+    greys, indexed = None, picture.mode in ("P", "PA")
+    if indexed:
+        values, greys = np.asarray(picture.getchannel("P")), _palette_greys(picture)
+    else:
+        values = _grey_labels(path, picture)
+    _require_finite(path, values)
+    lossy = picture.format in ("JPEG", "MPO")
+    if greys is not None:
+        return StoredLabels(greys[values], lossy)
+    return StoredLabels(values, lossy, indexed)
 
 
-def class_masks(path: Path, values: Array, classes: Classes | None) -> Tensor:
-    """Turn labels [H, W] into float32 [1, H, W] by :func:`label_mask`, or [K, H, W] of classes."""
-    if classes is None:
-        return torch.from_numpy(label_mask(path, values))[None]
-    return torch.from_numpy(classes.split(values, path))
+def _palette_greys(picture: Image.Image) -> Stored | None:
+    """The grey of each index, uint8 [256], of a palette of several greys and no colour."""
+    palette = np.array(picture.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)[:256]
+    if len(np.unique(palette)) < 2 or (palette != palette[:, :1]).any():
+        return None
+    greys = np.zeros(256, dtype=np.uint8)
+    greys[: len(palette)] = palette[:, 0]
+    return greys
 
 
-def label_mask(path: Path, values: Array) -> Array:
-    """Turn labels into {0, 1} (above 0 is 1); fractions in [0, 1] are a soft mask and are kept."""
-    if np.abs(values - np.round(values)).max() < 1e-3:
-        return (np.round(values) > 0).astype(np.float32)
-    if values.min() >= 0 and values.max() <= 1:
-        return values
-    raise UserError(
-        path,
-        f"has fractional labels from {values.min():g} to {values.max():g}; a mask has whole "
-        "labels, or is soft in [0, 1]",
-        "Check that it is a mask, not an image, and that it was not interpolated.",
-    )
-
-
-def label_values(path: Path) -> list[float]:
-    """List the different values that a mask file stores: palette indices, levels or labels."""
-    if is_nifti(path):
-        return [float(value) for value in np.unique(read_nifti(path)[0])]
-    return [float(value) for value in np.unique(np.asarray(_decoded(path)))]
+def _grey_labels(path: Path, picture: Image.Image) -> Stored:
+    """The grey levels of a picture, [H, W]; of colour only that of compression noise."""
+    if picture.mode in ("1", "L", "F", *_DEEP_GREY):
+        return np.asarray(picture)
+    if picture.mode in ("LA", "La"):
+        return np.asarray(picture.getchannel("L"))
+    values = np.asarray(picture.convert("RGB"))
+    noise = 8 if values.max(initial=0) > 64 else 0
+    rule = "a mask is grey, black and white or a palette"
+    return _one_channel(path, values.astype(np.float32), rule, noise=noise).astype(np.uint8)
 
 
 def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]:
@@ -127,13 +163,18 @@ def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]
 def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
     """Read a NIfTI file as :func:`read_nifti` does; it must be two-dimensional, [H, W]."""
     values, affine = read_nifti(path)
+    require_slice(path, values)
+    return values, affine
+
+
+def require_slice(path: Path, values: Stored) -> None:
+    """Raise a :class:`UserError` unless the values of a file are two-dimensional."""
     if values.ndim != 2:
         raise UserError(
             path,
             f"its shape is {' x '.join(map(str, values.shape))}, but a slice has two axes",
             "Cut volumes into slices; volumes are read in the BRATS and CUSTOM layouts.",
         )
-    return values, affine
 
 
 def nifti_shape(path: Path) -> tuple[int, ...]:
@@ -178,51 +219,23 @@ def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Pa
 
 
 def read_picture(path: Path, *, channels: int) -> Tensor:
-    """Decode a picture to float32 [channels, H, W] in [0, 1].
+    """Decode a picture to float32 [channels, H, W] in [0, 1], as :func:`picture_values` does."""
+    return picture_values(path, _decoded(path), channels=channels)
+
+
+def picture_values(source: object, picture: Image.Image, *, channels: int) -> Tensor:
+    """Return the pixels of a picture, float32 [channels, H, W] in [0, 1].
 
     Grey is repeated for 3 channels, transparency is dropped, and orientation tags are ignored, as
-    masks rarely have them. A coloured picture for 1 channel is a :class:`UserError`.
+    masks rarely have them. A coloured picture for 1 channel is a :class:`UserError`, which names
+    ``source``.
     """
-    values = _levels(path, _decoded(path))
+    values = _levels(source, picture)
     if values.ndim == 2:
         return torch.from_numpy(values).expand(channels, -1, -1).clone()
     if channels == 3:
         return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-    return torch.from_numpy(_one_channel(path, values, "the rest of the data set is grey"))[None]
-
-
-def read_picture_mask(path: Path) -> Tensor:
-    """Decode a mask picture to float32 [1, H, W] in [0, 1]; soft borders are kept.
-
-    A palette picture is a label map, in which indices above 0 become 1. So is a lossless grey one
-    whose brightest value is below an eighth of white (labels 0, 1, 2, ...). A coloured mask, a mask
-    drawn in the alpha channel and labels in a JPEG are each a :class:`UserError`.
-    """
-    picture = _decoded(path)
-    _require_opaque(path, picture)
-    if picture.mode == "P":
-        return torch.from_numpy((np.asarray(picture) > 0).astype(np.float32))[None]
-
-    values = _levels(path, picture)
-    if values.ndim == 3:
-        values = _one_channel(path, values, "a mask is grey, black and white or a palette")
-    if picture.mode != "F" and 0 < values.max() < 1 / 8:
-        _require_lossless(path, picture, values)
-        values = (values > 0).astype(np.float32)
-    return torch.from_numpy(values)[None]
-
-
-def _stored_labels(path: Path) -> Array:
-    """Read the labels of a mask picture [H, W]: its palette indices or grey levels, as stored."""
-    picture = _decoded(path)
-    _require_opaque(path, picture)
-    values = np.asarray(picture).astype(np.float32)
-    if values.ndim == 3:
-        grey = values if values.shape[2] == 3 else np.repeat(values[..., :1], 3, axis=2)
-        values = _one_channel(path, grey, "a label map is grey or a palette")
-    _require_finite(path, values)
-    _require_lossless(path, picture, values / np.float32(255))
-    return values
+    return torch.from_numpy(_one_channel(source, values, "grey ones are read"))[None]
 
 
 def _decoded(path: Path) -> Image.Image:
@@ -245,7 +258,7 @@ def _is_grey(picture: Image.Image) -> bool:
     return picture.mode in ("1", "L", "LA", "La", "F", *_DEEP_GREY)
 
 
-def _levels(path: Path, picture: Image.Image) -> Array:
+def _levels(source: object, picture: Image.Image) -> Array:
     """Return pixel values in [0, 1], [H, W] for grey modes and [H, W, 3] for all others."""
     if picture.mode == "F":
         values, white = np.asarray(picture, dtype=np.float32), 1
@@ -256,25 +269,30 @@ def _levels(path: Path, picture: Image.Image) -> Array:
         converted = opaque.convert("L" if _is_grey(picture) else "RGB")
         values, white = np.asarray(converted).astype(np.float32), 255
 
-    _require_finite(path, values)
+    _require_finite(source, values)
     if values.min() < 0 or values.max() > white:
         raise UserError(
-            path,
+            source,
             f"has values from {values.min():g} to {values.max():g}, outside of 0 to {white}",
             "Scale the picture, or store it with 8 or 16 bits.",
         )
     return np.asarray(values / np.float32(white), dtype=np.float32)
 
 
-def _one_channel(path: Path, values: Array, rule: str) -> Array:
+def _one_channel(source: object, values: Array, rule: str, *, noise: float = 8 / 255) -> Array:
     """Reduce [H, W, 3] to [H, W] where the channels agree up to compression noise."""
-    if np.ptp(values, axis=2).max() > 8 / 255:
+    if not _agree(values, noise):
         raise UserError(
-            path,
+            source,
             f"is a coloured picture, but {rule}",
             "Convert it, or check that images and masks were not swapped.",
         )
     return np.ascontiguousarray(values[..., 0])
+
+
+def _agree(values: Array, noise: float = 8 / 255) -> bool:
+    """Whether the channels of [H, W, 3] agree up to compression noise; always for [H, W]."""
+    return values.ndim == 2 or not np.ptp(values, axis=2).max(initial=0) > noise
 
 
 def _require_opaque(path: Path, picture: Image.Image) -> None:
@@ -289,21 +307,10 @@ def _require_opaque(path: Path, picture: Image.Image) -> None:
             )
 
 
-def _require_lossless(path: Path, picture: Image.Image, values: Array) -> None:
-    """Refuse a label map as JPEG, whose compression noise hides labels such as 0, 1, 2."""
-    if picture.format in ("JPEG", "MPO"):
-        raise UserError(
-            path,
-            f"is a JPEG mask whose brightest value is {round(values.max() * 255)}; the foreground "
-            "of a JPEG must be white",
-            "Save label maps as PNG.",
-        )
-
-
-def _require_finite(path: Path, values: Array) -> None:
+def _require_finite(source: object, values: Stored) -> None:
     if values.size == 0 or not np.isfinite(values).all():
         raise UserError(
-            path,
+            source,
             "has NaN or infinite values" if values.size else "has no pixels",
             "Repair the file, or remove the case from the data set.",
         )

@@ -14,8 +14,9 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,12 @@ from torch import Tensor
 
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.intensity import Levels, measure, normalised
+from guided_diffusion.data.masks import SAMPLE, MaskSet
 from guided_diffusion.data.readers import (
     UNREADABLE,
     Affine,
     Array,
-    class_masks,
+    StoredLabels,
     decoding,
     nifti_shape,
     read_nifti,
@@ -40,6 +42,10 @@ from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.files import atomic_write, make_folder, read_json
 
 MEMORY = 2**30
+LABEL_PIXELS = 2**23
+"""Pixels of all label volumes that are looked at, before the first is used."""
+LABELS_ON_DISK, LABELS_IN_MEMORY = 2**28, 2**25
+"""Voxels of the label volumes that are looked at: each is unpacked for that, or decoded twice."""
 Stamp = tuple[int, int]
 
 
@@ -87,6 +93,17 @@ class VolumeStore:
         while len(self._open) > 1 and self._bytes() > self.most_bytes:
             self._open.popitem(last=False)
         return volume
+
+    def labels(self, path: Path, most: int = LABEL_PIXELS) -> StoredLabels:
+        """Return planes of labels, evenly spread, of at most ``most`` pixels, but one at least.
+
+        Without a folder, they are not kept in memory.
+        """
+        voxels = _read_volume(path)[0] if self.folder is None else self(path).voxels
+        height, width, depth = voxels.shape
+        count = max(1, min(depth, most // (height * width)))
+        places = [(2 * n + 1) * depth // (2 * count) for n in range(count)]
+        return StoredLabels(np.stack([np.asarray(voxels[..., place]) for place in places]))
 
     def _bytes(self) -> int:
         return sum(volume.bytes for volume in self._open.values())
@@ -143,8 +160,20 @@ class VolumeDataset(SegmentationDataset):
         volumes = list(volumes)
         kept = [plane for volume in volumes for plane in _planes(volume, reading, self.store)]
         super().__init__(directory, kept, channels=channels, reading=reading)
+        self.masks = self._label_volumes([volume.mask for volume in volumes], reading)
         if reading.cache_dir and any(path.name.lower().endswith(".gz") for path in _files(volumes)):
             self.notes.append(f"volumes are unpacked once, into {reading.cache_dir}")
+
+    def _label_volumes(self, paths: Sequence[Path | None], reading: Reading) -> MaskSet:
+        """The masks, of which some planes of some volumes are looked at."""
+        labels = [path for path in paths if path is not None]
+        voxels = 1
+        with suppress(UserError, IndexError):  # a broken header is an error once it is needed
+            voxels = max(1, math.prod(nifti_shape(labels[0])))
+        bound = LABELS_IN_MEMORY if reading.cache_dir is None else LABELS_ON_DISK
+        most = max(1, min(len(labels), max(4, bound // voxels), SAMPLE))
+        read = partial(self.store.labels, most=LABEL_PIXELS // most)
+        return MaskSet(labels, reading.classes, brats=self.brats, read=read, most=most)
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Stack one plane of every channel, float32 [C, H, W]; the affine is that plane's."""
@@ -157,7 +186,7 @@ class VolumeDataset(SegmentationDataset):
         values = self.read_labels(entry)
         if entry.mask is None or values is None:
             return None
-        return class_masks(entry.mask, values, self.classes)
+        return self.masks.read_plane(entry.mask, values)
 
     def read_labels(self, entry: Entry) -> Array | None:
         """Read one plane of the labels as stored, float32 [H, W]; None where there are none."""

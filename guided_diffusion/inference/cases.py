@@ -7,7 +7,7 @@ group that fails is tried again case by case; what fails alone is named at the e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Entry
+from guided_diffusion.data.folders import listing
 from guided_diffusion.dist_util import any_rank, rank, world_size
 from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import Background
@@ -98,10 +99,18 @@ def run_cases(
     if failures:
         raise UserError(
             f"{len(failures)} of the cases",
-            "; ".join(f"{name}: {why.rstrip('.')}" for name, why in list(failures.items())[:10]),
+            "; ".join(_told_once(failures)[:10]),
             "All others are finished: repair these, and run the same command again.",
         )
     return all_done
+
+
+def _told_once(failures: Mapping[str, str]) -> list[str]:
+    """Every reason with the cases that it stopped, such as the slices of one volume."""
+    names: dict[str, list[str]] = {}
+    for name, why in failures.items():
+        names.setdefault(why.rstrip("."), []).append(name)
+    return [f"{listing(cases, most=3)}: {why}" for why, cases in names.items()]
 
 
 def draw_or_note(

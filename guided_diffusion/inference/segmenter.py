@@ -9,23 +9,23 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_weights_note
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.datasets import Case, Frame, scaled
+from guided_diffusion.data.datasets import Case, Frame
 from guided_diffusion.data.folders import split_name
-from guided_diffusion.data.readers import read_image_file
 from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
 from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
 from guided_diffusion.errors import UserError, memory_problem, python_names
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
+from guided_diffusion.inference.inputs import ImageLike, pixels_of
 from guided_diffusion.inference.plan import (
     SamplingPlan,
     batched,
@@ -230,31 +230,24 @@ class Segmenter:
         return digest.hexdigest()[:16]
 
     @python_names()
-    def __call__(self, image: ArrayLike | Tensor | str | Path, name: str = "") -> Segmentation:
+    def __call__(self, image: ImageLike, name: str = "") -> Segmentation:
         """Segment one image of any size.
 
         Args:
-            image: float [C, H, W] in the range of training (pictures: [0, 1]), or the path of a
-                picture or NIfTI file.
-            name: seeds the noise; a path's stem by itself.
+            image: the path of a picture or NIfTI file; a PIL image; or an array or tensor
+                [C, H, W] of uint8 or uint16 pixels, or of floats in the range of training
+                (pictures: [0, 1]).
+            name: seeds the noise; the file's stem by itself.
 
         Raises:
-            UserError: another number of channels than the network has, or an unreadable file.
+            UserError: another number of channels than the network has, an unreadable file, or
+                values that cannot be those of training.
         """
+        file = image if isinstance(image, (str, PathLike)) else getattr(image, "filename", "")
+        name = name or split_name(Path(file).name)[0] or "image"
         channels = self.net.in_channels - self.net.mask_channels
-        if isinstance(image, (str, Path)):
-            name = name or split_name(Path(image).name)[0]
-            pixels, _ = read_image_file(Path(image), channels=channels)
-            pixels = scaled(pixels, self.normalise)
-        else:
-            pixels = torch.as_tensor(image, dtype=torch.float32)
-        if pixels.ndim != 3 or len(pixels) != channels or not pixels.numel():
-            raise UserError(
-                name or "image",
-                f"its shape is {tuple(pixels.shape)}, that of training is [{channels}, H, W]",
-                "Put the channels first.",
-            )
-        return self.segment([Case(pixels, None, name or "image")])[0]
+        pixels = pixels_of(image, name=name, channels=channels, normalise=self.normalise)
+        return self.segment([Case(pixels, None, name)])[0]
 
     def segment(
         self, cases: Sequence[Case], callback: StepCallback | None = None

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.options.flags import flag
-from guided_diffusion.options.segmentation import MOST_PIXELS, MOST_PROCESSES, DataOptions
+from guided_diffusion.options.segmentation import (
+    MOST_PIXELS,
+    MOST_PROCESSES,
+    DataOptions,
+    NetworkOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,10 @@ class CheckOptions:
     out: str = flag("", "contact sheet to write, such as sheet.png; empty: none")
     cases: int = flag(24, "cases on the contact sheet", least=1, most=240)
     image_size: int = flag(
-        256, "that of training: masks that vanish at it are named", least=1, cap=MOST_PIXELS
+        NetworkOptions.image_size,
+        "that of training: masks that vanish at it are named",
+        least=1,
+        cap=MOST_PIXELS,
     )
     labelled: bool = flag(True, "False: check as for sampling, where masks may be absent")
     num_workers: int = flag(

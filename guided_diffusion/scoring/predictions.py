@@ -13,6 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guided_diffusion.data.folders import PICTURES, is_nifti
-from guided_diffusion.data.readers import (
-    UNREADABLE,
-    label_mask,
-    nifti_shape,
-    read_mask_file,
-    read_nifti,
-)
+from guided_diffusion.data.masks import MaskSet
+from guided_diffusion.data.readers import UNREADABLE, StoredLabels, nifti_shape, read_nifti
 from guided_diffusion.errors import UserError
 
 Mask = NDArray[np.float32]
@@ -45,11 +41,16 @@ PADDING = 10
 """Black pixels around every panel of the parents' strips."""
 
 
-class Source(NamedTuple):
-    """The source of one mask: a file, and the axial plane where the file is a volume."""
+@dataclass(frozen=True)
+class Source:
+    """The source of one mask: a file, and the axial plane where the file is a volume.
+
+    ``masks`` says what the values of this file and of those like it mean; None for this one alone.
+    """
 
     path: Path
     plane: int | None = None
+    masks: MaskSet | None = field(default=None, compare=False)
 
     @property
     def tensor(self) -> bool:
@@ -92,10 +93,11 @@ def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
         found = [(path, match) for path in paths if (match := named.fullmatch(path.name))]
         if found:
             found.sort(key=lambda pair: pair[0].suffix.lower() == ".png")
+            masks = MaskSet([path for path, _ in found])
             return {
                 key: source
                 for path, match in found
-                for key, source in _sources(match["case"], _index(match), path)
+                for key, source in _sources(match["case"], _index(match), path, masks)
             }
     return {}
 
@@ -104,13 +106,15 @@ def _index(match: re.Match[str]) -> int:
     return int(match.groupdict().get("index") or 0)
 
 
-def _sources(case: str, index: int, path: Path) -> Iterator[tuple[tuple[str, int], Source]]:
+def _sources(
+    case: str, index: int, path: Path, masks: MaskSet
+) -> Iterator[tuple[tuple[str, int], Source]]:
     shape = nifti_shape(path) if is_nifti(path) else ()
     if len(shape) < 3:
-        yield (case, index), Source(path)
+        yield (case, index), Source(path, masks=masks)
         return
     for plane in range(shape[2]):
-        yield (f"{case}_slice{plane:03d}", index), Source(path, plane)
+        yield (f"{case}_slice{plane:03d}", index), Source(path, plane, masks)
 
 
 class Reader:
@@ -122,24 +126,25 @@ class Reader:
     def __call__(self, source: Source) -> Mask:
         """Read a soft mask, float32 [H, W] in [0, 1]; a :class:`UserError` where it is none."""
         if source.plane is None:
-            return read_soft(source.path)
+            return read_soft(source.path, source.masks)
         if source.path not in self.volumes:
-            self.volumes[source.path] = _read_nifti(source.path, 3)
+            self.volumes[source.path] = _read_nifti(source.path, 3, source.masks)
         return np.ascontiguousarray(self.volumes[source.path][..., source.plane])
 
 
-def read_soft(path: Path) -> Mask:
+def read_soft(path: Path, masks: MaskSet | None = None) -> Mask:
     """Read one file as a soft mask, float32 [H, W] in [0, 1].
 
-    Pictures have 8 or 16 bits, colour is converted to grey as the parents do, and of a strip of
-    panels the lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
+    ``masks`` says what the values of binary masks mean; None for those of this file alone. Pictures
+    have 8 or 16 bits, colour is converted to grey as the parents do, and of a strip of panels the
+    lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
     """
     if is_nifti(path):
-        return _read_nifti(path, 2)
+        return _read_nifti(path, 2, masks)
     if Source(path).tensor:
         return read_tensor(path)
     if path.stem.endswith("_mask"):
-        return np.asarray(read_mask_file(path)[0].numpy(), dtype=np.float32)
+        return np.asarray((masks or MaskSet([path])).read(path)[0].numpy(), dtype=np.float32)
     try:
         with Image.open(path) as picture:
             deep = picture.mode.startswith("I")
@@ -187,13 +192,17 @@ def read_tensor(path: Path) -> Mask:
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
 
-def _read_nifti(path: Path, axes: int) -> Mask:
-    mask = label_mask(path, read_nifti(path)[0])
-    if mask.ndim != axes:
+def _read_nifti(path: Path, axes: int, masks: MaskSet | None) -> Mask:
+    """Read probabilities, which are fractions from 0 to 1, or masks by what their values mean."""
+    values = read_nifti(path)[0]
+    if values.ndim != axes:
         raise _unreadable_prediction(
-            path, ValueError(f"it has {mask.ndim} axes"), f"a mask of {axes} axes"
+            path, ValueError(f"it has {values.ndim} axes"), f"a mask of {axes} axes"
         )
-    return mask
+    if values.min() >= 0 and values.max() <= 1:
+        return values
+    kind = (masks or MaskSet([path])).kind
+    return np.asarray(kind.read(path, StoredLabels(values))[0].numpy())
 
 
 def _unreadable_prediction(path: Path, error: BaseException, kind: str) -> UserError:

@@ -11,7 +11,7 @@ import os
 import statistics
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from guided_diffusion.data.advice import intensity_advice
 from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame, readable
 from guided_diffusion.data.folders import counted, listing
-from guided_diffusion.data.readers import label_values
+from guided_diffusion.data.mask_values import distinct
+from guided_diffusion.data.readers import read_labels
 from guided_diffusion.errors import UserError, gathering
 from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
 
@@ -73,7 +75,8 @@ class Findings:
         lines = [line for error in self.errors for line in _lines(error)]
         seen = set(lines)
         bad = [case for case in self.cases if case.error and case.error not in seen]
-        lines += [f"{case.name}: {case.error}" for case in bad]
+        entries = self.dataset.entries if self.dataset is not None else []
+        lines += _told_once(bad, {entry.name: entry.volume for entry in entries})
         sizes = Counter(case.fitted for case in self.good)
         if self.frame.crop and len(sizes) > 1:
             lines.append(f"cases of {_frequencies(sizes, _size)} after --crop; --crop none resizes")
@@ -98,9 +101,15 @@ class _FactsDataset(Dataset[CaseFacts]):
         try:
             case = self.dataset[index]
             path = self.label_files.get(index)
-            return _facts_of(case, self.frame.fit(case), label_values(path) if path else [])
+            return _facts_of(case, self.frame.fit(case), _label_values(path) if path else [])
         except UserError as error:
             return CaseFacts(self.dataset.names[index], error=str(error))
+
+
+def _label_values(path: Path) -> list[float]:
+    """The different values in a mask's file; of very many fractions some."""
+    levels: list[float] = distinct(read_labels(path).values).levels.tolist()
+    return levels
 
 
 def _facts_of(case: Case, fitted: Case, labels: Sequence[float]) -> CaseFacts:
@@ -212,7 +221,10 @@ def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[s
     yield "network", _frequencies(Counter(case.fitted for case in good), _size) + _how(findings)
     yield from _values(good, dataset.modalities)
     yield from _masks(good)
+    yield "read as", dataset.masks.text
     yield "twice", _duplicates(good)
+    for warning in _warnings(good, dataset):
+        yield "warning", warning
 
 
 def _called(modalities: Sequence[str]) -> str:
@@ -237,6 +249,15 @@ def _values(good: Sequence[CaseFacts], modalities: Sequence[str]) -> Iterator[tu
             f"{name}: {low:.4g} to {high:.4g}; highest of a case {_spread(h for _, h in levels)}"
             + (f"; {counted(flat, 'case')} of one value" if flat else ""),
         )
+
+
+def _warnings(good: Sequence[CaseFacts], dataset: SegmentationDataset) -> Iterator[str]:
+    """What training says as well: about the masks as a whole, and about the intensities."""
+    yield from dataset.masks.notes
+    levels = [level for case in good for level in case.levels]
+    low, high = min(low for low, _ in levels), max(high for _, high in levels)
+    if dataset.normalise == "none" and (advice := intensity_advice(low, high)):
+        yield f"intensities from {low:.4g} to {high:.4g}; {advice}"
 
 
 def _masks(good: Sequence[CaseFacts]) -> Iterator[tuple[str, str]]:
@@ -302,6 +323,27 @@ def _lines(error: UserError) -> list[str]:
     if len(error.cases) <= NAMED:
         return [str(error)]
     return [str(error), *(f"  {case}" for case in error.cases)]
+
+
+def _told_once(bad: Sequence[CaseFacts], volume_of: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each error: that of a file for all slices, that of a set for all cases."""
+    owners: dict[str, set[str]] = {}
+    for case in bad:
+        owners.setdefault(case.error, set()).add(volume_of.get(case.name) or case.name)
+    groups: dict[tuple[str, str], list[CaseFacts]] = {}
+    for case in bad:
+        volume = volume_of.get(case.name, "")
+        alone = volume and len(owners[case.error]) == 1
+        key = (volume, case.error.partition(": ")[0]) if alone else ("", case.error)
+        groups.setdefault(key, []).append(case)
+    for (volume, _), cases in groups.items():
+        names = [case.name for case in cases]
+        if len(cases) == 1:
+            yield f"{names[0]}: {cases[0].error}"
+        elif volume:
+            yield f"{volume}, {len(cases)} slices: {cases[0].error}"
+        else:
+            yield f"{len(cases)} cases ({listing(names, most=3)}): {cases[0].error}"
 
 
 def write_sheet(findings: Findings, path: Path, *, cases: int) -> int:

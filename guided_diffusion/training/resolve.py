@@ -28,6 +28,7 @@ from guided_diffusion.checkpoint import (
     require_kind,
     with_companions,
 )
+from guided_diffusion.data.advice import intensity_notes, mask_notes
 from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
 from guided_diffusion.data.cache import GIB, CachedDataset
 from guided_diffusion.data.datasets import Case, ResizedDataset, SegmentationDataset, read_as
@@ -174,6 +175,8 @@ def resolve_training(flags: Flags) -> TrainSetup:
 
     # The network and its diffusion.
     network = network_for(dataset, flags, path)
+    if held_out is not None:
+        held_out.convert_to(dataset.channels)
     options_of_diffusion = flags.group(DiffusionOptions)
     frame, crop = frame_for(dataset, network, data.crop, case=dataset[0])
     device = dev(run.gpu_dev)
@@ -223,6 +226,8 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *(attention_notes(network) if "attention_resolutions" in given.given else []),
             *dataset.notes,
             *([cached.note] if cached.note else []),
+            *mask_notes(dataset),
+            *(intensity_notes(dataset) if rank() == 0 else []),
             *validation_notes(validation),
         ],
     )
@@ -301,6 +306,7 @@ def held_out_cases(
         )
     else:
         return None
+    held_out.convert_to(dataset.channels)
     if held_out.channels != dataset.channels:
         raise UserError(
             f"--val_dir {held_out.directory}",

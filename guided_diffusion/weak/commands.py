@@ -158,6 +158,8 @@ def segment_weakly(flags: Flags) -> None:
         logger.log(classifier.source)
     segmenter = WeakSegmenter(options, model, classifier, seed=run.seed)
     for trained in (model, classifier):
+        if trained:
+            dataset.convert_to(trained.net.in_channels)
         if trained and trained.net.in_channels != dataset.channels:
             raise UserError(
                 dataset.directory,

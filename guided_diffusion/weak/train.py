@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from guided_diffusion.checkpoint import CLASSIFIER, IMAGES, Weights, load_weights
+from guided_diffusion.data.advice import intensity_notes
 from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.datasets import Frame
 from guided_diffusion.data.tumorloader import (
@@ -237,6 +238,11 @@ def _set_up(
         data=f"{dataset}: {positive} with a lesion, {len(dataset) - positive} normal",
         start=start,
         path=begun.path,
-        notes=[*overwriting_notes(run, start), *notes, *dataset.notes],
+        notes=[
+            *overwriting_notes(run, start),
+            *notes,
+            *dataset.notes,
+            *intensity_notes(dataset),
+        ],
         **rest,
     )

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from brats_folders import AFFINE, write_volumes
-from helpers import DIFFUSION, NETWORK, contents, read_csv, refused, script, succeeded
+from helpers import DIFFUSION, NETWORK, contents, read_alone, read_csv, refused, script, succeeded
 from PIL import Image
 
 from guided_diffusion.data.classes import Classes, find_classes, record_text, recorded_classes
 from guided_diffusion.data.datasets import Case, Frame, Reading, ResizedDataset
-from guided_diffusion.data.readers import read_mask_file
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.record import note_classes
 from guided_diffusion.inference.segmenter import Segmentation, Segmenter
@@ -79,7 +78,6 @@ def test_without_the_flag_there_is_one_class() -> None:
     "text",
     [
         "1,,2",
-        "0",
         "256",
         "1,1",
         "a=1,A=2",
@@ -94,7 +92,7 @@ def test_without_the_flag_there_is_one_class() -> None:
     ],
 )
 def test_an_invalid_list_of_classes(text: str) -> None:
-    with pytest.raises(UserError, match=r"--mask_labels: in .* labels from 1 to 255.*Write for"):
+    with pytest.raises(UserError, match=r"--mask_labels: in .* labels from 0 to 255.*Write for"):
         find_classes(text)
 
 
@@ -144,15 +142,15 @@ def test_pictures_hold_labels_as_stored(tmp_path: Path) -> None:
     paths.append(save(tmp_path / "deep.png", grey.astype(np.uint16)))
     paths.append(save(tmp_path / "rgb.png", np.repeat(grey[..., None], 3, axis=2)))
     for path in paths:
-        mask = read_mask_file(path, classes)
+        mask = read_alone(path, classes)
         assert mask.dtype == torch.float32, path
         assert mask.tolist() == [[[0, 1], [0, 1]], [[0, 0], [1, 0]]], path
     with pytest.raises(UserError, match=r"grey\.png: has label 200"):
-        read_mask_file(paths[1], classes_of("1"))
+        read_alone(paths[1], classes_of("1"))
     jpeg = save(tmp_path / "a.jpg", np.full((8, 8), 1, np.uint8))
     with pytest.raises(UserError, match="Save label maps as PNG"):
-        read_mask_file(jpeg, classes_of("1"))
-    assert read_mask_file(paths[0]).tolist() == [[[0, 1], [1, 1]]]  # one class, as ever
+        read_alone(jpeg, classes_of("1"))
+    assert read_alone(paths[0]).tolist() == [[[0, 1], [1, 1]]]  # one class, as ever
 
 
 def test_layouts_give_channels(tmp_path: Path) -> None:

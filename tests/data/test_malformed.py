@@ -192,7 +192,7 @@ def turned_mask(folder: Path) -> None:
 
 def float_mask(folder: Path) -> None:
     (pair(folder) / "masks/a.png").unlink()
-    save(folder / "masks/a.tif", square(3, np.float32))
+    save(folder / "masks/a.tif", square(3, np.float32) / 2)
 
 
 def nan_mask(folder: Path) -> None:
@@ -327,7 +327,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (transparent_grey_mask, "masks/a.png: the mask has transparent and opaque parts"),
     (labels_in_jpeg, "masks/a.jpg: is a JPEG mask whose brightest value is 1"),
     (turned_mask, "masks/a.png: the mask is 32 x 24, but its image is 24 x 32"),
-    (float_mask, "masks/a.tif: has values from 0 to 3"),
+    (float_mask, "masks/a.tif: holds 0, 1.5: neither labels"),
     (nan_mask, "masks/a.tif: has NaN or infinite values"),
     (other_suffix, "stem without mask: a"),
     (one_id, "more than one case with the id a_b"),
@@ -422,8 +422,8 @@ def opaque_alpha(folder: Path) -> None:
 
 
 def palette_mask(folder: Path) -> None:
-    """Index 0 is background whatever its colour."""
-    picture = Image.fromarray(square(1), "P")
+    """White is the foreground, whatever its index."""
+    picture = Image.fromarray(1 - square(1), "P")
     picture.putpalette([255, 255, 255, 0, 0, 0])
     save(pair(folder) / "masks/a.png", picture)
 

@@ -259,7 +259,7 @@ def test_from_python(trained: Path, tmp_path: Path) -> None:
 
 
 def test_files_are_scaled_as_in_training(trained: Path, tmp_path: Path) -> None:
-    """A file is normalised as the data set was; an array is used unchanged."""
+    """A file is normalised as the data set was, and an array of raw intensities like the file."""
     pixels = torch.rand(1, 24, 24) * 40 + 3
     nib.save(nib.Nifti1Image(pixels[0].numpy(), np.eye(4)), tmp_path / "a.nii.gz")
     loaded = Segmenter.load(trained, steps=2, num_ensemble=1)
@@ -272,7 +272,8 @@ def test_files_are_scaled_as_in_training(trained: Path, tmp_path: Path) -> None:
     scaled = (pixels - pixels.min()) / (pixels.max() - pixels.min())
     expected = segmenter(scaled, name="a").members
     torch.testing.assert_close(segmenter(tmp_path / "a.nii.gz").members, expected)
-    assert not torch.equal(expected, segmenter(pixels, name="a").members)
+    torch.testing.assert_close(segmenter(pixels, name="a").members, expected)
+    assert not torch.equal(expected, segmenter(scaled / 2, name="a").members)
 
 
 def test_the_normalisation_of_training_is_used(trained: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from helpers import ROOT, refused, script, succeeded
 from PIL import Image
 
 from guided_diffusion.layouts import LAYOUTS, open_dataset
+from guided_diffusion.options.segmentation import NetworkOptions
+from guided_diffusion.options.tools import CheckOptions
 from guided_diffusion.report.canvas import TRUTH
 from guided_diffusion.report.pictures import Tile, contact_sheet
 
@@ -132,6 +134,28 @@ def test_broken_volumes_are_all_listed(tmp_path: Path) -> None:
         "b.nii.gz",
         "c.nii.gz",
     ]
+
+
+def test_an_error_of_a_volume_or_of_the_set_is_told_once(tmp_path: Path) -> None:
+    for case in "ab":
+        for side, depth in (("images", 40), ("masks", 40 if case == "a" else 39)):
+            (tmp_path / side).mkdir(exist_ok=True)
+            volume = nib.Nifti1Image(np.ones((8, 8, depth), np.uint8), np.eye(4))
+            nib.save(volume, tmp_path / f"{side}/{case}.nii.gz")
+    run = script("check_data", "--data_dir", tmp_path, "--cache_dir", "none")
+    (line,) = run.out.split("training would fail:\n")[1].splitlines()
+    assert line.startswith(f"  b, 40 slices: {tmp_path}/masks/b.nii.gz: its grid is 8 x 8 x 39")
+    for case in "ab":
+        values = np.random.default_rng(0).normal(size=(8, 8, 40)).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"masks/{case}.nii.gz")
+    run = script("check_data", "--data_dir", tmp_path, "--cache_dir", "none")
+    (line,) = run.out.split("training would fail:\n")[1].splitlines()
+    assert line.startswith("  80 cases (a_slice000, a_slice001, a_slice002 and 77 more): ")
+    assert "masks/a.nii.gz: holds -" in line and "neither labels" in line
+
+
+def test_the_size_is_that_of_training() -> None:
+    assert CheckOptions().image_size == NetworkOptions().image_size
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
