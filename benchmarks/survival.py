@@ -53,8 +53,8 @@ for line in sys.stdin:
         os.environ.update(job["environment"])
         main(job["name"])
         sys.exit()
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("process", child, flush=True)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -89,12 +89,27 @@ class Forker:
         assert self.process.stdin
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return int(self.lines.get(timeout=60))
+        self.pid = int(self._next("process", 60))
+        return self.pid
 
     def wait(self, timeout: float = 100) -> tuple[int, str, str]:
-        """Wait for the end and return exit code (negative after a kill), stdout and stderr."""
-        code = int(self.lines.get(timeout=timeout))
+        """Wait for the end and return exit code (negative after a kill), stdout and stderr.
+
+        Raises:
+            TimeoutError: it did not end in so many seconds, and was killed.
+        """
+        try:
+            code = int(self._next("code", timeout))
+        except queue.Empty:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._next("code", timeout)
+            raise TimeoutError(f"still running after {timeout} s") from None
         return code, *((self.folder / name).read_text("utf-8") for name in ("out", "err"))
+
+    def _next(self, kind: str, timeout: float) -> str:
+        said, _, value = self.lines.get(timeout=timeout).partition(" ")
+        assert said == kind, f"{said} instead of {kind}"
+        return value
 
     def close(self) -> None:
         """End the process."""

@@ -206,7 +206,7 @@ def test_sampling_halves_its_batch_and_draws_the_same_masks(
 def test_a_case_that_fits_no_memory_fails_alone(tmp_path: Path, quiet: None) -> None:
     segmenter = make_segmenter()
     segmenter.net.forward = Full(segmenter.net.forward, 0)  # type: ignore[assignment]
-    with pytest.raises(UserError, match="3 of the cases: case0: more memory is needed"):
+    with pytest.raises(UserError, match="3 of the cases: case0, case1, case2: more memory"):
         segment(segmenter, cases_in_memory(), tmp_path, fingerprint="x")
 
 

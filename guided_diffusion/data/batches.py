@@ -7,11 +7,13 @@ diffused and what conditions it.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -102,15 +104,29 @@ def training_batches(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+    others = multiprocessing.active_children()
     with _deaths_at_reading():
         batches = iter(loader)
-    while True:
-        batch = _next_or_error(batches)
+    readers = [child for child in multiprocessing.active_children() if child not in others]
+    batch: Batch | UserError | None = None
+    try:
+        while True:
+            batch = _next_or_error(batches)
+            if isinstance(batch, UserError):
+                break
+            yield batch
+    finally:
         if isinstance(batch, UserError):
-            break
-        yield batch
-    del loader, batches  # ends the workers now; the traceback below would keep them alive
+            _kill(readers)  # one that was killed may have left the others waiting for a lock
+        del loader, batches  # ends the workers now; a traceback would keep them alive
+        _kill(readers)
     raise batch
+
+
+def _kill(readers: Sequence[BaseProcess]) -> None:
+    for reader in readers:
+        reader.kill()
+        reader.join()
 
 
 @contextmanager
@@ -150,7 +166,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
     Where that interrupts it as it receives a tensor, the lost connection is nothing to report.
     """
-    sys.excepthook = _hook_for_all_but(ConnectionError)
+    sys.excepthook = _hook_for_all_but(ConnectionError, EOFError)
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -158,7 +174,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def _hook_for_all_but(expected: type[BaseException]) -> Callable[..., None]:
+def _hook_for_all_but(*expected: type[BaseException]) -> Callable[..., None]:
     def hook(kind: type[BaseException], *rest: Any) -> None:
         if not issubclass(kind, expected):
             sys.__excepthook__(kind, *rest)
