@@ -8,7 +8,7 @@ the one place where images and masks are cropped or resized, and restored to the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +19,21 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.folders import counted, listing, size_text
+from guided_diffusion.data.folders import counted, is_nifti, listing, size_text
+from guided_diffusion.data.geometry import Affine, Placed, place, plane_affine
 from guided_diffusion.data.intensity import measure, normalised
-from guided_diffusion.data.readers import Affine, read_image_file, read_mask_file
+from guided_diffusion.data.readers import (
+    read_grid,
+    read_image_file,
+    read_mask_file,
+    read_nifti_slice,
+    unstated_note,
+)
 from guided_diffusion.errors import UserError, refuse
 
 CROPS = ("auto", "none", "wolleb")
 WOLLEB_SIZE, WOLLEB_CROP = 240, 8
+FEW = 5
 
 
 class Case(NamedTuple):
@@ -47,7 +55,7 @@ class Case(NamedTuple):
 class Entry(NamedTuple):
     """The files of a case: its id, one file per channel (or one picture), and its mask's file.
 
-    ``plane`` is the axial position of a slice in its volume, None for two-dimensional files;
+    ``plane`` is the position of a slice in its volume, None for two-dimensional files;
     ``patient`` is the patient's id, empty where it is unknown.
     """
 
@@ -69,7 +77,8 @@ class Reading:
 
     Attributes:
         modalities: the channels, in this order; empty for all that are present.
-        slices: first axial slice of a volume and the one after the last, as in a Python slice.
+        slices: first slice of a volume and the one after the last, as in a Python slice.
+        plane: how volumes are sliced, a name of :data:`guided_diffusion.data.geometry.PLANES`.
         blank_slices: keep slices of a volume whose image is constant.
         normalise: a name of :data:`guided_diffusion.data.intensity.NORMALISATIONS`.
         cache_dir: where decoded volumes are kept; None keeps a few in memory.
@@ -78,6 +87,7 @@ class Reading:
 
     modalities: tuple[str, ...] = ()
     slices: tuple[int | None, int | None] = (None, None)
+    plane: str = "axial"
     blank_slices: bool = True
     normalise: str = "auto"
     cache_dir: Path | None = None
@@ -97,12 +107,15 @@ class SegmentationDataset(Dataset[Case]):
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
     ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (the names
     of the channels, where they have any), ``classes`` (of the mask, None for a single one),
-    ``normalise`` (never 'auto') and ``notes`` for the run to print, such as ignored files.
+    ``normalise`` (never 'auto'), ``plane`` (in which volumes are sliced) and ``notes`` for the run
+    to print, such as ignored files.
     """
 
     layout = ""
     usual_scale = "none"
+    plane = "axial"
     modalities: tuple[str, ...] = ()
+    _last: tuple[Path, Placed] | None = None
 
     def __init__(
         self,
@@ -117,7 +130,9 @@ class SegmentationDataset(Dataset[Case]):
         self.names = [entry.name for entry in self.entries]
         self.channels = channels
         self.classes = reading.classes
-        self.notes: list[str] = []
+        self.plane = reading.plane
+        few = [self.entries[k * len(self.entries) // FEW] for k in range(FEW) if self.entries]
+        self.notes = unstated_note(f for e in few for f in (e.images[0], e.mask) if f)
         self.normalise = self.usual_scale if reading.normalise == "auto" else reading.normalise
         _require_unique(directory, self.names)
 
@@ -132,11 +147,42 @@ class SegmentationDataset(Dataset[Case]):
         Pictures are in [0, 1] and NIfTI slices as stored, except slices of a volume, which are
         scaled by the whole volume.
         """
-        return read_image_file(entry.images[0], channels=self.channels)
+        path = entry.images[0]
+        if not is_nifti(path):
+            return read_image_file(path, channels=self.channels)
+        values, placed = read_nifti_slice(path)
+        self._last = path, placed
+        return torch.from_numpy(values)[None], plane_affine(placed)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none."""
-        return None if entry.mask is None else read_mask_file(entry.mask, self.classes)
+        """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none.
+
+        A mask in NIfTI is brought onto the grid of the image, and refused where it does not lie on
+        it.
+        """
+        if entry.mask is None:
+            return None
+        like = self._image_place(entry) if is_nifti(entry.mask) else None
+        return read_mask_file(entry.mask, self.classes, like=like)
+
+    def _image_place(self, entry: Entry) -> tuple[Path, Placed] | None:
+        """The image's file and where it lies: as it was read last, or by its header."""
+        path = entry.images[0]
+        if self._last is not None and self._last[0] == path:
+            return self._last
+        return (path, place(read_grid(path), self.plane)) if is_nifti(path) else None
+
+    def placed(self, entry: Entry) -> Placed | None:
+        """Say where the planes of a case lie, by headers alone; None for pictures.
+
+        The image's file decides; if its header states nothing, the mask's may.
+        """
+        image = self._image_place(entry)
+        if image is None or image[1].grid.stated or not (entry.mask and is_nifti(entry.mask)):
+            return image and image[1]
+        mask = read_grid(entry.mask)
+        same = mask.stated and mask.shape == image[1].grid.shape
+        return replace(image[1], grid=mask) if same else image[1]
 
     def has_mask(self, entry: Entry) -> bool:
         """Whether the entry's mask is known, without decoding it."""
@@ -200,7 +246,7 @@ def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: i
             entry.mask,
             f"the mask is {size_text(mask)}, but its image is {size_text(image)} "
             f"({entry.images[0]})",
-            "Export image and mask at the same size.",
+            "Export image and mask at the same size, and turned alike: orientations in EXIF count.",
         )
 
 
@@ -329,4 +375,8 @@ class ResizedDataset(Dataset[Case]):
 
 def read_as(dataset: SegmentationDataset) -> dict[str, str]:
     """How a data set's images are read, as flags for the checkpoint to record."""
-    return {"modalities": ",".join(dataset.modalities), "normalise": dataset.normalise}
+    return {
+        "modalities": ",".join(dataset.modalities),
+        "normalise": dataset.normalise,
+        "plane": dataset.plane,
+    }

@@ -56,7 +56,7 @@ def run_sampling(setup: SampleSetup) -> None:
             fingerprint,
             model=str(segmenter),
             seed=segmenter.plan.seed,
-            options=setup.trained.checkpoint.options,
+            options={**setup.trained.checkpoint.options, "plane": dataset.plane},
         )
     end = "_<class>" if segmenter.classes else ""
     kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
@@ -94,7 +94,7 @@ def segment(
     names = [entry.name for entry in entries]
     note_classes(out_dir, segmenter.classes)
     record = Record(out_dir, fingerprint, area_columns(segmenter.classes))
-    volumes = VolumeWriter(out_dir, fingerprint, entries)
+    volumes = VolumeWriter(out_dir, fingerprint, entries, plane=dataset.plane)
     todo = [
         index
         for index, entry in enumerate(entries)
@@ -122,7 +122,7 @@ def segment(
         if entries[index].volume:
             volumes.keep(entries[index], maps_of(result))
         elif case.affine is not None:
-            write_nifti(out_dir, case, result)
+            write_nifti(out_dir, case, result, source=entries[index].images[0])
         return row_of(case, result, seconds, segmenter.frame)
 
     # The loop over cases.

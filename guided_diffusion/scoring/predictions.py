@@ -4,7 +4,8 @@ A folder is read by the first of these that it has: ``<case>_output_ens`` as a p
 (soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``. A
 member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or
 a strip of panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI
-volume stands for its axial slices, ``<case>_slice000`` and so on.
+volume stands for its slices, ``<case>_slice000`` and so on. NIfTI files are brought to the grid of
+the truth, and refused where they do not lie on it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guided_diffusion.data.folders import PICTURES, is_nifti
-from guided_diffusion.data.readers import label_mask, nifti_shape, read_mask_file, read_nifti
+from guided_diffusion.data.geometry import (
+    Grid,
+    View,
+    as_it_lies,
+    mismatch,
+    place,
+    view_on,
+    view_resized,
+)
+from guided_diffusion.data.readers import label_mask, read_grid, read_mask_file, read_nifti, upright
 from guided_diffusion.errors import UserError
+from guided_diffusion.layouts import Truth
 
 Mask = NDArray[np.float32]
 FUSED = r"(?P<case>.+)_output_ens"
@@ -40,7 +51,7 @@ PADDING = 10
 
 
 class Source(NamedTuple):
-    """The source of one mask: a file, and the axial plane where the file is a volume."""
+    """The source of one mask: a file, and the plane where the file is a volume."""
 
     path: Path
     plane: int | None = None
@@ -50,6 +61,11 @@ class Source(NamedTuple):
         """Whether it is a tensor as Diffusion-based-Segmentation saves it."""
         return not is_nifti(self.path) and self.path.suffix.lower() not in PICTURES
 
+    @property
+    def square(self) -> bool:
+        """Whether it is a file of the published code, drawn as a square for images of any shape."""
+        return self.tensor or self.path.suffix.lower() in (".jpg", ".jpeg")
+
 
 class Found(NamedTuple):
     """The files of one case: its fused mask, if any, and its members in order."""
@@ -58,17 +74,23 @@ class Found(NamedTuple):
     members: tuple[Source, ...]
 
 
-def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
+def find_predictions(
+    folder: Path, end: str = "", *, truths: Mapping[str, Truth] | None = None
+) -> dict[str, Found]:
     """List every case with predictions directly in ``folder``, by id.
 
-    ``end`` follows the files' names where they are of one class of several.
+    ``end`` follows the files' names where they are of one class of several. Volumes are sliced as
+    those of ``truths`` are.
     """
     paths = sorted(folder.iterdir())
+    volumes = {truth.volume: truth for truth in (truths or {}).values() if truth.volume}
     members: dict[str, list[Source]] = {}
-    for (case, _), source in sorted(_find(paths, MEMBER + re.escape(end)).items()):
+    for (case, _), source in sorted(_find(paths, MEMBER + re.escape(end), volumes).items()):
         members.setdefault(case, []).append(source)
 
-    fused = _find(paths, FUSED + re.escape(end)) or ({} if members or end else _find(paths, BINARY))
+    fused = _find(paths, FUSED + re.escape(end), volumes)
+    if not (fused or members or end):
+        fused = _find(paths, BINARY, volumes)
     if not fused:
         return {case: Found(None, tuple(sources)) for case, sources in members.items()}
     return {
@@ -76,7 +98,9 @@ def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
     }
 
 
-def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
+def _find(
+    paths: Sequence[Path], pattern: str, volumes: Mapping[str, Truth]
+) -> dict[tuple[str, int], Source]:
     """Find the files of the first kind present, by case and member; a volume becomes its planes.
 
     A lossless .png takes precedence over a .jpg.
@@ -89,7 +113,7 @@ def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
             return {
                 key: source
                 for path, match in found
-                for key, source in _sources(match["case"], _index(match), path)
+                for key, source in _sources(match["case"], _index(match), path, volumes)
             }
     return {}
 
@@ -98,12 +122,15 @@ def _index(match: re.Match[str]) -> int:
     return int(match.groupdict().get("index") or 0)
 
 
-def _sources(case: str, index: int, path: Path) -> Iterator[tuple[tuple[str, int], Source]]:
-    shape = nifti_shape(path) if is_nifti(path) else ()
-    if len(shape) < 3:
+def _sources(
+    case: str, index: int, path: Path, volumes: Mapping[str, Truth]
+) -> Iterator[tuple[tuple[str, int], Source]]:
+    grid = read_grid(path) if is_nifti(path) else None
+    if grid is None or len(grid.lengths) < 3:
         yield (case, index), Source(path)
         return
-    for plane in range(shape[2]):
+    depth = _view(path, grid, volumes.get(case)).depth
+    for plane in range(depth):
         yield (f"{case}_slice{plane:03d}", index), Source(path, plane)
 
 
@@ -111,15 +138,42 @@ class Reader:
     """Reads masks and decodes each volume once; it is kept as long as one volume is scored."""
 
     def __init__(self) -> None:
-        self.volumes: dict[Path, Mask] = {}
+        self.volumes: dict[Path, tuple[Mask, Grid]] = {}
 
-    def __call__(self, source: Source) -> Mask:
-        """Read a soft mask, float32 [H, W] in [0, 1]; a :class:`UserError` where it is none."""
-        if source.plane is None:
+    def __call__(self, source: Source, truth: Truth | None = None) -> Mask:
+        """Read a soft mask, float32 [H, W] in [0, 1], as the truth lies.
+
+        Raises:
+            UserError: it is no mask, or does not lie where the truth is.
+        """
+        if not is_nifti(source.path):
             return read_soft(source.path)
-        if source.path not in self.volumes:
-            self.volumes[source.path] = _read_nifti(source.path, 3)
-        return np.ascontiguousarray(self.volumes[source.path][..., source.plane])
+        if source.plane is None:
+            values, grid = _read_nifti(source.path, 2)
+        else:
+            if source.path not in self.volumes:
+                self.volumes[source.path] = _read_nifti(source.path, 3)
+            values, grid = self.volumes[source.path]
+        view = _view(source.path, grid, truth)
+        along = np.moveaxis(values.reshape(grid.shape), view.axis, -1)
+        return np.ascontiguousarray(view.turn(along[..., view.position(source.plane or 0)]))
+
+
+def _view(path: Path, grid: Grid, truth: Truth | None) -> View:
+    """How planes are read from a prediction, so that they lie as those of the truth.
+
+    A grid of another size has to cover the same space in the same number of planes. Without a
+    truth in NIfTI the file is read as it lies.
+    """
+    placed = truth.placed() if truth else None
+    if placed is None or truth is None:
+        return as_it_lies(grid)
+    if len(placed.grid.lengths) != len(grid.lengths):
+        return place(grid).view
+    view = view_on(grid, placed) or view_resized(grid, placed)
+    if view is None:
+        raise mismatch(path, grid, placed.grid, other=truth.source or path)
+    return view
 
 
 def read_soft(path: Path) -> Mask:
@@ -129,13 +183,14 @@ def read_soft(path: Path) -> Mask:
     panels the lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
     """
     if is_nifti(path):
-        return _read_nifti(path, 2)
+        return _read_nifti(path, 2)[0]
     if Source(path).tensor:
         return read_tensor(path)
     if path.stem.endswith("_mask"):
         return np.asarray(read_mask_file(path)[0].numpy(), dtype=np.float32)
     try:
         with Image.open(path) as picture:
+            upright(picture)
             deep = picture.mode.startswith("I")
             levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -181,13 +236,14 @@ def read_tensor(path: Path) -> Mask:
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
 
-def _read_nifti(path: Path, axes: int) -> Mask:
-    mask = label_mask(path, read_nifti(path)[0])
-    if mask.ndim != axes:
+def _read_nifti(path: Path, axes: int) -> tuple[Mask, Grid]:
+    values, grid = read_nifti(path)
+    mask = label_mask(path, values)
+    if len(grid.lengths) != axes:
         raise _unreadable_prediction(
             path, ValueError(f"it has {mask.ndim} axes"), f"a mask of {axes} axes"
         )
-    return mask
+    return mask.reshape(grid.lengths), grid
 
 
 def _unreadable_prediction(path: Path, error: BaseException, kind: str) -> UserError:

@@ -198,7 +198,7 @@ def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[s
     good, patients = findings.good, set(dataset.patients) - {""}
     yield "folder", str(dataset.directory)
     volumes = {entry.volume for entry in dataset.entries} - {""}
-    layout = f"{dataset.layout}, {counted(len(volumes), 'volume')} by axial slices"
+    layout = f"{dataset.layout}, {counted(len(volumes), 'volume')} by {dataset.plane} slices"
     yield "layout", layout if volumes else dataset.layout
     yield "cases", f"{len(dataset)}, of which {len(good)} can be used"
     yield "patients", str(len(patients)) if patients else "unknown"
