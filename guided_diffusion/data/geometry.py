@@ -81,7 +81,7 @@ class Grid:
 
     def __str__(self) -> str:
         rows = "; ".join(" ".join(f"{value:.5g}" for value in row) for row in self.affine[:3])
-        return f"{''.join(map(str, nib.aff2axcodes(self.matrix)))}, {rows}"
+        return f"[{rows}]"
 
 
 class View(NamedTuple):
@@ -292,15 +292,21 @@ def require_view(path: Path, grid: Grid, placed: Placed, *, other: Path) -> View
 
 def mismatch(path: Path, grid: Grid, target: Grid, *, other: Path) -> UserError:
     """The error of two files of a case on different grids."""
-    own, wanted = size_of(grid.lengths), size_of(target.lengths)
-    if not (grid.stated and target.stated):
-        problem = f"its grid is {own}, but that of {other.name} is {wanted}"
-    else:
-        problem = (
-            f"its grid {own} with the affine ({grid}) does not lie on that of {other.name}, "
-            f"{wanted} with the affine ({target})"
-        )
-    return UserError(path, problem, "Resample all files of a case onto one grid.")
+    turn, both = turn_to(grid, target), grid.stated and target.stated
+    affines = f"; the affines are {grid}, and {target}" if both else ""
+    if turn is None or _turned(grid.shape, turn) != target.shape:
+        own, wanted = size_of(grid.lengths), size_of(target.lengths)
+        kind = "grid" if len(target.lengths) > 2 else "size"
+        problem = f"its {kind} is {own}, but that of {other.name} is {wanted}{affines}"
+        return UserError(path, problem, "Export all files of a case on one grid.")
+    axes = np.abs(_relative(grid, target)[:3, :3]).round(2)
+    kind = "axes or spacing" if set(axes.flat) - {0, 1} else "orientation or origin"
+    codes, wanted = ("".join(map(str, nib.aff2axcodes(g.matrix))) for g in (grid, target))
+    return UserError(
+        path,
+        f"its affine ({codes}) has other {kind} than {other.name} ({wanted}){affines}",
+        "Resample all files of a case onto one grid.",
+    )
 
 
 def size_of(lengths: Iterable[int]) -> str:

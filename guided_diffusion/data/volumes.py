@@ -171,7 +171,9 @@ class VolumeDataset(SegmentationDataset):
         return entry.images[0], place(self.store.grid(entry.images[0]), self.plane)
 
     def _plane(self, path: Path, entry: Entry, placed: Placed, *, scale: str) -> Array:
-        view = require_view(path, self.store.grid(path), placed, other=entry.images[0])
+        grid = self.store.grid(path)
+        require_volume(path, grid)
+        view = require_view(path, grid, placed, other=entry.images[0])
         volume = self.store(path, view.axis)
         plane = read_plane(path, volume, view, entry.plane or 0)
         return normalised(plane, volume.levels, scale)
@@ -280,7 +282,7 @@ def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Ent
         raise UserError(
             "--slices",
             f"{':'.join('' if end is None else str(end) for end in reading.slices)} selects none "
-            f"of the {depth} {reading.plane} slices of {first}",
+            f"of the {depth} slices of {first}",
             "Count from 0 and exclude the end: 80:129 selects 49 of 155.",
         )
     blank: frozenset[int] = frozenset()

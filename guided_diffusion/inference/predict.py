@@ -7,7 +7,7 @@ has finished are kept. Slices of volumes are put together again by :mod:`volume_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,8 @@ def run_sampling(setup: SampleSetup) -> None:
     out_dir = Path(run.out_dir).expanduser()
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    names = segment(
-        segmenter,
-        dataset,
-        out_dir,
-        fingerprint=fingerprint,
-        num_samples=options.num_samples,
-        debug=options.debug,
-    )
-    for sink in sinks:
-        sink.close()
-    if rank() == 0:
+
+    def note() -> None:
         note_sampling(
             out_dir,
             fingerprint,
@@ -58,6 +49,18 @@ def run_sampling(setup: SampleSetup) -> None:
             seed=segmenter.plan.seed,
             options={**setup.trained.checkpoint.options, "plane": dataset.plane},
         )
+
+    names = segment(
+        segmenter,
+        dataset,
+        out_dir,
+        fingerprint=fingerprint,
+        num_samples=options.num_samples,
+        debug=options.debug,
+        note=note,
+    )
+    for sink in sinks:
+        sink.close()
     end = "_<class>" if segmenter.classes else ""
     kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
     kinds += [] if setup.network.version == "plain" else [f"coarse{end}"]
@@ -74,6 +77,7 @@ def segment(
     fingerprint: str,
     num_samples: int = 0,
     debug: bool = False,
+    note: Callable[[], object] = bool,
 ) -> list[str]:
     """Segment a data set into a result folder and return the names of its cases.
 
@@ -84,6 +88,7 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         debug: also write a strip of all channels and masks of each case.
+        note: called by the first process before anything is drawn, to record the run.
 
     Raises:
         UserError: some cases failed; all others are finished.
@@ -93,6 +98,8 @@ def segment(
     entries = dataset.entries[: num_samples or None]
     names = [entry.name for entry in entries]
     note_classes(out_dir, segmenter.classes)
+    if rank() == 0:
+        note()
     record = Record(out_dir, fingerprint, area_columns(segmenter.classes))
     volumes = VolumeWriter(out_dir, fingerprint, entries, plane=dataset.plane)
     todo = [

@@ -20,8 +20,9 @@ from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_wei
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.datasets import Case, Frame, scaled
-from guided_diffusion.data.folders import split_name
-from guided_diffusion.data.readers import read_image_file
+from guided_diffusion.data.folders import is_nifti, split_name
+from guided_diffusion.data.geometry import place
+from guided_diffusion.data.readers import Array, read_grid, read_image_file
 from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
 from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
 from guided_diffusion.errors import UserError, python_names
@@ -79,6 +80,15 @@ class Segmentation(NamedTuple):
         if self.classes is None:
             return self.mask.to(torch.uint8)
         return torch.from_numpy(self.classes.label_map(self.fused.numpy()))
+
+    def turned(self, turn: Callable[[Array], Array]) -> Segmentation:
+        """Turn the planes of all maps [..., H, W] alike."""
+        members, fused, uncertainty, coarse = (
+            values if values is None else torch.from_numpy(turn(values.numpy()).copy())
+            for values in (self.members, self.fused, self.uncertainty, self.coarse)
+        )
+        assert members is not None and fused is not None and uncertainty is not None
+        return self._replace(members=members, fused=fused, uncertainty=uncertainty, coarse=coarse)
 
 
 StepCallback = Callable[[Tensor, NoiseLevel, Prediction], object]
@@ -222,17 +232,20 @@ class Segmenter:
 
         Args:
             image: float [C, H, W] in the range of training (pictures: [0, 1]), or the path of a
-                picture or NIfTI file.
+                picture or NIfTI file, whose masks lie as its array is stored.
             name: seeds the noise; a path's stem by itself.
 
         Raises:
             UserError: another number of channels than the network has, or an unreadable file.
         """
         channels = self.net.in_channels - self.net.mask_channels
+        turn_back: Callable[[Array], Array] | None = None
         if isinstance(image, (str, Path)):
             name = name or split_name(Path(image).name)[0]
             pixels, _ = read_image_file(Path(image), channels=channels)
             pixels = scaled(pixels, self.normalise)
+            if is_nifti(Path(image)):
+                turn_back = place(read_grid(Path(image))).view.turn_back
         else:
             pixels = torch.as_tensor(image, dtype=torch.float32)
         if pixels.ndim != 3 or len(pixels) != channels or not pixels.numel():
@@ -241,7 +254,8 @@ class Segmenter:
                 f"its shape is {tuple(pixels.shape)}, that of training is [{channels}, H, W]",
                 "Put the channels first.",
             )
-        return self.segment([Case(pixels, None, name or "image")])[0]
+        result = self.segment([Case(pixels, None, name or "image")])[0]
+        return result.turned(turn_back) if turn_back else result
 
     def segment(
         self, cases: Sequence[Case], callback: StepCallback | None = None

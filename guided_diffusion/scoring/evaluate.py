@@ -8,7 +8,6 @@ kept. :func:`evaluate_all` is the entry point, for one class and for several.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
 from guided_diffusion.data.folders import counted
-from guided_diffusion.data.geometry import PLANES, spacing
+from guided_diffusion.data.geometry import spacing
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import nearest_path
 from guided_diffusion.layouts import Truth, open_masks
@@ -37,7 +36,7 @@ from guided_diffusion.scoring.case_scores import (
     score_case,
 )
 from guided_diffusion.scoring.patients import PatientScore, score_patients
-from guided_diffusion.scoring.predictions import Reader, find_predictions
+from guided_diffusion.scoring.predictions import Reader, find_predictions, recorded_plane
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
 from guided_diffusion.scoring.surface import surface_distances
 from guided_diffusion.scoring.tables import write_tables
@@ -99,7 +98,7 @@ def evaluate_all(
     folder = folder_of(inp_pth, "--inp_pth")
     truth_folder = folder_of(out_pth, "--out_pth")
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
-    plane = plane or _recorded_plane(folder)
+    plane = plane or recorded_plane(folder) or "axial"
     truths = open_masks(truth_folder, classes, plane=plane)
     cases = _cases(folder, truths, classes, partial=partial)
     rated = [open_masks(folder_of(path, "--raters"), classes, plane=plane) for path in raters]
@@ -112,16 +111,6 @@ def evaluate_all(
     summary = {**summarise_all(scores, scoring), **noted(folder)}
     write_tables(folder, scores, summary)
     return Evaluation(folder, scoring, classes, cases, scores, summary)
-
-
-def _recorded_plane(folder: Path) -> str:
-    """How the volumes of a result folder were sliced, as sampling recorded it; else axial."""
-    try:
-        note = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))
-        plane = note["options"]["plane"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "axial"
-    return plane if plane in PLANES else "axial"
 
 
 def _cases(

@@ -10,6 +10,7 @@ the truth, and refused where they do not lie on it.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -24,6 +25,7 @@ from PIL import Image
 
 from guided_diffusion.data.folders import PICTURES, is_nifti
 from guided_diffusion.data.geometry import (
+    PLANES,
     Grid,
     View,
     as_it_lies,
@@ -51,10 +53,14 @@ PADDING = 10
 
 
 class Source(NamedTuple):
-    """The source of one mask: a file, and the plane where the file is a volume."""
+    """The source of one mask: a file, and the plane where the file is a volume.
+
+    ``turned`` pictures lie as this suite turns planes; others lie as the truth's file is stored.
+    """
 
     path: Path
     plane: int | None = None
+    turned: bool = False
 
     @property
     def tensor(self) -> bool:
@@ -91,11 +97,24 @@ def find_predictions(
     fused = _find(paths, FUSED + re.escape(end), volumes)
     if not (fused or members or end):
         fused = _find(paths, BINARY, volumes)
+    if recorded_plane(folder):
+        fused = {key: source._replace(turned=True) for key, source in fused.items()}
+        members = {case: [s._replace(turned=True) for s in members[case]] for case in members}
     if not fused:
         return {case: Found(None, tuple(sources)) for case, sources in members.items()}
     return {
         case: Found(source, tuple(members.get(case, ()))) for (case, _), source in fused.items()
     }
+
+
+def recorded_plane(folder: Path) -> str:
+    """How sampling recorded that volumes were sliced; empty for results without that record."""
+    try:
+        note = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))
+        plane = note["options"]["plane"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return plane if plane in PLANES else ""
 
 
 def _find(
@@ -147,7 +166,8 @@ class Reader:
             UserError: it is no mask, or does not lie where the truth is.
         """
         if not is_nifti(source.path):
-            return read_soft(source.path)
+            mask = read_soft(source.path)
+            return mask if source.turned else _as_stored(source.path, mask, truth)
         if source.plane is None:
             values, grid = _read_nifti(source.path, 2)
         else:
@@ -174,6 +194,22 @@ def _view(path: Path, grid: Grid, truth: Truth | None) -> View:
     if view is None:
         raise mismatch(path, grid, placed.grid, other=truth.source or path)
     return view
+
+
+def _as_stored(path: Path, mask: Mask, truth: Truth | None) -> Mask:
+    """Turn a picture that lies as the truth's file is stored."""
+    placed = truth.placed() if truth else None
+    if placed is None:
+        return mask
+    view, axis = placed.view, placed.grid.slicing
+    if axis is None and (view.axis != 2 or view.reverse):
+        raise UserError(
+            path,
+            f"a picture does not say where it lies in {placed.grid}, which is not sliced along its "
+            "last axis from the bottom up",
+            "Score NIfTI files, or sample again.",
+        )
+    return np.ascontiguousarray(view.turn(mask))
 
 
 def read_soft(path: Path) -> Mask:

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from brats_folders import watch
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -215,9 +216,7 @@ def test_a_volume_is_decoded_once_and_memory_stays_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = BRATSDataset3D(write_volumes(tmp_path))
-    decoded: list[Path] = []
-    load = nib.load
-    monkeypatch.setattr(nib, "load", lambda path: decoded.append(path) or load(path))
+    decoded = watch(monkeypatch)
     dataset.store.most_bytes = 2 * 6 * 8 * 3 * 4
 
     for index in range(len(dataset)):
@@ -691,7 +690,7 @@ MALFORMED: list[tuple[Callable[[Path], None], str, str]] = [
     (no_magic, "1/t1.nii: cannot be read as a NIfTI", "Restore it"),
     (not_finite, "1/t2.nii.gz: has NaN or infinite values", "Repair the file"),
     (complex_numbers, "1/t2.nii.gz: cannot be read as a NIfTI", "Restore it"),
-    (mask_size, "1/seg.nii.gz: the mask is 8 x 6, but its image is 6 x 8", "same size"),
+    (mask_size, "1/seg.nii.gz: its size is 8 x 6, but that of t1.nii.gz is 6 x 8", "on one grid"),
     (modality_size, "1/flair.nii.gz: its size is 9 x 9", "on one grid"),
     (fractional_labels, "1/seg.nii.gz: has fractional labels", "interpolated"),
     (volume_in_slices, "2/t1.nii.gz: its shape is 6 x 8 x 3, but a slice", "Cut volumes"),
