@@ -35,8 +35,8 @@ def run_sampling(setup: SampleSetup) -> None:
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
     logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
     segmenter = Segmenter.from_setup(setup)
-    for note in [*setup.notes, str(dataset), str(segmenter)]:
-        logger.log(note)
+    for line in [*setup.notes, str(dataset), str(segmenter)]:
+        logger.log(line)
     out_dir = Path(run.out_dir).expanduser()
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
