@@ -146,7 +146,13 @@ class Placed:
 
 
 def grid_of(nifti: Any) -> Grid:
-    """Describe the grid of an image of nibabel; only its header is used."""
+    """Describe the grid of an image of nibabel; only its header is used.
+
+    Raises:
+        ValueError: it is no image on a grid, as CIFTI is not.
+    """
+    if not isinstance(nifti, nib.Nifti1Pair):
+        raise ValueError("it has no grid of voxels")
     header, shape = nifti.header, tuple(map(int, nifti.shape))
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -156,7 +162,8 @@ def grid_of(nifti: Any) -> Grid:
     stated = bool(header["sform_code"] or header["qform_code"]) and rows != _IDENTITY
     if stated:
         rows = _with_normal(rows, shape)
-        determinant = np.linalg.det(rows)
+        with np.errstate(all="ignore"):
+            determinant = np.linalg.det(rows)
         stated = bool(np.isfinite(determinant) and determinant != 0)
     return Grid(
         shape=shape,

@@ -27,6 +27,7 @@ from guided_diffusion.data.folders import PICTURES, is_nifti
 from guided_diffusion.data.geometry import (
     PLANES,
     Grid,
+    Placed,
     View,
     as_it_lies,
     mismatch,
@@ -148,7 +149,8 @@ def _sources(
     if grid is None or len(grid.lengths) < 3:
         yield (case, index), Source(path)
         return
-    depth = _view(path, grid, volumes.get(case)).depth
+    truth = volumes.get(case)
+    depth = _view(path, grid, truth.placed() if truth else None, truth).depth
     for plane in range(depth):
         yield (f"{case}_slice{plane:03d}", index), Source(path, plane)
 
@@ -158,6 +160,8 @@ class Reader:
 
     def __init__(self) -> None:
         self.volumes: dict[Path, tuple[Mask, Grid]] = {}
+        self.written: dict[Path, Grid] = {}
+        self.last: tuple[Truth | None, Placed | None] = (None, None)
 
     def __call__(self, source: Source, truth: Truth | None = None) -> Mask:
         """Read a soft mask, float32 [H, W] in [0, 1], as the truth lies.
@@ -165,27 +169,53 @@ class Reader:
         Raises:
             UserError: it is no mask, or does not lie where the truth is.
         """
+        if truth is not self.last[0]:
+            self.last = truth, truth.placed() if truth else None
+        placed = self.last[1]
         if not is_nifti(source.path):
             mask = read_soft(source.path)
-            return mask if source.turned else _as_stored(source.path, mask, truth)
+            if placed is None or truth is None:
+                return mask
+            if source.turned:
+                return self._as_sampled(source.path, mask, placed, truth)
+            return _as_stored(source.path, mask, placed)
         if source.plane is None:
             values, grid = _read_nifti(source.path, 2)
         else:
             if source.path not in self.volumes:
                 self.volumes[source.path] = _read_nifti(source.path, 3)
             values, grid = self.volumes[source.path]
-        view = _view(source.path, grid, truth)
+        view = _view(source.path, grid, placed, truth)
         along = np.moveaxis(values.reshape(grid.shape), view.axis, -1)
         return np.ascontiguousarray(view.turn(along[..., view.position(source.plane or 0)]))
 
+    def _as_sampled(self, path: Path, mask: Mask, placed: Placed, truth: Truth) -> Mask:
+        """Turn a picture that sampling has turned back, beside a truth that states nothing.
 
-def _view(path: Path, grid: Grid, truth: Truth | None) -> View:
+        The orientation of the image is that of the NIfTI file that sampling wrote as well.
+        """
+        case = truth.volume or re.sub(r"_(output_ens|output\d+|mask)(_.*)?$", "", path.stem)
+        written = path.with_name(f"{case}_mask.nii.gz")
+        if placed.grid.stated or not (written in self.written or written.exists()):
+            return mask
+        if written not in self.written:
+            self.written[written] = read_grid(written)
+        own, view = place(self.written[written], PLANES[placed.axis]).view, placed.view
+        if truth.volume and (own.axis, own.reverse) != (view.axis, view.reverse):
+            raise UserError(
+                truth.source or path,
+                f"states no orientation, and {written.name} is not stored as its slices are",
+                "Score against the data set, or a truth whose header states its orientation.",
+            )
+        return np.ascontiguousarray(own.turn_back(mask))
+
+
+def _view(path: Path, grid: Grid, placed: Placed | None, truth: Truth | None) -> View:
     """How planes are read from a prediction, so that they lie as those of the truth.
 
     A grid of another size has to cover the same space in the same number of planes. Without a
     truth in NIfTI the file is read as it lies.
     """
-    placed = truth.placed() if truth else None
     if placed is None or truth is None:
         return as_it_lies(grid)
     if len(placed.grid.lengths) != len(grid.lengths):
@@ -196,13 +226,10 @@ def _view(path: Path, grid: Grid, truth: Truth | None) -> View:
     return view
 
 
-def _as_stored(path: Path, mask: Mask, truth: Truth | None) -> Mask:
+def _as_stored(path: Path, mask: Mask, placed: Placed) -> Mask:
     """Turn a picture that lies as the truth's file is stored."""
-    placed = truth.placed() if truth else None
-    if placed is None:
-        return mask
-    view, axis = placed.view, placed.grid.slicing
-    if axis is None and (view.axis != 2 or view.reverse):
+    view = placed.view
+    if placed.grid.slicing is None and (view.axis != 2 or view.reverse):
         raise UserError(
             path,
             f"a picture does not say where it lies in {placed.grid}, which is not sliced along its "

@@ -9,10 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from spatial import bare, head, lesion, oblique, pair, put, stored
+from helpers import DIFFUSION, NETWORK, refused, script, succeeded
+from spatial import SHAPE, bare, head, lesion, oblique, pair, put, stored
 
+from guided_diffusion.checkpoint import Checkpoint, load_checkpoint, recorded_flags
 from guided_diffusion.data.datasets import Frame, Reading, SegmentationDataset
 from guided_diffusion.data.geometry import PLANES
+from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder
 from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.predict import segment
@@ -104,6 +107,22 @@ def test_slices_come_back_as_they_were_stored(
     assert evaluate(tmp_path / "out", data)["dice"] == 1
 
 
+@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize("codes", AXES)
+def test_a_truth_that_states_nothing_lies_as_the_images_do(
+    tmp_path: Path, quiet: None, codes: str, depth: int
+) -> None:
+    image = stored(lesion()[..., :depth].astype(np.float32), codes)
+    data = pair(tmp_path / "data", image, stored(lesion()[..., :depth]))
+    drawn(data, tmp_path / "out")
+    put(tmp_path / "gt/a.nii.gz", bare(np.asarray(image.dataobj).astype(np.uint8)))
+    if depth == 1 or codes in ("LPS", "RAS"):
+        assert evaluate(tmp_path / "out", tmp_path / "gt")["dice"] == 1
+    else:
+        with pytest.raises(UserError):
+            evaluate(tmp_path / "out", tmp_path / "gt")
+
+
 @pytest.mark.parametrize("shape", [(12, 10), (12, 10, 1), (1, 12, 10)])
 def test_slices_that_state_nothing_keep_their_shape(
     tmp_path: Path, quiet: None, shape: tuple[int, ...]
@@ -136,3 +155,38 @@ def test_a_path_gives_masks_that_lie_as_the_file(tmp_path: Path, codes: str) -> 
     np.testing.assert_array_equal(result.fused, expected)
     np.testing.assert_array_equal(result.members[1], expected)
     assert result.uncertainty.shape == expected.shape and result.coarse is None
+
+
+def test_a_checkpoint_records_the_plane_and_scoring_follows(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pair(tmp_path / "data", stored(head(), "RAS"), stored(lesion(), "PIR"), name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        data = ("--data_dir", tmp_path / "data")
+        run = ("--out_dir", tmp_path / "run", "--max_steps", 1, *NETWORK, *DIFFUSION)
+        succeeded(script("segmentation_train", *data, *run, "--plane", "coronal"))
+        model = ("--model_path", tmp_path / "run", "--dpm_solver", True, "--steps", 1)
+        out = ("--out_dir", tmp_path / "out", "--num_ensemble", 1)
+        assert "contradict" in refused(
+            script("segmentation_sample", *data, *model, "--plane", "axial")
+        )
+        succeeded(script("segmentation_sample", *data, *model, *out))
+    assert load_checkpoint(tmp_path / "run/savedmodel.pt").options["plane"] == "coronal"
+    assert len(list((tmp_path / "out").glob("a_slice*_mask.png"))) == SHAPE[1]
+    paths = ("--inp_pth", tmp_path / "out", "--out_pth", tmp_path / "data", "--report", False)
+    said = succeeded(script("segmentation_env", *paths))
+    assert f"{'cases':<24}{2 * SHAPE[1]:>10}" in said
+    assert nib.load(tmp_path / "out/a_mask.nii.gz").shape == SHAPE
+
+
+def test_older_checkpoints_are_axial() -> None:
+    assert recorded_flags(Checkpoint({"image_size": 8}, 1, {}))["plane"] == "axial"
+
+
+def test_a_check_names_the_plane(tmp_path: Path) -> None:
+    data = pair(tmp_path / "data", stored(head(), "PIR"), bare(lesion()))
+    put(data / "masks/a.nii.gz", stored(lesion(), "RAS"))
+    said = succeeded(
+        script("check_data", "--data_dir", data, "--plane", "sagittal", "--cache_dir", "none")
+    )
+    assert "1 volume by sagittal slices" in said and "12, of which 12 can be used" in said
