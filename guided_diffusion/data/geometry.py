@@ -345,16 +345,11 @@ def spacing(placed: Placed) -> tuple[float, ...] | None:
     """
     grid = placed.grid
     sizes = np.linalg.norm(grid.matrix[:3, :3], axis=0) if grid.stated else np.array(grid.sizes)
-    turned = sizes[[axis for axis, _ in sorted_axes(placed)]] * (grid.unit or 1.0)
+    becomes = [axis for axis, _ in placed.turn]
+    order = [*(axis for axis in range(3) if axis != placed.axis), placed.axis]
+    turned = sizes[[becomes.index(axis) for axis in order]] * (grid.unit or 1.0)
     known = turned[: len(grid.lengths)]
     return tuple(known.tolist()) if np.isfinite(known).all() and (known > 0).all() else None
-
-
-def sorted_axes(placed: Placed) -> list[tuple[int, int]]:
-    """The axes of the grid that become H, W and the sliced one, each with what it becomes."""
-    order = [*(axis for axis in range(3) if axis != placed.axis), placed.axis]
-    becomes = [axis for axis, _ in placed.turn]
-    return [(becomes.index(axis), axis) for axis in order]
 
 
 def nifti_like(original: Any, values: npt.NDArray[Any], *, note: str = "") -> Any:
