@@ -168,9 +168,9 @@ class SegmentationDataset(Dataset[Case]):
     def _image_place(self, entry: Entry) -> tuple[Path, Placed] | None:
         """The image's file and where it lies: as it was read last, or by its header."""
         path = entry.images[0]
-        if self._last is not None and self._last[0] == path:
-            return self._last
-        return (path, place(read_grid(path), self.plane)) if is_nifti(path) else None
+        if self._last is None or self._last[0] != path:
+            self._last = (path, place(read_grid(path), self.plane)) if is_nifti(path) else None
+        return self._last
 
     def placed(self, entry: Entry) -> Placed | None:
         """Say where the planes of a case lie, by headers alone; None for pictures.
