@@ -25,7 +25,8 @@ from guided_diffusion.dist_util import describe, dev
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.inference.plan import batched
 from guided_diffusion.inference.resolve import resolve_sampling
-from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.segmentation import Segmentation
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import SAMPLE
 from guided_diffusion.scoring.metrics import confusion, dice

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from guided_diffusion.data.augment import Augmentation
 from guided_diffusion.data.batches import training_batches
 from guided_diffusion.data.cache import GIB, CachedDataset
-from guided_diffusion.data.datasets import Frame, ResizedDataset, SegmentationDataset
+from guided_diffusion.data.datasets import SegmentationDataset
+from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.layouts import open_dataset
 

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import logger
-from guided_diffusion.data.datasets import Frame
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.dist_util import describe, dev, place_model
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.inference.plan import SamplingPlan

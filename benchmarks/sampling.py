@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from guided_diffusion.data.datasets import Frame
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.dist_util import autocast, describe, dev, place_model
 from guided_diffusion.dpm_solver import multistep, solver_levels
 from guided_diffusion.inference.plan import SamplingPlan

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from guided_diffusion import logger
 from guided_diffusion.data.batches import training_batches
 from guided_diffusion.data.cache import CachedDataset
-from guided_diffusion.data.datasets import WOLLEB_CROP, Frame, ResizedDataset, SegmentationDataset
+from guided_diffusion.data.datasets import SegmentationDataset
+from guided_diffusion.data.frames import WOLLEB_CROP, Frame, ResizedDataset
 from guided_diffusion.dist_util import describe, dev, place_model
 from guided_diffusion.ensemble import BLENDS
 from guided_diffusion.errors import exit_on_user_error

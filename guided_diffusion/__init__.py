@@ -9,7 +9,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+    from guided_diffusion.inference.segmentation import Segmentation
+    from guided_diffusion.inference.segmenter import Segmenter
     from guided_diffusion.script_util import create_model_and_diffusion
 
 # Fresh memory costs a fault every 4 KiB, on a CPU a tenth of a training step: take huge pages.

@@ -21,13 +21,8 @@ from torch import Tensor
 
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import NIFTI, counted, open_folder, safe_name, split_name, walk
-from guided_diffusion.data.readers import (
-    Affine,
-    Array,
-    nifti_shape,
-    read_nifti_slice,
-    require_same_axes,
-)
+from guided_diffusion.data.geometry import Affine, plane_affine
+from guided_diffusion.data.readers import nifti_shape, read_nifti_slice
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
 
@@ -66,12 +61,11 @@ class BRATSDataset(SegmentationDataset):
         self.notes += index.notes
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
-        """Stack the modalities, float32 [C, H, W]; the affine is the first one's."""
-        slices = [read_nifti_slice(path) for path in entry.images]
-        affine = slices[0][1]
-        for path, (_, other) in zip(entry.images, slices, strict=True):
-            require_same_axes(path, other, affine, other=entry.images[0])
-        return _stack(entry, [values for values, _ in slices]), affine
+        """Stack the modalities, float32 [C, H, W]; the first one's grid is that of all."""
+        first, placed = read_nifti_slice(entry.images[0])
+        self._last = entry.images[0], placed
+        others = [read_nifti_slice(path, like=self._last)[0] for path in entry.images[1:]]
+        return torch.from_numpy(np.stack([first, *others])), plane_affine(placed)
 
 
 class BRATSDataset3D(VolumeDataset):
@@ -270,16 +264,3 @@ def _case_name(folder: Path, root: Path) -> str:
     """The path below the data folder, or the folder's name for a case directly in it."""
     below = root.parts[len(folder.parts) :]
     return safe_name("_".join(below) if below else folder.resolve().name)
-
-
-def _stack(entry: Entry, channels: list[Array]) -> Tensor:
-    """Stack channels [H, W] to [C, H, W]; different sizes are a :class:`UserError`."""
-    for path, values in zip(entry.images, channels, strict=True):
-        if values.shape != channels[0].shape:
-            size, first = (" x ".join(map(str, each.shape)) for each in (values, channels[0]))
-            raise UserError(
-                path,
-                f"its size is {size}, but that of {entry.images[0].name} is {first}",
-                "Export all modalities of a case on one grid.",
-            )
-    return torch.from_numpy(np.stack(channels))

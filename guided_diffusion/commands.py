@@ -104,6 +104,7 @@ def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None)
         scoring=Scoring(options.empty, options.tolerance, options.low_dice),
         partial=options.partial,
         mask_labels=options.mask_labels,
+        plane=options.plane,
         raters=[rater for rater in options.raters.split(",") if rater],
         on_case=on_case,
     )

@@ -35,8 +35,9 @@ from guided_diffusion.data.folders import (
     safe_name,
     subfolder,
 )
+from guided_diffusion.data.geometry import Placed, place, require_view
 from guided_diffusion.data.masks import MaskSet
-from guided_diffusion.data.readers import Array, nifti_shape
+from guided_diffusion.data.readers import Array, read_grid
 from guided_diffusion.data.splits import narrowed
 from guided_diffusion.data.tumorloader import TumourImages, is_classified
 from guided_diffusion.data.volumes import VolumeStore
@@ -120,8 +121,9 @@ def recognise(folder: Path, *, test: bool = False) -> str:
 class Truth:
     """A mask to score against, read when called; ``patient`` is empty where it is unknown.
 
-    ``volume`` and ``plane`` are its place in a volume; ``source`` is its file, whose header may
-    state the size of a pixel; ``image`` decodes the picture itself, float32 [C, H, W].
+    ``volume`` and ``plane`` are its place in a volume; ``source`` is its file, and ``placed`` says
+    where its planes lie, None for pictures; ``image`` decodes the picture itself, float32
+    [C, H, W].
     """
 
     read: Callable[[], Array]
@@ -130,14 +132,17 @@ class Truth:
     plane: int | None = None
     source: Path | None = None
     image: Callable[[], Array] | None = None
+    placed: Callable[[], Placed | None] = lambda: None
 
     def __call__(self) -> Array:
         """Decode the mask, float32 [H, W] in [0, 1], or [K, H, W] of declared classes."""
         return self.read()
 
 
-def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, Truth]:
-    """List the truths for scoring by case id.
+def open_masks(
+    folder: str | Path, classes: Classes | None = None, *, plane: str = "axial"
+) -> dict[str, Truth]:
+    """List the truths for scoring by case id; ``plane`` is how volumes are sliced.
 
     ``folder`` is a data set of any layout, or holds mask files named
     ``ISIC_<id>_Segmentation.png``, ``<id>.png``, ``<id>_mask.png``, ``<id>_seg.nii.gz`` and the
@@ -145,7 +150,7 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
     """
     folder = open_folder(folder)
     for name in _recognised(folder, test=True):
-        dataset = LAYOUTS[name](folder, True, Reading(classes=classes))
+        dataset = LAYOUTS[name](folder, True, Reading(classes=classes, plane=plane))
         labelled = [entry for entry in dataset.entries if dataset.has_mask(entry)]
         if labelled:
             return {
@@ -156,10 +161,11 @@ def open_masks(folder: str | Path, classes: Classes | None = None) -> dict[str, 
                     plane=entry.plane,
                     source=entry.mask,
                     image=partial(_entry_image, dataset, entry),
+                    placed=partial(dataset.placed, entry),
                 )
                 for entry in labelled
             }
-    return _bare_masks(folder, classes)
+    return _bare_masks(folder, classes, plane)
 
 
 def _recognised(folder: Path, *, test: bool) -> list[str]:
@@ -179,7 +185,7 @@ def _contents(folder: Path) -> str:
     return listing(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
-def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
+def _bare_masks(folder: Path, classes: Classes | None, plane: str) -> dict[str, Truth]:
     """Mask files directly in ``folder``; if some are named as masks, only those are."""
     files = image_files(folder)
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
@@ -188,7 +194,7 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
     since_2023 = named_since_2023(path.name for path in files.values())
     truths = MaskSet(list((named or files).values()), classes, brats="2023" if since_2023 else "")
     for stem, path in (named or files).items():
-        found = dict(_truths_in(path, _case_id(stem), truths, store))
+        found = dict(_truths_in(path, _case_id(stem), truths, store, plane))
         if twice := found.keys() & masks.keys():
             raise UserError(folder, f"has two masks for case {min(twice)}", "Remove one of them.")
         masks |= found
@@ -202,22 +208,23 @@ def _bare_masks(folder: Path, classes: Classes | None) -> dict[str, Truth]:
 
 
 def _truths_in(
-    path: Path, case: str, masks: MaskSet, store: VolumeStore
+    path: Path, case: str, masks: MaskSet, store: VolumeStore, plane: str
 ) -> Iterator[tuple[str, Truth]]:
-    """Yield the one mask of a file, or a mask for every axial plane of a volume."""
-    shape = nifti_shape(path) if is_nifti(path) else ()
-    if len(shape) != 3:
-        yield case, Truth(partial(_file_mask, path, masks), source=path)
+    """Yield the one mask of a file, or a mask for every plane of a volume."""
+    placed = place(read_grid(path), plane) if is_nifti(path) else None
+    if placed is None or len(placed.grid.lengths) != 3:
+        yield case, Truth(partial(_file_mask, path, masks), source=path, placed=lambda: placed)
         return
-    for plane in range(shape[2]):
+    for position in range(placed.view.depth):
         yield (
-            f"{case}_slice{plane:03d}",
+            f"{case}_slice{position:03d}",
             Truth(
-                partial(_plane_mask, path, plane, masks, store),
+                partial(_plane_mask, path, placed, position, masks, store),
                 patient=case,
                 volume=case,
-                plane=plane,
+                plane=position,
                 source=path,
+                placed=lambda: placed,
             ),
         )
 
@@ -240,8 +247,11 @@ def _entry_image(dataset: SegmentationDataset, entry: Entry) -> Array:
     return np.asarray(dataset.read_image(entry)[0].numpy(), dtype=np.float32)
 
 
-def _plane_mask(path: Path, plane: int, masks: MaskSet, store: VolumeStore) -> Array:
-    values = np.ascontiguousarray(store(path).voxels[..., plane], dtype=np.float32)
+def _plane_mask(
+    path: Path, placed: Placed, plane: int, masks: MaskSet, store: VolumeStore
+) -> Array:
+    view = require_view(path, store.grid(path), placed, other=path)
+    values = store.plane(path, view, plane)
     return _truth(masks.read_plane(path, values), one=masks.classes is None)
 
 
@@ -258,6 +268,7 @@ def create_reading(data: DataOptions) -> Reading:
     return Reading(
         modalities=find_modalities(data.modalities),
         slices=slice_range(data.slices),
+        plane=data.plane,
         blank_slices=data.blank_slices,
         normalise=data.normalise,
         cache_dir=_cache_folder(data.cache_dir),

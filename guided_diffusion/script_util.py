@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from guided_diffusion.data.classes import Classes, find_classes
-from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame
+from guided_diffusion.data.datasets import Case, SegmentationDataset
+from guided_diffusion.data.frames import Frame, auto_frame
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.networks.classifier import EncoderUNetModel

@@ -3,6 +3,7 @@
 This name is kept for one release.
 """
 
-from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.segmentation import Segmentation
+from guided_diffusion.inference.segmenter import Segmenter
 
 __all__ = ["Segmentation", "Segmenter"]

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from guided_diffusion.checkpoint import load_checkpoint, load_weights
 from guided_diffusion.data.batches import Batch
-from guided_diffusion.data.datasets import Frame
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.dist_util import autocast, describe, dev, place_model
 from guided_diffusion.inference.plan import make_plan
 from guided_diffusion.inference.segmenter import Segmenter

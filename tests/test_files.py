@@ -234,7 +234,7 @@ LEAVES = """
 import sys
 from pathlib import Path
 from guided_diffusion.data.cache import CachedDataset
-from guided_diffusion.data.datasets import Frame, ResizedDataset
+from guided_diffusion.data.frames import (Frame, ResizedDataset)
 from guided_diffusion.data import volumes
 from guided_diffusion.files import atomic_write
 from guided_diffusion.layouts import open_dataset

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from guided_diffusion.data.datasets import Case, ResizedDataset
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.files import remove_leftovers, temporary_name
 
 GIB = 2**30

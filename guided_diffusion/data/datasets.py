@@ -1,32 +1,35 @@
-"""The contract of all data sets, and the geometry between a case and the network's input.
+"""The contract of all data sets.
 
 :class:`Case` is one image with its mask, :class:`Entry` the files it is read from, and
-:class:`SegmentationDataset` the base class of the loaders, one for each layout. :class:`Frame` is
-the one place where images and masks are cropped or resized, and restored to their own size.
+:class:`SegmentationDataset` the base class of the loaders, one for each layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import counted, is_nifti, listing, size_text
+from guided_diffusion.data.geometry import Affine, Placed, place, plane_affine
 from guided_diffusion.data.intensity import measure, normalised
 from guided_diffusion.data.masks import MaskSet
-from guided_diffusion.data.readers import Affine, read_image_file
+from guided_diffusion.data.readers import (
+    read_grid,
+    read_image_file,
+    read_nifti_slice,
+    unstated_note,
+)
 from guided_diffusion.errors import UserError, memory_problem, refuse
 
-CROPS = ("auto", "none", "wolleb")
-WOLLEB_SIZE, WOLLEB_CROP = 240, 8
+FEW = 5
 
 
 class Case(NamedTuple):
@@ -48,7 +51,7 @@ class Case(NamedTuple):
 class Entry(NamedTuple):
     """The files of a case: its id, one file per channel (or one picture), and its mask's file.
 
-    ``plane`` is the axial position of a slice in its volume, None for two-dimensional files;
+    ``plane`` is the position of a slice in its volume, None for two-dimensional files;
     ``patient`` is the patient's id, empty where it is unknown.
     """
 
@@ -70,7 +73,8 @@ class Reading:
 
     Attributes:
         modalities: the channels, in this order; empty for all that are present.
-        slices: first axial slice of a volume and the one after the last, as in a Python slice.
+        slices: first slice of a volume and the one after the last, as in a Python slice.
+        plane: how volumes are sliced, a name of :data:`guided_diffusion.data.geometry.PLANES`.
         blank_slices: keep slices of a volume whose image is constant.
         normalise: a name of :data:`guided_diffusion.data.intensity.NORMALISATIONS`.
         cache_dir: where decoded volumes are kept; None keeps a few in memory.
@@ -79,6 +83,7 @@ class Reading:
 
     modalities: tuple[str, ...] = ()
     slices: tuple[int | None, int | None] = (None, None)
+    plane: str = "axial"
     blank_slices: bool = True
     normalise: str = "auto"
     cache_dir: Path | None = None
@@ -98,15 +103,17 @@ class SegmentationDataset(Dataset[Case]):
     Attributes: ``layout`` ('BRATS', 'ISIC', 'KVASIR', 'CUSTOM', ...), ``channels`` (of the image),
     ``names`` (sorted), ``entries`` and ``patients`` (in the same order), ``modalities`` (the names
     of the channels, where they have any), ``classes`` (of the mask, None for a single one),
-    ``normalise`` (never 'auto'), ``masks`` (what their values mean, decided by the first that is
-    read), ``brats`` (what :class:`MaskSet` says of it) and ``notes`` for the run to print, such as
-    ignored files.
+    ``normalise`` (never 'auto'), ``plane`` (in which volumes are sliced), ``masks`` (what their
+    values mean, decided by the first that is read), ``brats`` (what :class:`MaskSet` says of it)
+    and ``notes`` for the run to print, such as ignored files.
     """
 
     layout = ""
     usual_scale = "none"
     brats = ""
+    plane = "axial"
     modalities: tuple[str, ...] = ()
+    _last: tuple[Path, Placed] | None = None
 
     def __init__(
         self,
@@ -124,7 +131,9 @@ class SegmentationDataset(Dataset[Case]):
         self.masks = MaskSet(
             [entry.mask for entry in self.entries], reading.classes, brats=self.brats
         )
-        self.notes: list[str] = []
+        self.plane = reading.plane
+        few = [self.entries[k * len(self.entries) // FEW] for k in range(FEW) if self.entries]
+        self.notes = unstated_note(f for e in few for f in (e.images[0], e.mask) if f)
         self.normalise = self.usual_scale if reading.normalise == "auto" else reading.normalise
         _require_unique(directory, self.names)
 
@@ -139,11 +148,42 @@ class SegmentationDataset(Dataset[Case]):
         Pictures are in [0, 1] and NIfTI slices as stored, except slices of a volume, which are
         scaled by the whole volume.
         """
-        return read_image_file(entry.images[0], channels=self.channels)
+        path = entry.images[0]
+        if not is_nifti(path):
+            return read_image_file(path, channels=self.channels)
+        values, placed = read_nifti_slice(path)
+        self._last = path, placed
+        return torch.from_numpy(values)[None], plane_affine(placed)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
-        """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none."""
-        return None if entry.mask is None else self.masks.read(entry.mask)
+        """Decode the mask, float32 [K, H, W] in [0, 1]; None where the entry has none.
+
+        A mask in NIfTI is brought onto the grid of the image, and refused where it does not lie on
+        it.
+        """
+        if entry.mask is None:
+            return None
+        like = self._image_place(entry) if is_nifti(entry.mask) else None
+        return self.masks.read(entry.mask, like=like)
+
+    def _image_place(self, entry: Entry) -> tuple[Path, Placed] | None:
+        """The image's file and where it lies: as it was read last, or by its header."""
+        path = entry.images[0]
+        if self._last is None or self._last[0] != path:
+            self._last = (path, place(read_grid(path), self.plane)) if is_nifti(path) else None
+        return self._last
+
+    def placed(self, entry: Entry) -> Placed | None:
+        """Say where the planes of a case lie, by headers alone; None for pictures.
+
+        The image's file decides; if its header states nothing, the mask's may.
+        """
+        image = self._image_place(entry)
+        if image is None or image[1].grid.stated or not (entry.mask and is_nifti(entry.mask)):
+            return image and image[1]
+        mask = read_grid(entry.mask)
+        same = mask.stated and mask.shape == image[1].grid.shape
+        return replace(image[1], grid=mask) if same else image[1]
 
     def convert_to(self, channels: int) -> None:
         """Read grey pictures as colour, or colour that is grey as grey, as a network needs it.
@@ -228,133 +268,14 @@ def _check_case(entry: Entry, image: Tensor, mask: Tensor | None, *, channels: i
             entry.mask,
             f"the mask is {size_text(mask)}, but its image is {size_text(image)} "
             f"({entry.images[0]})",
-            "Export image and mask at the same size.",
+            "Export image and mask at the same size, and turned alike: orientations in EXIF count.",
         )
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How a case is brought to the size of the network's input and back.
-
-    ``crop`` = 0 resizes to ``image_size`` x ``image_size``. ``crop`` > 0 removes that many pixels
-    from every side and resizes nothing, so the network's input has the cropped size whatever
-    ``image_size`` is (Wolleb: 240 -> 224). A case of the target size is not resampled.
-    """
-
-    image_size: int
-    crop: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1 or self.crop < 0:
-            raise UserError(
-                "--image_size / --crop",
-                f"image_size {self.image_size} or crop {self.crop} is out of range; the size must "
-                "be positive and the crop at least 0",
-                "Pass a size such as --image_size 256.",
-            )
-
-    def fit_image(self, image: Tensor) -> Tensor:
-        """Image float32 [C, H, W] -> [C, h, w]; resizing is bilinear and antialiased."""
-        square = (self.image_size, self.image_size)
-        return self._cropped(image) if self.crop else _resize(image, square)
-
-    def fit_mask(self, mask: Tensor) -> Tensor:
-        """Mask float32 [K, H, W] in [0, 1] -> [K, h, w] in {0, 1}, by the image's geometry.
-
-        The coverage of every target pixel is thresholded once, at one half, after the resize, so
-        that areas are kept: a threshold before the resize, or at 0, would dilate the mask.
-        """
-        return (self.fit_image(mask) >= 0.5).to(mask.dtype)
-
-    def fit(self, case: Case) -> Case:
-        """Crop or resize image and mask of ``case``; name and affine are kept."""
-        mask = None if case.mask is None else self.fit_mask(case.mask)
-        return case._replace(image=self.fit_image(case.image), mask=mask)
-
-    def seen(self, values: Tensor) -> Tensor:
-        """The part of a map [..., H, W] at the case's size that the network's input covers."""
-        return self._cropped(values) if self.crop else values
-
-    def restore(self, soft: Tensor, size: tuple[int, int]) -> Tensor:
-        """Soft map [..., h, w] -> [..., H, W] for ``size`` = (H, W); stays within its own range.
-
-        A cropped border is filled with 0. Raises :class:`UserError` where cropping an image of
-        ``size`` cannot give h x w.
-        """
-        if not self.crop:
-            return _resize(soft, size)
-        border = 2 * self.crop
-        if (soft.shape[-2] + border, soft.shape[-1] + border) != tuple(size):
-            raise UserError(
-                "--crop",
-                f"a map of {size_text(soft)} does not fit an image of {size[0]} x {size[1]}, which "
-                f"should be {border} pixels larger on both axes",
-                "Use the crop that the checkpoint was trained with.",
-            )
-        return functional.pad(soft, (self.crop,) * 4)
-
-    def _cropped(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        if min(height, width) <= 2 * self.crop:
-            raise UserError(
-                "--crop",
-                f"an image of {height} x {width} is too small, it needs more than "
-                f"{2 * self.crop} pixels on both axes",
-                "Pass --crop none to resize instead.",
-            )
-        return image[..., self.crop : height - self.crop, self.crop : width - self.crop]
-
-
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[..., H, W] -> [..., *size]: bilinear, antialiased on shrinking, in the input's range."""
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    planes = image.reshape(1, -1, *image.shape[-2:])
-    resized = functional.interpolate(planes, size=size, mode="bilinear", antialias=True)
-    return resized.clamp(image.min(), image.max()).reshape(*image.shape[:-2], *size)
-
-
-def auto_frame(
-    layout: str, size: tuple[int, int], *, version: str, image_size: int, crop: str = "auto"
-) -> Frame:
-    """Choose the frame for ``--crop auto|none|wolleb`` by layout and the cases' size (H, W).
-
-    auto: BraTS slices of 240 x 240 with the plain network and ``image_size`` 256 are cropped to 224
-    as Wolleb et al. (2022) do; everything else is resized to ``image_size``.
-    """
-    if crop not in CROPS:
-        raise UserError("--crop", f"{crop!r} is not a crop", f"Choose one of {', '.join(CROPS)}.")
-    as_wolleb = (
-        layout == "BRATS"
-        and tuple(size) == (WOLLEB_SIZE, WOLLEB_SIZE)
-        and version == "plain"
-        and image_size == 256
-    )
-    cropped = crop == "wolleb" or (crop == "auto" and as_wolleb)
-    return Frame(image_size, WOLLEB_CROP if cropped else 0)
-
-
-class ResizedDataset(Dataset[Case]):
-    """A data set at the size of the network's input, with masks in {0, 1}.
-
-    Where two classes that exclude each other cover half of a pixel each, the first one gets it.
-    """
-
-    def __init__(self, dataset: SegmentationDataset, frame: Frame) -> None:
-        self.dataset = dataset
-        self.frame = frame
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Case:
-        """Case ``index``, cropped or resized."""
-        case, classes = self.frame.fit(self.dataset[index]), self.dataset.classes
-        if case.mask is None or classes is None or not classes.exclusive:
-            return case
-        return case._replace(mask=case.mask * (case.mask.cumsum(dim=0) <= 1))
 
 
 def read_as(dataset: SegmentationDataset) -> dict[str, str]:
     """How a data set's images are read, as flags for the checkpoint to record."""
-    return {"modalities": ",".join(dataset.modalities), "normalise": dataset.normalise}
+    return {
+        "modalities": ",".join(dataset.modalities),
+        "normalise": dataset.normalise,
+        "plane": dataset.plane,
+    }

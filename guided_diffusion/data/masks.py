@@ -19,6 +19,7 @@ from torch import Tensor
 
 from guided_diffusion.data.classes import CAVITY, ENHANCING, FLAG, Classes
 from guided_diffusion.data.folders import counted
+from guided_diffusion.data.geometry import Placed
 from guided_diffusion.data.mask_kind import MaskKind
 from guided_diffusion.data.mask_values import (
     MOST_LABEL,
@@ -32,7 +33,7 @@ from guided_diffusion.data.mask_values import (
     soft_range,
     union,
 )
-from guided_diffusion.data.readers import Array, StoredLabels, read_labels, require_slice
+from guided_diffusion.data.readers import Array, StoredLabels, read_labels
 from guided_diffusion.errors import UserError
 
 SAMPLE = 200
@@ -107,13 +108,14 @@ class MaskSet:
         """The decision in words; empty as long as no mask has been read."""
         return "" if self._kind is None else self._kind.text
 
-    def read(self, path: Path) -> Tensor:
-        """Read a file as :meth:`MaskKind.read` does."""
+    def read(self, path: Path, *, like: tuple[Path, Placed] | None = None) -> Tensor:
+        """Read a file as :meth:`MaskKind.read` does.
+
+        ``like`` is the image's file and where it lies, for a mask in NIfTI.
+        """
         kind = self.kind
         kind.require_readable()
-        labels = read_labels(path)
-        require_slice(path, labels.values)
-        return kind.read(path, labels)
+        return kind.read(path, read_labels(path, like=like))
 
     def read_plane(self, path: Path, values: Array) -> Tensor:
         """Read one plane [H, W] of the volume at ``path``."""

@@ -6,9 +6,10 @@ Every file is checked here, once: one that cannot be used is a :class:`UserError
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,23 @@ import numpy.typing as npt
 import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from guided_diffusion.data.folders import is_nifti
+from guided_diffusion.data.geometry import (
+    Affine,
+    Grid,
+    Placed,
+    grid_of,
+    place,
+    plane_affine,
+    require_view,
+    size_of,
+)
 from guided_diffusion.errors import UserError, refuse
 
 Array = npt.NDArray[np.float32]
-Affine = npt.NDArray[np.float64]
 Stored = npt.NDArray[Any]
 UNREADABLE = (
     OSError,
@@ -38,6 +48,7 @@ UNREADABLE = (
     HeaderDataError,
     Image.DecompressionBombError,
 )
+_TAGGED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -93,18 +104,19 @@ def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None
     """Read a picture or NIfTI slice, float32 [channels, H, W], and the affine of the latter."""
     if not is_nifti(path):
         return read_picture(path, channels=channels), None
-    values, affine = read_nifti_slice(path)
-    return torch.from_numpy(values)[None], affine
+    values, placed = read_nifti_slice(path)
+    return torch.from_numpy(values)[None], plane_affine(placed)
 
 
-def read_labels(path: Path) -> StoredLabels:
-    """Read what a mask file holds: grey levels, palette indices or labels, as they are stored.
+def read_labels(path: Path, *, like: tuple[Path, Placed] | None = None) -> StoredLabels:
+    """Read what a mask file holds, [H, W]: grey levels, palette indices or labels, as stored.
 
     A palette of greys alone is read by its greys, one of colours by its indices. A coloured mask
-    and one that is drawn in the alpha channel are each a :class:`UserError`.
+    and one that is drawn in the alpha channel are each a :class:`UserError`. ``like`` is the
+    image's file and where it lies, for a mask in NIfTI.
     """
     if is_nifti(path):
-        return StoredLabels(read_nifti(path)[0])
+        return StoredLabels(read_nifti_slice(path, like=like)[0])
     picture = _decoded(path)
     _require_opaque(path, picture)
     greys, indexed = None, picture.mode in ("P", "PA")
@@ -141,81 +153,68 @@ def _grey_labels(path: Path, picture: Image.Image) -> Stored:
     return _one_channel(path, values.astype(np.float32), rule, noise=noise).astype(np.uint8)
 
 
-def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]:
-    """Decode a NIfTI file: float32 array without trailing axes of length 1, its affine [4, 4].
+def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Grid]:
+    """Decode a NIfTI file: float32 array without trailing axes of length 1, and its grid.
 
-    Values are scaled as the header says and otherwise as stored. Raises :class:`UserError`, naming
-    ``shown`` where it is given, if the file cannot be decoded, is empty, or holds colours or
-    complex, NaN or infinite values.
+    Values are scaled as the header says and otherwise as stored, and lie as stored. Raises
+    :class:`UserError`, naming ``shown`` where it is given, if the file cannot be decoded, is empty,
+    or holds colours or complex, NaN or infinite values.
     """
     with decoding(shown or path, "NIfTI image of real numbers"), np.errstate(all="ignore"):
         nifti: Any = nib.load(path)
         stored = np.asarray(nifti.dataobj)
         if stored.dtype.kind not in "biuf":
             raise ValueError(f"its values are {stored.dtype}")
-        values = stored.astype(np.float32)
+        values, grid = stored.astype(np.float32), grid_of(nifti)
     while values.ndim > 2 and values.shape[-1] == 1:
         values = values[..., 0]
     _require_finite(shown or path, values)
-    return values, np.asarray(nifti.affine, dtype=np.float64)
+    return values, grid
 
 
-def read_nifti_slice(path: Path) -> tuple[Array, Affine]:
-    """Read a NIfTI file as :func:`read_nifti` does; it must be two-dimensional, [H, W]."""
-    values, affine = read_nifti(path)
-    require_slice(path, values)
-    return values, affine
+def read_nifti_slice(
+    path: Path, *, like: tuple[Path, Placed] | None = None
+) -> tuple[Array, Placed]:
+    """Read a NIfTI file of one plane, float32 [H, W] as :mod:`geometry` turns it, and its place.
 
-
-def require_slice(path: Path, values: Stored) -> None:
-    """Raise a :class:`UserError` unless the values of a file are two-dimensional."""
-    if values.ndim != 2:
+    ``like`` is another file of the case and its place: the plane is brought onto its grid. Raises
+    :class:`UserError` as :func:`read_nifti` does, for a file of another number of axes, and where
+    the two do not coincide.
+    """
+    values, grid = read_nifti(path)
+    if grid.slicing is None:
         raise UserError(
             path,
-            f"its shape is {' x '.join(map(str, values.shape))}, but a slice has two axes",
+            f"its shape is {size_of(values.shape)}, but a slice has two axes",
             "Cut volumes into slices; volumes are read in the BRATS and CUSTOM layouts.",
         )
+    other, placed = like or (path, place(grid))
+    view = require_view(path, grid, placed, other=other)
+    plane = values.reshape(grid.lengths)
+    return plane if view.is_plain else np.ascontiguousarray(view.turn(plane)), placed
+
+
+def read_grid(path: Path) -> Grid:
+    """Read where the voxels of a NIfTI file lie, from the header alone."""
+    with decoding(path, "NIfTI image"):
+        return grid_of(nib.load(path))
+
+
+def unstated_note(files: Iterable[Path]) -> list[str]:
+    """Say so where the header of one of these files states no orientation; others are passed by."""
+    for path in filter(is_nifti, files):
+        with suppress(UserError):
+            if not read_grid(path).stated:
+                return [
+                    f"headers such as that of {path} state no orientation: their arrays are taken "
+                    "as they lie"
+                ]
+    return []
 
 
 def nifti_shape(path: Path) -> tuple[int, ...]:
-    """Read the shape from the header alone, without trailing axes of length 1."""
-    with decoding(path, "NIfTI image"):
-        nifti: Any = nib.load(path)
-        shape = tuple(int(length) for length in nifti.shape)
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def nifti_spacing(path: Path) -> tuple[float, ...] | None:
-    """Read the size of a voxel along each axis, in millimetres, from the header alone.
-
-    None where the header does not state it: where a size is zero or not finite.
-    """
-    with decoding(path, "NIfTI image"):
-        nifti: Any = nib.load(path)
-        unit = nifti.header.get_xyzt_units()[0]
-        sizes = [float(size) for size in nifti.header.get_zooms()]
-    scale = {"meter": 1000.0, "micron": 0.001}.get(unit, 1.0)
-    if not all(np.isfinite(size) and size > 0 for size in sizes[:3]):
-        return None
-    return tuple(size * scale for size in sizes[: len(nifti_shape(path))])
-
-
-def require_same_axes(path: Path, affine: Affine, expected: Affine, *, other: Path) -> None:
-    """Raise a :class:`UserError` if two files of a case differ in their axes or their spacing.
-
-    The origin may differ, and an identity matrix counts as unknown.
-    """
-    axes, wanted = affine[:3, :3], expected[:3, :3]
-    unknown = any(np.array_equal(matrix, np.eye(3)) for matrix in (axes, wanted))
-    if not unknown and np.abs(axes - wanted).max() > 0.01:
-        codes, wanted_codes = ("".join(map(str, nib.aff2axcodes(a))) for a in (affine, expected))
-        raise UserError(
-            path,
-            f"its affine ({codes}) has other axes or spacing than {other.name} ({wanted_codes})",
-            "Resample all files of a case onto one grid.",
-        )
+    """Read the shape from the header alone; a slice has two axes, wherever its third is stored."""
+    return read_grid(path).lengths
 
 
 def read_picture(path: Path, *, channels: int) -> Tensor:
@@ -226,9 +225,8 @@ def read_picture(path: Path, *, channels: int) -> Tensor:
 def picture_values(source: object, picture: Image.Image, *, channels: int) -> Tensor:
     """Return the pixels of a picture, float32 [channels, H, W] in [0, 1].
 
-    Grey is repeated for 3 channels, transparency is dropped, and orientation tags are ignored, as
-    masks rarely have them. A coloured picture for 1 channel is a :class:`UserError`, which names
-    ``source``.
+    Grey is repeated for 3 channels, transparency is dropped, and an orientation in EXIF is applied.
+    A coloured picture for 1 channel is a :class:`UserError`, which names ``source``.
     """
     values = _levels(source, picture)
     if values.ndim == 2:
@@ -245,7 +243,16 @@ def _decoded(path: Path) -> Image.Image:
             raise UserError(path, "holds several pictures", "Split it into single pictures.")
         with decoding(path, "picture"):
             picture.load()
+            upright(picture)
         return picture
+
+
+def upright(picture: Image.Image) -> None:
+    """Turn a decoded picture in place as the orientation in its EXIF says, as viewers do."""
+    if not any(key in picture.info for key in _TAGGED):
+        return
+    with warnings.catch_warnings(action="ignore"), suppress(*UNREADABLE, KeyError, TypeError):
+        ImageOps.exif_transpose(picture, in_place=True)  # damaged EXIF states nothing
 
 
 def _opened(path: Path) -> Image.Image:

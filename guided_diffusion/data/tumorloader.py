@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from guided_diffusion.data.datasets import (
-    AS_STORED,
-    Case,
-    Entry,
-    Frame,
-    Reading,
-    SegmentationDataset,
-)
+from guided_diffusion.data.datasets import AS_STORED, Case, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
     counted,
     image_files,
@@ -35,6 +28,7 @@ from guided_diffusion.data.folders import (
     safe_name,
     subfolder,
 )
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.readers import UNREADABLE, decoding, image_channels, unreadable
 from guided_diffusion.errors import UserError, refuse
 

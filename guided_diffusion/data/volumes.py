@@ -1,8 +1,9 @@
-"""Axial slices of NIfTI volumes, each volume decoded once instead of once per slice.
+"""Slices of NIfTI volumes, each volume decoded once instead of once per slice.
 
 :class:`VolumeStore` provides volumes to slice. With a folder, a compressed volume is unpacked into
 it once (NIfTI is stored plane by plane, so a plane is one short read) beside its statistics, and
-both are redone when the source changes; without a folder, the last few volumes stay decoded in
+both are redone when the source changes; one that is sliced along another axis than its last is
+stored anew, in the order of its planes. Without a folder, the last few volumes stay decoded in
 memory. :class:`VolumeDataset` is the base class of the loaders of volumes.
 """
 
@@ -26,17 +27,26 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.geometry import (
+    Affine,
+    Grid,
+    Placed,
+    View,
+    place,
+    plane_affine,
+    require_view,
+    size_of,
+)
 from guided_diffusion.data.intensity import Levels, measure, normalised
 from guided_diffusion.data.masks import SAMPLE, MaskSet
 from guided_diffusion.data.readers import (
     UNREADABLE,
-    Affine,
     Array,
     StoredLabels,
     decoding,
     nifti_shape,
+    read_grid,
     read_nifti,
-    require_same_axes,
 )
 from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.files import atomic_write, make_folder, read_json
@@ -50,13 +60,12 @@ Stamp = tuple[int, int]
 
 
 class Volume(NamedTuple):
-    """One decoded volume: its voxels [H, W, D], affine [4, 4] and statistics.
+    """One decoded volume: its voxels, with the sliced axis last, and its statistics.
 
     ``constant`` holds the positions of planes of one value, ``stamp`` size and time of the source.
     """
 
     voxels: Any
-    affine: Affine
     levels: Levels
     constant: frozenset[int]
     stamp: Stamp
@@ -76,30 +85,44 @@ class VolumeStore:
     def __init__(self, folder: Path | None, *, most_bytes: int = MEMORY) -> None:
         self.folder = folder and make_folder(folder, flag="--cache_dir")
         self.most_bytes = most_bytes
-        self._open: OrderedDict[Path, Volume] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, int], Volume] = OrderedDict()
+        self._grids: dict[Path, tuple[Stamp, Grid]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the decoded volumes, so that a reading process starts without any."""
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def __call__(self, path: Path) -> Volume:
-        """Return the volume at ``path``; a :class:`UserError` where it cannot be used."""
+    def grid(self, path: Path) -> Grid:
+        """Return the grid of a volume, by its header, which is read once."""
+        stamp, known = _stamp(path), self._grids.get(path)
+        if known is None or known[0] != stamp:
+            known = self._grids[path] = stamp, read_grid(path)
+        return known[1]
+
+    def __call__(self, path: Path, axis: int = 2) -> Volume:
+        """Return the volume at ``path`` for slicing along an axis.
+
+        Raises:
+            UserError: it cannot be used.
+        """
         stamp = _stamp(path)
-        volume = self._open.pop(path, None)
+        volume = self._open.pop((path, axis), None)
         if volume is None or volume.stamp != stamp:
-            volume = self._decoded(path, stamp)
-        self._open[path] = volume
+            volume = self._decoded(path, axis, stamp)
+        self._open[path, axis] = volume
 
         while len(self._open) > 1 and self._bytes() > self.most_bytes:
             self._open.popitem(last=False)
         return volume
 
-    def labels(self, path: Path, most: int = LABEL_PIXELS) -> StoredLabels:
+    def labels(self, path: Path, most: int = LABEL_PIXELS, *, plane: str = "axial") -> StoredLabels:
         """Return planes of labels, evenly spread, of at most ``most`` pixels, but one at least.
 
         Without a folder, they are not kept in memory.
         """
-        voxels = _read_volume(path)[0] if self.folder is None else self(path).voxels
+        axis = place(self.grid(path), plane).view.axis
+        in_memory = self.folder is None
+        voxels = _read_volume(path) if in_memory else self(path, axis).voxels
         height, width, depth = voxels.shape
         count = max(1, min(depth, most // (height * width)))
         places = [(2 * n + 1) * depth // (2 * count) for n in range(count)]
@@ -108,36 +131,45 @@ class VolumeStore:
     def _bytes(self) -> int:
         return sum(volume.bytes for volume in self._open.values())
 
-    def _decoded(self, path: Path, stamp: Stamp) -> Volume:
+    def _decoded(self, path: Path, axis: int, stamp: Stamp) -> Volume:
         if self.folder is None:
-            values, affine = _read_volume(path)
-            return Volume(values, affine, measure(values), constant_planes(values), stamp)
+            values = np.moveaxis(_read_volume(path), axis, -1)
+            return Volume(values, measure(values), constant_planes(values), stamp)
 
-        facts = self.folder / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
+        key = os.fsencode(path.resolve()) + (b"" if axis == 2 else f" axis {axis}".encode())
+        facts = self.folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
         known = _read_facts(facts)
-        if known is None or known["stamp"] != list(stamp) or not is_whole(unpacked(path, facts)):
-            known = _unpack(path, facts, stamp)
-        voxels, affine = _proxy(unpacked(path, facts))
-        return Volume(voxels, affine, Levels(*known["levels"]), frozenset(known["constant"]), stamp)
+        bare = unpacked(path, facts, axis)
+        if known is None or known["stamp"] != list(stamp) or not is_whole(bare):
+            known = _unpack(path, facts, stamp, axis)
+        return Volume(_proxy(bare), Levels(*known["levels"]), frozenset(known["constant"]), stamp)
 
-    def plane(self, path: Path, position: int) -> Array:
-        """Read one axial plane [H, W], float32.
+    def plane(self, path: Path, view: View, position: int) -> Array:
+        """Read one plane, float32 [H, W] as ``view`` turns it.
 
-        A copy in the cache that cannot be read is made again. Raises a :class:`UserError` where
-        the volume itself cannot be read.
+        A copy in the cache that cannot be read is made again.
+
+        Raises:
+            UserError: the volume itself cannot be read.
         """
         try:
-            return np.asarray(self(path).voxels[..., position], dtype=np.float32)
+            return self._plane(path, view, position)
         except UNREADABLE:
-            self._open.pop(path, None)
+            self._open.pop((path, view.axis), None)
         with decoding(path, "NIfTI volume"):
-            return np.asarray(self(path).voxels[..., position], dtype=np.float32)
+            return self._plane(path, view, position)
+
+    def _plane(self, path: Path, view: View, position: int) -> Array:
+        voxels = self(path, view.axis).voxels
+        stored = np.asarray(voxels[..., view.position(position)], dtype=np.float32)
+        return np.ascontiguousarray(view.turn(stored))
 
 
 class VolumeDataset(SegmentationDataset):
-    """Whole volumes, one case per axial slice: image [C, H, W], scaled by its whole volume.
+    """Whole volumes, one case per slice: image [C, H, W], scaled by its whole volume.
 
-    Cases are named ``<volume>_slice080``; the depth comes from the header.
+    Cases are named ``<volume>_slice080``; the header of the first channel says which axis is
+    sliced, and how planes lie. All other files are brought onto its grid.
 
     Args:
         directory: the data set's folder.
@@ -172,14 +204,14 @@ class VolumeDataset(SegmentationDataset):
             voxels = max(1, math.prod(nifti_shape(labels[0])))
         bound = LABELS_IN_MEMORY if reading.cache_dir is None else LABELS_ON_DISK
         most = max(1, min(len(labels), max(4, bound // voxels), SAMPLE))
-        read = partial(self.store.labels, most=LABEL_PIXELS // most)
+        read = partial(self.store.labels, most=LABEL_PIXELS // most, plane=reading.plane)
         return MaskSet(labels, reading.classes, brats=self.brats, read=read, most=most)
 
     def read_image(self, entry: Entry) -> tuple[Tensor, Affine | None]:
         """Stack one plane of every channel, float32 [C, H, W]; the affine is that plane's."""
-        first = self.store(entry.images[0])
-        planes = [self._plane(path, entry, scale=self.normalise) for path in entry.images]
-        return torch.from_numpy(np.stack(planes)), plane_affine(first.affine, entry.plane or 0)
+        placed = place(self.store.grid(entry.images[0]), self.plane)
+        planes = [self._plane(path, entry, placed, scale=self.normalise) for path in entry.images]
+        return torch.from_numpy(np.stack(planes)), plane_affine(placed, entry.plane or 0)
 
     def read_mask(self, entry: Entry) -> Tensor | None:
         """Read one plane of the labels, float32 [K, H, W]; a single class is what is above 0."""
@@ -190,53 +222,51 @@ class VolumeDataset(SegmentationDataset):
 
     def read_labels(self, entry: Entry) -> Array | None:
         """Read one plane of the labels as stored, float32 [H, W]; None where there are none."""
-        return None if entry.mask is None else self._plane(entry.mask, entry, scale="none")
+        if entry.mask is None:
+            return None
+        placed = place(self.store.grid(entry.images[0]), self.plane)
+        return self._plane(entry.mask, entry, placed, scale="none")
 
-    def _plane(self, path: Path, entry: Entry, *, scale: str) -> Array:
-        volume, grid = self.store(path), self.store(entry.images[0])
-        if volume.voxels.shape != grid.voxels.shape:
-            raise UserError(
-                path,
-                f"its grid is {_grid_text(volume.voxels.shape)}, but that of "
-                f"{entry.images[0].name} is {_grid_text(grid.voxels.shape)}",
-                "Export all files of a case on one grid.",
-            )
-        require_same_axes(path, volume.affine, grid.affine, other=entry.images[0])
-        plane = self.store.plane(path, entry.plane or 0)
-        return normalised(np.ascontiguousarray(plane), volume.levels, scale)
+    def _image_place(self, entry: Entry) -> tuple[Path, Placed]:
+        return entry.images[0], place(self.store.grid(entry.images[0]), self.plane)
 
-
-def plane_affine(affine: Affine, plane: int) -> Affine:
-    """Compute the affine of one plane of a volume with ``affine`` [4, 4]."""
-    moved = affine.copy()
-    moved[:3, 3] += plane * affine[:3, 2]
-    return moved
+    def _plane(self, path: Path, entry: Entry, placed: Placed, *, scale: str) -> Array:
+        grid = self.store.grid(path)
+        require_volume(path, grid)
+        view = require_view(path, grid, placed, other=entry.images[0])
+        plane = self.store.plane(path, view, entry.plane or 0)
+        return normalised(plane, self.store(path, view.axis).levels, scale)
 
 
 def constant_planes(values: Array) -> frozenset[int]:
-    """Find the positions of the axial planes of [H, W, D] that hold one value only."""
+    """Find the positions of the planes of [H, W, D] that hold one value only."""
     low, high = values.min(axis=(0, 1)), values.max(axis=(0, 1))
     return frozenset(map(int, np.flatnonzero(low == high)))
 
 
-def unpacked(path: Path, facts: Path) -> Path:
-    """Where the uncompressed voxels of ``path`` are: in the file itself, unless it is .gz."""
-    return facts.with_suffix(".nii") if path.name.lower().endswith(".gz") else path
+def unpacked(path: Path, facts: Path, axis: int = 2) -> Path:
+    """Where the uncompressed voxels of ``path`` are: in the file itself, if it can be sliced."""
+    as_is = axis == 2 and not path.name.lower().endswith(".gz")
+    return path if as_is else facts.with_suffix(".nii")
 
 
-def _unpack(path: Path, facts: Path, stamp: Stamp) -> dict[str, Any]:
+def _unpack(path: Path, facts: Path, stamp: Stamp, axis: int) -> dict[str, Any]:
     """Unpack a volume and measure it; the facts are written last, so they imply the voxels.
 
     Several processes may do so at once: each writes a file of its own and renames it.
     """
-    bare, hint = unpacked(path, facts), "Free some space, or choose another --cache_dir."
+    bare, hint = unpacked(path, facts, axis), "Free some space, or choose another --cache_dir."
     if bare != path:
         facts.unlink(missing_ok=True)
         with atomic_write(bare, hint=hint) as part:
-            _gunzip(path, part)
-            values, _ = _read_volume(part, shown=path)
+            if axis == 2:
+                _gunzip(path, part)
+                values = _read_volume(part, shown=path)
+            else:
+                values = np.moveaxis(_read_volume(path), axis, -1)
+                nib.save(nib.Nifti1Image(values, np.eye(4)), part)
     else:
-        values, _ = _read_volume(path)
+        values = _read_volume(path)
 
     known = {"stamp": list(stamp), "levels": measure(values), "source": str(path)}
     known["constant"] = sorted(constant_planes(values))
@@ -279,16 +309,16 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _read_volume(path: Path, *, shown: Path | None = None) -> tuple[Array, Affine]:
-    values, affine = read_nifti(path, shown=shown)
-    require_volume(shown or path, values.shape)
-    return values, affine
+def _read_volume(path: Path, *, shown: Path | None = None) -> Array:
+    values, grid = read_nifti(path, shown=shown)
+    require_volume(shown or path, grid)
+    return values
 
 
-def _proxy(path: Path) -> tuple[Any, Affine]:
-    """Return voxels [H, W, D] that are read from disk when they are sliced, and the affine."""
+def _proxy(path: Path) -> Any:
+    """Return voxels [H, W, D] that are read from disk when they are sliced."""
     nifti: Any = nib.load(path)
-    return nifti.dataobj.reshape(nifti.shape[:3]), np.asarray(nifti.affine, dtype=np.float64)
+    return nifti.dataobj.reshape(nifti.shape[:3])
 
 
 def _stamp(path: Path) -> Stamp:
@@ -299,40 +329,46 @@ def _stamp(path: Path) -> Stamp:
 
 def _planes(volume: Entry, reading: Reading, store: VolumeStore) -> Iterator[Entry]:
     """Yield one entry per chosen slice; opens headers only, unless blank slices are left out."""
+    first = volume.images[0]
     try:
-        shape = nifti_shape(volume.images[0])
-        require_volume(volume.images[0], shape)
+        grid = store.grid(first)
+        require_volume(first, grid)
+        placed = place(grid, reading.plane)
     except UserError as error:
         refuse(error)
         return
-    chosen = range(shape[2])[slice(*reading.slices)]
+    depth = placed.view.depth
+    chosen = range(depth)[slice(*reading.slices)]
     if not chosen:
         raise UserError(
             "--slices",
             f"{':'.join('' if end is None else str(end) for end in reading.slices)} selects none "
-            f"of the {shape[2]} slices of {volume.images[0]}",
+            f"of the {depth} slices of {first}",
             "Count from 0 and exclude the end: 80:129 selects 49 of 155.",
         )
     blank: frozenset[int] = frozenset()
     if not reading.blank_slices:
-        blank = frozenset.intersection(*(store(path).constant for path in volume.images))
+        views = {p: require_view(p, store.grid(p), placed, other=first) for p in volume.images}
+        blank = frozenset.intersection(
+            *(
+                frozenset(map(view.position, store(path, view.axis).constant))
+                for path, view in views.items()
+            )
+        )
     for plane in chosen:
         if plane not in blank:
             yield volume._replace(name=f"{volume.name}_slice{plane:03d}", plane=plane)
 
 
-def require_volume(path: Path, shape: tuple[int, ...]) -> None:
-    """Raise a :class:`UserError` unless ``shape`` has three axes, none of them empty."""
-    if len(shape) != 3 or 0 in shape:
+def require_volume(path: Path, grid: Grid) -> None:
+    """Raise a :class:`UserError` unless a grid has three axes, none of them empty or of a slice."""
+    if len(grid.lengths) != 3 or 0 in grid.lengths:
         raise UserError(
             path,
-            f"its shape is {_grid_text(shape)}, but a volume has three axes, none of them empty",
+            f"its shape is {size_of(grid.lengths)}, but a volume has three axes, none of them "
+            "empty",
             "Keep slices, volumes and time series in separate data sets.",
         )
-
-
-def _grid_text(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _files(volumes: Iterable[Entry]) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from guided_diffusion.data.advice import are_raw
@@ -40,7 +40,9 @@ def pixels_of(image: ImageLike, *, name: str, channels: int, normalise: str) -> 
             raise UserError(path, "does not exist", nearest_path(path, "Check the path."))
         return scaled(read_image_file(path, channels=channels)[0], normalise)
     if isinstance(image, Image.Image):
-        return scaled(picture_values(name, image, channels=channels), normalise)
+        return scaled(
+            picture_values(name, ImageOps.exif_transpose(image), channels=channels), normalise
+        )
     values = _array(name, image)
     if channels == 1 and values.ndim == 2:
         values = values[None]

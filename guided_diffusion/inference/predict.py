@@ -7,7 +7,7 @@ has finished are kept. Slices of volumes are put together again by :mod:`volume_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from guided_diffusion.inference.record import Record, log_remarks, note_classes,
 from guided_diffusion.inference.rendering import area_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
-from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.segmentation import Segmentation
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
@@ -42,8 +43,8 @@ def run_sampling(setup: SampleSetup) -> None:
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
     logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
     segmenter = Segmenter.from_setup(setup)
-    for note in [*setup.notes, str(dataset), str(segmenter)]:
-        logger.log(note)
+    for line in [*setup.notes, str(dataset), str(segmenter)]:
+        logger.log(line)
     out_dir = expanded(run.out_dir)
     with only_run(out_dir, SAMPLING):
         names = _segment_and_note(segmenter, setup, out_dir)
@@ -63,23 +64,25 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
     assert dataset is not None
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    names = segment(
+
+    def note() -> None:
+        note_sampling(
+            out_dir,
+            fingerprint,
+            model=str(segmenter),
+            seed=segmenter.plan.seed,
+            options={**setup.trained.checkpoint.options, "plane": dataset.plane},
+        )
+
+    return segment(
         segmenter,
         dataset,
         out_dir,
         fingerprint=fingerprint,
         num_samples=options.num_samples,
         debug=options.debug,
+        note=note,
     )
-    if rank() == 0:
-        note_sampling(
-            out_dir,
-            fingerprint,
-            model=str(segmenter),
-            seed=segmenter.plan.seed,
-            options=setup.trained.checkpoint.options,
-        )
-    return names
 
 
 def segment(
@@ -90,6 +93,7 @@ def segment(
     fingerprint: str,
     num_samples: int = 0,
     debug: bool = False,
+    note: Callable[[], object] = bool,
 ) -> list[str]:
     """Segment a data set into a result folder and return the names of its cases.
 
@@ -100,6 +104,7 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         debug: also write a strip of all channels and masks of each case.
+        note: called by the first process before anything is drawn, to record the run.
 
     Raises:
         UserError: some cases failed; all others are finished.
@@ -112,7 +117,9 @@ def segment(
     ends = [end for _, end in each(segmenter.classes)]
     record = Record(out_dir, fingerprint, area_columns(segmenter.classes), ends=ends)
     note_classes(out_dir, segmenter.classes, known=record.is_uniform)
-    volumes = VolumeWriter(out_dir, fingerprint, entries)
+    if rank() == 0:
+        note()
+    volumes = VolumeWriter(out_dir, fingerprint, entries, plane=dataset.plane)
     record.forget(volumes.lost(record.rows.keys() - {*names}))
     todo = [
         index
@@ -141,7 +148,7 @@ def segment(
         if entries[index].volume:
             volumes.keep(entries[index], maps_of(result))
         elif case.affine is not None:
-            write_nifti(out_dir, case, result)
+            write_nifti(out_dir, case, result, source=entries[index].images[0])
         return row_of(case, result, seconds, segmenter.frame)
 
     # The loop over cases.

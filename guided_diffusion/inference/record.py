@@ -11,8 +11,9 @@ from typing import Any
 
 from guided_diffusion import logger
 from guided_diffusion.data.classes import RECORD, Classes, record_text, recorded_classes
-from guided_diffusion.data.datasets import Case, Frame
+from guided_diffusion.data.datasets import Case
 from guided_diffusion.data.folders import listing
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import (
@@ -23,7 +24,7 @@ from guided_diffusion.files import (
     set_aside,
 )
 from guided_diffusion.inference.rendering import measured
-from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.inference.segmentation import Segmentation
 
 MOST_DISAGREEMENT = 0.5
 """A mean pairwise 1 - Dice of the members above which a case is pointed out."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from guided_diffusion.data.classes import Classes, each
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.ensemble import UNCERTAINTIES, disagreement
-from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.report.canvas import Pixels
 from guided_diffusion.report.pictures import class_overlay, overlay, strip
 

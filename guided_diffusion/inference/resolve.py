@@ -20,7 +20,8 @@ from guided_diffusion.checkpoint import (
     require_kind,
 )
 from guided_diffusion.data.classes import Classes, find_classes
-from guided_diffusion.data.datasets import WOLLEB_CROP, Frame, SegmentationDataset, readable
+from guided_diffusion.data.datasets import SegmentationDataset, readable
+from guided_diffusion.data.frames import WOLLEB_CROP, Frame
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import sampler_of
 from guided_diffusion.layouts import normalise_flags, open_data

@@ -19,8 +19,11 @@ from torch import Tensor
 from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_weights_note
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.datasets import Case, Frame
-from guided_diffusion.data.folders import split_name
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.folders import is_nifti, split_name
+from guided_diffusion.data.frames import Frame
+from guided_diffusion.data.geometry import place
+from guided_diffusion.data.readers import read_grid
 from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
 from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
 from guided_diffusion.errors import UserError, memory_problem, python_names
@@ -35,6 +38,7 @@ from guided_diffusion.inference.plan import (
     within_memory,
 )
 from guided_diffusion.inference.resolve import SampleSetup, resolve_sampling
+from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.nn import AttentionBlock
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
@@ -42,49 +46,6 @@ from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, MemberNoise, member_
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
-
-
-class Segmentation(NamedTuple):
-    """The segmentation of a case, at its own size.
-
-    A network of declared classes (``--mask_labels``) has a class axis before H, W in everything
-    but ``labels``: [E, K, H, W] and [K, H, W].
-
-    Attributes:
-        members: the drawn masks, soft, float32 [E, H, W] in [0, 1].
-        fused: the ensemble's mask, soft, float32 [H, W] in [0, 1]; the members are joined with the
-            coarse mask first, as the plan says. Their spread is measured before that.
-        uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
-        classes: what the channels are; None where everything is one class.
-        measure: a name of :data:`guided_diffusion.ensemble.UNCERTAINTIES`.
-        coarse: the condition network's own mask, soft, float32 [H, W] in [0, 1]; None where the
-            network has none.
-    """
-
-    members: Tensor
-    fused: Tensor
-    uncertainty: Tensor
-    classes: Classes | None = None
-    measure: str = "std"
-    coarse: Tensor | None = None
-
-    @property
-    def mask(self) -> Tensor:
-        """The binary mask, bool [H, W]: fused at least one half.
-
-        Of classes that share no label only the likeliest of each pixel.
-        """
-        if self.classes is None:
-            return self.fused >= 0.5
-        return torch.from_numpy(self.classes.masks(self.fused.numpy()))
-
-    @property
-    def labels(self) -> Tensor:
-        """The label map, uint8 [H, W]: 0 and the labels of the classes, or 0 and 1."""
-        if self.classes is None:
-            return self.mask.to(torch.uint8)
-        return torch.from_numpy(self.classes.label_map(self.fused.numpy()))
-
 
 StepCallback = Callable[[Tensor, NoiseLevel, Prediction], object]
 """Called with every network evaluation: the noisy masks, their level, and the prediction."""
@@ -234,9 +195,9 @@ class Segmenter:
         """Segment one image of any size.
 
         Args:
-            image: the path of a picture or NIfTI file; a PIL image; or an array or tensor
-                [C, H, W] of uint8 or uint16 pixels, or of floats in the range of training
-                (pictures: [0, 1]).
+            image: the path of a picture or NIfTI file, whose masks lie as its array is stored; a
+                PIL image; or an array or tensor [C, H, W] of uint8 or uint16 pixels, or of floats
+                in the range of training (pictures: [0, 1]).
             name: seeds the noise; the file's stem by itself.
 
         Raises:
@@ -247,7 +208,10 @@ class Segmenter:
         name = name or split_name(Path(file).name)[0] or "image"
         channels = self.net.in_channels - self.net.mask_channels
         pixels = pixels_of(image, name=name, channels=channels, normalise=self.normalise)
-        return self.segment([Case(pixels, None, name)])[0]
+        (result,) = self.segment([Case(pixels, None, name)])
+        if isinstance(image, (str, PathLike)) and is_nifti(Path(image)):
+            return result.turned(place(read_grid(Path(image))).view.turn_back)
+        return result
 
     def segment(
         self, cases: Sequence[Case], callback: StepCallback | None = None

@@ -1,7 +1,7 @@
 """From slices back to volumes: what was predicted slice by slice becomes one NIfTI per volume.
 
 Slices wait on disk, exactly as drawn, until the last one of their volume is there; then they are
-put at their places in a volume with the source's affine and header, and removed. A run may be
+put at their places in a volume on the source's grid, with its header, and removed. A run may be
 killed at any point: what waits is found again, and a volume that is extended keeps what it has.
 """
 
@@ -21,7 +21,8 @@ import numpy as np
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Entry
-from guided_diffusion.data.readers import UNREADABLE, nifti_shape
+from guided_diffusion.data.geometry import grid_of, nifti_like, place
+from guided_diffusion.data.readers import UNREADABLE
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, require_replaceable, set_aside
 
@@ -35,11 +36,15 @@ class VolumeWriter:
         out_dir: the result folder; slices wait in ``.slices`` below it.
         fingerprint: of the settings, written into the header: others' volumes are replaced.
         entries: the cases of the run; those of no volume are ignored.
+        plane: how the volumes are sliced.
     """
 
-    def __init__(self, out_dir: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
+    def __init__(
+        self, out_dir: Path, fingerprint: str, entries: Iterable[Entry], *, plane: str = "axial"
+    ) -> None:
         self.out_dir = out_dir
         self.fingerprint = fingerprint
+        self.plane = plane
         self.entries = [entry for entry in entries if entry.volume]
         self.source = {entry.volume: entry.images[0] for entry in self.entries}
         self.waiting = out_dir / ".slices" / fingerprint
@@ -101,16 +106,20 @@ class VolumeWriter:
         planes = {int(path.stem): _load(path, kind) for path in slices}
         like = next(iter(planes.values()))
         known = self._written(volume, kind)
-        shape = (*nifti_shape(source), *like.shape[:-2])
+        original: Any = nib.load(source)
+        placed = place(grid_of(original), self.plane)
+        shape = (*placed.grid.shape, *like.shape[:-2])
         values = np.zeros(shape, like.dtype) if known is None else self._read(volume, kind, known)
+        along = np.moveaxis(values, placed.view.axis, 2)
         for position, plane in planes.items():
-            values[:, :, position] = np.moveaxis(plane, (-2, -1), (0, 1))
+            stored = placed.view.turn_back(plane)
+            along[:, :, placed.view.position(position)] = np.moveaxis(stored, (-2, -1), (0, 1))
 
         path = self._path(volume, kind)
         if known is None and path.exists() and not _is_volume(path):
             logger.log(f"{path} is damaged; it is kept as {set_aside(path).name}, and made anew")
         with atomic_write(path) as part:
-            nib.save(_like(source, values.astype(like.dtype), note=self.fingerprint), part)
+            nib.save(nifti_like(original, values.astype(like.dtype), note=self.fingerprint), part)
 
     def _written(self, volume: str, kind: str) -> Any:
         """The volume as an earlier run with the same settings has left it, or None."""
@@ -173,13 +182,3 @@ def _is_volume(path: Path) -> bool:
 def _load(path: Path, kind: str) -> np.ndarray:
     with path.open("rb") as file, np.load(file) as maps:
         return np.asarray(maps[kind])
-
-
-def _like(source: Path, values: np.ndarray, *, note: str) -> Any:
-    """A NIfTI image with the affine, voxel size and codes of ``source``, but other values."""
-    original: Any = nib.load(source)
-    header = original.header.copy()
-    header.set_data_dtype(values.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"], header["cal_max"], header["descrip"] = 0, 0, note
-    return type(original)(values, original.affine, header)

@@ -1,19 +1,22 @@
-"""The files of one case: pictures as PNG, and NIfTI with the case's own affine."""
+"""The files of one case: pictures as PNG, and NIfTI on the grid of the case's own file."""
 
 from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
 from guided_diffusion.data.classes import each
 from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.folders import is_nifti
+from guided_diffusion.data.geometry import grid_of, nifti_like, place, restored
 from guided_diffusion.ensemble import UNCERTAINTIES
 from guided_diffusion.files import atomic_write
 from guided_diffusion.inference.rendering import combined_uncertainty, draw_overlay, soft_maps
-from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import write_picture
 
@@ -42,16 +45,30 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
         _remove_members(stem, end, first=len(result.members))
 
 
-def write_nifti(out_dir: Path, case: Case, result: Segmentation) -> None:
-    """Write fused mask, binary mask and uncertainty of a NIfTI slice, with the case's affine.
+def write_nifti(
+    out_dir: Path, case: Case, result: Segmentation, *, source: Path | None = None
+) -> None:
+    """Write fused mask, binary mask and uncertainty of a NIfTI slice.
 
-    Declared classes are the fourth axis of the fused mask, and the values of the other.
+    They have the shape, the affine and the header of ``source``, from which the case was read; the
+    case's affine where it is no NIfTI file. Declared classes are the fourth axis of the fused mask,
+    and the values of the other.
     """
     for kind, values in maps_of(result).items():
-        if values.ndim == 3:
-            values = np.moveaxis(values, 0, -1)[:, :, None]
+        if source is not None and is_nifti(source):
+            image = _on_grid_of(source, values)
+        else:
+            own = np.moveaxis(values, 0, -1)[:, :, None] if values.ndim == 3 else values
+            image = nib.Nifti1Image(own, case.affine)
         with atomic_write(out_dir / f"{case.name}_{kind}.nii.gz") as part:
-            nib.save(nib.Nifti1Image(values, case.affine), part)
+            nib.save(image, part)
+
+
+def _on_grid_of(source: Path, values: np.ndarray) -> Any:
+    """Make an image of nibabel of a plane [..., H, W] as it was read from a slice."""
+    original: Any = nib.load(source)
+    stored = restored(place(grid_of(original)), values, axes=original.ndim)
+    return nifti_like(original, stored)
 
 
 def maps_of(result: Segmentation) -> dict[str, np.ndarray]:

@@ -121,7 +121,12 @@ class DataOptions:
         "empty: all above 0 is one class",
     )
     slices: str = flag(
-        "", "axial slices of each volume, from 0, end left out, as in 80:129; empty: all", run=True
+        "", "slices of each volume, from 0, end left out, as in 80:129; empty: all", run=True
+    )
+    plane: str = flag(
+        "axial",
+        "how volumes are sliced, by their headers; slices count to the left, back and top",
+        choices=("axial", "coronal", "sagittal"),
     )
     blank_slices: bool = flag(True, "keep slices of a volume whose image is constant", run=True)
     cache_dir: str = flag(
@@ -289,6 +294,11 @@ class ScoringOptions:
     mask_labels: str = flag(
         "", "classes of the truth by label, as in sampling; empty: as inp_pth's classes.json says"
     )
+    plane: str = flag(
+        "",
+        "how the truth's volumes are sliced; empty: as inp_pth's sampling.json says, else axial",
+        choices=("", "axial", "coronal", "sagittal"),
+    )
     empty: str = flag(
         "match",
         "how empty masks are scored: match, both empty is 1; zero, it is 0; skip, cases without a "
@@ -312,6 +322,7 @@ class ScoringOptions:
 
 LATER: dict[str, Any] = {
     "mask_labels": "",
+    "plane": "axial",
     "predict_v": False,
     "min_snr_gamma": 0.0,
     "coarse_loss": "none",

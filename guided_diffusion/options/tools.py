@@ -40,7 +40,12 @@ class SlicingOptions:
 
     src: str = flag("", "folder of volumes, one folder per case")
     out: str = flag("", "folder to write; the same command continues")
-    slices: str = flag("80:129", "axial slices, from 0, end left out")
+    slices: str = flag("80:129", "slices of each volume, from 0, end left out")
+    plane: str = flag(
+        "axial",
+        "how volumes are sliced, by their headers",
+        choices=("axial", "coronal", "sagittal"),
+    )
     blank_slices: bool = flag(True, "keep slices whose image is constant")
     modalities: str = flag("", "modalities to write, as in flair,t1ce; empty: all there are")
     normalise: str = flag(

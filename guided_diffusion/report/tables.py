@@ -57,7 +57,8 @@ def headline(evaluation: Evaluation) -> str:
         if found and found["mean"] is not None:
             digits = 1 if key == "hd95" else 3
             label = _label(key, summary["distances"], METRIC_LABELS)
-            cells.append(_figure_cell(number(found["mean"], digits), label, _range(found, digits)))
+            note = ", ".join(filter(None, (_range(found, digits), _left_out(found))))
+            cells.append(_figure_cell(number(found["mean"], digits), label, note))
     if "classes" not in summary:
         error, uncertainty = part["calibration"]["error"], part["uncertainty"]
         cells.append(_figure_cell(number(error), "Calibration error", "expected, all pixels"))
@@ -78,7 +79,10 @@ def class_tables(name: str, part: Summary) -> str:
         )
         + _table(
             f"Masks of the ensemble{of_class}, cases with a lesion",
-            ("", "Dice", "IoU", "Sensitivity", _label("hd95", part["distances"], METRIC_LABELS)),
+            (
+                *("", "Dice", "IoU", "Sensitivity"),
+                *(_label("hd95", part["distances"], METRIC_LABELS), "cases with HD95"),
+            ),
             _mask_rows(part),
         )
         + _table(
@@ -103,8 +107,8 @@ def _score_rows(part: Summary) -> list[list[str]]:
                     _range(of_lesion, digits),
                     number(of_lesion["median"], digits),
                     number(of_lesion["sd"], digits),
-                    str(of_lesion["number"]),
-                    number(everywhere[key]["mean"], digits),
+                    _left_out(of_lesion) or str(of_lesion["number"]),
+                    f"{number(everywhere[key]['mean'], digits)}{_in_brackets(everywhere[key])}",
                 ]
             )
     return rows
@@ -113,7 +117,11 @@ def _score_rows(part: Summary) -> list[list[str]]:
 def _mask_rows(part: Summary) -> list[list[str]]:
     found, digits = part["masks"], {"dice": 4, "iou": 4, "sensitivity": 4, "hd95": 2}
     return [
-        [label, *(number(found[kind][key], places) for key, places in digits.items())]
+        [
+            label,
+            *(number(found[kind][key], places) for key, places in digits.items()),
+            f"{found[kind]['hd95_number']} of {found[kind]['of']}",
+        ]
         for kind, label in MASKS.items()
         if kind in found and len(found) > 1
     ]
@@ -207,6 +215,17 @@ def _range(described: Mapping[str, Any], digits: int = 3) -> str:
     if described["low"] is None:
         return ""
     return f"{number(described['low'], digits)} to {number(described['high'], digits)}"
+
+
+def _left_out(described: Mapping[str, Any]) -> str:
+    """'3 of 4 cases' where a score is not known for all; else empty."""
+    some = described["number"] < described["of"]
+    return f"{described['number']} of {described['of']} cases" if some else ""
+
+
+def _in_brackets(described: Mapping[str, Any]) -> str:
+    text = _left_out(described)
+    return f" ({text})" if text else ""
 
 
 def number(value: float | None, digits: int = 3) -> str:

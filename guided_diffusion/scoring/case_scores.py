@@ -15,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.datasets import WOLLEB_CROP, WOLLEB_SIZE
+from guided_diffusion.data.geometry import size_of
 from guided_diffusion.ensemble import FUSIONS
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import Truth
@@ -30,6 +29,7 @@ from guided_diffusion.scoring.calibration import (
     energy_distance,
     expected_disagreement,
 )
+from guided_diffusion.scoring.fitting import at_size, on_grid, require_shape, resize
 from guided_diffusion.scoring.predictions import Mask, Reader, Source
 
 Binary = NDArray[np.bool_]
@@ -60,7 +60,7 @@ class Scoring:
 class CaseFiles(NamedTuple):
     """The files of one case: its fused mask (or None), its members in order, and its truths.
 
-    ``spacing`` is the size of a pixel along the axes of the truth's file, in millimetres.
+    ``spacing`` is the size of a pixel along H, W and, in a volume, across planes, in millimetres.
     """
 
     name: str
@@ -162,9 +162,13 @@ def load_case(
     """
     truth = _read_truth(files[0].truth, files[0].name, len(files))
     size = (truth.shape[1], truth.shape[2])
-    rated = (_read_truth(rater, files[0].name, len(files), size=size) for rater in files[0].raters)
+    rated = (
+        _read_truth(rater, files[0].name, len(files), like=(files[0].truth, size))
+        for rater in files[0].raters
+    )
     raters = np.stack([truth, *rated])[1:]
     stored, members = _read_predictions(files, read)
+    require_shape(files[0].sources[0], stored.shape[1:], size)
     cropped = files[0].sources[0].tensor
     soft = np.stack([at_size(channel, size, cropped=cropped) for channel in stored])
     drawn = np.stack([soft, *([at_size(c, size, cropped=cropped) for c in m] for m in members)])[1:]
@@ -201,9 +205,10 @@ def _cut(soft: Mask, classes: Classes | None) -> Binary:
 def _read_predictions(files: Sequence[CaseFiles], read: Reader) -> tuple[Mask, Mask]:
     """Read the fused mask [K, h, w], or the mean of the members, and the members [E, K, h, w]."""
     first = files[0].sources[0]
-    size = read(first).shape
+    size = read(first, files[0].truth).shape
     masks = [
-        [_require_size(read(source), source, size, first) for source in f.sources] for f in files
+        [_require_size(read(source, f.truth), source, size, first) for source in f.sources]
+        for f in files
     ]
     stacked = np.stack([np.stack(channels) for channels in zip(*masks, strict=False)])
     if files[0].fused is None:
@@ -215,36 +220,10 @@ def _require_size(mask: Mask, source: Source, size: tuple[int, ...], first: Sour
     if mask.shape != size:
         raise UserError(
             source.path,
-            f"the mask is {pixels_text(mask.shape)}, but {first.path.name} is {pixels_text(size)}",
+            f"the mask is {size_of(mask.shape)}, but {first.path.name} is {size_of(size)}",
             "The folder holds files of two runs: sample into an empty folder.",
         )
     return mask
-
-
-def at_size(mask: Mask, size: tuple[int, int], *, cropped: bool = False) -> Mask:
-    """Bring a prediction [h, w] to the truth's size.
-
-    ``cropped`` marks a tensor of Diffusion-based-Segmentation, which removes 8 pixels from every
-    side of 240 x 240; these are padded with 0.
-    """
-    kept = WOLLEB_SIZE - 2 * WOLLEB_CROP
-    if cropped and (mask.shape, size) == ((kept, kept), (WOLLEB_SIZE, WOLLEB_SIZE)):
-        return np.pad(mask, WOLLEB_CROP)
-    return resize(mask, size)
-
-
-def resize(mask: Mask, size: tuple[int, int], *, antialias: bool | None = None) -> Mask:
-    """Resize [H, W] bilinearly to ``size`` (height, width), antialiased where it shrinks.
-
-    Where it enlarges, antialiasing changes the last bit only, and takes ten times as long.
-    """
-    if mask.shape == size:
-        return mask
-    if antialias is None:
-        antialias = mask.shape[0] > size[0] or mask.shape[1] > size[1]
-    batch = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
-    resized = functional.interpolate(batch, size, mode="bilinear", antialias=antialias)
-    return resized[0, 0].numpy()
 
 
 def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
@@ -348,10 +327,15 @@ def _parent_size(mask: Mask) -> Mask:
 
 
 def _read_truth(
-    truth: Truth, name: str, channels: int, *, size: tuple[int, int] | None = None
+    truth: Truth, name: str, channels: int, *, like: tuple[Truth, tuple[int, int]] | None = None
 ) -> Mask:
-    """Read a truth as float32 [K, H, W]; a UserError unless it is a finite mask in [0, 1]."""
-    values = np.asarray(truth(), dtype=np.float32)
+    """Read a truth as float32 [K, H, W]; a UserError unless it is a finite mask in [0, 1].
+
+    That of a rater is brought to the grid of another truth, and must have its size.
+    """
+    values, size = np.asarray(truth(), dtype=np.float32), like and like[1]
+    if like:
+        values = on_grid(values, truth, like[0])
     values = values[None] if channels == 1 and values.ndim == 2 else values
     problem = None
     if values.ndim != 3 or values.size == 0 or len(values) != channels:
@@ -361,7 +345,7 @@ def _read_truth(
     elif values.min() < 0 or values.max() > 1:
         problem = f"has values from {values.min():g} to {values.max():g}, outside of [0, 1]"
     elif size and values.shape[1:] != size:
-        problem = f"the rater's mask is {pixels_text(values.shape[1:])}, not {pixels_text(size)}"
+        problem = f"the rater's mask is {size_of(values.shape[1:])}, not {size_of(size)}"
 
     if problem:
         flag = "--raters" if size else "--out_pth"
@@ -373,8 +357,3 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     """Compute the mean of the known values; None without any."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
-
-
-def pixels_text(size: Sequence[int]) -> str:
-    """'240 x 224' for a message."""
-    return " x ".join(str(length) for length in size)

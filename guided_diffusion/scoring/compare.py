@@ -117,6 +117,7 @@ def _unpaired(
 
 def comparison_text(found: Comparison) -> str:
     """Format a comparison as the table to print."""
+    most = max(paired["units"] for paired in found["measures"].values())
     head = f"{'second less first':<24}{'difference':>11}{'95 % interval':>22}{'p':>9}"
     lines = [head + f"{'higher':>8}{'lower':>7}"]
     for key, paired in found["measures"].items():
@@ -127,6 +128,7 @@ def comparison_text(found: Comparison) -> str:
             lines.append(
                 f"{label:<24}{paired['difference']:>+11.4f}{span:>22}{paired['p_value']:>9.2g}"
                 f"{paired['higher']:>8}{paired['lower']:>7}"
+                + (f"   {paired['units']} of {most}" if paired["units"] < most else "")
             )
     return "\n".join(
         [

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
-from guided_diffusion.data.folders import counted, is_nifti
-from guided_diffusion.data.readers import nifti_spacing
+from guided_diffusion.data.folders import counted
+from guided_diffusion.data.geometry import spacing
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, nearest_path
 from guided_diffusion.layouts import Truth, open_masks
@@ -36,7 +36,7 @@ from guided_diffusion.scoring.case_scores import (
     score_case,
 )
 from guided_diffusion.scoring.patients import PatientScore, score_patients
-from guided_diffusion.scoring.predictions import Reader, find_predictions
+from guided_diffusion.scoring.predictions import Reader, find_predictions, recorded_plane
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
 from guided_diffusion.scoring.surface import surface_distances
 from guided_diffusion.scoring.tables import require_writable, write_tables
@@ -70,6 +70,7 @@ def evaluate_all(
     scoring: Scoring | None = None,
     partial: bool = False,
     mask_labels: str = "",
+    plane: str = "",
     raters: Sequence[str] = (),
     one_class: bool = False,
     on_case: OnCase | None = None,
@@ -85,6 +86,7 @@ def evaluate_all(
         scoring: the settings; None for the defaults.
         partial: score the cases that are in both folders.
         mask_labels: the classes; empty for those that sampling recorded, else a single class.
+        plane: how volumes are sliced; empty for what sampling recorded, else axial.
         raters: folders with further masks of the same cases, one for each rater.
         one_class: treat everything above 0 as one class, whatever the folder records.
         on_case: called with each case's files and masks, so that nobody reads them again.
@@ -96,9 +98,10 @@ def evaluate_all(
     folder = require_writable(folder_of(inp_pth, "--inp_pth"))
     truth_folder = folder_of(out_pth, "--out_pth")
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
-    truths = open_masks(truth_folder, classes)
+    plane = plane or recorded_plane(folder) or "axial"
+    truths = open_masks(truth_folder, classes, plane=plane)
     cases = _cases(folder, truths, classes, partial=partial)
-    rated = [open_masks(folder_of(path, "--raters"), classes) for path in raters]
+    rated = [open_masks(folder_of(path, "--raters"), classes, plane=plane) for path in raters]
     cases = _with_raters(cases, rated)
     cases, spaced = _with_spacing(cases)
     scoring = replace(scoring or Scoring(), spacing=spaced)
@@ -138,7 +141,7 @@ def pair_cases(
     Raises:
         UserError: a case is on one side only, or none is on both.
     """
-    predicted = find_predictions(folder, end)
+    predicted = find_predictions(folder, end, truths=truths)
     if not predicted:
         raise UserError(
             folder,
@@ -174,10 +177,12 @@ def _with_spacing(
     cases: list[tuple[CaseFiles, ...]],
 ) -> tuple[list[tuple[CaseFiles, ...]], bool]:
     """Add its pixel size to every case; also return whether it is known for all of them."""
-    sizes = {
-        path: nifti_spacing(path) if path is not None and is_nifti(path) else None
-        for path in {case[0].truth.source for case in cases}
-    }
+    sizes: dict[Path | None, tuple[float, ...] | None] = {}
+    for case in cases:
+        truth = case[0].truth
+        if truth.source not in sizes:
+            placed = truth.placed()
+            sizes[truth.source] = spacing(placed) if placed else None
     spaced = [
         tuple(file._replace(spacing=sizes[file.truth.source]) for file in case) for case in cases
     ]
@@ -238,8 +243,8 @@ def _score_group(
                 stacks[k].append((masks.found, metrics.binarise(masks.truth)))
         if on_case is not None:
             on_case(files, by_class)
-    spacing = cases[0][0].spacing if scoring.spacing else None
-    return rows, [_score_volume(stack, spacing, scoring) for stack in stacks if stack]
+    sizes = cases[0][0].spacing if scoring.spacing else None
+    return rows, [_score_volume(stack, sizes, scoring) for stack in stacks if stack]
 
 
 def _is_whole(cases: Sequence[tuple[CaseFiles, ...]]) -> bool:
@@ -249,11 +254,11 @@ def _is_whole(cases: Sequence[tuple[CaseFiles, ...]]) -> bool:
 
 
 def _score_volume(
-    stack: Sequence[tuple[Binary, Binary]], spacing: tuple[float, ...] | None, scoring: Scoring
+    stack: Sequence[tuple[Binary, Binary]], sizes: tuple[float, ...] | None, scoring: Scoring
 ) -> MaskScore:
     found, truth = (np.stack(planes, axis=-1) for planes in zip(*stack, strict=True))
     counts = metrics.confusion(found, truth)
-    return mask_score(counts, surface_distances(found, truth, spacing=spacing), scoring)
+    return mask_score(counts, surface_distances(found, truth, spacing=sizes), scoring)
 
 
 def _patients(

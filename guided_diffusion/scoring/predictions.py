@@ -4,7 +4,8 @@ A folder is read by the first of these that it has: ``<case>_output_ens`` as a p
 (soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``. A
 member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or
 a strip of panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI
-volume stands for its axial slices, ``<case>_slice000`` and so on.
+volume stands for its slices, ``<case>_slice000`` and so on. NIfTI files are brought to the grid of
+the truth, and refused where they do not lie on it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guided_diffusion.data.folders import PICTURES, is_nifti
+from guided_diffusion.data.geometry import (
+    PLANES,
+    Grid,
+    Placed,
+    View,
+    as_it_lies,
+    mismatch,
+    place,
+    view_on,
+    view_resized,
+)
 from guided_diffusion.data.masks import MaskSet
-from guided_diffusion.data.readers import UNREADABLE, StoredLabels, nifti_shape, read_nifti
+from guided_diffusion.data.readers import (
+    UNREADABLE,
+    StoredLabels,
+    read_grid,
+    read_nifti,
+    upright,
+)
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import read_json
+from guided_diffusion.layouts import Truth
 
 Mask = NDArray[np.float32]
 FUSED = r"(?P<case>.+)_output_ens"
@@ -43,19 +63,26 @@ PADDING = 10
 
 @dataclass(frozen=True)
 class Source:
-    """The source of one mask: a file, and the axial plane where the file is a volume.
+    """The source of one mask: a file, and the plane where the file is a volume.
 
     ``masks`` says what the values of this file and of those like it mean; None for this one alone.
+    ``turned`` pictures lie as this suite turns planes; others lie as the truth's file is stored.
     """
 
     path: Path
     plane: int | None = None
     masks: MaskSet | None = field(default=None, compare=False)
+    turned: bool = False
 
     @property
     def tensor(self) -> bool:
         """Whether it is a tensor as Diffusion-based-Segmentation saves it."""
         return not is_nifti(self.path) and self.path.suffix.lower() not in PICTURES
+
+    @property
+    def square(self) -> bool:
+        """Whether it is a file of the published code, drawn as a square for images of any shape."""
+        return self.tensor or self.path.suffix.lower() in (".jpg", ".jpeg")
 
 
 class Found(NamedTuple):
@@ -65,17 +92,26 @@ class Found(NamedTuple):
     members: tuple[Source, ...]
 
 
-def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
+def find_predictions(
+    folder: Path, end: str = "", *, truths: Mapping[str, Truth] | None = None
+) -> dict[str, Found]:
     """List every case with predictions directly in ``folder``, by id.
 
-    ``end`` follows the files' names where they are of one class of several.
+    ``end`` follows the files' names where they are of one class of several. Volumes are sliced as
+    those of ``truths`` are.
     """
     paths = sorted(folder.iterdir())
+    volumes = {truth.volume: truth for truth in (truths or {}).values() if truth.volume}
     members: dict[str, list[Source]] = {}
-    for (case, _), source in sorted(_find(paths, MEMBER + re.escape(end)).items()):
+    for (case, _), source in sorted(_find(paths, MEMBER + re.escape(end), volumes).items()):
         members.setdefault(case, []).append(source)
 
-    fused = _find(paths, FUSED + re.escape(end)) or ({} if members or end else _find(paths, BINARY))
+    fused = _find(paths, FUSED + re.escape(end), volumes)
+    if not (fused or members or end):
+        fused = _find(paths, BINARY, volumes)
+    if recorded_plane(folder):
+        fused = {key: replace(source, turned=True) for key, source in fused.items()}
+        members = {case: [replace(s, turned=True) for s in members[case]] for case in members}
     if not fused:
         return {case: Found(None, tuple(sources)) for case, sources in members.items()}
     return {
@@ -83,7 +119,18 @@ def find_predictions(folder: Path, end: str = "") -> dict[str, Found]:
     }
 
 
-def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
+def recorded_plane(folder: Path) -> str:
+    """How sampling recorded that volumes were sliced; empty for results without that record."""
+    try:
+        plane = (read_json(folder / "sampling.json", hint="") or {})["options"]["plane"]
+    except (UserError, KeyError, TypeError):
+        return ""
+    return plane if plane in PLANES else ""
+
+
+def _find(
+    paths: Sequence[Path], pattern: str, volumes: Mapping[str, Truth]
+) -> dict[tuple[str, int], Source]:
     """Find the files of the first kind present, by case and member; a volume becomes its planes.
 
     A lossless .png takes precedence over a .jpg.
@@ -97,7 +144,7 @@ def _find(paths: Sequence[Path], pattern: str) -> dict[tuple[str, int], Source]:
             return {
                 key: source
                 for path, match in found
-                for key, source in _sources(match["case"], _index(match), path, masks)
+                for key, source in _sources(match["case"], _index(match), path, masks, volumes)
             }
     return {}
 
@@ -107,13 +154,15 @@ def _index(match: re.Match[str]) -> int:
 
 
 def _sources(
-    case: str, index: int, path: Path, masks: MaskSet
+    case: str, index: int, path: Path, masks: MaskSet, volumes: Mapping[str, Truth]
 ) -> Iterator[tuple[tuple[str, int], Source]]:
-    shape = nifti_shape(path) if is_nifti(path) else ()
-    if len(shape) < 3:
+    grid = read_grid(path) if is_nifti(path) else None
+    if grid is None or len(grid.lengths) < 3:
         yield (case, index), Source(path, masks=masks)
         return
-    for plane in range(shape[2]):
+    truth = volumes.get(case)
+    depth = _view(path, grid, truth.placed() if truth else None, truth).depth
+    for plane in range(depth):
         yield (f"{case}_slice{plane:03d}", index), Source(path, plane, masks)
 
 
@@ -121,15 +170,84 @@ class Reader:
     """Reads masks and decodes each volume once; it is kept as long as one volume is scored."""
 
     def __init__(self) -> None:
-        self.volumes: dict[Path, Mask] = {}
+        self.volumes: dict[Path, tuple[Mask, Grid]] = {}
+        self.written: dict[Path, Grid] = {}
+        self.last: tuple[Truth | None, Placed | None] = (None, None)
 
-    def __call__(self, source: Source) -> Mask:
-        """Read a soft mask, float32 [H, W] in [0, 1]; a :class:`UserError` where it is none."""
+    def __call__(self, source: Source, truth: Truth | None = None) -> Mask:
+        """Read a soft mask, float32 [H, W] in [0, 1], as the truth lies.
+
+        Raises:
+            UserError: it is no mask, or does not lie where the truth is.
+        """
+        if truth is not self.last[0]:
+            self.last = truth, truth.placed() if truth else None
+        placed = self.last[1]
+        if not is_nifti(source.path):
+            mask = read_soft(source.path, source.masks)
+            if placed is None or truth is None:
+                return mask
+            if source.turned:
+                return self._as_sampled(source.path, mask, placed, truth)
+            return _as_stored(source.path, mask, placed)
         if source.plane is None:
-            return read_soft(source.path, source.masks)
-        if source.path not in self.volumes:
-            self.volumes[source.path] = _read_nifti(source.path, 3, source.masks)
-        return np.ascontiguousarray(self.volumes[source.path][..., source.plane])
+            values, grid = _read_nifti(source.path, 2, source.masks)
+        else:
+            if source.path not in self.volumes:
+                self.volumes[source.path] = _read_nifti(source.path, 3, source.masks)
+            values, grid = self.volumes[source.path]
+        view = _view(source.path, grid, placed, truth)
+        along = np.moveaxis(values.reshape(grid.shape), view.axis, -1)
+        return np.ascontiguousarray(view.turn(along[..., view.position(source.plane or 0)]))
+
+    def _as_sampled(self, path: Path, mask: Mask, placed: Placed, truth: Truth) -> Mask:
+        """Turn a picture that sampling has turned back, beside a truth that states nothing.
+
+        The orientation of the image is that of the NIfTI file that sampling wrote as well.
+        """
+        case = truth.volume or re.sub(r"_(output_ens|output\d+|mask)(_.*)?$", "", path.stem)
+        written = path.with_name(f"{case}_mask.nii.gz")
+        if placed.grid.stated or not (written in self.written or written.exists()):
+            return mask
+        if written not in self.written:
+            self.written[written] = read_grid(written)
+        own, view = place(self.written[written], PLANES[placed.axis]).view, placed.view
+        if truth.volume and (own.axis, own.reverse) != (view.axis, view.reverse):
+            raise UserError(
+                truth.source or path,
+                f"states no orientation, and {written.name} is not stored as its slices are",
+                "Score against the data set, or a truth whose header states its orientation.",
+            )
+        return np.ascontiguousarray(own.turn_back(mask))
+
+
+def _view(path: Path, grid: Grid, placed: Placed | None, truth: Truth | None) -> View:
+    """How planes are read from a prediction, so that they lie as those of the truth.
+
+    A grid of another size has to cover the same space in the same number of planes. Without a
+    truth in NIfTI the file is read as it lies.
+    """
+    if placed is None or truth is None:
+        return as_it_lies(grid)
+    if len(placed.grid.lengths) != len(grid.lengths):
+        return place(grid).view
+    view = view_on(grid, placed) or view_resized(grid, placed)
+    if view is None:
+        raise mismatch(path, grid, placed.grid, other=truth.source or path)
+    return view
+
+
+def _as_stored(path: Path, mask: Mask, placed: Placed) -> Mask:
+    """Turn a picture that lies as the truth's file is stored."""
+    view = placed.view
+    if placed.grid.slicing is None and (view.axis != 2 or view.reverse):
+        raise UserError(
+            path,
+            f"a picture does not say where it lies in {placed.grid}, which is not sliced along its "
+            "last axis from the bottom up",
+            "Score NIfTI files, or sample again.",
+        )
+    return np.ascontiguousarray(view.turn(mask))
 
 
 def read_soft(path: Path, masks: MaskSet | None = None) -> Mask:
@@ -140,13 +258,14 @@ def read_soft(path: Path, masks: MaskSet | None = None) -> Mask:
     lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
     """
     if is_nifti(path):
-        return _read_nifti(path, 2, masks)
+        return _read_nifti(path, 2, masks)[0]
     if Source(path).tensor:
         return read_tensor(path)
     if path.stem.endswith("_mask"):
         return np.asarray((masks or MaskSet([path])).read(path)[0].numpy(), dtype=np.float32)
     try:
         with Image.open(path) as picture:
+            upright(picture)
             deep = picture.mode.startswith("I")
             levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
     except UNREADABLE as error:
@@ -192,17 +311,17 @@ def read_tensor(path: Path) -> Mask:
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
 
-def _read_nifti(path: Path, axes: int, masks: MaskSet | None) -> Mask:
+def _read_nifti(path: Path, axes: int, masks: MaskSet | None) -> tuple[Mask, Grid]:
     """Read probabilities, which are fractions from 0 to 1, or masks by what their values mean."""
-    values = read_nifti(path)[0]
-    if values.ndim != axes:
+    values, grid = read_nifti(path)
+    if len(grid.lengths) != axes:
         raise _unreadable_prediction(
             path, ValueError(f"it has {values.ndim} axes"), f"a mask of {axes} axes"
         )
-    if values.min() >= 0 and values.max() <= 1:
-        return values
-    kind = (masks or MaskSet([path])).kind
-    return np.asarray(kind.read(path, StoredLabels(values))[0].numpy())
+    if values.min() < 0 or values.max() > 1:
+        kind = (masks or MaskSet([path])).kind
+        values = np.asarray(kind.read(path, StoredLabels(values))[0].numpy())
+    return values.reshape(grid.lengths), grid
 
 
 def _unreadable_prediction(path: Path, error: BaseException, kind: str) -> UserError:

@@ -142,9 +142,10 @@ def _described(rows: Sequence[CaseScore], scores: ClassScores) -> Summary:
 def describe_values(
     values: Sequence[float | None], groups: Sequence[str] | None = None
 ) -> dict[str, float | int | None]:
-    """Describe values for JSON: None (null) stands for NaN."""
+    """Describe values for JSON: None (null) stands for NaN; ``number`` of the values are known."""
     found = describe([math.nan if value is None else value for value in values], groups)
-    return {key: metrics.none_for_nan(value) for key, value in found._asdict().items()}
+    known = {key: metrics.none_for_nan(value) for key, value in found._asdict().items()}
+    return {"number": known.pop("number"), "of": len(values), **known}
 
 
 def _by_size(lesion: Sequence[CaseScore], scores: ClassScores) -> list[Summary]:
@@ -176,7 +177,12 @@ def _masks(scores: ClassScores) -> Summary:
             pooled.setdefault("member" if name.startswith("member ") else name, []).append(score)
     return {
         name: {
-            key: mean_of([getattr(score, key) for score in of_kind]) for key in MaskScore._fields
+            **{
+                key: mean_of([getattr(score, key) for score in of_kind])
+                for key in MaskScore._fields
+            },
+            "hd95_number": sum(score.hd95 is not None for score in of_kind),
+            "of": len(of_kind),
         }
         for name, of_kind in pooled.items()
     }
@@ -263,6 +269,7 @@ def summary_text(summary: Summary) -> str:
             f"{'seconds per case':<24}{_number(summary['seconds_per_case'], 2):>10}",
             "",
             *_confidence_lines(summary),
+            *_distance_notes(summary),
             f"empty truths {summary['empty_truth']}, empty predictions "
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
             f"empty masks: {summary['empty_rule']}",
@@ -279,6 +286,18 @@ def _distance_lines(summary: Summary) -> list[str]:
         _line(label, _mean(summary, "scores", key), _mean(summary, "scores_lesion", key))
         for key, label in labels.items()
         if _mean(summary, "scores", key) is not None
+    ]
+
+
+def _distance_notes(summary: Summary) -> list[str]:
+    """Of how many cases the mean HD95 is, where some have none."""
+    everywhere, lesion = (summary.get(g, {}).get("hd95") for g in ("scores", "scores_lesion"))
+    if not everywhere or everywhere["number"] == everywhere["of"]:
+        return []
+    found, of = (lesion[name] if lesion else 0 for name in ("number", "of"))
+    return [
+        f"HD95 is the mean of {everywhere['number']} of {everywhere['of']} cases, {found} of {of} "
+        "with lesion: it is undefined where a mask is empty"
     ]
 
 

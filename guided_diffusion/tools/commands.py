@@ -37,6 +37,7 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
     reading = Reading(
         modalities=find_modalities(options.modalities),
         slices=slice_range(options.slices),
+        plane=options.plane,
         blank_slices=options.blank_slices,
         normalise=options.normalise,
     )

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from guided_diffusion.data.advice import intensity_advice
-from guided_diffusion.data.datasets import Case, Frame, SegmentationDataset, auto_frame, readable
+from guided_diffusion.data.datasets import Case, SegmentationDataset, readable
 from guided_diffusion.data.folders import counted, listing
+from guided_diffusion.data.frames import Frame, auto_frame
 from guided_diffusion.data.mask_values import distinct
 from guided_diffusion.data.readers import read_labels
 from guided_diffusion.errors import UserError, gathering
@@ -206,7 +207,7 @@ def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[s
     good, patients = findings.good, set(dataset.patients) - {""}
     yield "folder", str(dataset.directory)
     volumes = {entry.volume for entry in dataset.entries} - {""}
-    layout = f"{dataset.layout}, {counted(len(volumes), 'volume')} by axial slices"
+    layout = f"{dataset.layout}, {counted(len(volumes), 'volume')} by {dataset.plane} slices"
     yield "layout", layout if volumes else dataset.layout
     yield "cases", f"{len(dataset)}, of which {len(good)} can be used"
     yield "patients", str(len(patients)) if patients else "unknown"

@@ -1,7 +1,7 @@
 """Slicing BraTS volumes into the two-dimensional layout, with the patients kept together.
 
-``out/{training,testing}/NNNNNN/brats_train_PPP_<modality>_SSS_w.nii.gz``: one folder per axial
-slice, PPP the patient's line in the split, SSS the position. ``out/split.txt`` holds the part of
+``out/{training,testing}/NNNNNN/brats_train_PPP_<modality>_SSS_w.nii.gz``: one folder per slice,
+PPP the patient's line in the split, SSS the position. ``out/split.txt`` holds the part of
 each patient; it is written by the first run and read by later ones. Folders are renamed once they
 are complete, so the same command continues a run that was killed.
 """
@@ -26,7 +26,8 @@ import numpy as np
 from guided_diffusion.bratsloader import SEG, open_brats
 from guided_diffusion.data.datasets import Entry, Reading
 from guided_diffusion.data.folders import listing
-from guided_diffusion.data.readers import Affine, Array
+from guided_diffusion.data.geometry import Affine, Grid
+from guided_diffusion.data.readers import Array
 from guided_diffusion.data.splits import PARTS, read_split
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError
@@ -194,13 +195,14 @@ def cut(dataset: VolumeDataset, job: Job, dtype: str) -> int:
     missing = [(entry, folder) for entry, folder in job.targets() if not folder.exists()]
     for entry, folder in missing:
         image, affine = dataset.read_image(entry)
+        grid = dataset.store.grid(entry.images[0])
         labels = dataset.read_labels(entry)
         assert labels is not None
         stem = f"brats_train_{job.patient:03d}_{{}}_{entry.plane:03d}_w.nii.gz"
         with _atomic_folder(folder) as part:
             for name, values in zip(dataset.modalities, image.numpy(), strict=True):
-                _save(part / stem.format(name), values, affine, dtype)
-            _save(part / stem.format(SEG), labels, affine, "label")
+                _save(part / stem.format(name), values, affine, dtype, grid)
+            _save(part / stem.format(SEG), labels, affine, "label", grid)
     return len(missing)
 
 
@@ -228,8 +230,8 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _save(path: Path, values: Array, affine: Affine | None, dtype: str) -> None:
-    """Write one slice: labels as uint8, images as ``dtype``."""
+def _save(path: Path, values: Array, affine: Affine | None, dtype: str, grid: Grid) -> None:
+    """Write one slice: labels as uint8, images as ``dtype``; ``grid`` is that of the volume."""
     if dtype == "float32":
         image: Any = nib.Nifti1Image(values.astype(np.float32), affine)
     elif dtype == "label":
@@ -237,6 +239,11 @@ def _save(path: Path, values: Array, affine: Affine | None, dtype: str) -> None:
     else:
         image = nib.Nifti1Image(np.rint(255 * values).astype(np.uint8), affine)
         image.header.set_slope_inter(1 / 255, 0)
+    if not grid.stated:
+        image.set_sform(None, 0)
+        image.set_qform(None, 0)
+    if grid.unit is not None:
+        image.header.set_xyzt_units({1000.0: "meter", 1.0: "mm"}.get(grid.unit, "micron"))
     nib.save(image, path)
 
 
@@ -281,5 +288,6 @@ def _settings(plan: SlicingPlan) -> str:
     first, end = ("" if bound is None else bound for bound in reading.slices)
     blank = "" if reading.blank_slices else ", no blank slices"
     channels = ",".join(reading.modalities) or "all modalities"
-    cut = f"slices {first}:{end}{blank}, {reading.normalise}, {plan.dtype}, {channels}"
+    plane = "" if reading.plane == "axial" else f", {reading.plane}"
+    cut = f"slices {first}:{end}{plane}{blank}, {reading.normalise}, {plan.dtype}, {channels}"
     return f"{cut}, train {plan.train:g}, seed {plan.seed}"

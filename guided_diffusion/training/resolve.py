@@ -31,7 +31,8 @@ from guided_diffusion.checkpoint import (
 from guided_diffusion.data.advice import intensity_notes, mask_notes
 from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
 from guided_diffusion.data.cache import GIB, CachedDataset
-from guided_diffusion.data.datasets import Case, ResizedDataset, SegmentationDataset, read_as
+from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as
+from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
 from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
 from guided_diffusion.errors import UserError

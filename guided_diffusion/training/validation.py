@@ -24,7 +24,8 @@ from guided_diffusion.files import expanded, make_folder
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.plan import SamplingPlan, make_plan
 from guided_diffusion.inference.rendering import draw_overlay
-from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.segmentation import Segmentation
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, WatchOptions
 from guided_diffusion.report.canvas import Pixels

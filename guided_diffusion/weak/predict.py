@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from guided_diffusion import logger
-from guided_diffusion.data.datasets import Case, Frame
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.tumorloader import LabelledImages, TumourImages
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.cases import run_cases
+from guided_diffusion.inference.provenance import note_sampling
 from guided_diffusion.inference.record import Record, is_whole_png
 from guided_diffusion.options.weak import WeakOptions
 from guided_diffusion.report.canvas import soft_png
@@ -200,6 +202,13 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
         UserError: some cases failed; all others are finished.
     """
     make_folder(folder, flag="--results_dir")
+    method, plane = segmenter.options.method, dataset.plane
+    note_sampling(
+        *(folder, segmenter.fingerprint),
+        model=method,
+        seed=segmenter.seed,
+        options={"plane": plane},
+    )
     record = Record(folder, segmenter.fingerprint, ("label",), with_members=False)
     total, wanted = len(dataset), segmenter.options.num_samples
     chosen = [i * total // wanted for i in range(wanted)] if wanted else range(total)

@@ -14,7 +14,7 @@ import torch
 from guided_diffusion.checkpoint import CLASSIFIER, IMAGES, Weights, load_weights
 from guided_diffusion.data.advice import intensity_notes
 from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
-from guided_diffusion.data.datasets import Frame
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.tumorloader import (
     LabelledImages,
     Pictures,

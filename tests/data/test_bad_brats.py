@@ -225,7 +225,7 @@ BAD: list[tuple[Callable[[Path], None], str, str]] = [
         "t1ce_080_w.nii.gz: its size is 8 x 6, but that of brats_train_001_t1",
         "on one grid",
     ),
-    (turned_slice, "t1ce_080_w.nii.gz: its affine (PLS) has other axes", "onto one grid"),
+    (turned_slice, "t1ce_080_w.nii.gz: its size is 6 x 8", "on one grid"),
     (two_of_a_kind, "1: has 2 flair files", "a separate folder"),
     (incomplete_case, "2: the case lacks t1ce, t2, flair", "Add the file"),
     (label_only, "2: the case lacks t1, t1ce, t2, flair", "Add the file"),
@@ -240,7 +240,7 @@ BAD: list[tuple[Callable[[Path], None], str, str]] = [
     ),
     (
         volume_flipped,
-        "p1_seg.nii.gz: its affine (LAS) has other axes or spacing than p1_t1.nii.gz (L",
+        "p1_seg.nii.gz: its affine (LAS) has other orientation or origin than p1_t1.nii.gz (L",
         "one grid",
     ),
     (volume_of_five_axes, "its shape is 2 x 2 x 2 x 2 x 2", "separate data sets"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from guided_diffusion.data.batches import training_batches
 from guided_diffusion.data.cache import CachedDataset
-from guided_diffusion.data.datasets import Frame, ResizedDataset
+from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
 

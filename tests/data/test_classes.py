@@ -15,10 +15,12 @@ from helpers import DIFFUSION, NETWORK, contents, read_alone, read_csv, refused,
 from PIL import Image
 
 from guided_diffusion.data.classes import Classes, find_classes, record_text, recorded_classes
-from guided_diffusion.data.datasets import Case, Frame, Reading, ResizedDataset
+from guided_diffusion.data.datasets import Case, Reading
+from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.record import note_classes
-from guided_diffusion.inference.segmenter import Segmentation, Segmenter
+from guided_diffusion.inference.segmentation import Segmentation
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.report.pictures import class_overlay
 from guided_diffusion.scoring.evaluate import evaluate_all

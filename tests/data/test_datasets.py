@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from brats_folders import watch
 from helpers import read_alone
 from PIL import Image
 from torch.testing import assert_close
@@ -19,15 +20,9 @@ from torch.utils.data import DataLoader
 
 from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D, modality_of
 from guided_diffusion.data.batches import collate
-from guided_diffusion.data.datasets import (
-    Case,
-    Frame,
-    Reading,
-    ResizedDataset,
-    auto_frame,
-    readable,
-)
+from guided_diffusion.data.datasets import Case, Reading, readable
 from guided_diffusion.data.folders import safe_name, split_name
+from guided_diffusion.data.frames import Frame, ResizedDataset, auto_frame
 from guided_diffusion.data.readers import read_picture
 from guided_diffusion.errors import UserError
 from guided_diffusion.isicloader import ISICDataset
@@ -217,9 +212,7 @@ def test_a_volume_is_decoded_once_and_memory_stays_bounded(
 ) -> None:
     dataset = BRATSDataset3D(write_volumes(tmp_path))
     assert dataset.masks.kind.levels == (0, 4)  # a sample, which is not kept
-    decoded: list[Path] = []
-    load = nib.load
-    monkeypatch.setattr(nib, "load", lambda path: decoded.append(path) or load(path))
+    decoded = watch(monkeypatch)
     dataset.store.most_bytes = 2 * 6 * 8 * 3 * 4
 
     for index in range(len(dataset)):
@@ -680,7 +673,7 @@ MALFORMED: list[tuple[Callable[[Path], None], str, str]] = [
     (no_magic, "1/t1.nii: cannot be read as a NIfTI", "Restore it"),
     (not_finite, "1/t2.nii.gz: has NaN or infinite values", "Repair the file"),
     (complex_numbers, "1/t2.nii.gz: cannot be read as a NIfTI", "Restore it"),
-    (mask_size, "1/seg.nii.gz: the mask is 8 x 6, but its image is 6 x 8", "same size"),
+    (mask_size, "1/seg.nii.gz: its size is 8 x 6, but that of t1.nii.gz is 6 x 8", "on one grid"),
     (modality_size, "1/flair.nii.gz: its size is 9 x 9", "on one grid"),
     (fractional_labels, "1/seg.nii.gz: holds 1.5: neither labels", "interpolated"),
     (volume_in_slices, "2/t1.nii.gz: its shape is 6 x 8 x 3, but a slice", "Cut volumes"),

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from guided_diffusion.data.batches import training_batches
-from guided_diffusion.data.datasets import Frame, ResizedDataset, SegmentationDataset
+from guided_diffusion.data.datasets import SegmentationDataset
+from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
 

@@ -29,11 +29,12 @@ from torch.utils.data import DataLoader
 
 from guided_diffusion.bratsloader import BRATSDataset3D
 from guided_diffusion.data.batches import collate
-from guided_diffusion.data.datasets import Entry, Frame, Reading, ResizedDataset
+from guided_diffusion.data.datasets import Entry, Reading
+from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.data.intensity import measure, normalised
 from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.predict import segment
-from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.layouts import open_masks
 from guided_diffusion.schedule import CLEAN

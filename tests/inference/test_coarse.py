@@ -23,7 +23,8 @@ from guided_diffusion.checkpoint import (
     version_of,
 )
 from guided_diffusion.data.batches import collate
-from guided_diffusion.data.datasets import Case, Frame
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.ensemble import BLENDS, blend_coarse, mean
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import SamplingPlan

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from guided_diffusion import logger
-from guided_diffusion.data.datasets import Case, Entry, Frame, SegmentationDataset
+from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError

@@ -112,7 +112,7 @@ def test_nothing_but_empty_truths(tmp_path):
 
 
 def test_the_prediction_goes_to_the_size_of_the_truth(tmp_path):
-    truth = np.kron(SQUARE, np.ones((4, 2), dtype=np.float32))
+    truth = np.kron(SQUARE, np.ones((4, 4), dtype=np.float32))
     save(tmp_path / "pred" / "1_output_ens.png", SQUARE)
     save(tmp_path / "gt" / "ISIC_1_Segmentation.png", truth)
     summary = evaluate(tmp_path / "pred", tmp_path / "gt")
@@ -242,7 +242,7 @@ def test_a_member_of_another_size(folders):
 )
 def test_a_truth_that_is_no_mask(folders, monkeypatch, truth, wanted):
     cases = {case: Truth(lambda: truth) for case in "1234"}
-    monkeypatch.setattr(evaluation, "open_masks", lambda folder, classes: cases)
+    monkeypatch.setattr(evaluation, "open_masks", lambda folder, classes, plane: cases)
     refused(folders, "truth of case 1", wanted)
 
 

@@ -14,9 +14,12 @@ from brats_folders import (
     write_volumes,
 )
 from helpers import contents, refused, script, succeeded
+from spatial import SHAPE, bare, head, lesion, put, stored
 from torch.testing import assert_close
 
 from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D
+from guided_diffusion.data.datasets import Reading
+from guided_diffusion.data.geometry import PLANES
 from guided_diffusion.tools import slices
 
 
@@ -154,3 +157,25 @@ def test_volumes_may_be_added_but_not_changed(tmp_path: Path) -> None:
     seg.touch()
     assert "changed since" in refused(slicer(data, out, *flags))
     assert contents(out / "training") == after
+
+
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "PIR", ""])
+def test_slices_of_any_plane_are_read_as_those_of_the_volume(
+    tmp_path: Path, codes: str, plane: str
+) -> None:
+    for name in ("flair", "t1", "seg"):
+        values = lesion() if name == "seg" else head()
+        put(tmp_path / f"data/p/p_{name}.nii.gz", stored(values, codes) if codes else bare(values))
+    flags = ("--slices", ":", "--dtype", "float32", "--plane", plane)
+    succeeded(slicer(tmp_path / "data", tmp_path / "out", *flags, "--train", 1))
+    cut = BRATSDataset(tmp_path / "out/training")
+    whole = BRATSDataset3D(tmp_path / "data", reading=Reading(plane=plane))
+    assert len(cut) == len(whole) == SHAPE[PLANES.index(plane)]
+    for one, other in zip(cut, whole, strict=True):
+        assert torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)
+    assert any("orientation" in note for note in cut.notes) == (not codes)
+
+    other = "axial" if plane != "axial" else "coronal"
+    again = slicer(tmp_path / "data", tmp_path / "out", *flags[:-1], other, "--train", 1)
+    assert "the slices were cut with other settings" in refused(again)

@@ -16,7 +16,7 @@ from torch import Tensor
 from guided_diffusion.checkpoint import BEST, LATEST, latest_checkpoint, load_checkpoint
 from guided_diffusion.data.classes import find_classes
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.inference.segmenter import Segmentation
+from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.options.segmentation import WatchOptions
 from guided_diffusion.scoring.metrics import confusion, dice
 from guided_diffusion.tools import phantom_folders

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from guided_diffusion.checkpoint import load_checkpoint, save_checkpoint
 from guided_diffusion.data.batches import collate, prepare_images, prepare_labelled_images
-from guided_diffusion.data.datasets import Frame
+from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.tumorloader import (
     Pictures,
     SlicedArrays,
