@@ -33,7 +33,7 @@ from guided_diffusion.data.mask_values import (
     soft_range,
     union,
 )
-from guided_diffusion.data.readers import Array, StoredLabels, read_labels
+from guided_diffusion.data.readers import Array, StoredLabels, read_labels, sample_labels
 from guided_diffusion.errors import UserError
 
 SAMPLE = 200
@@ -78,7 +78,7 @@ class MaskSet:
         classes: Classes | None = None,
         *,
         brats: str = "",
-        read: Callable[[Path], StoredLabels] = read_labels,
+        read: Callable[[Path], StoredLabels] = sample_labels,
         most: int | None = None,
     ) -> None:
         self._read = read
@@ -124,7 +124,7 @@ class MaskSet:
 
 def sample(
     paths: Iterable[Path | None],
-    read: Callable[[Path], StoredLabels] = read_labels,
+    read: Callable[[Path], StoredLabels] = sample_labels,
     most: int | None = None,
 ) -> list[Label]:
     """Read at most 200 masks, evenly spread; those that cannot be read are left out."""

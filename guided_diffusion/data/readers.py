@@ -108,6 +108,11 @@ def read_image_file(path: Path, *, channels: int) -> tuple[Tensor, Affine | None
     return torch.from_numpy(values)[None], plane_affine(placed)
 
 
+def sample_labels(path: Path) -> StoredLabels:
+    """Read what a mask file holds, a volume too, to look at its values alone."""
+    return StoredLabels(read_nifti(path)[0]) if is_nifti(path) else read_labels(path)
+
+
 def read_labels(path: Path, *, like: tuple[Path, Placed] | None = None) -> StoredLabels:
     """Read what a mask file holds, [H, W]: grey levels, palette indices or labels, as stored.
 

@@ -26,7 +26,7 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset, readable
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame, auto_frame
 from guided_diffusion.data.mask_values import distinct
-from guided_diffusion.data.readers import read_labels
+from guided_diffusion.data.readers import sample_labels
 from guided_diffusion.errors import UserError, gathering
 from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
 
@@ -109,7 +109,7 @@ class _FactsDataset(Dataset[CaseFacts]):
 
 def _label_values(path: Path) -> list[float]:
     """The different values in a mask's file; of very many fractions some."""
-    levels: list[float] = distinct(read_labels(path).values).levels.tolist()
+    levels: list[float] = distinct(sample_labels(path).values).levels.tolist()
     return levels
 
 
