@@ -202,9 +202,9 @@ def sampling_levels(
         places = range(-1, total)
         times = np.interp([level.t for level in levels], places, [-1, *trained])
         return [level._replace(t=float(t)) for level, t in zip(levels, times, strict=True)]
-    if count == 1:
-        return schedule.levels([trained[-1]])
     visited = space_timesteps(total, [count] if count else respacing)
+    if len(visited) == 1:  # the one that respacing takes is 0, where nothing is left to remove
+        return schedule.levels([trained[-1]])
     return schedule.levels([trained[index] for index in sorted(visited, reverse=True)])
 
 

@@ -162,10 +162,9 @@ def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:
 
     It is 1 for two empty masks.
     """
-    one = first.reshape(len(first), -1).astype(np.float32)
-    two = second.reshape(len(second), -1).astype(np.float32)
-    common = (one @ two.T).astype(np.float64)
-    both = one.sum(axis=1, dtype=np.float64)[:, None] + two.sum(axis=1, dtype=np.float64)[None]
+    one, two = (masks.reshape(len(masks), -1).astype(np.float64) for masks in (first, second))
+    common = one @ two.T
+    both = one.sum(axis=1)[:, None] + two.sum(axis=1)[None]
     return np.where(both > 0, 2 * common / np.maximum(both, 1), 1.0)
 
 

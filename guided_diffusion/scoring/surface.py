@@ -19,6 +19,10 @@ from scipy.spatial import KDTree
 Distances = NDArray[np.float64]
 
 
+SLACK = 1e-6
+"""By how much a distance may exceed a tolerance, relatively: more than float32 rounds it."""
+
+
 class SurfaceDistances(NamedTuple):
     """Distances of each surface's pixels to the other surface, float64 [N], in units of spacing.
 
@@ -90,9 +94,10 @@ def average_surface_distance(distances: SurfaceDistances) -> float:
 def surface_dice(distances: SurfaceDistances, tolerance: float) -> float:
     """Compute the fraction of both surfaces' pixels within ``tolerance`` of the other, in [0, 1].
 
-    Nikolov et al. (2018), eq. 2, with every surface pixel weighing the same, as in MONAI.
+    Nikolov et al. (2018), eq. 2, with every surface pixel weighing the same, as in MONAI. Distances
+    in spacings that headers store in float32 count as equal to the tolerance up to rounding.
     """
-    return float((distances.pooled <= tolerance).mean())
+    return float((distances.pooled <= tolerance * (1 + SLACK)).mean())
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...] | None:

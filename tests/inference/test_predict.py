@@ -198,6 +198,16 @@ def test_solvers_stay_among_the_trained_times(respacing: str, skip_type: str) ->
             assert level.log_snr <= schedule.at(before).log_snr + 1e-9
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("respacing", ["1", "ddim1"])
+def test_one_step_starts_at_the_last_time(respacing: str, sampler: str) -> None:
+    """The one timestep that these choose is 0, where a mask of noise would be left as it is."""
+    diffusion = create_model_and_diffusion(image_size=16, num_channels=32, channel_mult="1")[1]
+    one = sampling_levels(diffusion, sampler, SamplingOptions(), respacing=respacing)
+    assert one == sampling_levels(diffusion, sampler, SamplingOptions(steps=1))
+    assert one[0].t == diffusion.kept[-1] and one[-1].sigma == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_mask_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
     segmenter = make_segmenter()

@@ -58,7 +58,7 @@ def test_parallel_lines_have_one_distance(spacing):
     assert distances.pooled.tolist() == [far] * 40
     assert hd95(distances) == hausdorff(distances) == average_surface_distance(distances) == far
     assert surface_dice(distances, far) == 1
-    assert surface_dice(distances, far - 1e-9) == 0
+    assert surface_dice(distances, far * (1 - 1e-5)) == 0
 
 
 @pytest.mark.parametrize("shift", [(6, 0), (0, 8), (-4, 10)])
@@ -168,3 +168,15 @@ def test_what_cannot_be_measured():
     for spacing in ((1,), (1, 0), (1, float("nan"))):
         with pytest.raises(ValueError, match="spacing is"):
             surface_distances(mask, mask, spacing=spacing)
+
+
+@pytest.mark.parametrize("size", [0.4, 0.2, 0.1])
+def test_the_tolerance_holds_for_spacings_in_float32(size: float) -> None:
+    """NIfTI stores 0.4 mm as 0.4000000059604645: 5 voxels are then just beyond 2 mm."""
+    apart = round(2 / size)
+    first, second = np.zeros((2, 3, apart + 1), dtype=bool)
+    first[1, 0], second[1, apart] = True, True
+    distances = surface_distances(first, second, spacing=[float(np.float32(size))] * 2)
+    assert distances is not None
+    assert surface_dice(distances, 2.0) == 1.0
+    assert surface_dice(distances, 2.0 * (1 - 1e-5)) == 0.0
