@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from guided_diffusion.data.cache import temporary_folder
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading
-from guided_diffusion.data.dicom import Found, examine, is_dicom, stack, write_nifti
+from guided_diffusion.data.dicom import Found, examine, is_dicom, write_nifti
+from guided_diffusion.data.dicom_grid import stack
 from guided_diffusion.data.folders import (
     ENDINGS,
     counted,
@@ -43,13 +44,17 @@ NAMED = (".dcm", ".dicom", ".ima")
 
 
 class Series(NamedTuple):
-    """One series: its folder, its number where the folder holds others, and its decoded file."""
+    """One series: its folder, its number where the folder holds others, and its decoded file.
+
+    ``uid`` and ``patient`` are digests of its ids; ``nifti`` is None for one that was refused.
+    """
 
     folder: Path
     number: str
+    uid: str
     patient: str
     files: int
-    nifti: Path
+    nifti: Path | None
 
 
 class DicomVolumes(VolumeDataset):
@@ -75,16 +80,15 @@ class DicomVolumes(VolumeDataset):
         volumes = [
             Entry(name, (one.nifti,), masks.get(name), patient=patient)
             for (name, one), patient in zip(cases.items(), _patients(images, cases), strict=True)
-            if test_flag or name in masks
+            if one.nifti and (test_flag or name in masks)
         ]
         super().__init__(folder, volumes, channels=1, reading=reading)
         files = counted(sum(one.files for one in series), "file")
-        unlabelled = len(cases) - len(volumes)
-        self.notes += [
-            f"{len(series)} DICOM series in {files}",
-            *([f"left out {', '.join(ignored)}"] if ignored else []),
-            *([f"left out {unlabelled} series without labels"] if unlabelled else []),
-        ]
+        self.notes += [f"{len(series)} DICOM series in {files}", *_parted(images, series)]
+        if ignored:
+            self.notes.append(f"left out {', '.join(ignored)}")
+        if not test_flag and (unlabelled := len(cases) - len(masks)):
+            self.notes.append(f"left out {unlabelled} series without labels")
 
 
 def holds_series(folder: Path) -> bool:
@@ -159,31 +163,42 @@ def _series_in(root: Path, names: list[str], kept: Path) -> tuple[list[Series], 
         return known
 
     files = [root / name for name in names if split_name(name)[1] not in ENDINGS]
-    groups, ignored, whole = _examined([path for path in files if _is_marked(path)])
-    if not groups and not ignored:
+    groups, ignored, whole = _examined(files)
+    if whole and not groups and not ignored:
         return [], {}
     make_folder(folder, flag="--cache_dir")
     (folder / "series.json").unlink(missing_ok=True)
-    found = []
-    for number, group in _numbered(groups):
-        stem = f"{safe_name(root.resolve().name)}{number}"
-        path = folder / f"{stem}.nii"
-        try:
-            stacked = stack(root, [plane for one in group for plane in one.planes])
-            with atomic_write(path, hint="Free some space, or choose another --cache_dir.") as part:
-                write_nifti(stacked, part)
-        except UserError as error:
-            refuse(error)
-            whole = False
-            continue
-        patient = group[0].patient and hashlib.sha256(group[0].patient.encode()).hexdigest()[:16]
-        found.append(Series(root, number, patient, len(group), path))
-    if whole:
-        record = [(one.number, one.patient, one.files, one.nifti.name) for one in found]
+    found = [
+        Series(root, number, *_ids(series, group), len(group), kept_as)
+        for series, number, group in _numbered(groups)
+        for kept_as in [_decoded(root, number, group, folder) if whole else None]
+    ]
+    if whole and all(one.nifti for one in found):
+        record = [(*one[1:-1], one.nifti and one.nifti.name) for one in found]
+        known_text = {"stamp": stamp.hexdigest(), "series": record, "left_out": ignored}
         with atomic_write(folder / "series.json") as part:
-            known_text = {"stamp": stamp.hexdigest(), "series": record, "left_out": ignored}
             part.write_text(json.dumps(known_text), encoding="utf-8")
     return found, ignored
+
+
+def _decoded(root: Path, number: str, group: list[Found], folder: Path) -> Path | None:
+    """Decode a series into a file named by its folder; None for one that is refused."""
+    path = folder / f"{safe_name(root.resolve().name)}{number}.nii"
+    try:
+        stacked = stack(root, [plane for one in group for plane in one.planes])
+        with atomic_write(path, hint="Free some space, or choose another --cache_dir.") as part:
+            write_nifti(stacked, part)
+    except UserError as error:
+        refuse(error)
+        return None
+    return path
+
+
+def _ids(series: str, group: list[Found]) -> tuple[str, str]:
+    """Digests of the ids of a series and its patient, which are not kept themselves."""
+    texts = (series, group[0].patient)
+    first, second = (text and hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+    return first, second
 
 
 def _remembered(root: Path, folder: Path, stamp: str) -> tuple[list[Series], dict[str, int]] | None:
@@ -192,22 +207,13 @@ def _remembered(root: Path, folder: Path, stamp: str) -> tuple[list[Series], dic
         if known["stamp"] != stamp:
             return None
         series = [
-            Series(root, str(number), str(patient), int(files), folder / str(name))
-            for number, patient, files, name in known["series"]
+            Series(root, str(number), str(uid), str(patient), int(files), folder / str(name))
+            for number, uid, patient, files, name in known["series"]
         ]
         ignored = {str(kind): int(count) for kind, count in known["left_out"].items()}
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    return (series, ignored) if all(is_whole(one.nifti) for one in series) else None
-
-
-def _is_marked(path: Path) -> bool:
-    """Whether a file is one of DICOM; one that is named so has to be."""
-    marked = is_dicom(path)
-    if not marked and path.suffix.lower() in NAMED:
-        problem = "is named as a DICOM file, but lacks the mark DICM behind its preamble"
-        refuse(UserError(path, problem, "Restore it from the source, or export it again."))
-    return marked
+    return (series, ignored) if all(one.nifti and is_whole(one.nifti) for one in series) else None
 
 
 def _examined(paths: list[Path]) -> tuple[dict[str, list[Found]], dict[str, int], bool]:
@@ -217,6 +223,8 @@ def _examined(paths: list[Path]) -> tuple[dict[str, list[Found]], dict[str, int]
     whole = True
     for path in paths:
         try:
+            if not _is_marked(path):
+                continue
             found = examine(path)
         except UserError as error:
             refuse(error)
@@ -233,13 +241,33 @@ def _examined(paths: list[Path]) -> tuple[dict[str, list[Found]], dict[str, int]
     return groups, dict(ignored), whole
 
 
-def _numbered(groups: dict[str, list[Found]]) -> Iterator[tuple[str, list[Found]]]:
-    """Yield the series of a folder with ``_<SeriesNumber>``, or the end of the UID; one without."""
+def _is_marked(path: Path) -> bool:
+    """Whether a file is one of DICOM; a :class:`UserError` where only its name says so."""
+    marked = is_dicom(path)
+    if not marked and path.suffix.lower() in NAMED:
+        problem = "is named as a DICOM file, but lacks the mark DICM behind its preamble"
+        raise UserError(path, problem, "Restore it from the source, or export it again.")
+    return marked
+
+
+def _numbered(groups: dict[str, list[Found]]) -> Iterator[tuple[str, str, list[Found]]]:
+    """Yield the series of a folder, with ``_<SeriesNumber>`` or the end of the UID if several."""
     numbers = Counter(group[0].number for group in groups.values())
     for series, group in sorted(groups.items()):
         number = group[0].number
         own = number if number and numbers[number] == 1 else series.rpartition(".")[2]
-        yield (f"_{safe_name(own)}" if len(groups) > 1 else ""), group
+        yield series, f"_{safe_name(own)}" if len(groups) > 1 else "", group
+
+
+def _parted(images: Path, series: list[Series]) -> Iterator[str]:
+    """Say so where the files of one series lie in several folders."""
+    folders: dict[str, list[Path]] = {}
+    for one in series:
+        folders.setdefault(one.uid, []).append(one.folder)
+    several = [found for uid, found in folders.items() if uid and len(found) > 1]
+    if several:
+        names = " and ".join(str(path.relative_to(images)) for path in several[0][:2])
+        yield f"folders such as {names} hold parts or copies of one series; each is read alone"
 
 
 def _named(images: Path, series: list[Series]) -> dict[str, Series]:

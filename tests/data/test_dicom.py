@@ -185,6 +185,12 @@ def test_a_series_is_decoded_once_until_a_file_changes(
     assert opened(folder, cache)[0].image.max() == 147
 
 
+def test_parts_of_a_series_in_several_folders_are_said(tmp_path: Path) -> None:
+    for name, planes in (("a", slice(0, 3)), ("b", slice(3, 5))):
+        dicom_files.save(tmp_path / name, dicom_files.series(numbered())[planes])
+    assert "folders such as a and b hold parts or copies of one series" in opened(tmp_path).notes[1]
+
+
 def without(index: int) -> list:
     made = dicom_files.series(numbered())
     del made[index]
@@ -232,7 +238,7 @@ REFUSED = {
     ),
     "twice": (
         lambda: changed(3, ImagePositionPatient=[-20, -30, 45]),
-        ("same place, 45 mm", "1 such pairs in 5 planes", "time points"),
+        ("same place, 45 mm", "1 such pair in 5 planes", "time points"),
     ),
     "shifted": (
         lambda: changed(2, ImagePositionPatient=[-15, -30, 45]),
@@ -279,8 +285,15 @@ def test_a_file_that_is_cut_is_refused_by_name(tmp_path: Path, length: int) -> N
 def test_all_bad_series_are_listed_by_the_check(tmp_path: Path) -> None:
     for name, make in (("a", tilted), ("b", lambda: dicom_files.series(numbered())), ("c", tilted)):
         dicom_files.save(tmp_path / name, make())
+    for name in "abc":
+        labelled(tmp_path, "labels", name)
+    (tmp_path / "b/extra.dcm").write_bytes(b"")
     with gathering() as errors:
-        dataset = DicomVolumes(tmp_path, test_flag=True)
+        assert {entry.volume for entry in DicomVolumes(tmp_path).entries} == set()
+    assert "b/extra.dcm: is named as a DICOM file, but lacks the mark" in str(errors[1])
+    (tmp_path / "b/extra.dcm").unlink()
+    with gathering() as errors:
+        dataset = DicomVolumes(tmp_path)
     assert {entry.volume for entry in dataset.entries} == {"b"}
     assert [str(error).partition(":")[0] for error in errors] == [
         str(tmp_path / "a"),
