@@ -16,8 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from guided_diffusion.data.cache import temporary_folder
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading
 from guided_diffusion.data.dicom import Found, examine, is_dicom, write_nifti
@@ -125,8 +123,9 @@ def _find_series(
     kept = make_folder(cache_dir / "dicom", flag="--cache_dir") if cache_dir else _temporary()
     series: list[Series] = []
     ignored: Counter[str] = Counter()
-    folders = [(root, names) for root, names in walk(images) if names and root != labels]
-    for root, names in tqdm(folders, unit="folder", leave=False, disable=None):
+    for root, names in walk(images):
+        if root == labels or not names:
+            continue
         found, others = _series_in(root, names, kept)
         series += found
         ignored.update(others)
@@ -168,11 +167,10 @@ def _series_in(root: Path, names: list[str], kept: Path) -> tuple[list[Series], 
         return [], {}
     make_folder(folder, flag="--cache_dir")
     (folder / "series.json").unlink(missing_ok=True)
-    found = [
-        Series(root, number, *_ids(series, group), len(group), kept_as)
-        for series, number, group in _numbered(groups)
-        for kept_as in [_decoded(root, number, group, folder) if whole else None]
-    ]
+    found = []
+    for series, number, group in _numbered(groups):
+        nifti = _decoded(root, number, group, folder) if whole else None
+        found.append(Series(root, number, *_ids(series, group), len(group), nifti))
     if whole and all(one.nifti for one in found):
         record = [(*one[1:-1], one.nifti and one.nifti.name) for one in found]
         known_text = {"stamp": stamp.hexdigest(), "series": record, "left_out": ignored}

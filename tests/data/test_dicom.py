@@ -398,6 +398,16 @@ def test_originals_beside_a_layout_that_is_known_change_nothing(tmp_path: Path) 
     assert recognise(tmp_path / "brats") == "BRATS"
 
 
+def test_files_of_known_layouts_are_not_opened(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("images", "masks"):
+        labelled(tmp_path, part, "a")
+    monkeypatch.setattr(dicom_volumes, "is_dicom", None)
+    assert recognise(tmp_path, test=True) == "CUSTOM"
+    assert recognise(brats / "training") == "BRATS"
+
+
 def succeeded(run: Run) -> str:
     assert run.code == 0, run.err
     return run.out + run.err
