@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -185,8 +186,11 @@ def _plane(path: Path, header: Any, shared: Any, own: Any, frame: int) -> Plane:
     spacing = numbers("PixelMeasuresSequence", "PixelSpacing", 2)
     if min(spacing) <= 0:
         raise ValueError(f"PixelSpacing is {list(spacing)}")
-    slope = value("PixelValueTransformationSequence", "RescaleSlope")
-    intercept = value("PixelValueTransformationSequence", "RescaleIntercept")
+    scale = value("PixelValueTransformationSequence", "RescaleSlope")
+    slope = 1.0 if scale is None else float(scale)
+    intercept = float(value("PixelValueTransformationSequence", "RescaleIntercept") or 0)
+    if not slope or not math.isfinite(slope * intercept):
+        raise ValueError(f"RescaleSlope is {slope}, RescaleIntercept {intercept}")
     return Plane(
         path,
         frame,
@@ -194,7 +198,7 @@ def _plane(path: Path, header: Any, shared: Any, own: Any, frame: int) -> Plane:
         orientation,
         spacing,
         (int(header.Rows), int(header.Columns)),
-        *(1.0 if slope is None else float(slope), float(intercept or 0)),
+        *(slope, intercept),
         _photometric(header) == "MONOCHROME1",
         *(low, low + 2**bits - 1),
     )
@@ -258,4 +262,5 @@ def _decoding(path: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pydicom has errors of many classes
-        raise unreadable(path, error, "plane of a series") from error
+        why = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        raise unreadable(path, ValueError(why), "plane of a series") from error

@@ -261,6 +261,7 @@ REFUSED = {
         lambda: changed(1, PixelSpacing=None),
         ("07.dcm: cannot be read", "PixelSpacing is missing"),
     ),
+    "no scale": (lambda: changed(1, RescaleSlope=0), ("07.dcm: cannot be read", "RescaleSlope is")),
     "huge": (lambda: changed(1, Rows=60000, Columns=60000), ("07.dcm", "60000 x 60000 x 1")),
     "short": (lambda: changed(1, PixelData=b"\0" * 10), ("07.dcm: cannot be read",)),
     "compressed": (compressed, ("00.dcm: its pixels are compressed as JPEG Lossless", "pylibjpeg")),
