@@ -70,6 +70,9 @@ def test_values_and_affine_are_those_of_a_nifti_file_that_itk_writes(
     other = nib.load(tmp_path / "itk.nii.gz")
 
     values, affine = voxels(folder)
+    again = sitk.ReadImage(str(opened(folder).entries[0].images[0]))
+    for name in ("GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(again, name)(), getattr(itk, name)(), atol=1e-4)
     np.testing.assert_array_equal(values, np.asarray(other.dataobj))
     np.testing.assert_allclose(affine, other.affine, atol=1e-4)
     assert values[3, 2, 4] == 5 * numbered()[4, 2, 3] - 1024
