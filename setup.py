@@ -39,6 +39,7 @@ setup(
         "tqdm>=4.65,<5",
     ],
     extras_require={
+        "dicom": ["pydicom>=3,<4"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.14"],
         "visdom": ["visdom==0.2.4", "tornado>=6.2,<6.6"],

@@ -26,6 +26,7 @@ from guided_diffusion.bratsloader import (
 from guided_diffusion.custom_dataset_loader import KvasirDataset, open_custom
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.dicom_volumes import DicomVolumes, holds_series
 from guided_diffusion.data.folders import (
     image_files,
     is_nifti,
@@ -54,6 +55,7 @@ LAYOUTS: dict[str, Loader] = {
     "KVASIR": KvasirDataset,
     "CUSTOM": open_custom,
     "TUMOR": TumourImages,
+    "DICOM": DicomVolumes,
 }
 _SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
 
@@ -112,7 +114,7 @@ def recognise(folder: Path, *, test: bool = False) -> str:
         folder,
         f"{state}, but must fit one of these layouts: NIfTI files named by modality (BRATS); an "
         "ISBI2016 CSV or pictures named ISIC_<number> (ISIC); images/ and masks/ (CUSTOM); normal/ "
-        "and tumor/ (TUMOR)",
+        "and tumor/ (TUMOR); series of DICOM files (DICOM)",
         "Pass the folder that holds the data, or name its layout with --data_name.",
     )
 
@@ -175,10 +177,15 @@ def _recognised(folder: Path, *, test: bool) -> list[str]:
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     paired = images is not None and (masks is not None or test)
     if paired and not (masks and any(masks.glob("*_Segmentation.*"))):
-        return ["CUSTOM"]
-    brats = any(files.keys() - {SEG} for _, files in find_cases(folder))
+        return ["DICOM"] if holds_series(folder) else ["CUSTOM"]
+    labels = subfolder(folder, "labels")
+    brats = any(
+        files.keys() - {SEG} and not (root == labels and holds_series(folder))
+        for root, files in find_cases(folder)
+    )
     isic = has_csv(folder) or (not brats and has_pictures(folder))
-    return [name for name, marks in (("BRATS", brats), ("ISIC", isic)) if marks]
+    found = [name for name, marks in (("BRATS", brats), ("ISIC", isic)) if marks]
+    return found or (["DICOM"] if holds_series(folder) else [])
 
 
 def _contents(folder: Path) -> str:

@@ -45,7 +45,7 @@ class CachedDataset(Dataset[Case]):
         self.most_bytes = most_bytes
         self.note = ""
         try:
-            self.folder = _temporary_folder(self, directory)
+            self.folder = temporary_folder(self, directory)
         except OSError as error:
             self.most_bytes, self.folder = 0, Path(os.devnull)
             self.note = (
@@ -91,7 +91,7 @@ class CachedDataset(Dataset[Case]):
                 part.unlink(missing_ok=True)
 
 
-def _temporary_folder(owner: object, directory: Path | None) -> Path:
+def temporary_folder(owner: object, directory: Path | None) -> Path:
     """Make a folder that is removed with its owner, or when the process that made it ends.
 
     Those that killed processes have left are removed first.

@@ -93,7 +93,7 @@ class DataOptions:
 
     data_dir: str = flag("./data/training", "folder with the data set", run=True)
     data_name: str = flag(
-        "", "layout: BRATS, ISIC, TUMOR, CUSTOM or KVASIR; empty: recognised", run=True
+        "", "layout: BRATS, ISIC, TUMOR, CUSTOM, KVASIR or DICOM; empty: recognised", run=True
     )
     split: str = flag(
         "",
