@@ -111,6 +111,7 @@ def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None)
 
 def check(flags: Flags) -> None:
     """Look at a data set as training would, and list everything that is wrong with it."""
+    from guided_diffusion.data.folders import counted
     from guided_diffusion.data.splits import part_of_cases
     from guided_diffusion.layouts import open_data
     from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
@@ -129,7 +130,8 @@ def check(flags: Flags) -> None:
     )
     print(findings_text(findings))
     if out:
-        print(f"{write_sheet(findings, out, cases=options.cases)} cases drawn on {out}")
+        drawn = counted(write_sheet(findings, out, cases=options.cases), "case")
+        print(f"{drawn} drawn on {out}")
     if findings.problems:
         sys.exit(2)
 

@@ -13,7 +13,7 @@ from typing import Any
 from guided_diffusion import logger
 from guided_diffusion.data.classes import RECORD, Classes, record_text, recorded_classes
 from guided_diffusion.data.datasets import Case, Frame
-from guided_diffusion.data.folders import listing
+from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import (
@@ -45,8 +45,9 @@ def log_remarks(record: Record, names: Sequence[str]) -> None:
     others = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
     if others:
         logger.log(
-            f"{others} cases in {record.out_dir} have other settings; they stay, and would be "
-            "scored together with these"
+            f"{counted(others, 'case')} in {record.out_dir} "
+            f"{'has other settings; it stays' if others == 1 else 'have other settings; they stay'}"
+            ", and would be scored together with these"
         )
 
 
@@ -166,9 +167,8 @@ class Record:
         stale = [row for name in names if (row := self.rows.pop(name, None))]
         lost = [row["name"] for row in stale if row["fingerprint"] == self.fingerprint]
         if len(stale) > len(lost):
-            logger.log(
-                f"{len(stale) - len(lost)} cases of other settings in {self.out_dir} are drawn anew"
-            )
+            replaced = counted(len(stale) - len(lost), "case")
+            logger.log(f"drawn anew: {replaced} of other settings in {self.out_dir}")
         if lost:
             logger.log(f"files of {listing(lost)} are missing or damaged; they are drawn anew")
         barrier()  # every process has read the parts that the first one now gathers

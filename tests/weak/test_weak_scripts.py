@@ -314,7 +314,7 @@ def weakly_trained(weak_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     common = ["--src_dir", weak_data, "--save_dir", folder, *SCHEDULE, *SHORT]
     succeeded(script("train_tumor_ddfm", *common, *SMALL, "--class_cond", True, "--max_steps", 4))
     said = script("classifier_tumor_train", *common, *JUDGE, "--iterations", 4, "--held_out", 0.2)
-    assert "validation on 2 images of 1 patients, held out" in succeeded(said)
+    assert "validation on 2 images of 1 patient, held out" in succeeded(said)
     return folder
 
 
