@@ -708,6 +708,21 @@ def test_a_classifier_has_two_classes_or_more(classes: int, own_data: Path, tmp_
     assert f"--num_classes {classes}: must be between 2 and 1000" in said
 
 
+@pytest.mark.parametrize("name", ["image_tumor_sample", "image_p_seg"])
+def test_a_missing_network_is_named_by_the_flag_that_led_there(
+    name: str, weakly_trained: Path, weak_data: Path, tmp_path: Path
+) -> None:
+    data = ["--src_dir", weak_data] if name == "image_p_seg" else []
+    where = [*data, "--save_dir", tmp_path / "run"]
+    said = refused(script(name, *where))
+    assert said.startswith(f"error: --save_dir: there is no file {tmp_path / 'run'}")
+    model = ["--model_path", weakly_trained]
+    said = refused(script(name, *where, *model, "--guided", True))
+    assert said.startswith(f"error: --save_dir: there is no file {tmp_path / 'run'}")
+    said = refused(script(name, *where, "--model_path", tmp_path / "other"))
+    assert said.startswith(f"error: --model_path: there is no file {tmp_path / 'other'}")
+
+
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
