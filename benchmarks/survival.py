@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 PRELOADED = """
-import json, os, sys
+import faulthandler, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from guided_diffusion.commands import main
@@ -49,6 +49,7 @@ for line in sys.stdin:
         for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
             flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             os.dup2(os.open(name, flags), number)
+        faulthandler.register(signal.SIGUSR1)
         sys.argv = [job["name"], *job["argv"]]
         os.environ.update(job["environment"])
         main(job["name"])
@@ -96,14 +97,17 @@ class Forker:
         """Wait for the end and return exit code (negative after a kill), stdout and stderr.
 
         Raises:
-            TimeoutError: it did not end in so many seconds, and was killed.
+            TimeoutError: it did not end in so many seconds, and was killed; says where it was.
         """
         try:
             code = int(self._next("code", timeout))
         except queue.Empty:
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(1)
             os.killpg(self.pid, signal.SIGKILL)
             self._next("code", timeout)
-            raise TimeoutError(f"still running after {timeout} s") from None
+            where = (self.folder / "err").read_text("utf-8")
+            raise TimeoutError(f"still running after {timeout} s: {where}") from None
         return code, *((self.folder / name).read_text("utf-8") for name in ("out", "err"))
 
     def _next(self, kind: str, timeout: float) -> str:
@@ -292,11 +296,15 @@ def attempt(
     sent = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         (os.killpg if group else os.kill)(pid, number)
-    code, printed, err = forker.wait()
+    told = signal.Signals(number).name + (" to the group" if group else "")
+    try:
+        code, printed, err = forker.wait()
+    except TimeoutError as error:
+        scenario.faults.append(f"{told}: {error}")
+        return
     elapsed = time.monotonic() - sent
     if code == 0:
         scenario.finished += 1
-    told = signal.Signals(number).name + (" to the group" if group else "")
     if number == signal.SIGKILL:
         scenario.kills += 1
         expected = {0, -9}

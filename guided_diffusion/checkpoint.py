@@ -2,8 +2,9 @@
 
 A checkpoint holds options, weights, averaged weights and training state as tensors and plain types,
 so that loading it executes no code. It appears whole or not at all. Bare weights, a dictionary of
-tensors as Diffusion-based-Segmentation and MedSegDiff save it, are read as well; what a published
-file lacks is completed (:func:`adapt_weights`).
+tensors as Diffusion-based-Segmentation and MedSegDiff save it, are read as well, also those that
+other training loops put into a dictionary; what a published file lacks is completed
+(:func:`adapt_weights`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ SEGMENTATION = "a segmentation network, which scripts/segmentation_train.py trai
 IMAGES = "a diffusion of images, which scripts/train_tumor_ddfm.py trains"
 CLASSIFIER = "a classifier of images, which scripts/classifier_tumor_train.py trains"
 Weights = dict[str, Tensor]
+WRAPPERS = ("module", "_orig_mod")
+"""Parts of tensor names that DataParallel, DistributedDataParallel and torch.compile add."""
+RAW = ("model", "state_dict", "model_state_dict")
+AVERAGED = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
+"""Where other training loops keep the last and the averaged weights."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Checkpoint:
             weights.
         step: training steps taken.
         model: the last weights, by tensor name.
-        ema: averaged weights by their decay rate as text; empty for bare weights.
+        ema: averaged weights by their decay rate as text, which is empty where bare weights do not
+            say it.
         training: what the training loop needs to resume; empty for bare weights.
     """
 
@@ -61,7 +68,9 @@ class Checkpoint:
                 ``raw`` for the last weights.
         """
         if weights == "ema" and self.ema:
-            rate = max(self.ema, key=float)
+            rate = max(self.ema, key=lambda rate: float(rate or 0))
+            if not self.options:
+                return self.ema[rate], "bare averaged weights"
             return self.ema[rate], f"averaged weights (EMA {rate}) of step {self.step}"
         return self.model, f"last weights of step {self.step}" if self.options else "bare weights"
 
@@ -160,11 +169,52 @@ def load_checkpoint(path: Path) -> Checkpoint:
             return Checkpoint(**content)
         problem = f"its parts are not those of a checkpoint, {', '.join(names)}"
         raise _unreadable_checkpoint(path, problem)
-    if isinstance(content, dict) and content and all(map(_is_weight, content.items())):
-        weights = {name.removeprefix("module."): value.data for name, value in content.items()}
-        return Checkpoint(options={}, step=step_of(path), model=weights)
+    if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
+        raise _optimiser_instead(path)
+    raw, averaged = _bare_weights(content)
+    if raw or averaged:
+        ema = {"": {**raw, **averaged}} if averaged else {}  # averages may lack buffers
+        return Checkpoint(options={}, step=step_of(path), model=raw or averaged, ema=ema)
     kind = type(content).__name__
     raise _unreadable_checkpoint(path, f"the {kind} in it is not a dictionary of tensors")
+
+
+def _bare_weights(content: object, depth: int = 3) -> tuple[Weights, Weights]:
+    """Find the last and the averaged weights in nested dictionaries; empty where there are none.
+
+    Tensor names lose what wrappers add to them.
+    """
+    if not isinstance(content, dict) or not content or not depth:
+        return {}, {}
+    if all(map(_is_weight, content.items())):
+        names = content.keys() - {"n_averaged"}  # a count that torch's AveragedModel adds
+        return {_own_name(name): content[name].data for name in content if name in names}, {}
+    raw: Weights = {}
+    averaged: Weights = {}
+    for name in RAW:
+        if not raw:
+            raw, averaged = _bare_weights(content.get(name), depth - 1)
+    for name in AVERAGED:
+        averaged = averaged or next(filter(None, _bare_weights(content.get(name), depth - 1)), {})
+    return raw, averaged
+
+
+def _own_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _optimiser_instead(path: Path) -> UserError:
+    """Name the weights that were saved with an optimiser, by the parents' rules."""
+    number = path.stem.removeprefix(path.stem.rstrip("0123456789"))
+    stems = ("savedmodel", "model") if number else ("model", "classifier_model", "savedmodel")
+    names = [f"{stem}{number}.pt" for stem in stems]
+    there = [str(file) for name in names if (file := path.with_name(name)).is_file()]
+    hint = (
+        f"Pass {' or '.join(there)}."
+        if there
+        else f"Pass the weights that were saved with it, such as {' or '.join(names[:2])}."
+    )
+    return UserError(path, "holds the state of an optimiser, not weights", hint)
 
 
 def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) -> Checkpoint:
@@ -172,9 +222,11 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
 
     The parent projects save ``emasavedmodel_{rate}_{N}.pt`` (or ``ema_...``) and
     ``optsavedmodel{N}.pt`` (or ``opt...``), where N is the number in the weights' own name, and the
-    weak-supervision project ``ema_{rate}.pt``. What is missing starts anew.
+    weak-supervision project ``ema_{rate}.pt``. An average in the weights' own file does for every
+    rate without a file. What is missing starts anew.
     """
-    ema, training, number = {}, {}, f"{checkpoint.step:06d}"
+    rates, training, number = list(rates), {}, f"{checkpoint.step:06d}"
+    ema = {rate: average for average in checkpoint.ema.values() for rate in rates}
     for rate in rates:
         stems = (f"emasavedmodel_{rate}_{number}", f"ema_{rate}_{number}", f"ema_{rate}")
         for file in (path.with_name(f"{stem}.pt") for stem in stems):

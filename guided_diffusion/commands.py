@@ -88,9 +88,16 @@ def score(flags: Flags) -> None:
         written.append(write_report(evaluation, run, layers.by_name).name)
     print(summary_text(evaluation.summary))
     print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
-    overlays = sorted(evaluation.folder.glob("*_overlay.png"))
-    if overlays:
-        print(f"look at: {overlays[0]} and {len(overlays) - 1} more")
+    lesions = [
+        (row.dice or 0.0, row.name)
+        for scores in evaluation.scores.values()
+        for row in scores.rows
+        if not row.empty_truth
+    ]
+    dice, name = min(lesions, default=(0.0, ""))
+    overlay = evaluation.folder / f"{name}_overlay.png"
+    if overlay.exists():
+        print(f"look at: {overlay}, the lowest Dice of a case with a lesion, {dice:.4f}")
 
 
 def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None) -> Evaluation:
@@ -112,6 +119,7 @@ def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None)
 
 def check(flags: Flags) -> None:
     """Look at a data set as training would, and list everything that is wrong with it."""
+    from guided_diffusion.data.folders import counted
     from guided_diffusion.data.splits import part_of_cases
     from guided_diffusion.layouts import open_data
     from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
@@ -130,7 +138,8 @@ def check(flags: Flags) -> None:
     )
     print(findings_text(findings))
     if out:
-        print(f"{write_sheet(findings, out, cases=options.cases)} cases drawn on {out}")
+        drawn = counted(write_sheet(findings, out, cases=options.cases), "case")
+        print(f"{drawn} drawn on {out}")
     if findings.problems:
         sys.exit(2)
 
@@ -225,8 +234,8 @@ COMMANDS = {
     ),
     "sample": _command(
         *(sample, SAMPLE, "segmentation_sample"),
-        "model_path data_dir out_dir num_ensemble sampler steps fusion uncertainty num_samples "
-        "batch_size seed multi_gpu",
+        "model_path data_dir out_dir num_ensemble dpm_solver sampler steps fusion uncertainty "
+        "num_samples batch_size seed multi_gpu",
         "--model_path results/first --data_dir data/testing --dpm_solver True --steps 10",
         "--model_path results/first --sampler ddim --steps 50 --num_ensemble 10",
     ),

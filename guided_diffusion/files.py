@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -63,6 +64,21 @@ def atomic_write(path: Path, *, hint: str = FREE_SPACE_HINT) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a file system that became read-only refuses this as well
             part.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str, *, hint: str = FREE_SPACE_HINT) -> None:
+    """Append a text to a file, in one piece, and flush it to disk.
+
+    Raises:
+        UserError: it cannot be written; the file is as before.
+    """
+    content = text.encode("utf-8")
+    with writing(path, hint=hint), path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
 
 
 def require_replaceable(path: Path, *, hint: str = FREE_SPACE_HINT) -> None:

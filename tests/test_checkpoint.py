@@ -24,6 +24,7 @@ from guided_diffusion.checkpoint import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
+    with_companions,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -187,6 +188,102 @@ def test_bare_weights_of_the_parent_projects(prefix: str, zipped: bool, tmp_path
     assert all(type(value) is Tensor for value in read.model.values())
     load_weights(net, read.model, path)
     assert_close(dict(net.state_dict()), weights, rtol=0, atol=0)
+
+
+def prefixed(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    return lambda weights: {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("outer", ["", "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_weights_of_other_training_loops_give_the_same_outputs(
+    prefix: str, outer: str, tmp_path: Path
+) -> None:
+    net = network().eval()
+    weights = {name: 0.1 * value for name, value in random_weights(net).items()}
+    given = prefixed(prefix)(weights)
+    torch.save({"epoch": 3, "optimizer": {}, outer: given} if outer else given, tmp_path / "a.pt")
+    read = load_checkpoint(tmp_path / "a.pt")
+    assert (read.options, read.ema) == ({}, {}) and read.choose("ema")[1] == "bare weights"
+
+    other = network().eval()
+    load_weights(net, weights, "")
+    load_weights(other, read.model, "")
+    image, x, t = torch.randn(1, 4, 16, 16), torch.randn(1, 1, 16, 16), torch.tensor([9])
+    assert_close(other(x, t, other.encode(image)).raw, net(x, t, net.encode(image)).raw)
+
+
+def test_parts_of_the_network_that_were_wrapped_alone(tmp_path: Path) -> None:
+    torch.save({"out.module.2._orig_mod.bias": torch.ones(1)}, tmp_path / "a.pt")
+    assert list(load_checkpoint(tmp_path / "a.pt").model) == ["out.2.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("last", "average"),
+    [("model", "ema"), ("state_dict", "state_dict_ema"), ("model", "ema_model")],
+)
+def test_averages_of_other_training_loops(
+    last: str, average: str, nested: bool, prefix: str, tmp_path: Path
+) -> None:
+    raw, averaged = {"w": torch.ones(2), "mean": torch.ones(1)}, {"w": torch.zeros(2)}
+    own = {name: prefixed(prefix)(part) for name, part in ((last, raw), (average, averaged))}
+    own[average]["n_averaged"] = torch.tensor(4)
+    torch.save({"state_dict": own} if nested else {"step": 5, **own}, tmp_path / "a.pt")
+    read = load_checkpoint(tmp_path / "a.pt")
+    assert read.choose("raw") == (read.model, "bare weights")
+    assert_close(read.model, raw)
+    chosen, which = read.choose("ema")
+    assert which == "bare averaged weights"
+    assert_close(chosen, {**raw, **averaged})  # an average without buffers
+
+
+def test_an_average_alone_is_the_weights(tmp_path: Path) -> None:
+    torch.save({"ema": {"module.w": torch.ones(2), "n_averaged": torch.ones(1)}}, tmp_path / "a.pt")
+    read = load_checkpoint(tmp_path / "a.pt")
+    assert_close(read.model, {"w": torch.ones(2)})
+    assert_close(read.choose("ema")[0], read.model)
+
+
+def test_training_continues_the_average_of_another_training_loop(tmp_path: Path) -> None:
+    path = tmp_path / "savedmodel000003.pt"
+    torch.save({"model": {"w": torch.ones(1)}, "ema": {"w": torch.zeros(1)}}, path)
+    torch.save({"w": torch.full((1,), 0.5)}, tmp_path / "ema_0.99_000003.pt")
+    start = with_companions(load_checkpoint(path), path, ["0.9", "0.99"])
+    assert_close(start.ema, {"0.9": {"w": torch.zeros(1)}, "0.99": {"w": torch.full((1,), 0.5)}})
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"step": 1}
+    content["model"] = content["ema"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not a dictionary of tensors"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "hint"),
+    [
+        ("optsavedmodel005000.pt", ["savedmodel005000.pt"], r"Pass .*/savedmodel005000\.pt\."),
+        ("opt005000.pt", ["model005000.pt", "model.pt"], r"Pass .*/model005000\.pt\."),
+        ("opt.pt", ["classifier_model.pt"], r"Pass .*/classifier_model\.pt\."),
+        ("opt.pt", [], r"that were saved with it, such as model\.pt or classifier_model\.pt\."),
+        ("opt000100.pt", ["model.pt"], r", such as savedmodel000100\.pt or model000100\.pt\."),
+    ],
+)
+def test_the_state_of_an_optimiser_is_named_for_what_it_is(
+    name: str, there: list[str], hint: str, tmp_path: Path
+) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    torch.save(optimizer.state_dict(), tmp_path / name)
+    for other in there:
+        (tmp_path / other).touch()
+    message = rf"{name}: holds the state of an optimiser, not weights\. .*{hint}$"
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / name)
 
 
 def test_variance_channels_of_bare_weights_are_dropped_where_none_are_learned() -> None:
@@ -413,7 +510,8 @@ def test_files_that_are_not_checkpoints(content: bytes, tmp_path: Path) -> None:
         {},
         {"w": 1},
         torch.ones(3),
-        {"state": {0: {"step": torch.ones(1)}}, "param_groups": []},
+        {"optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}},
+        {"model": {"w": 1}, "ema": None, "step": torch.ones(1)},
         {"format": "guided_diffusion checkpoint 1"},
         {"format": "guided_diffusion checkpoint 1", "step": 1, "options": {}, "model": {}, "x": 1},
         {"format": "guided_diffusion checkpoint 1", **vars(Checkpoint({}, 1, {})), "ema": [1]},
@@ -421,7 +519,17 @@ def test_files_that_are_not_checkpoints(content: bytes, tmp_path: Path) -> None:
         {1: torch.ones(2)},
     ],
     ids=[
-        *("list", "empty", "int", "tensor", "optimiser", "headless", "surplus", "other part"),
+        *(
+            "list",
+            "empty",
+            "int",
+            "tensor",
+            "optimiser",
+            "no weights",
+            "headless",
+            "surplus",
+            "other part",
+        ),
         *("other step", "unnamed"),
     ],
 )

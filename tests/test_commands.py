@@ -52,6 +52,8 @@ def test_the_basic_help_fits_a_screen_and_shows_two_examples(
     assert text.count(f"guided-diffusion {name} --") == 2
     shown = set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) - {"help_all", "about"}
     assert shown == set(COMMANDS[name].basic) <= ALL_FLAGS[name]
+    examples = set(re.findall(r"--(\w+)", text.split("examples:")[1]))
+    assert examples <= set(re.findall(r"--(\w+)", text.split("examples:")[0]))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -79,8 +81,16 @@ def test_the_full_help_shows_all_flags(
         (["phantoms", "--out", "x", "--layout", "isic", "--slices", "3"], "Omit --slices."),
         ([""], "error: '': there is no such command."),
         (["train", "a b", ""], "error: unrecognized arguments: 'a b' ''. "),
-        (["train", "--out_dir", "--about"], "--out_dir: expected one argument. "),
-        (["train", "--lr", "x", "--about"], "invalid float value: 'x'. "),
+        (["train", "--out_dir", "--about"], "--out_dir: expected one argument. Give a value.\n"),
+        (["train", "--lr", "x"], "error: --lr: invalid float value: 'x'. Give a number.\n"),
+        (["train", "--lr", "--about"], "--lr: expected one argument. Give a number.\n"),
+        (["train", "--batch_size", "x"], "invalid int value: 'x'. Give a whole number.\n"),
+        (["sample", "--use_ddim", "2"], "expected, found '2'. Give True or False.\n"),
+        (["sample", "--weights", "RAW"], "--weights: 'RAW' is not a choice. Use 'ema', 'raw'.\n"),
+        (["sample", "--weights"], "--weights: expected one argument. Use 'ema', 'raw'.\n"),
+        (["score", "--compare", "a"], "--compare: expected 2 arguments. Give 2 values.\n"),
+        (["train", "--l", "1"], " could match --lr, "),
+        (["train", "--lr", "1", "2"], "unrecognized arguments: 2. Put every value behind its flag"),
         (["sample", "--eta", "-1e-3"], "error: --eta -0.001: must be between 0 and 1. "),
         (["sample", "--model_path", "a\nb"], "there is no file a b. "),
         (["sample", "--model_path", 3000 * "a"], "aaa: File name too long. "),

@@ -210,9 +210,9 @@ def test_a_second_run_keeps_and_other_settings_redraw(
         ("--model_path", trained / "savedmodel000002.pt"),
     ):
         said = succeeded(sample(trained, data, tmp_path, *one_by_one, *change, "--num_samples", 1))
-        assert "1 cases of other settings" in said, change
+        assert "1 case of other settings" in said, change
         said = succeeded(sample(trained, data, tmp_path, *one_by_one, "--num_samples", 1))
-        assert "1 cases of other settings" in said, change
+        assert "1 case of other settings" in said, change
     after = contents(tmp_path)
     assert after.keys() == before.keys()
     rewritten = {"predictions.csv", "sampling.json"}  # seconds, and the date

@@ -14,6 +14,7 @@ from typing import Any
 from guided_diffusion import logger
 from guided_diffusion.data.classes import each
 from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as, readable
+from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import run_cases, share_of
@@ -55,7 +56,7 @@ def run_sampling(setup: SampleSetup) -> None:
     kinds += [] if setup.network.version == "plain" else [f"coarse{end}"]
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
-    logger.log(f"{len(names)} cases in {run.out_dir}: {files}, predictions.csv")
+    logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, predictions.csv")
 
 
 def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,12 +13,13 @@ from typing import Any
 from guided_diffusion import logger
 from guided_diffusion.data.classes import RECORD, Classes, record_text, recorded_classes
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.data.folders import listing
+from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import (
     DamagedFile,
+    append,
     atomic_write,
     read_table,
     require_replaceable,
@@ -44,8 +46,9 @@ def log_remarks(record: Record, names: Sequence[str]) -> None:
     others = sum(row["fingerprint"] != record.fingerprint for row in record.rows.values())
     if others:
         logger.log(
-            f"{others} cases in {record.out_dir} have other settings; they stay, and would be "
-            "scored together with these"
+            f"{counted(others, 'case')} in {record.out_dir} "
+            f"{'has other settings; it stays' if others == 1 else 'have other settings; they stay'}"
+            ", and would be scored together with these"
         )
 
 
@@ -82,9 +85,10 @@ MEASURES = ("disagreement", "uncertainty", "seconds")
 
 
 class Record:
-    """``predictions.csv``: one row per finished case, written once its files are in place.
+    """``predictions.csv``: one row per finished case, appended once its files are in place.
 
-    Of several processes each keeps a file of its own until the first one gathers them.
+    The rows are sorted by name at the start and at the end of a run. Of several processes each
+    keeps a file of its own until the first one gathers them.
 
     Args:
         out_dir: the result folder.
@@ -111,20 +115,20 @@ class Record:
         self.path = out_dir / "predictions.csv"
         require_replaceable(self.path)
         self.damage: dict[Path, str] = {}
-        self.forgotten: list[str] = []
         self.rows = {row["name"]: row for row in self._read([self.path, *self._parts()])}
 
     def _read(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         """Read the finished cases of some records, and note which of these are damaged."""
         for path in paths:
             try:
-                table = read_table(path, needs=NEEDED, hint="Choose another --out_dir.")
+                hint = "Choose another --out_dir."
+                table = read_table(path, needs=NEEDED, hint=hint, keep_cut=False)
             except DamagedFile as error:
                 self.damage[path] = error.why
                 continue
             rows = table.rows if table else []
             good = [row for row in rows if _is_whole(row)]
-            if table and table.bad + len(rows) - len(good):
+            if table and table.cut + table.bad + len(rows) - len(good):
                 self.damage[path] = "not all of its lines are those of cases"
             yield from good
 
@@ -156,7 +160,6 @@ class Record:
         """Take cases for unfinished whose files are gone."""
         for name in names:
             del self.rows[name]
-            self.forgotten.append(name)
 
     def begin(self, names: Sequence[str], *, of: int) -> None:
         """Remove cases before their files are replaced, and log what is kept."""
@@ -165,9 +168,8 @@ class Record:
         stale = [row for name in names if (row := self.rows.pop(name, None))]
         lost = [row["name"] for row in stale if row["fingerprint"] == self.fingerprint]
         if len(stale) > len(lost):
-            logger.log(
-                f"{len(stale) - len(lost)} cases of other settings in {self.out_dir} are drawn anew"
-            )
+            replaced = counted(len(stale) - len(lost), "case")
+            logger.log(f"drawn anew: {replaced} of other settings in {self.out_dir}")
         if lost:
             logger.log(f"files of {listing(lost)} are missing or damaged; they are drawn anew")
         barrier()  # every process has read the parts that the first one now gathers
@@ -178,7 +180,7 @@ class Record:
                     f"{path} is damaged ({why}); it is kept as {kept}, and cases that cannot be "
                     "read from it are drawn anew"
                 )
-            self._gather([*stale, *self.damage, *self.forgotten])
+            self._gather()
         barrier()
         if rank():
             self.path, self.rows = self.out_dir / f".predictions-{rank()}.csv", {}
@@ -186,29 +188,40 @@ class Record:
     def add(self, row: dict[str, Any]) -> None:
         """Add a finished case."""
         self.rows[row["name"]] = {**row, "fingerprint": self.fingerprint}
-        self._write()
+        if self.path.exists():
+            append(self.path, self._text([row["name"]], header=False))
+        else:
+            self._write()
 
     def end(self) -> None:
         """Gather the rows of all processes in the first one's file."""
         barrier()
         if rank() == 0:
             self.rows |= {row["name"]: row for row in self._read(self._parts())}
-            self._gather(self._parts())
+            self._gather()
         barrier()
 
-    def _gather(self, changes: Sequence[object]) -> None:
+    def _gather(self) -> None:
         parts = self._parts()
-        if changes or parts:
+        if self.rows or self.path.exists():
             self._write()
         for part in parts:
             part.unlink()
 
     def _write(self) -> None:
-        """Write all rows, sorted by name; the file appears whole."""
-        with atomic_write(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+        """Write all rows, sorted by name, where the file has others; it appears whole."""
+        content = self._text(sorted(self.rows)).encode("utf-8")
+        if not self.path.exists() or self.path.read_bytes() != content:
+            with atomic_write(self.path) as part:
+                part.write_bytes(content)
+
+    def _text(self, names: Sequence[str], *, header: bool = True) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        if header:
             writer.writeheader()
-            writer.writerows(self.rows[name] for name in sorted(self.rows))
+        writer.writerows(self.rows[name] for name in names)
+        return text.getvalue()
 
 
 def _is_whole(row: Mapping[str, str]) -> bool:

@@ -102,7 +102,7 @@ class Flags:
             try:
                 given[name] = _converted(value, known[name])
             except (TypeError, ValueError, OverflowError):
-                kind = _KINDS[known[name]]
+                kind = KINDS[known[name]]
                 raise UserError(f"--{name}", f"{value!r} is not {kind}", f"Give {kind}.") from None
         return cls(tuple(groups), given)
 
@@ -169,7 +169,7 @@ def _fields(group: type) -> tuple[Any, ...]:
     return fields(group)
 
 
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
 def _converted(value: Any, kind: Any) -> Any:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn, get_type_hints
 
 from guided_diffusion.errors import did_you_mean
-from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.flags import KINDS, Flags
 
 
 def parse(
@@ -78,11 +78,32 @@ class _Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one message."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         known = self._option_string_actions
-        hint = did_you_mean(unknown[1] if unknown else "", known, "--help_all lists all flags.")
+        if about := re.match(r"argument (--\w+)[/\w-]*: (.*)", message, re.DOTALL):
+            flag, problem = about.groups()
+            if choices := known[flag].choices:
+                wrong = re.match(r"invalid choice: (.*) \(choose from ", problem, re.DOTALL)
+                problem = f"{wrong[1]} is not a choice" if wrong else problem
+                hint = f"Use {', '.join(map(repr, choices))}."
+            else:
+                hint = f"Give {_values(known[flag])}."
+            message = f"{flag}: {problem}"
+        elif message.startswith("ambiguous option"):
+            hint = "Write the flag out."
+        elif unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            hint = did_you_mean(unknown[1], known, "--help_all lists all flags.")
+        else:
+            hint = "Put every value behind its flag, and values with blanks in quotes."
         print(f"error: {message}. {hint}", file=sys.stderr)
         sys.exit(2)
+
+
+def _values(action: argparse.Action) -> str:
+    """What a flag without choices takes: 'a number'."""
+    if isinstance(action.nargs, int):
+        return f"{action.nargs} values"
+    kinds = {str2bool: KINDS[bool], int: KINDS[int], float: KINDS[float]}
+    return kinds.get(action.type, "a value")
 
 
 def _add_flag(section: Any, group: type, entry: Any, *, hidden: bool = False) -> None:

@@ -234,7 +234,11 @@ def _verdict(truth: ArrayLike | None, fused: ArrayLike, members: int) -> str:
 
     counts = metrics.confusion(metrics.binarise(fused), metrics.binarise(truth))
     if counts.empty_truth:
-        found = "none predicted" if counts.empty_prediction else f"{counts.fp} pixels predicted"
+        found = (
+            "none predicted"
+            if counts.empty_prediction
+            else f"{counted(counts.fp, 'pixel')} predicted"
+        )
         return f"no lesion, {found}  ·  {drawn}"
     return f"Dice {metrics.dice(counts):.3f}  ·  {drawn}"
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from guided_diffusion.data.folders import counted
 from guided_diffusion.report.charts import figures
 from guided_diffusion.report.tables import (
     case_table_head,
@@ -89,9 +90,9 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, CaseScore]]:
 
 def _subtitle(evaluation: Evaluation) -> str:
     summary = evaluation.summary
-    parts = [f"{summary['cases']} cases"]
+    parts = [counted(summary["cases"], "case")]
     if summary.get("patients"):
-        parts.append(f"{summary['patients']} patients")
+        parts.append(counted(summary["patients"], "patient"))
     if evaluation.classes:
         parts.append(f"classes {', '.join(evaluation.classes.names)}")
     lesion = summary["cases"] - summary["empty_truth"]
@@ -99,8 +100,9 @@ def _subtitle(evaluation: Evaluation) -> str:
         parts.append(f"{lesion} with a lesion")
     members = {row.members for scores in evaluation.scores.values() for row in scores.rows}
     if members != {0}:
-        span = " to ".join(map(str, sorted({min(members), max(members)})))
-        parts.append(f"{span} members each")
+        least, most = min(members), max(members)
+        span = f"{least} to " if least < most else ""
+        parts.append(f"{span}{counted(most, 'member')} each")
     return " · ".join(parts)
 
 

@@ -146,7 +146,7 @@ def pair_cases(
         raise UserError(
             folder,
             f"has no prediction, such as files named <case>_output_ens{end}.png directly in it",
-            "Pass to --inp_pth the folder that segmentation_sample.py wrote (its --out_dir).",
+            "Pass the folder that segmentation_sample.py wrote (its --out_dir).",
         )
 
     common = sorted(predicted.keys() & truths.keys())

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.data.datasets import Reading
+from guided_diffusion.data.folders import counted
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, make_folder, writing
 from guided_diffusion.inference.run_lock import SLICING, only_run
@@ -52,8 +53,8 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
         counts = cut_all(dataset, jobs, dtype=plan.dtype, workers=workers)
         written = sum(tqdm(counts, total=len(jobs), unit="volume", disable=None))
     yield (
-        f"{written} slices of {len(jobs)} volumes written, {len(dataset) - written} were there; "
-        f"who is in which part: {out / 'split.txt'}"
+        f"{counted(written, 'slice')} of {counted(len(jobs), 'volume')} written, "
+        f"{len(dataset) - written} were there; who is in which part: {out / 'split.txt'}"
     )
 
 

@@ -1,21 +1,23 @@
 """Slicing BraTS volumes into the two-dimensional layout, with the patients kept together.
 
 ``out/{training,testing}/NNNNNN/brats_train_PPP_<modality>_SSS_w.nii.gz``: one folder per slice,
-PPP the patient's line in the split, SSS the position. ``out/split.txt`` holds the part of
-each patient; it is written by the first run and read by later ones. Folders are renamed once they
-are complete, so the same command continues a run that was killed.
+PPP the patient's number in the split, SSS the position. ``out/split.txt`` holds the part of
+each patient; it is written by the first run and read by later ones, and fits ``--split`` with the
+slices. Folders are renamed once they are complete, so the same command continues a run that was
+killed.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -85,6 +87,8 @@ class Job(NamedTuple):
 def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]:
     """Make one job per volume, in the order of the split file, which is written if it is missing.
 
+    Lines on patients of the volumes get the numbers that the slices have for them.
+
     ``volumes.json`` records the numbers of each volume's slices, so that volumes can be added, and
     a checksum of its files, so that a changed one is refused.
 
@@ -93,9 +97,8 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
             has changed, or its split lacks a patient.
     """
     make_folder(out, flag="--out")
-    parts = _read_or_write_split(out / "split.txt", sorted(set(dataset.patients)), plan)
-    order = {patient: number for number, patient in enumerate(parts, 1)}
-    entries = sorted(dataset.entries, key=lambda entry: (order[entry.patient], entry.name))
+    split = _read_or_write_split(out / "split.txt", sorted(set(dataset.patients)), plan)
+    entries = sorted(dataset.entries, key=lambda entry: (split[entry.patient][0], entry.name))
 
     path = out / "volumes.json"
     known = _read_numbers(path)
@@ -111,8 +114,8 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
                 "Choose another --out, so that old and new slices do not mix.",
             )
         free = max(free, row[0] + row[1])
-        patient = slices[0].patient
-        jobs.append(Job(out / parts[patient], order[patient], slices, row[0]))
+        number, side = split[slices[0].patient]
+        jobs.append(Job(out / side, number, slices, row[0]))
     with atomic_write(path) as part:
         part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return jobs
@@ -247,18 +250,24 @@ def _save(path: Path, values: Array, affine: Affine | None, dtype: str, grid: Gr
     nib.save(image, path)
 
 
-def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan) -> dict[str, str]:
-    """Return the part of each patient, in the file's order; refuse a file of other settings."""
-    settings = f"# {_settings(plan)}"
-    if not path.exists():
-        parts = divide(patients, train=plan.train, seed=plan.seed)
-        with atomic_write(path) as part:
-            lines = [settings, *(f"{patient} {side}" for patient, side in parts.items())]
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return parts
+_NUMBERED = "# number in the names of the slices, part, # patient"
+_LINE = re.compile(r"\s*(?P<number>\d{3,})\s+\w+\s+# (?P<patient>.+?)(\s+#.*)?\s*")
+_ADDED = re.compile(r"\s*(?P<patient>[^#\s].*?)\s+(?P<part>\w+)(?P<comment>\s+#.*)?\s*")
 
-    parts = read_split(path)
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+
+def _read_or_write_split(
+    path: Path, patients: Sequence[str], plan: SlicingPlan
+) -> dict[str, tuple[int, str]]:
+    """Return number and part of each patient; refuse a file of other settings.
+
+    A line that was added by hand names the patient, and gets the next number.
+    """
+    settings = f"# {_settings(plan)}"
+    if path.exists():
+        parts, lines = read_split(path), path.read_text(encoding="utf-8-sig").splitlines()
+    else:
+        parts = divide(patients, train=plan.train, seed=plan.seed)
+        lines = [settings, *(f"{patient} {side}" for patient, side in parts.items())]
     written = next((line for line in lines if line.startswith("# slices ")), settings)
     if written != settings:
         raise UserError(
@@ -266,14 +275,43 @@ def _read_or_write_split(path: Path, patients: Sequence[str], plan: SlicingPlan)
             f"the slices were cut with other settings ({written[2:]}) than these ({settings[2:]})",
             "Choose another --out, or use the earlier settings.",
         )
-    missing = sorted(set(patients) - parts.keys())
+
+    matches = [_LINE.fullmatch(line) for line in lines if _NUMBERED in lines]
+    numbered = {match["number"]: match["patient"] for match in matches if match}
+    following = count(1 + max(map(int, numbered), default=0))
+    split: dict[str, tuple[int, str]] = {}
+    for name, side in parts.items():
+        patient = numbered.get(name, name)
+        if patient in split:
+            raise UserError(path, f"patient {patient} has two lines", "Remove one of them.")
+        split[patient] = (int(name) if name in numbered else next(following), side)
+
+    missing = sorted(set(patients) - split.keys())
     if missing:
         raise UserError(
             path,
             f"has no line for patient {listing(missing)}",
             "Add a line for each at the end, such as '<patient> training'.",
         )
-    return parts
+    if len(numbered) < len(split):
+        head = [line for line in lines[:1] if line.startswith("# slices ")]
+        rest = [
+            line if numbered and _LINE.fullmatch(line) else _numbered_line(line, split)
+            for line in lines[len(head) :]
+            if line != _NUMBERED
+        ]
+        with atomic_write(path) as part:
+            part.write_text("\n".join([*head, _NUMBERED, *rest]) + "\n", encoding="utf-8")
+    return split
+
+
+def _numbered_line(line: str, split: Mapping[str, tuple[int, str]]) -> str:
+    """Put the number in front of a line that names a patient; return others as they are."""
+    match = _ADDED.fullmatch(line)
+    patient = match["patient"].replace("\t", " ") if match else ""
+    if not match or patient not in split:
+        return line
+    return f"{split[patient][0]:03d} {match['part']}  # {patient}{match['comment'] or ''}"
 
 
 def divide(patients: Sequence[str], *, train: float, seed: int) -> dict[str, str]:

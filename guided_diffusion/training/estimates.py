@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from guided_diffusion import logger
 from guided_diffusion.data.classes import Classes
+from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import describe, rank, total_gib
 from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.options.flags import numbers
@@ -101,7 +102,7 @@ def refuse_large_batch(
         f"--batch_size {batch}",
         f"a step takes about {gib_text(micro * image + batch * read)}, {gib_text(image + read)} "
         f"for each image; {has}",
-        f"About {fitting} images fit: use --batch_size {fitting}{same}.",
+        f"About {counted(fitting, 'image')} would fit: use --batch_size {fitting}{same}.",
     )
 
 
@@ -135,7 +136,7 @@ def step_too_large(
     size = min(batch, options.microbatch) if options.microbatch > 0 else batch
     return UserError(
         f"--batch_size {batch}",
-        f"{problem} in step {step + 1}, {size} images at a time; {describe(device)} has "
+        f"{problem} in step {step + 1}, {counted(size, 'image')} at a time; {describe(device)} has "
         f"{total_gib(device):.1f} GiB",
         f"Use --microbatch {size // 2} for the same gradient, or a smaller --batch_size."
         if size > 1

@@ -32,6 +32,7 @@ from guided_diffusion.data.advice import intensity_notes, mask_notes
 from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
 from guided_diffusion.data.cache import GIB, CachedDataset
 from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as
+from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
 from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
@@ -311,8 +312,8 @@ def held_out_cases(
     if held_out.channels != dataset.channels:
         raise UserError(
             f"--val_dir {held_out.directory}",
-            f"its images have {held_out.channels} channels, those of {dataset.directory} have "
-            f"{dataset.channels}",
+            f"its images have {counted(held_out.channels, 'channel')}, those of "
+            f"{dataset.directory} have {dataset.channels}",
             "Validate on data like that of training.",
         )
     return held_out

@@ -18,6 +18,7 @@ import torch
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import BEST, Weights
 from guided_diffusion.data.datasets import Case, SegmentationDataset
+from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, make_folder
@@ -202,8 +203,8 @@ def validation_notes(validation: Validation | None) -> Iterator[str]:
     """Describe what a run is validated on, and which pictures it cannot draw."""
     if validation and validation.folder:
         yield (
-            f"validation on {len(validation.cases)} cases, 2 masks each in "
-            f"{validation.segmenter.plan.evaluations} evaluations"
+            f"validation on {counted(len(validation.cases), 'case')}, 2 masks each in "
+            f"{counted(validation.segmenter.plan.evaluations, 'evaluation')}"
         )
     if find_spec("matplotlib") is None:
         yield "no curves.png: python -m pip install matplotlib would draw it"

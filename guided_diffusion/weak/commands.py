@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from guided_diffusion import logger
+from guided_diffusion.data.folders import counted
 from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import atomic_write, expanded, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
@@ -74,7 +75,7 @@ def _draw_images(flags: Flags, folder: Path) -> None:
     respacing = flags.given.get("timestep_respacing", "")
     levels = sampling_levels(model.diffusion, sampler, wanted, respacing=respacing)
     out_dir = make_folder(expanded(run.out_dir), flag="--save_dir")
-    logger.log(f"{model.source}; {options.num_samples} images by {sampler}")
+    logger.log(f"{model.source}; {counted(options.num_samples, 'image')} by {sampler}")
 
     names = [f"image{i:05d}" for i in range(options.num_samples)]
     drawn_classes = [member_seed(run.seed, name, 1) % 2 for name in names]
@@ -163,8 +164,8 @@ def segment_weakly(flags: Flags) -> None:
         if trained and trained.net.in_channels != dataset.channels:
             raise UserError(
                 dataset.directory,
-                f"its images have {dataset.channels} channels, {trained.source} was trained on "
-                f"{trained.net.in_channels}",
+                f"its images have {counted(dataset.channels, 'channel')}, {trained.source} was "
+                f"trained on {trained.net.in_channels}",
                 "Use images like those of training.",
             )
     if model and classifier and classifier.image_size != model.net.image_size:

@@ -106,8 +106,8 @@ def load_image_model(
     Raises:
         UserError: no checkpoint there, or one of something else.
     """
-    where = flags.get("model_path") or folder
-    trained = load_trained(_model_file(where, DIFFUSION_FILE, "--model_path"), flags, kind=IMAGES)
+    path = _model_file(flags, "model_path", folder, DIFFUSION_FILE)
+    trained = load_trained(path, flags, kind=IMAGES)
     path, known = trained.path, trained.flags
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_unet(trained.checkpoint.model))
@@ -129,10 +129,8 @@ def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> Class
     Raises:
         UserError: no checkpoint there, or one of something else.
     """
-    where = flags.get("classifier_path") or folder
-    trained = load_trained(
-        _model_file(where, CLASSIFIER_FILE, "--classifier_path"), flags, kind=CLASSIFIER
-    )
+    path = _model_file(flags, "classifier_path", folder, CLASSIFIER_FILE)
+    trained = load_trained(path, flags, kind=CLASSIFIER)
     path, known = trained.path, trained.flags
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_classifier(trained.checkpoint.model, path))
@@ -151,8 +149,13 @@ def _placed(net: Net, trained: Trained, weights: str, flags: Flags) -> Net:
     return place_model(net, dev(flags.get("gpu_dev", "0"))).eval().requires_grad_(False)
 
 
-def _model_file(path: str, published: str, flag: str) -> Path:
-    """Find a checkpoint, or in a folder the one with the published name, else the latest."""
+def _model_file(flags: Flags, name: str, folder: str, published: str) -> Path:
+    """Find a checkpoint, or in a folder the one with the published name, else the latest.
+
+    Without the flag ``name`` that of the run's own folder is taken.
+    """
+    given = flags.get(name)
+    path, flag = (given, f"--{name}") if given else (folder, "--save_dir")
     named = expanded(path, flag=flag) / published
     latest = expanded(path, flag=flag) / LATEST
     use_named = named.is_file() and (published == CLASSIFIER_FILE or not latest.is_file())

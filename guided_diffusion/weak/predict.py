@@ -19,6 +19,7 @@ from torch import Tensor
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.tumorloader import LabelledImages, TumourImages
 from guided_diffusion.errors import UserError
@@ -183,8 +184,8 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
     if end < 0:
         raise UserError(
             f"--steps {options.steps}",
-            f"{options.steps} steps of {options.stride} from level {options.level} end below time "
-            "0",
+            f"{counted(options.steps, 'step')} of {options.stride} from level {options.level} "
+            "would end below time 0",
             "Take fewer steps, a smaller --stride or a higher --level.",
         )
     branches = range(options.level, end - 1, -options.stride)
@@ -226,7 +227,9 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
 
     together = segmenter.options.batch_size
     run_cases(entries, todo, record, draw=draw, write=write, together=together)
-    logger.log(f"{len(entries)} images in {folder}: <name>_mask.png, _heat.png, _overlay.png")
+    logger.log(
+        f"{counted(len(entries), 'image')} in {folder}: <name>_mask.png, _heat.png, _overlay.png"
+    )
 
 
 class Drawn(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from guided_diffusion.checkpoint import CLASSIFIER, IMAGES, Weights, load_weights
 from guided_diffusion.data.advice import intensity_notes
 from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
+from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.tumorloader import (
     LabelledImages,
@@ -100,7 +101,8 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
     validate, notes = None, dead_flags(flags)
     if kept:
         patients = {dataset.entries[i].patient or dataset.names[i] for i in kept}
-        notes.append(f"validation on {len(kept)} images of {len(patients)} patients, held out")
+        images, owners = counted(len(kept), "image"), counted(len(patients), "patient")
+        notes.append(f"validation on {images} of {owners}, held out")
     if kept and rank() == 0:
         copy = place_model(create_classifier(**vars(network)), dev(run.gpu_dev))
         judged = Pictures(dataset, frame, kept)
@@ -144,8 +146,8 @@ def open_labelled(source: SourceOptions, part: str) -> LabelledImages:
         share = "all" if any(dataset.labels.values()) else "none"
         raise UserError(
             f"--class_index {source.class_index}",
-            f"{share} of {len(dataset)} slices have this label; slices with it and without it are "
-            "needed",
+            f"{share} of {counted(len(dataset), 'slice')} have this label; slices with it and "
+            "without it are needed",
             "Choose another label.",
         )
     return dataset
@@ -205,7 +207,7 @@ def _require_channels(channels: int, dataset: LabelledImages, flag: str) -> None
     if channels != dataset.channels:
         raise UserError(
             f"{flag} {channels}",
-            f"the images in {dataset.directory} have {dataset.channels} channels",
+            f"the images in {dataset.directory} have {counted(dataset.channels, 'channel')}",
             f"Omit {flag}, or use data with the channels of training.",
         )
 
@@ -224,7 +226,8 @@ def _set_up(
     if len(pictures) < options.batch_size:
         raise UserError(
             f"--batch_size {options.batch_size}",
-            f"there are only {len(pictures)} images to train on",
+            f"there {'is' if len(pictures) == 1 else 'are'} only "
+            f"{counted(len(pictures), 'image')} to train on",
             "Use smaller batches, or more images.",
         )
     if start:

@@ -124,7 +124,7 @@ def test_cases_of_other_settings_are_distinguished(
     succeeded(script("segmentation_sample", *arguments))
     more = ("--num_samples", 1, "--seed", 3)
     text = succeeded(script("segmentation_sample", *arguments, *more))
-    assert "1 cases in" in text and "have other settings" in text
+    assert "1 case in" in text and "has other settings; it stays" in text
     flags = ("--inp_pth", tmp_path, "--out_pth", brats / "testing")
     assert "warning: these masks were sampled with 2 different settings" in succeeded(
         script("segmentation_env", *flags)

@@ -172,6 +172,22 @@ def test_the_rule_for_empty_masks_is_chosen_and_printed(tmp_path, rule, dice, co
     assert [row["dice"] != "" for row in read_csv(pair[0] / "scores.csv")].count(True) == counted
 
 
+def test_the_picture_to_look_at_is_the_worst_case_with_a_lesion(tmp_path):
+    shifted = {name: np.roll(SQUARE, k, axis=0) for name, k in (("b", 1), ("c", 2), ("d", 3))}
+    found = {f"{name}_output_ens.png": mask for name, mask in shifted.items()}
+    truths = dict.fromkeys(shifted, SQUARE) | {"a": EMPTY}
+    pred, gt = folder(tmp_path, found | {"a_output_ens.png": SQUARE}, truths)
+    command = ["--inp_pth", pred, "--out_pth", gt]
+    for name in "abc":
+        assert "look at" not in succeeded(script("segmentation_env", *command))
+        (pred / f"{name}_overlay.png").touch()
+    (pred / "d_overlay.png").touch()
+    said = succeeded(script("segmentation_env", *command))
+    assert (
+        f"look at: {pred / 'd_overlay.png'}, the lowest Dice of a case with a lesion, 0.6" in said
+    )
+
+
 def test_several_raters(tmp_path):
     """Members and raters alike, in another order: no distance, and each rater's is among them."""
     files = {"a_output_ens.png": SQUARE, "a_output0.png": SQUARE, "a_output1.png": SHIFTED}
@@ -334,6 +350,15 @@ def test_two_folders_compared(tmp_path):
     assert "--partial" not in error, "it is given"
     (tmp_path / "gt/7.png").unlink()
     succeeded(script("segmentation_env", *command, "--partial", True))
+
+
+def test_a_folder_to_compare_is_named_by_its_flag(tmp_path):
+    pred, gt = folder(tmp_path, {"a_output_ens.png": SQUARE}, {"a": SQUARE})
+    (tmp_path / "none").mkdir()
+    for other, problem in (("nowhere", "does not exist"), ("none", "has no prediction")):
+        for pair in ([pred, tmp_path / other], [tmp_path / other, pred]):
+            error = refused(script("segmentation_env", "--compare", *pair, "--out_pth", gt))
+            assert f"{tmp_path / other}: {problem}" in error and "--inp_pth" not in error
 
 
 # ------------------------------------------------------------------------------------ bad input

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from guided_diffusion.bratsloader import BRATSDataset, BRATSDataset3D
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.geometry import PLANES
+from guided_diffusion.data.splits import part_of_cases
 from guided_diffusion.tools import slices
 
 
@@ -33,18 +34,19 @@ def test_slices_equal_the_volumes_slices(tmp_path: Path, dtype: str) -> None:
     data = write_volumes(tmp_path / "data", cases)
     succeeded(slicer(data, tmp_path / "out", "--slices", "1:4", "--dtype", dtype, "--train", 0.5))
 
-    split = (tmp_path / "out/split.txt").read_text().splitlines()[1:]
-    assert [line.rpartition(" ")[0] for line in split] == sorted(cases)
-    assert sorted(line.rpartition(" ")[2] for line in split) == ["testing"] * 2 + ["training"] * 2
+    lines = (tmp_path / "out/split.txt").read_text().splitlines()[2:]
+    patients = [line.partition("# ")[2] for line in lines]
+    parts = [line.split()[1] for line in lines]
+    assert patients == sorted(cases) and sorted(parts) == ["testing"] * 2 + ["training"] * 2
     whole = BRATSDataset3D(data)
     for part in ("training", "testing"):
         cut = BRATSDataset(tmp_path / "out" / part)
         assert len(cut) == 6
         for entry, case in zip(cut.entries, cut, strict=True):
-            volume_name = split[int(entry.patient) - 1]
-            assert volume_name.endswith(f" {part}")
+            number = int(entry.patient) - 1
+            assert parts[number] == part
             plane = int(entry.images[0].name.split("_")[4])
-            name = f"{volume_name.rpartition(' ')[0]}_slice{plane:03d}"
+            name = f"{patients[number]}_slice{plane:03d}"
             original = whole[whole.names.index(name)]
             assert_close(case.image, original.image, rtol=0, atol=0.501 / 255)
             assert torch.equal(case.mask, original.mask)
@@ -92,11 +94,53 @@ def test_an_existing_split_is_followed(tmp_path: Path) -> None:
     succeeded(slicer(data, out, "--slices", "2:3", "--train", 1.0))
     assert BRATSDataset(out / "testing").patients == ["001", "002"]
     assert BRATSDataset(out / "training").patients == ["003"]
+    assert part_of_cases(BRATSDataset(out), out / "split.txt") == ["testing"] * 2 + ["training"]
 
     (data / "b").rename(data / "d")
     assert "has no line for patient d. Add a line" in refused(slicer(data, out, "--slices", "2:3"))
     (out / "split.txt").write_text("c nowhere\n")
     assert "line 1: 'c nowhere' is not" in refused(slicer(data, out, "--slices", "2:3"))
+
+
+def test_the_split_fits_the_slices(tmp_path: Path) -> None:
+    data, out = write_volumes(tmp_path / "data", tuple("abc")), tmp_path / "out"
+    flags = ("--slices", "1:3", "--train", 0.6)
+    succeeded(slicer(data, out, *flags))
+    split = out / "split.txt"
+    said = succeeded(script("check_data", "--data_dir", out, "--split", split))
+    assert "split      training (4), testing (2)" in said
+    dataset = BRATSDataset(out)
+    assert part_of_cases(dataset, split) == [name.partition("_")[0] for name in dataset.names]
+
+    before = split.read_text("utf-8")
+    succeeded(slicer(data, out, *flags))
+    assert split.read_text("utf-8") == before
+
+
+def test_a_split_that_names_volumes_gets_the_numbers_of_their_slices(tmp_path: Path) -> None:
+    """Users and earlier versions write such lines, and patients may be added."""
+    data, out = write_volumes(tmp_path / "data", ("a", "x y", "001")), tmp_path / "out"
+    out.mkdir()
+    split, flags = out / "split.txt", ("--slices", "2:3")
+    split.write_text("# mine\nx y testing # why\n\n001\ttraining\na training\n")
+    succeeded(slicer(data, out, *flags))
+    head, *rows = split.read_text("utf-8").splitlines()
+    assert rows == [
+        *("# mine", "001 testing  # x y # why", "", "002 training  # 001", "003 training  # a")
+    ]
+
+    write_volumes(data, ("001b",))
+    before = contents(out)
+    assert "has no line for patient 001b. Add a line" in refused(slicer(data, out, *flags))
+    split.write_text("\n".join([head, *rows[:0:-1], "a training"]), encoding="utf-8")
+    assert "patient a has two lines. Remove one" in refused(slicer(data, out, *flags))
+    split.write_text("\n".join([head, *rows[:0:-1], "001b testing"]), encoding="utf-8")
+    succeeded(slicer(data, out, *flags))
+    assert split.read_text("utf-8").splitlines() == [head, *rows[:0:-1], "004 testing  # 001b"]
+    after = contents(out)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"split.txt", "volumes.json"}
+    assert BRATSDataset(out / "testing").patients == ["001", "004"]
 
 
 def test_the_division_depends_on_the_seed_alone() -> None:

@@ -106,7 +106,7 @@ def test_validation_does_not_change_a_run(brats: Path, trained: Path, tmp_path: 
 def test_the_files_of_validation(brats: Path, tmp_path: Path) -> None:
     command = [*training(brats, tmp_path), "--max_steps", 2, "--val_dir", brats / "testing"]
     said = succeeded(script("segmentation_train", *command, "--val_cases", 1))
-    assert "validation on 1 cases, 2 masks each in 5 evaluations" in said
+    assert "validation on 1 case, 2 masks each in 5 evaluations" in said
     row = read_csv(tmp_path / "progress.csv")[-1]
     assert row["step"] == "2"
     assert 0 <= float(row["val_iou"]) <= float(row["val_dice"]) <= 1

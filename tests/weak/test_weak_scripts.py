@@ -314,7 +314,7 @@ def weakly_trained(weak_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     common = ["--src_dir", weak_data, "--save_dir", folder, *SCHEDULE, *SHORT]
     succeeded(script("train_tumor_ddfm", *common, *SMALL, "--class_cond", True, "--max_steps", 4))
     said = script("classifier_tumor_train", *common, *JUDGE, "--iterations", 4, "--held_out", 0.2)
-    assert "validation on 2 images of 1 patients, held out" in succeeded(said)
+    assert "validation on 2 images of 1 patient, held out" in succeeded(said)
     return folder
 
 
@@ -706,6 +706,21 @@ def test_a_classifier_has_two_classes_or_more(classes: int, own_data: Path, tmp_
     common = ["--src_dir", own_data, "--save_dir", tmp_path / "run", *JUDGE]
     said = refused(script("classifier_tumor_train", *common, "--num_classes", classes))
     assert f"--num_classes {classes}: must be between 2 and 1000" in said
+
+
+@pytest.mark.parametrize("name", ["image_tumor_sample", "image_p_seg"])
+def test_a_missing_network_is_named_by_the_flag_that_led_there(
+    name: str, weakly_trained: Path, weak_data: Path, tmp_path: Path
+) -> None:
+    data = ["--src_dir", weak_data] if name == "image_p_seg" else []
+    where = [*data, "--save_dir", tmp_path / "run"]
+    said = refused(script(name, *where))
+    assert said.startswith(f"error: --save_dir: there is no file {tmp_path / 'run'}")
+    model = ["--model_path", weakly_trained]
+    said = refused(script(name, *where, *model, "--guided", True))
+    assert said.startswith(f"error: --save_dir: there is no file {tmp_path / 'run'}")
+    said = refused(script(name, *where, "--model_path", tmp_path / "other"))
+    assert said.startswith(f"error: --model_path: there is no file {tmp_path / 'other'}")
 
 
 @pytest.mark.parametrize(
