@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 from helpers import NETWORK, read_csv, script, succeeded
-from loops import make_loop
+from loops import Discs, make_loop
+from PIL import Image
 
 from guided_diffusion.inference import cases
 
@@ -70,22 +70,19 @@ def test_20000_steps(workers: int, quiet: None, tmp_path: Path) -> None:
 
 
 def test_10000_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phantoms of ten cases, a thousand names each, drawn, then scored."""
+    """Ten discs, under a thousand names each, drawn, then scored."""
     few, many, out = tmp_path / "few", tmp_path / "many", tmp_path / "out"
-    layout = ["--layout", "isic", "--patients", 10, "--size", 16]
-    succeeded(script("make_phantoms", "--out", few, *layout))
-    for path in sorted(path for path in few.rglob("*") if path.is_file()):
-        folder = many / path.relative_to(few).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.suffix not in (".png", ".jpg"):
-            shutil.copy(path, folder)
-            continue
-        number = path.name[: len("ISIC_0000000")]
-        for copy in range(1000):
-            name = path.name.replace(number, f"{number}{copy:03d}")
-            (folder / name).hardlink_to(path)
+    for number, case in enumerate(Discs(10)[index] for index in range(10)):
+        assert case.mask is not None
+        for kind, values in (("images", case.image.clamp(0, 1)), ("masks", case.mask)):
+            first = few / kind / f"{number}.png"
+            first.parent.mkdir(parents=True, exist_ok=True)
+            (many / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((255 * values[0]).byte().numpy()).save(first)
+            for copy in range(1000):
+                (many / kind / f"{number}x{copy}.png").hardlink_to(first)
     trained = tmp_path / "trained"
-    flags = [*NETWORK, "--diffusion_steps", 10, "--batch_size", 2, "--max_steps", 1]
+    flags = [*NETWORK, "--diffusion_steps", 100, "--batch_size", 2, "--max_steps", 1]
     succeeded(script("segmentation_train", "--data_dir", few, "--out_dir", trained, *flags))
 
     measured: list[Held] = []
@@ -94,7 +91,7 @@ def test_10000_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ["--model_path", trained, "--data_dir", many]
     assert script("segmentation_sample", *source, "--out_dir", out, *draw).code == 0
     rows = read_csv(out / "predictions.csv")
-    assert len(rows) == len({row["name"] for row in rows}) == 500 * len(measured)
+    assert len(rows) == len({row["name"] for row in rows}) == 10_000 == 500 * len(measured)
     assert_flat(measured, 60)
     assert script("segmentation_env", "--inp_pth", out, "--out_pth", many).code == 0
     assert len(read_csv(out / "scores.csv")) == len(rows)
