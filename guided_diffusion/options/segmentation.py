@@ -195,6 +195,12 @@ class TrainingOptions:
     augment: bool = flag(
         False, "flip, rotate, scale and brighten the training cases at random, masks alike"
     )
+    rater_choice: str = flag(
+        "random",
+        "mask of a case with several raters: random, one of theirs at each step; mean, the share "
+        "of raters that mark a pixel; majority",
+        choices=("random", "mean", "majority"),
+    )
     cache_gib: float = flag(
         2.0, "disk space, in GiB, for decoded training cases of this run", least=0
     )
@@ -327,6 +333,7 @@ LATER: dict[str, Any] = {
     "min_snr_gamma": 0.0,
     "coarse_loss": "none",
     "ss_blocks": 2,
+    "rater_choice": "random",
 }
 """Recorded flags that older checkpoints lack, with the values they were trained with."""
 ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
