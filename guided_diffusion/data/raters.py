@@ -263,7 +263,8 @@ def _ordered(masks: Mapping[str, Path]) -> dict[str, Path]:
 
 def _named(folder: Path, root: Path, stem: str = "") -> tuple[str, str]:
     """The id of a case, from the folders down to it, and its patient where a folder states it."""
-    parts = [*root.relative_to(folder).parts, *([stem] if stem else [])]
+    parts = [part for part in root.relative_to(folder).parts if part.lower() not in MASKS]
+    parts += [stem] if stem else []
     patient = _LIDC.search("/".join((folder.name, *parts)))
     return safe_name("_".join(parts or [folder.resolve().name])), patient[0] if patient else ""
 
