@@ -8,7 +8,6 @@ members. What their values mean is decided over all of them, as for truths.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +31,7 @@ def find_masks(
         UserError: the files are those of the truths, or cannot be listed.
     """
     number = 1 if classes is None else len(classes)
-    pictures = image_files(folder)
-    there: dict[str, Truth] = {}
-    if not any(stem.endswith(OWN) for stem in pictures):
-        with suppress(*() if pictures else (UserError,)):
-            there = open_masks(folder, classes, plane=plane)
+    there = _listed(folder, classes, plane)
     files = {
         truth.volume or name: tuple(
             member.source for member in truth.raters or (truth,) if member.source
@@ -54,6 +49,19 @@ def find_masks(
         {name: _one_class(sources, channel) for name, sources in found.items()}
         for channel in range(number)
     ]
+
+
+def _listed(folder: Path, classes: Classes | None, plane: str) -> dict[str, Truth]:
+    """What would be the truths of a folder; none where it has no mask, or other results."""
+    pictures = image_files(folder)
+    if any(stem.endswith(OWN) for stem in pictures):
+        return {}
+    try:
+        return open_masks(folder, classes, plane=plane)
+    except UserError:
+        if pictures:
+            raise
+        return {}
 
 
 def _one_class(sources: list[Source], channel: int) -> Found:
