@@ -42,6 +42,7 @@ _ALONE = re.compile(rf"{_RATER}|label\d+_.*", re.IGNORECASE)
 _BEHIND = re.compile(rf"(?P<case>.+)[ _-](?P<rater>{_RATER})", re.IGNORECASE)
 _TAIL = re.compile(rf"[ _-](?:{_RATER}|\d+)", re.IGNORECASE)
 _SUFFIX = re.compile(rf"(.+)[ _-](?:masks?|seg|segmentation|gt|labels?|{_RATER})", re.IGNORECASE)
+_PART = re.compile(r"train|test|val", re.IGNORECASE)
 _LIDC = re.compile(r"LIDC-IDRI-\d+")
 
 
@@ -93,19 +94,15 @@ def open_rated(
 
 def is_rated(folder: Path) -> bool:
     """Whether a folder is a set of images with several masks each."""
-    if not _may_be_rated(folder):
-        return False
-    groups = list(_groups(folder))
+    groups = _groups_or_none(folder)
     images = [group for group in groups if group.image is not None]
     return bool(images) and (_has_folders(images) or (images == groups and _agree(groups)))
 
 
 def rated_masks(folder: Path) -> dict[str, tuple[Path, ...]]:
     """The masks of each case by id, where a folder holds several masks each and no image."""
-    if not _may_be_rated(folder):
-        return {}
-    groups = list(_groups(folder))
-    if any(group.image is not None for group in groups):
+    groups = _groups_or_none(folder)
+    if not groups or any(group.image is not None for group in groups):
         return {}
     if not (_has_folders(groups) or _agree(groups)):
         return {}
@@ -115,8 +112,9 @@ def rated_masks(folder: Path) -> dict[str, tuple[Path, ...]]:
 def mirrored_masks(folder: Path, masks: Iterable[Path]) -> dict[Path, tuple[Path, ...]]:
     """The raters' masks of a data set, by the data set's own mask.
 
-    They lie in ``raters/<rater>/`` in the data set's folder, under the path or the name of the
-    mask, or beside that folder, under the path from there. Fewer than two raters count as none.
+    They lie in ``raters/<rater>/``, in the data set's folder or beside it, under the path of the
+    mask from there, or under its name alone, beside a folder only where that is called train, test
+    or the like. Fewer than two raters count as none.
     """
     found: dict[Path, tuple[Path, ...]] = {}
     for base in (folder, folder.resolve().parent):
@@ -124,15 +122,12 @@ def mirrored_masks(folder: Path, masks: Iterable[Path]) -> dict[Path, tuple[Path
         if len(places) < 2:
             continue
         there = {root / name for place in places for root, names in walk(place) for name in names}
+        by_name = base == folder or _PART.match(folder.name)
         for mask in masks:
             inner = _inner(mask, base)
-            paths = [place / inner for place in places if inner]
-            if base == folder:
-                paths = [
-                    p if p in there else p.parents[len(inner.parts) - 1] / mask.name
-                    for p in paths
-                    if inner
-                ]
+            paths = [place / inner for place in places] if inner else []
+            if by_name and not there.intersection(paths):
+                paths = [place / mask.name for place in places]
             kept = tuple(path for path in paths if path in there)
             if len(kept) > 1:
                 found.setdefault(mask, kept)
@@ -142,6 +137,14 @@ def mirrored_masks(folder: Path, masks: Iterable[Path]) -> dict[Path, tuple[Path
 def _inner(mask: Path, base: Path) -> Path | None:
     path = mask if mask.is_relative_to(base) else mask.resolve()
     return path.relative_to(base) if path.is_relative_to(base) else None
+
+
+def _groups_or_none(folder: Path) -> list[Group]:
+    """Every case of a folder that may have raters; none where it has no such names."""
+    try:
+        return list(_groups(folder)) if _may_be_rated(folder) else []
+    except (UserError, OSError):
+        return []
 
 
 def _several(group: Group) -> tuple[Path, ...]:

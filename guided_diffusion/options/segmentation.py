@@ -93,7 +93,7 @@ class DataOptions:
 
     data_dir: str = flag("./data/training", "folder with the data set", run=True)
     data_name: str = flag(
-        "", "layout: BRATS, ISIC, TUMOR, CUSTOM or KVASIR; empty: recognised", run=True
+        "", "layout: BRATS, ISIC, TUMOR, CUSTOM, KVASIR or RATERS; empty: recognised", run=True
     )
     split: str = flag(
         "",
@@ -294,7 +294,7 @@ class SamplingOptions:
 class ScoringOptions:
     """What is scored, and how."""
 
-    inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
+    inp_pth: str = flag("", "folder with the predicted masks, of sampling or of another tool")
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
     partial: bool = flag(False, "score the cases that both folders hold; False: all, or an error")
     mask_labels: str = flag(
@@ -319,7 +319,9 @@ class ScoringOptions:
     low_dice: float = flag(
         0.8, "cases below this Dice are those that the uncertainty should find", least=0, most=1
     )
-    raters: str = flag("", "folders with the masks of several raters, separated by commas")
+    raters: str = flag(
+        "", "folders with the masks of several raters, by commas; empty: those that out_pth has"
+    )
     compare: tuple[str, ...] = flag(
         (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )

@@ -302,7 +302,12 @@ def test_raters_of_phantoms_lie_beside_their_data_sets(phantoms: Path, tmp_path:
     inner = entry.mask.relative_to(phantoms)
     assert entry.raters == tuple(phantoms / f"raters/rater{r}" / inner for r in (1, 2, 3))
     phantom_folders.write_isic(tmp_path, 3, patients=3, size=40, raters=2, training=0.67)
-    assert [len(entry.raters) for entry in open_dataset(tmp_path).entries] == [2, 2]
+    for folder in (tmp_path, tmp_path / "Train"):
+        assert [len(entry.raters) for entry in open_dataset(folder).entries] == [2, 2]
+    save(tmp_path / "other/images/ISIC_0000000_Segmentation.png", marked(2))
+    save(tmp_path / "other/masks/ISIC_0000000_Segmentation.png", marked(2))
+    other = open_dataset(tmp_path / "other", data_name="CUSTOM")
+    assert other.entries[0].raters == ()  # of another set, though a rater's mask has this name
     assert not any(t.raters for t in open_masks(tmp_path, raters=False).values())
 
 
