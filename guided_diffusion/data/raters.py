@@ -42,17 +42,21 @@ _ALONE = re.compile(rf"{_RATER}|label\d+_.*", re.IGNORECASE)
 _BEHIND = re.compile(rf"(?P<case>.+)[ _-](?P<rater>{_RATER})", re.IGNORECASE)
 _TAIL = re.compile(rf"[ _-](?:{_RATER}|\d+)", re.IGNORECASE)
 _SUFFIX = re.compile(rf"(.+)[ _-](?:masks?|seg|segmentation|gt|labels?|{_RATER})", re.IGNORECASE)
-_PART = re.compile(r"train|test|val", re.IGNORECASE)
+_PART = re.compile(r"(?:train|test|val)(?:ing|id|idation)?", re.IGNORECASE)
 _LIDC = re.compile(r"LIDC-IDRI-\d+")
 
 
 class Group(NamedTuple):
-    """One case: its id, its image (None where there are masks alone), its masks by rater."""
+    """One case: its id, its image (None where there are masks alone), its masks by rater.
+
+    ``foldered`` says that each rater has a folder.
+    """
 
     name: str
     image: Path | None
     masks: dict[str, Path]
     patient: str = ""
+    foldered: bool = False
 
 
 class RatedDataset(SegmentationDataset):
@@ -76,6 +80,9 @@ def open_rated(
     for an image without any mask, unless ``test_flag`` allows that, or a mask without an image.
     """
     folder = open_folder(directory)
+    if parts := _parts_of(folder):
+        problem = f"holds {listing(parts)}, which are not mixed"
+        raise UserError(folder, problem, f"Pass one of them, such as {folder / parts[0]}.")
     groups = list(_groups(folder))
     _require_pairs(folder, groups, optional=test_flag)
     entries = [
@@ -96,7 +103,7 @@ def is_rated(folder: Path) -> bool:
     """Whether a folder is a set of images with several masks each."""
     groups = _groups_or_none(folder)
     images = [group for group in groups if group.image is not None]
-    return bool(images) and (_has_folders(images) or (images == groups and _agree(groups)))
+    return bool(images) and (_has_folders(groups) or (images == groups and _agree(groups)))
 
 
 def rated_masks(folder: Path) -> dict[str, tuple[Path, ...]]:
@@ -122,7 +129,7 @@ def mirrored_masks(folder: Path, masks: Iterable[Path]) -> dict[Path, tuple[Path
         if len(places) < 2:
             continue
         there = {root / name for place in places for root, names in walk(place) for name in names}
-        by_name = base == folder or _PART.match(folder.name)
+        by_name = base == folder or _PART.fullmatch(folder.name)
         for mask in masks:
             inner = _inner(mask, base)
             paths = [place / inner for place in places] if inner else []
@@ -151,10 +158,15 @@ def _several(group: Group) -> tuple[Path, ...]:
     return tuple(group.masks.values()) if len(group.masks) > 1 else ()
 
 
-def _has_folders(groups: Iterable[Group]) -> bool:
-    """Whether the raters are told apart by folders, of which several hold masks."""
-    folders = {path.parent for group in groups for path in group.masks.values()}
-    return len(folders) > 1 and all(_ALONE.fullmatch(f.name) or f.name.isdecimal() for f in folders)
+def _has_folders(groups: list[Group]) -> bool:
+    """Whether the raters are told apart by folders, whose masks belong to the images, if any."""
+    marked = [group for group in groups if group.masks]
+    paired = sum(group.image is not None for group in marked)
+    return (
+        all(group.foldered for group in marked)
+        and any(len(group.masks) > 1 for group in marked)
+        and (2 * paired >= len(marked) or not any(group.image for group in groups))
+    )
 
 
 def _agree(groups: list[Group]) -> bool:
@@ -168,7 +180,12 @@ def _agree(groups: list[Group]) -> bool:
 
 
 def _may_be_rated(folder: Path) -> bool:
-    """Whether a few names, here and in the first folders below, look like those of raters."""
+    """Whether a few names, here and in the first folders below, look like those of raters.
+
+    A folder with one for each part of the data is not looked into.
+    """
+    if _parts_of(folder):
+        return False
     here = folder
     for _ in range(DEPTH):
         names = [name for name in names_in(here) if not name.startswith(".")]
@@ -185,6 +202,11 @@ def _may_be_rated(folder: Path) -> bool:
             return False
         here = inner
     return False
+
+
+def _parts_of(folder: Path) -> list[str]:
+    """The folders for training, validation and testing in a folder."""
+    return [n for n in names_in(folder) if _PART.fullmatch(n) and (folder / n).is_dir()]
 
 
 def _names_a_rater(name: str) -> bool:
@@ -290,7 +312,7 @@ def _by_folder(
             masks.setdefault(case, {})[who] = path
     for stem, own in masks.items():
         name, patient = _named(folder, root, stem)
-        yield Group(name, images.get(stem), own, patient)
+        yield Group(name, images.get(stem), own, patient, foldered=True)
 
 
 def _by_tail(

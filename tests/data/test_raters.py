@@ -105,6 +105,9 @@ def test_masks_of_raters_without_images_are_truths(form: str, tmp_path: Path) ->
         ("images/a images/b masks/a_1 masks/a_2 masks/b_1", "CUSTOM"),
         ("images/a masks/a_1 masks/a_2", "CUSTOM"),
         ("images/a images/b masks/a_EX masks/a_HE masks/b_EX masks/b_HE", "CUSTOM"),
+        ("images/1 images/2 masks/1/x masks/1/y masks/2/x", "CUSTOM"),
+        ("1/image 1/mask_0 1/mask_1 2/image 2/mask_0", ""),
+        ("train/images/a train/masks_1/a train/masks_2/a test/images/b", ""),
         ("b(1) b(1)_mask b(1)_mask_1 b(2) b(2)_mask", ""),
         ("img_1 img_2 img_3", ""),
     ],
@@ -153,6 +156,10 @@ def test_problems_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 3 cases have no mask: img_2"):
         open_dataset(folder)
     assert not open_dataset(folder, test=True)[2].mask
+    for part in ("train", "test"):
+        write(tmp_path / f"parts/{part}")
+    with pytest.raises(UserError, match=r"holds test, train, which are not mixed"):
+        open_dataset(tmp_path / "parts", data_name="RATERS")
     (folder / "images/img_1.png").unlink()
     with pytest.raises(UserError, match=r"1 of 3 cases have no image: img_1"):
         open_dataset(folder, test=True)
