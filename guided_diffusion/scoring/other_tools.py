@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from guided_diffusion.bratsloader import named_since_2023
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import image_files
 from guided_diffusion.data.masks import MaskSet
@@ -39,7 +40,9 @@ def find_masks(
         for name, truth in there.items()
     }
     _refuse_truths(folder, files, truths)
-    masks = MaskSet([path for paths in files.values() for path in paths], classes)
+    every = [path for paths in files.values() for path in paths]
+    since_2023 = named_since_2023(path.name for path in every)
+    masks = MaskSet(every, classes, brats="2023" if since_2023 else "")
     volumes, found = volumes_of(truths), dict[str, list[Source]]()
     for case, paths in files.items():
         for index, path in enumerate(paths):

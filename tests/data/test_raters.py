@@ -156,13 +156,17 @@ def test_problems_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 3 cases have no mask: img_2"):
         open_dataset(folder)
     assert not open_dataset(folder, test=True)[2].mask
-    for part in ("train", "test"):
-        write(tmp_path / f"parts/{part}")
-    with pytest.raises(UserError, match=r"holds test, train, which are not mixed"):
-        open_dataset(tmp_path / "parts", data_name="RATERS")
     (folder / "images/img_1.png").unlink()
     with pytest.raises(UserError, match=r"1 of 3 cases have no image: img_1"):
         open_dataset(folder, test=True)
+
+
+def test_parts_are_not_mixed(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / part)
+    with pytest.raises(UserError, match=r"holds test, train, which are not mixed"):
+        open_dataset(tmp_path, data_name="RATERS")
+    assert recognise(tmp_path / "train") == "RATERS"
 
 
 def test_majority_by_hand() -> None:

@@ -123,6 +123,14 @@ def test_label_maps_of_volumes_as_nnunet_writes_them(
     assert (core, rim) == (pytest.approx((1 + 40 / 44) / 2), 0)
 
 
+def test_the_cavity_of_brats_2024_is_left_out_of_both_sides(tmp_path: Path) -> None:
+    labels = LABELS.copy()
+    labels[0, :, 1] = 4
+    nifti(tmp_path / "gt/BraTS-GLI-00005-100-seg.nii.gz", LABELS)
+    nifti(tmp_path / "pred/BraTS-GLI-00005-100-seg.nii.gz", labels)
+    assert evaluate(tmp_path / "pred", tmp_path / "gt")["dice_lesion"] == 1
+
+
 def test_pictures_with_labels_of_classes(tmp_path: Path) -> None:
     png(tmp_path / "gt/a.png", LABELS[..., 1])
     png(tmp_path / "pred/a.png", np.where(LABELS[..., 1] == 2, 0, LABELS[..., 1]))
