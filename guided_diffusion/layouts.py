@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from guided_diffusion.bratsloader import (
@@ -25,7 +26,14 @@ from guided_diffusion.bratsloader import (
 )
 from guided_diffusion.custom_dataset_loader import KvasirDataset, open_custom
 from guided_diffusion.data.classes import Classes, find_classes
-from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.datasets import (
+    AS_STORED,
+    Entry,
+    Reading,
+    SegmentationDataset,
+    majority,
+    require_one_size,
+)
 from guided_diffusion.data.dicom_volumes import DicomVolumes, holds_series
 from guided_diffusion.data.folders import (
     image_files,
@@ -38,6 +46,7 @@ from guided_diffusion.data.folders import (
 )
 from guided_diffusion.data.geometry import Placed, place, require_view
 from guided_diffusion.data.masks import MaskSet
+from guided_diffusion.data.raters import is_rated, mirrored_masks, open_rated, rated_masks
 from guided_diffusion.data.readers import Array, read_grid
 from guided_diffusion.data.splits import narrowed
 from guided_diffusion.data.tumorloader import TumourImages, is_classified
@@ -56,6 +65,7 @@ LAYOUTS: dict[str, Loader] = {
     "CUSTOM": open_custom,
     "TUMOR": TumourImages,
     "DICOM": DicomVolumes,
+    "RATERS": open_rated,
 }
 _SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
 
@@ -86,7 +96,7 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             f"{data_name!r} is not one of {', '.join(LAYOUTS)}",
             "Omit it to have the layout recognised.",
         )
-    dataset = LAYOUTS[name](folder, test, reading)
+    dataset = with_raters(LAYOUTS[name](folder, test, reading), folder)
     if reading.modalities and not dataset.modalities:
         raise UserError(
             "--modalities",
@@ -101,6 +111,17 @@ def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> Segment
             f"{first}:{end} cannot be selected, for {folder} holds pictures or slices, not volumes",
             "Omit --slices.",
         )
+    return dataset
+
+
+def with_raters(dataset: SegmentationDataset, folder: Path) -> SegmentationDataset:
+    """Add the masks in ``raters/``, in ``folder`` or beside it, to the cases of a data set."""
+    own = {entry.mask for entry in dataset.entries if entry.mask and not entry.raters}
+    if rated := mirrored_masks(folder, own):
+        dataset.entries = [
+            entry._replace(raters=rated.get(entry.mask, entry.raters)) if entry.mask else entry
+            for entry in dataset.entries
+        ]
     return dataset
 
 
@@ -125,7 +146,7 @@ class Truth:
 
     ``volume`` and ``plane`` are its place in a volume; ``source`` is its file, and ``placed`` says
     where its planes lie, None for pictures; ``image`` decodes the picture itself, float32
-    [C, H, W].
+    [C, H, W]. ``raters`` are the masks of several raters, whose majority it is.
     """
 
     read: Callable[[], Array]
@@ -135,6 +156,7 @@ class Truth:
     source: Path | None = None
     image: Callable[[], Array] | None = None
     placed: Callable[[], Placed | None] = lambda: None
+    raters: tuple[Truth, ...] = ()
 
     def __call__(self) -> Array:
         """Decode the mask, float32 [H, W] in [0, 1], or [K, H, W] of declared classes."""
@@ -142,9 +164,16 @@ class Truth:
 
 
 def open_masks(
-    folder: str | Path, classes: Classes | None = None, *, plane: str = "axial"
+    folder: str | Path,
+    classes: Classes | None = None,
+    *,
+    plane: str = "axial",
+    raters: bool = True,
 ) -> dict[str, Truth]:
     """List the truths for scoring by case id; ``plane`` is how volumes are sliced.
+
+    Where a case has the masks of several raters, the truth is their majority; ``raters=False``
+    passes over those in ``raters/``, beside a mask of the data set's own.
 
     ``folder`` is a data set of any layout, or holds mask files named
     ``ISIC_<id>_Segmentation.png``, ``<id>.png``, ``<id>_mask.png``, ``<id>_seg.nii.gz`` and the
@@ -153,20 +182,17 @@ def open_masks(
     folder = open_folder(folder)
     for name in _recognised(folder, test=True):
         dataset = LAYOUTS[name](folder, True, Reading(classes=classes, plane=plane))
+        dataset = with_raters(dataset, folder) if raters else dataset
         labelled = [entry for entry in dataset.entries if dataset.has_mask(entry)]
         if labelled:
             return {
-                entry.name: Truth(
-                    partial(_entry_mask, dataset, entry),
-                    patient=entry.patient,
-                    volume=entry.volume,
-                    plane=entry.plane,
-                    source=entry.mask,
-                    image=partial(_entry_image, dataset, entry),
-                    placed=partial(dataset.placed, entry),
+                entry.name: _voted(
+                    [_entry_truth(dataset, entry, path) for path in entry.masks or (None,)], classes
                 )
                 for entry in labelled
             }
+    if rated := rated_masks(folder):
+        return _rated_masks(folder, rated, classes, plane)
     return _bare_masks(folder, classes, plane)
 
 
@@ -174,6 +200,8 @@ def _recognised(folder: Path, *, test: bool) -> list[str]:
     """List every layout that fits; images/ with ISIC's mask names count as ISIC alone."""
     if is_classified(folder):
         return ["TUMOR"]
+    if is_rated(folder):
+        return ["RATERS"]
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     paired = images is not None and (masks is not None or test)
     if paired and not (masks and any(masks.glob("*_Segmentation.*"))):
@@ -214,6 +242,38 @@ def _bare_masks(folder: Path, classes: Classes | None, plane: str) -> dict[str, 
     return masks
 
 
+def _rated_masks(
+    folder: Path, rated: Mapping[str, Sequence[Path]], classes: Classes | None, plane: str
+) -> dict[str, Truth]:
+    """Mask files of several raters, without images."""
+    store = VolumeStore(None)
+    truths = MaskSet([path for paths in rated.values() for path in paths], classes)
+    masks: dict[str, Truth] = {}
+    for name, paths in rated.items():
+        each = [dict(_truths_in(path, _case_id(name), truths, store, plane)) for path in paths]
+        if any(found.keys() != each[0].keys() for found in each):
+            problem = f"the masks of {name} have different numbers of planes"
+            raise UserError(folder, problem, "Export the masks of all raters on one grid.")
+        masks |= {case: _voted([found[case] for found in each], classes) for case in each[0]}
+    return masks
+
+
+def _voted(truths: Sequence[Truth], classes: Classes | None) -> Truth:
+    """The majority of several truths of a case; a single one as it is."""
+    first = truths[0]
+    if len(truths) == 1:
+        return first
+
+    def read() -> Array:
+        masks = [torch.from_numpy(truth()) for truth in truths]
+        require_one_size([truth.source or Path() for truth in truths], masks)
+        stacked = torch.stack(masks)
+        voted = majority(stacked[:, None] if classes is None else stacked, classes)
+        return _truth(voted, one=classes is None)
+
+    return replace(first, read=read, raters=tuple(truths))
+
+
 def _truths_in(
     path: Path, case: str, masks: MaskSet, store: VolumeStore, plane: str
 ) -> Iterator[tuple[str, Truth]]:
@@ -242,6 +302,20 @@ def _case_id(stem: str) -> str:
     plain = match[1] if match else stem
     number = re.fullmatch(r"ISIC_(\d+)", plain)
     return number[1] if number else safe_name(plain)
+
+
+def _entry_truth(dataset: SegmentationDataset, entry: Entry, path: Path | None) -> Truth:
+    """The truth of an entry in one of its mask's files, None where it has none."""
+    alone = entry._replace(mask=path, raters=())
+    return Truth(
+        partial(_entry_mask, dataset, alone),
+        patient=entry.patient,
+        volume=entry.volume,
+        plane=entry.plane,
+        source=path,
+        image=partial(_entry_image, dataset, entry),
+        placed=partial(dataset.placed, alone),
+    )
 
 
 def _entry_mask(dataset: SegmentationDataset, entry: Entry) -> Array:

@@ -138,13 +138,13 @@ class TrainLoop:
             first_step=self.step,
             workers=self.options.num_workers,
             augmentation=Augmentation() if self.options.augment else None,
+            rater_choice=self.options.rater_choice,
             rank=rank(),
             world_size=world_size(),
         )
         self.start = start = self.step
         total, patience = self.last_step, self.setup.watch.patience
-        hidden = True if rank() else None
-        bar = tqdm(initial=start, total=total or None, unit="step", disable=hidden)
+        bar = tqdm(initial=start, total=total or None, unit="step", disable=rank() > 0 or None)
         error, failed = None, False
         with closing(batches), self.stop as stop:
             with bar as progress:

@@ -74,6 +74,7 @@ def training_batches(
     first_step: int = 0,
     workers: int = 0,
     augmentation: Augmentation | None = None,
+    rater_choice: str = "random",
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[Batch, None, None]:
@@ -82,10 +83,12 @@ def training_batches(
     Args:
         dataset: cases at the network's size.
         batch_size: cases in one batch of one process.
-        seed: of the orders and the augmentation.
+        seed: of the orders, the raters and the augmentation.
         first_step: the number of batches that earlier runs have used.
         workers: number of reading processes; 0 reads in this one.
         augmentation: changes each drawn case.
+        rater_choice: the mask of a case with several raters: 'random', one of theirs; 'mean', the
+            share of raters that mark a pixel, which is soft; 'majority'.
         rank: the rank of this process, which gets its share of every step's global batch.
         world_size: the number of processes that share each step.
 
@@ -94,7 +97,7 @@ def training_batches(
     Raises:
         UserError: a file cannot be used, whichever process read it.
     """
-    drawn = _Drawn(dataset, seed, augmentation)
+    drawn = _Drawn(dataset, seed, augmentation, rater_choice)
     loader = DataLoader(
         drawn,
         batch_sampler=_Positions(len(drawn), batch_size, seed, first_step, rank, world_size),
@@ -215,12 +218,20 @@ class _Draw(NamedTuple):
 
 
 class _Drawn(Dataset["Case | UserError"]):
-    """A data set indexed by draws; the augmentation depends on the seed and the position alone."""
+    """A data set indexed by draws.
+
+    The rater and the augmentation depend on the seed and the position alone.
+    """
 
     def __init__(
-        self, dataset: Dataset[Case], seed: int, augmentation: Augmentation | None
+        self,
+        dataset: Dataset[Case],
+        seed: int,
+        augmentation: Augmentation | None,
+        rater_choice: str,
     ) -> None:
         self.dataset, self.seed, self.augmentation = dataset, seed, augmentation
+        self.rater_choice = rater_choice
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -231,10 +242,25 @@ class _Drawn(Dataset["Case | UserError"]):
             case = self.dataset[draw.number]
         except UserError as error:
             return error
-        if self.augmentation is None:
-            return case
-        seed = mix(mix(self.seed, draw.place), 1)
-        return self.augmentation(case, torch.Generator().manual_seed(seed))
+        own = mix(self.seed, draw.place)
+        raters, case = self._chosen(case, own), case._replace(raters=None)
+        if raters is not None:  # all of them are augmented alike, as channels of one mask
+            case = case._replace(mask=raters.flatten(0, 1))
+        if self.augmentation is not None:
+            case = self.augmentation(case, torch.Generator().manual_seed(mix(own, 1)))
+        if raters is not None and case.mask is not None:
+            case = case._replace(mask=case.mask.unflatten(0, raters.shape[:2]).mean(dim=0))
+        return case
+
+    def _chosen(self, case: Case, seed: int) -> Tensor | None:
+        """The raters' masks whose mean is trained on, [R, K, h, w]; None for the case's own."""
+        if case.raters is None or self.rater_choice == "majority":
+            return None
+        if self.rater_choice == "mean":
+            return case.raters
+        generator = torch.Generator().manual_seed(mix(seed, 2))
+        chosen = int(torch.randint(len(case.raters), (), generator=generator))
+        return case.raters[chosen : chosen + 1]
 
 
 def _batch_or_error(cases: Sequence[Case | UserError]) -> Batch | UserError:

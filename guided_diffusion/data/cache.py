@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.datasets import Case
@@ -57,7 +59,10 @@ class CachedDataset(Dataset[Case]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Case:
-        """Case ``index``, resized: float32 image [C, h, w], mask [K, h, w] in {0, 1}."""
+        """Case ``index``, resized: float32 image [C, h, w], mask [K, h, w] in {0, 1}.
+
+        The masks of several raters are cached with it.
+        """
         path = self.folder / f"{index}.npy"
         try:
             return self._load(path, self.dataset.dataset.names[index])
@@ -69,21 +74,17 @@ class CachedDataset(Dataset[Case]):
 
     def _load(self, path: Path, name: str) -> Case:
         with path.open("rb") as file:
-            image, mask = np.load(file), np.load(file)
-        return Case(
-            torch.from_numpy(image),
-            torch.from_numpy(mask.astype(np.float32)) if mask.size else None,
-            name,
-        )
+            image, mask, raters = np.load(file), np.load(file), np.load(file)
+        return Case(torch.from_numpy(image), _unpacked(mask), name, raters=_unpacked(raters))
 
     def _save(self, path: Path, case: Case) -> None:
         """Write a case, renaming it once it is complete: another process may look for it."""
         part = path.with_name(temporary_name(path.name))
-        mask = np.empty(0) if case.mask is None else case.mask.numpy()
         try:
             with part.open("wb") as file:
                 np.save(file, case.image.numpy())
-                np.save(file, mask.astype(np.uint8))
+                for masks in (case.mask, case.raters):
+                    np.save(file, np.zeros(0, np.uint8) if masks is None else _packed(masks))
             part.replace(path)
         except OSError:
             self.most_bytes = 0
@@ -108,6 +109,15 @@ def _remove(folder: Path, maker: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _packed(masks: Tensor) -> NDArray[np.uint8]:
+    return np.asarray(masks.numpy(), dtype=np.uint8)
+
+
+def _unpacked(masks: NDArray[np.uint8]) -> Tensor | None:
+    return torch.from_numpy(masks.astype(np.float32)) if masks.size else None
+
+
 def _bytes(case: Case) -> int:
     """The size of a case on disk."""
-    return case.image.nbytes + (0 if case.mask is None else case.mask.numel())
+    masks = (case.mask, case.raters)
+    return case.image.nbytes + sum(mask.numel() for mask in masks if mask is not None)

@@ -38,7 +38,8 @@ class Case(NamedTuple):
     ``image`` is float32 [C, H, W]: pictures in [0, 1], NIfTI slices as stored. ``mask`` is float32
     [K, H, W] in [0, 1] (soft borders stay soft until :meth:`Frame.fit_mask`), or None. ``name`` is
     unique within its set and safe as a file name. ``affine`` is float64 [4, 4] for NIfTI input.
-    ``label`` is the class of the whole image, where its folder states one.
+    ``label`` is the class of the whole image, where its folder states one. ``raters`` holds the
+    masks of several raters, float32 [R, K, H, W]; ``mask`` is then their :func:`majority`.
     """
 
     image: Tensor
@@ -46,13 +47,15 @@ class Case(NamedTuple):
     name: str
     affine: Affine | None = None
     label: int | None = None
+    raters: Tensor | None = None
 
 
 class Entry(NamedTuple):
     """The files of a case: its id, one file per channel (or one picture), and its mask's file.
 
     ``plane`` is the position of a slice in its volume, None for two-dimensional files;
-    ``patient`` is the patient's id, empty where it is unknown.
+    ``patient`` is the patient's id, empty where it is unknown. ``raters`` are the files of several
+    raters' masks, two or more, where there are any; ``mask`` is the first, or the set's own.
     """
 
     name: str
@@ -60,6 +63,12 @@ class Entry(NamedTuple):
     mask: Path | None
     plane: int | None = None
     patient: str = ""
+    raters: tuple[Path, ...] = ()
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """Every mask that is used: those of the raters, or the only one."""
+        return self.raters or ((self.mask,) if self.mask is not None else ())
 
     @property
     def volume(self) -> str:
@@ -128,9 +137,7 @@ class SegmentationDataset(Dataset[Case]):
         self.names = [entry.name for entry in self.entries]
         self.channels = channels
         self.classes = reading.classes
-        self.masks = MaskSet(
-            [entry.mask for entry in self.entries], reading.classes, brats=self.brats
-        )
+        self.masks = MaskSet(mask_files(self.entries), reading.classes, brats=self.brats)
         self.plane = reading.plane
         few = [self.entries[k * len(self.entries) // FEW] for k in range(FEW) if self.entries]
         self.notes = unstated_note(f for e in few for f in (e.images[0], e.mask) if f)
@@ -165,6 +172,22 @@ class SegmentationDataset(Dataset[Case]):
             return None
         like = self._image_place(entry) if is_nifti(entry.mask) else None
         return self.masks.read(entry.mask, like=like)
+
+    def read_raters(self, entry: Entry) -> Tensor | None:
+        """Decode the masks of several raters, float32 [R, K, H, W]; None where there are none.
+
+        Raises:
+            UserError: a mask cannot be used, or has another size than the first.
+        """
+        masks = [self.read_rater(entry, path) for path in entry.raters]
+        require_one_size(entry.raters, masks)
+        return torch.stack(masks) if masks else None
+
+    def read_rater(self, entry: Entry, path: Path) -> Tensor:
+        """Decode the mask of one rater, as :meth:`read_mask` does."""
+        mask = self.read_mask(entry._replace(mask=path, raters=()))
+        assert mask is not None
+        return mask
 
     def _image_place(self, entry: Entry) -> tuple[Path, Placed] | None:
         """The image's file and where it lies: as it was read last, or by its header."""
@@ -223,10 +246,49 @@ class SegmentationDataset(Dataset[Case]):
         image, affine = self.read_image(entry)
         if entry.plane is None:
             image = scaled(image, self.normalise)
-        mask = self.read_mask(entry)
+        raters = self.read_raters(entry)
+        mask = self.read_mask(entry) if raters is None else majority(raters, self.classes)
 
         _check_case(entry, image, mask, channels=self.channels)
-        return Case(image, mask, entry.name, affine)
+        return Case(image, mask, entry.name, affine, raters=raters)
+
+
+def mask_files(entries: Sequence[Entry]) -> list[Path | None]:
+    """Every mask of some cases: the first of each case, then those of the other raters."""
+    others = (path for entry in entries for path in entry.masks if path != entry.mask)
+    return [*(entry.mask for entry in entries), *others]
+
+
+def raters_text(entries: Sequence[Entry]) -> str:
+    """'2 to 4 raters in 30 of 40 cases'; empty where no case has several."""
+    counts = sorted(len(entry.raters) for entry in entries if entry.raters)
+    if not counts:
+        return ""
+    few = "" if counts[0] == counts[-1] else f"{counts[0]} to "
+    return f"{few}{counts[-1]} raters in {len(counts)} of {counted(len(entries), 'case')}"
+
+
+def require_one_size(paths: Sequence[Path], masks: Sequence[Tensor]) -> None:
+    """Refuse masks of several raters that differ in size."""
+    for path, mask in zip(paths, masks, strict=True):
+        if mask.shape != masks[0].shape:
+            raise UserError(
+                path,
+                f"the mask is {size_text(mask)}, but {paths[0]} is {size_text(masks[0])}",
+                "Export the masks of all raters at the size of the image.",
+            )
+
+
+def majority(raters: Tensor, classes: Classes | None) -> Tensor:
+    """Fuse the masks of raters, [R, K, H, W] in [0, 1], into float32 [K, H, W] of 0 and 1.
+
+    A pixel is foreground if at least half of the raters mark it; of classes that exclude each
+    other it gets the one with the most votes, the first of equals.
+    """
+    votes = (raters >= 0.5).to(torch.float32).mean(dim=0)
+    if classes is None:
+        return (votes >= 0.5).to(votes.dtype)
+    return torch.from_numpy(classes.masks(votes.numpy())).to(votes.dtype)
 
 
 def readable(dataset: SegmentationDataset, indices: Iterable[int]) -> Iterator[Case]:

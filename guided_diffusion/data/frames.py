@@ -42,12 +42,12 @@ class Frame:
             )
 
     def fit_image(self, image: Tensor) -> Tensor:
-        """Image float32 [C, H, W] -> [C, h, w]; resizing is bilinear and antialiased."""
+        """Image float32 [..., H, W] -> [..., h, w]; resizing is bilinear and antialiased."""
         square = (self.image_size, self.image_size)
         return self._cropped(image) if self.crop else _resize(image, square)
 
     def fit_mask(self, mask: Tensor) -> Tensor:
-        """Mask float32 [K, H, W] in [0, 1] -> [K, h, w] in {0, 1}, by the image's geometry.
+        """Mask float32 [..., H, W] in [0, 1] -> [..., h, w] in {0, 1}, by the image's geometry.
 
         The coverage of every target pixel is thresholded once, at one half, after the resize, so
         that areas are kept: a threshold before the resize, or at 0, would dilate the mask.
@@ -57,7 +57,8 @@ class Frame:
     def fit(self, case: Case) -> Case:
         """Crop or resize image and mask of ``case``; name and affine are kept."""
         mask = None if case.mask is None else self.fit_mask(case.mask)
-        return case._replace(image=self.fit_image(case.image), mask=mask)
+        raters = None if case.raters is None else self.fit_mask(case.raters)
+        return case._replace(image=self.fit_image(case.image), mask=mask, raters=raters)
 
     def seen(self, values: Tensor) -> Tensor:
         """The part of a map [..., H, W] at the case's size that the network's input covers."""
@@ -140,4 +141,12 @@ class ResizedDataset(Dataset[Case]):
         case, classes = self.frame.fit(self.dataset[index]), self.dataset.classes
         if case.mask is None or classes is None or not classes.exclusive:
             return case
-        return case._replace(mask=case.mask * (case.mask.cumsum(dim=0) <= 1))
+        return case._replace(
+            mask=_first_of(case.mask),
+            raters=None if case.raters is None else _first_of(case.raters),
+        )
+
+
+def _first_of(mask: Tensor) -> Tensor:
+    """Give pixels of several classes to the first one, [..., K, h, w]."""
+    return mask * (mask.cumsum(dim=-3) <= 1)

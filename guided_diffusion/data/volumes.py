@@ -26,7 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.datasets import (
+    AS_STORED,
+    Entry,
+    Reading,
+    SegmentationDataset,
+    mask_files,
+)
 from guided_diffusion.data.geometry import (
     Affine,
     Grid,
@@ -192,7 +198,7 @@ class VolumeDataset(SegmentationDataset):
         volumes = list(volumes)
         kept = [plane for volume in volumes for plane in _planes(volume, reading, self.store)]
         super().__init__(directory, kept, channels=channels, reading=reading)
-        self.masks = self._label_volumes([volume.mask for volume in volumes], reading)
+        self.masks = self._label_volumes(mask_files(volumes), reading)
         if reading.cache_dir and any(path.name.lower().endswith(".gz") for path in _files(volumes)):
             self.notes.append(f"volumes are unpacked once, into {reading.cache_dir}")
 

@@ -93,7 +93,9 @@ class DataOptions:
 
     data_dir: str = flag("./data/training", "folder with the data set", run=True)
     data_name: str = flag(
-        "", "layout: BRATS, ISIC, TUMOR, CUSTOM, KVASIR or DICOM; empty: recognised", run=True
+        "",
+        "layout: BRATS, ISIC, TUMOR, CUSTOM, KVASIR, DICOM or RATERS; empty: recognised",
+        run=True,
     )
     split: str = flag(
         "",
@@ -195,6 +197,12 @@ class TrainingOptions:
     augment: bool = flag(
         False, "flip, rotate, scale and brighten the training cases at random, masks alike"
     )
+    rater_choice: str = flag(
+        "random",
+        "mask of a case with several raters: random, one of theirs at each step; mean, the share "
+        "of raters that mark a pixel; majority",
+        choices=("random", "mean", "majority"),
+    )
     cache_gib: float = flag(
         2.0, "disk space, in GiB, for decoded training cases of this run", least=0
     )
@@ -288,7 +296,7 @@ class SamplingOptions:
 class ScoringOptions:
     """What is scored, and how."""
 
-    inp_pth: str = flag("", "folder with the predicted masks, as sampling writes them")
+    inp_pth: str = flag("", "folder with the predicted masks, of sampling or of another tool")
     out_pth: str = flag("", "folder with the ground truth: a data set, or a folder of masks")
     partial: bool = flag(False, "score the cases that both folders hold; False: all, or an error")
     mask_labels: str = flag(
@@ -313,7 +321,9 @@ class ScoringOptions:
     low_dice: float = flag(
         0.8, "cases below this Dice are those that the uncertainty should find", least=0, most=1
     )
-    raters: str = flag("", "folders with the masks of several raters, separated by commas")
+    raters: str = flag(
+        "", "folders with the masks of several raters, by commas; empty: those that out_pth has"
+    )
     compare: tuple[str, ...] = flag(
         (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
@@ -327,6 +337,7 @@ LATER: dict[str, Any] = {
     "min_snr_gamma": 0.0,
     "coarse_loss": "none",
     "ss_blocks": 2,
+    "rater_choice": "random",
 }
 """Recorded flags that older checkpoints lack, with the values they were trained with."""
 ONLY: dict[str, tuple[str, tuple[object, ...]]] = {

@@ -35,8 +35,14 @@ from guided_diffusion.scoring.case_scores import (
     mask_score,
     score_case,
 )
+from guided_diffusion.scoring.other_tools import find_masks
 from guided_diffusion.scoring.patients import PatientScore, score_patients
-from guided_diffusion.scoring.predictions import Reader, find_predictions, recorded_plane
+from guided_diffusion.scoring.predictions import (
+    Found,
+    Reader,
+    find_predictions,
+    recorded_plane,
+)
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
 from guided_diffusion.scoring.surface import surface_distances
 from guided_diffusion.scoring.tables import require_writable, write_tables
@@ -87,7 +93,8 @@ def evaluate_all(
         partial: score the cases that are in both folders.
         mask_labels: the classes; empty for those that sampling recorded, else a single class.
         plane: how volumes are sliced; empty for what sampling recorded, else axial.
-        raters: folders with further masks of the same cases, one for each rater.
+        raters: folders with further masks of the same cases, one for each rater; empty for the
+            masks of several raters that ``out_pth`` itself has, whose majority is then the truth.
         one_class: treat everything above 0 as one class, whatever the folder records.
         on_case: called with each case's files and masks, so that nobody reads them again.
 
@@ -99,26 +106,38 @@ def evaluate_all(
     truth_folder = folder_of(out_pth, "--out_pth")
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
     plane = plane or recorded_plane(folder) or "axial"
-    truths = open_masks(truth_folder, classes, plane=plane)
-    cases = _cases(folder, truths, classes, partial=partial)
+    truths = open_masks(truth_folder, classes, plane=plane, raters=not raters)
+    cases = _cases(folder, truths, classes, partial=partial, plane=plane)
     rated = [open_masks(folder_of(path, "--raters"), classes, plane=plane) for path in raters]
-    cases = _with_raters(cases, rated)
+    cases = _with_raters(cases, rated) if raters else _with_own_raters(cases)
     cases, spaced = _with_spacing(cases)
     scoring = replace(scoring or Scoring(), spacing=spaced)
 
     names = ("",) if classes is None else classes.names
     scores = _score(cases, names, classes, scoring, on_case)
-    summary = {**summarise_all(scores, scoring), **noted(folder)}
+    voted = 0 if raters else max(len(case[0].raters) for case in cases)
+    summary = {**summarise_all(scores, scoring), "majority_of": voted, **noted(folder)}
     write_tables(folder, scores, summary)
     return Evaluation(folder, scoring, classes, cases, scores, summary)
 
 
 def _cases(
-    folder: Path, truths: Mapping[str, Truth], classes: Classes | None, *, partial: bool
+    folder: Path,
+    truths: Mapping[str, Truth],
+    classes: Classes | None,
+    *,
+    partial: bool,
+    plane: str,
 ) -> list[tuple[CaseFiles, ...]]:
     """The files of every case, one entry per class in their order."""
     ends = [""] if classes is None else [f"_{name}" for name in classes.names]
-    by_class = [pair_cases(folder, truths, partial=partial, end=end) for end in ends]
+    predicted = [find_predictions(folder, end, truths=truths) for end in ends]
+    if not any(predicted):
+        predicted = find_masks(folder, classes, truths, plane=plane)
+    by_class = [
+        pair_cases(folder, found, truths, partial=partial, end=end)
+        for end, found in zip(ends, predicted, strict=True)
+    ]
     for end, cases in zip(ends, by_class, strict=True):
         if [case.name for case in cases] != [case.name for case in by_class[0]]:
             raise UserError(
@@ -131,7 +150,12 @@ def _cases(
 
 
 def pair_cases(
-    folder: Path, truths: Mapping[str, Truth], *, partial: bool = False, end: str = ""
+    folder: Path,
+    predicted: Mapping[str, Found],
+    truths: Mapping[str, Truth],
+    *,
+    partial: bool = False,
+    end: str = "",
 ) -> list[CaseFiles]:
     """Pair the predictions in ``folder`` with the truths, sorted by id.
 
@@ -141,18 +165,24 @@ def pair_cases(
     Raises:
         UserError: a case is on one side only, or none is on both.
     """
-    predicted = find_predictions(folder, end, truths=truths)
     if not predicted:
         raise UserError(
             folder,
-            f"has no prediction, such as files named <case>_output_ens{end}.png directly in it",
-            "Pass the folder that segmentation_sample.py wrote (its --out_dir).",
+            f"has no prediction, such as files named <case>_output_ens{end}.png directly in it, or "
+            "<case>.png or <case>.nii.gz of another tool",
+            "Pass the folder that segmentation_sample.py wrote (its --out_dir), or a folder of "
+            "masks.",
         )
 
     common = sorted(predicted.keys() & truths.keys())
     if not common or (not partial and predicted.keys() ^ truths.keys()):
         raise _unpaired(folder, predicted.keys(), truths.keys())
     return [CaseFiles(name, *predicted[name], truth=truths[name]) for name in common]
+
+
+def _with_own_raters(cases: list[tuple[CaseFiles, ...]]) -> list[tuple[CaseFiles, ...]]:
+    """Add the masks whose majority the truth is, to every case that has them."""
+    return [tuple(file._replace(raters=file.truth.raters) for file in case) for case in cases]
 
 
 def _with_raters(

@@ -1,7 +1,8 @@
 """Finding and reading predicted masks: this suite's result folders, the parents', and bare masks.
 
 A folder is read by the first of these that it has: ``<case>_output_ens`` as a picture or NIfTI
-(soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``. A
+(soft or binary), the members ``<case>_output<i>`` alone (fused by their mean), ``<case>_mask``;
+:mod:`guided_diffusion.scoring.other_tools` reads what has none of them. A
 member is a picture, a NIfTI file, a tensor as Diffusion-based-Segmentation saves it (no ending), or
 a strip of panels as MedSegDiff draws it with ``--debug``, whose lowest panel is the mask. A NIfTI
 volume stands for its slices, ``<case>_slice000`` and so on. NIfTI files are brought to the grid of
@@ -14,7 +15,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +60,32 @@ NO_TENSOR = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
     *(AttributeError, IndexError, KeyError, TypeError, ValueError),  # of the unpickler, on any text
 )
+SOFT = re.compile(r".+_output(_ens|\d+)(_.+)?\.png", re.IGNORECASE)
+RECORD = "predictions.csv"
+"""Written by sampling."""
 PADDING = 10
 """Black pixels around every panel of the parents' strips."""
+
+
+class PictureSet:
+    """The soft masks of a folder; whether they hold 0 and 1 alone is decided over all of them.
+
+    A soft mask that is nearly black is no binary one as long as another one is brighter. JPEG files
+    and the results of this suite are never taken for 0 and 1.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        own = any(path.name == RECORD for path in paths)
+        self.paths = [] if own else [path for path in paths if SOFT.fullmatch(path.name)]
+
+    @cached_property
+    def binary(self) -> bool:
+        """Whether no value of any picture is above 1; one that cannot be read does not count."""
+        for path in self.paths:
+            with suppress(*UNREADABLE), Image.open(path) as picture:
+                if _grey(picture).max(initial=0) > 1:
+                    return False
+        return bool(self.paths)
 
 
 @dataclass(frozen=True)
@@ -66,13 +93,18 @@ class Source:
     """The source of one mask: a file, and the plane where the file is a volume.
 
     ``masks`` says what the values of this file and of those like it mean; None for this one alone.
-    ``turned`` pictures lie as this suite turns planes; others lie as the truth's file is stored.
+    ``labels`` marks a label map or binary mask, of which ``channel`` is the class; others are soft,
+    with the white of ``pictures``. ``turned`` pictures lie as this suite turns planes; others lie
+    as the truth's file is stored.
     """
 
     path: Path
     plane: int | None = None
     masks: MaskSet | None = field(default=None, compare=False)
     turned: bool = False
+    labels: bool = False
+    channel: int = 0
+    pictures: PictureSet | None = field(default=None, compare=False)
 
     @property
     def tensor(self) -> bool:
@@ -101,22 +133,31 @@ def find_predictions(
     those of ``truths`` are.
     """
     paths = sorted(folder.iterdir())
-    volumes = {truth.volume: truth for truth in (truths or {}).values() if truth.volume}
+    volumes = volumes_of(truths or {})
     members: dict[str, list[Source]] = {}
     for (case, _), source in sorted(_find(paths, MEMBER + re.escape(end), volumes).items()):
         members.setdefault(case, []).append(source)
 
     fused = _find(paths, FUSED + re.escape(end), volumes)
     if not (fused or members or end):
-        fused = _find(paths, BINARY, volumes)
-    if recorded_plane(folder):
-        fused = {key: replace(source, turned=True) for key, source in fused.items()}
-        members = {case: [replace(s, turned=True) for s in members[case]] for case in members}
+        fused = _find(paths, BINARY, volumes, labels=True)
+    pictures, turned = PictureSet(paths), bool(recorded_plane(folder))
+
+    def completed(source: Source) -> Source:
+        return replace(source, turned=turned, pictures=pictures)
+
+    members = {case: [completed(source) for source in members[case]] for case in members}
     if not fused:
         return {case: Found(None, tuple(sources)) for case, sources in members.items()}
     return {
-        case: Found(source, tuple(members.get(case, ()))) for (case, _), source in fused.items()
+        case: Found(completed(source), tuple(members.get(case, ())))
+        for (case, _), source in fused.items()
     }
+
+
+def volumes_of(truths: Mapping[str, Truth]) -> dict[str, Truth]:
+    """One truth of each volume, by its name."""
+    return {truth.volume: truth for truth in truths.values() if truth.volume}
 
 
 def recorded_plane(folder: Path) -> str:
@@ -129,7 +170,7 @@ def recorded_plane(folder: Path) -> str:
 
 
 def _find(
-    paths: Sequence[Path], pattern: str, volumes: Mapping[str, Truth]
+    paths: Sequence[Path], pattern: str, volumes: Mapping[str, Truth], *, labels: bool = False
 ) -> dict[tuple[str, int], Source]:
     """Find the files of the first kind present, by case and member; a volume becomes its planes.
 
@@ -142,9 +183,9 @@ def _find(
             found.sort(key=lambda pair: pair[0].suffix.lower() == ".png")
             masks = MaskSet([path for path, _ in found])
             return {
-                key: source
+                key: replace(source, labels=labels)
                 for path, match in found
-                for key, source in _sources(match["case"], _index(match), path, masks, volumes)
+                for key, source in sources_in(match["case"], _index(match), path, masks, volumes)
             }
     return {}
 
@@ -153,9 +194,10 @@ def _index(match: re.Match[str]) -> int:
     return int(match.groupdict().get("index") or 0)
 
 
-def _sources(
+def sources_in(
     case: str, index: int, path: Path, masks: MaskSet, volumes: Mapping[str, Truth]
 ) -> Iterator[tuple[tuple[str, int], Source]]:
+    """Yield a file by case and member, or the planes of a volume, as the truth is sliced."""
     grid = read_grid(path) if is_nifti(path) else None
     if grid is None or len(grid.lengths) < 3:
         yield (case, index), Source(path, masks=masks)
@@ -170,7 +212,7 @@ class Reader:
     """Reads masks and decodes each volume once; it is kept as long as one volume is scored."""
 
     def __init__(self) -> None:
-        self.volumes: dict[Path, tuple[Mask, Grid]] = {}
+        self.volumes: dict[tuple[Path, int], tuple[Mask, Grid]] = {}
         self.written: dict[Path, Grid] = {}
         self.last: tuple[Truth | None, Placed | None] = (None, None)
 
@@ -184,18 +226,19 @@ class Reader:
             self.last = truth, truth.placed() if truth else None
         placed = self.last[1]
         if not is_nifti(source.path):
-            mask = read_soft(source.path, source.masks)
+            mask = _read_picture(source)
             if placed is None or truth is None:
                 return mask
             if source.turned:
                 return self._as_sampled(source.path, mask, placed, truth)
             return _as_stored(source.path, mask, placed)
         if source.plane is None:
-            values, grid = _read_nifti(source.path, 2, source.masks)
+            values, grid = _read_nifti(source, 2)
         else:
-            if source.path not in self.volumes:
-                self.volumes[source.path] = _read_nifti(source.path, 3, source.masks)
-            values, grid = self.volumes[source.path]
+            key = source.path, source.channel
+            if key not in self.volumes:
+                self.volumes[key] = _read_nifti(source, 3)
+            values, grid = self.volumes[key]
         view = _view(source.path, grid, placed, truth)
         along = np.moveaxis(values.reshape(grid.shape), view.axis, -1)
         return np.ascontiguousarray(view.turn(along[..., view.position(source.plane or 0)]))
@@ -250,28 +293,40 @@ def _as_stored(path: Path, mask: Mask, placed: Placed) -> Mask:
     return np.ascontiguousarray(view.turn(mask))
 
 
-def read_soft(path: Path, masks: MaskSet | None = None) -> Mask:
-    """Read one file as a soft mask, float32 [H, W] in [0, 1].
+def read_soft(path: Path) -> Mask:
+    """Read one file by its own values as a soft mask, float32 [H, W] in [0, 1].
 
-    ``masks`` says what the values of binary masks mean; None for those of this file alone. Pictures
-    have 8 or 16 bits, colour is converted to grey as the parents do, and of a strip of panels the
-    lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
+    Pictures have 8 or 16 bits, colour is converted to grey as the parents do, and of a strip of
+    panels the lowest one is taken. Raises UserError for a file that cannot be read, or holds NaN.
     """
-    if is_nifti(path):
-        return _read_nifti(path, 2, masks)[0]
-    if Source(path).tensor:
+    source = Source(path, labels=path.stem.endswith("_mask"))
+    return _read_nifti(source, 2)[0] if is_nifti(path) else _read_picture(source)
+
+
+def _read_picture(source: Source) -> Mask:
+    """Read a picture, or a tensor, as a soft mask, float32 [H, W] in [0, 1]."""
+    path = source.path
+    if source.tensor:
         return read_tensor(path)
-    if path.stem.endswith("_mask"):
-        return np.asarray((masks or MaskSet([path])).read(path)[0].numpy(), dtype=np.float32)
+    if source.labels:
+        mask = (source.masks or MaskSet([path])).read(path)
+        return np.asarray(mask[source.channel].numpy(), dtype=np.float32)
     try:
         with Image.open(path) as picture:
             upright(picture)
-            deep = picture.mode.startswith("I")
-            levels = np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
+            white = 65535 if picture.mode.startswith("I") else 255
+            levels = _grey(picture)
     except UNREADABLE as error:
         raise _unreadable_prediction(path, error, "an image of one mask") from error
-    soft: Mask = levels / np.float32(65535 if deep else 255)
+    if source.pictures and source.pictures.binary:
+        return levels
+    soft: Mask = levels / np.float32(white)
     return last_panel(soft) if path.suffix.lower() in (".jpg", ".jpeg") else soft
+
+
+def _grey(picture: Image.Image) -> Mask:
+    deep = picture.mode.startswith("I")
+    return np.asarray(picture if deep else picture.convert("L"), dtype=np.float32)
 
 
 def last_panel(picture: Mask) -> Mask:
@@ -311,16 +366,18 @@ def read_tensor(path: Path) -> Mask:
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
 
-def _read_nifti(path: Path, axes: int, masks: MaskSet | None) -> tuple[Mask, Grid]:
+def _read_nifti(source: Source, axes: int) -> tuple[Mask, Grid]:
     """Read probabilities, which are fractions from 0 to 1, or masks by what their values mean."""
+    path, masks = source.path, source.masks
     values, grid = read_nifti(path)
     if len(grid.lengths) != axes:
         raise _unreadable_prediction(
             path, ValueError(f"it has {values.ndim} axes"), f"a mask of {axes} axes"
         )
-    if values.min() < 0 or values.max() > 1:
+    of_classes = source.labels and masks is not None and masks.classes is not None
+    if of_classes or values.min() < 0 or values.max() > 1:
         kind = (masks or MaskSet([path])).kind
-        values = np.asarray(kind.read(path, StoredLabels(values))[0].numpy())
+        values = np.asarray(kind.read(path, StoredLabels(values))[source.channel].numpy())
     return values.reshape(grid.lengths), grid
 
 

@@ -270,6 +270,7 @@ def summary_text(summary: Summary) -> str:
             "",
             *_confidence_lines(summary),
             *_distance_notes(summary),
+            *_rater_notes(summary),
             f"empty truths {summary['empty_truth']}, empty predictions "
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
             f"empty masks: {summary['empty_rule']}",
@@ -279,9 +280,14 @@ def summary_text(summary: Summary) -> str:
 
 
 def _distance_lines(summary: Summary) -> list[str]:
-    """HD95 and surface Dice of one class; those of several are in ``summary.json`` only."""
+    """Distances and agreement with raters of one class; of several in ``summary.json`` only."""
     unit, tolerance = (summary["distances"][key] for key in ("unit", "tolerance"))
-    labels = {"hd95": f"HD95, {unit}", "surface_dice": f"surface Dice, {tolerance:g} {unit}"}
+    labels = {
+        "hd95": f"HD95, {unit}",
+        "surface_dice": f"surface Dice, {tolerance:g} {unit}",
+        "energy_distance": "GED to the raters",
+        "dice_best": "best member, raters",
+    }
     return [
         _line(label, _mean(summary, "scores", key), _mean(summary, "scores_lesion", key))
         for key, label in labels.items()
@@ -299,6 +305,12 @@ def _distance_notes(summary: Summary) -> list[str]:
         f"HD95 is the mean of {everywhere['number']} of {everywhere['of']} cases, {found} of {of} "
         "with lesion: it is undefined where a mask is empty"
     ]
+
+
+def _rater_notes(summary: Summary) -> list[str]:
+    """What the truth is, where cases have several raters."""
+    voted = summary.get("majority_of")
+    return [f"truth: what half of the raters or more mark, of up to {voted}"] if voted else []
 
 
 def _mean(summary: Summary, group: str, key: str) -> float | None:

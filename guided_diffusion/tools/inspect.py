@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from guided_diffusion.data.advice import intensity_advice
-from guided_diffusion.data.datasets import Case, SegmentationDataset, readable
+from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_text, readable
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame, auto_frame
 from guided_diffusion.data.mask_values import distinct
 from guided_diffusion.data.readers import sample_labels
 from guided_diffusion.errors import UserError, gathering
 from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
+from guided_diffusion.scoring.calibration import dice_table
 
 Result = TypeVar("Result")
 MOST_LABELS = 12
@@ -41,7 +42,8 @@ class CaseFacts(NamedTuple):
 
     ``levels`` is the lowest and highest value of each channel, ``covered`` the fraction of the
     image that each mask channel covers (None without a mask), ``left`` the same at the size of the
-    network's input, ``labels`` the values in the mask's file, ``digest`` a checksum of the image.
+    network's input, ``labels`` the values in the masks' files, ``digest`` a checksum of the image.
+    ``agreement`` is the mean Dice of two raters, where the case has several.
     """
 
     name: str
@@ -53,6 +55,7 @@ class CaseFacts(NamedTuple):
     left: tuple[float, ...] = ()
     labels: tuple[float, ...] = ()
     digest: int = 0
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ class _FactsDataset(Dataset[CaseFacts]):
 
     def __init__(self, dataset: SegmentationDataset, frame: Frame) -> None:
         self.dataset, self.frame = dataset, frame
-        first: dict[Path | None, int] = {}
+        first: dict[tuple[Path, ...], int] = {}
         for index, entry in enumerate(dataset.entries):
-            first.setdefault(entry.mask, index)
-        self.label_files = {index: mask for mask, index in first.items() if mask is not None}
+            first.setdefault(entry.masks, index)
+        self.label_files = {index: masks for masks, index in first.items()}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -101,8 +104,8 @@ class _FactsDataset(Dataset[CaseFacts]):
         """The facts of case ``index``."""
         try:
             case = self.dataset[index]
-            path = self.label_files.get(index)
-            return _facts_of(case, self.frame.fit(case), _label_values(path) if path else [])
+            labels = {v for path in self.label_files.get(index, ()) for v in _label_values(path)}
+            return _facts_of(case, self.frame.fit(case), sorted(labels))
         except UserError as error:
             return CaseFacts(self.dataset.names[index], error=str(error))
 
@@ -124,6 +127,7 @@ def _facts_of(case: Case, fitted: Case, labels: Sequence[float]) -> CaseFacts:
         left=() if fitted.mask is None else _fractions(fitted.mask),
         labels=tuple(labels),
         digest=zlib.crc32(case.image.numpy().tobytes()),
+        agreement=None if case.raters is None else _agreement(case.raters),
     )
 
 
@@ -222,6 +226,7 @@ def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[s
     yield "network", _frequencies(Counter(case.fitted for case in good), _size) + _how(findings)
     yield from _values(good, dataset.modalities)
     yield from _masks(good)
+    yield "raters", _raters(good, dataset)
     yield "read as", dataset.masks.text
     yield "twice", _duplicates(good)
     for warning in _warnings(good, dataset):
@@ -282,6 +287,23 @@ def _masks(good: Sequence[CaseFacts]) -> Iterator[tuple[str, str]]:
     lost = [case for case in masks if any(case.covered or ()) and not any(case.left)]
     if lost:
         yield "", f"{len(lost)} vanish at the network's size" + _examples(lost)
+
+
+def _raters(good: Sequence[CaseFacts], dataset: SegmentationDataset) -> str:
+    """How many raters there are, and how well two of them agree."""
+    found = [case.agreement for case in good if case.agreement is not None]
+    if not found:
+        return ""
+    agreement = f"mean Dice of two raters {statistics.fmean(found):.4f}"
+    return f"{raters_text(dataset.entries)}, {agreement}; the masks above are their majority"
+
+
+def _agreement(raters: Tensor) -> float:
+    """Mean Dice of two raters, [R, K, H, W], over all pairs and classes; 1 for two empty masks."""
+    masks = (raters >= 0.5).numpy()
+    tables = [dice_table(masks[:, k], masks[:, k]) for k in range(masks.shape[1])]
+    pairs = np.triu_indices(len(masks), 1)
+    return float(np.mean([table[pairs] for table in tables]))
 
 
 def _spread(values: Iterable[float]) -> str:

@@ -31,7 +31,7 @@ from guided_diffusion.checkpoint import (
 from guided_diffusion.data.advice import intensity_notes, mask_notes
 from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
 from guided_diffusion.data.cache import GIB, CachedDataset
-from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as
+from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_text, read_as
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
@@ -168,6 +168,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
     given = flags
     flags, options, run, path, start = begin(flags, TrainingOptions, RunOptions, SEGMENTATION)
     watch, data = flags.group(WatchOptions), flags.group(DataOptions)
+    options = replace(options, rater_choice=flags.get("rater_choice", options.rater_choice))
 
     # The data: cases to train on, and those to validate on.
     dataset = open_data(data)
@@ -212,6 +213,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             **recorded(network, replace(options_of_diffusion, coarse_loss=process.coarse_loss)),
             "crop": crop,
             "mask_labels": str(dataset.classes or ""),
+            "rater_choice": options.rater_choice,
             **read_as(dataset),
         },
         data=str(dataset),
@@ -227,12 +229,23 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *dead_flags(given, vars(network)),
             *(attention_notes(network) if "attention_resolutions" in given.given else []),
             *dataset.notes,
+            *rater_notes(dataset, options, chosen="rater_choice" in given.given),
             *([cached.note] if cached.note else []),
             *mask_notes(dataset),
             *(intensity_notes(dataset) if rank() == 0 else []),
             *validation_notes(validation),
         ],
     )
+
+
+def rater_notes(
+    dataset: SegmentationDataset, options: TrainingOptions, *, chosen: bool
+) -> list[str]:
+    """Say how cases with several raters are trained on, or that there are none."""
+    raters = raters_text(dataset.entries)
+    if not raters:
+        return ["--rater_choice has no effect: no case has several masks"] if chosen else []
+    return [f"{raters}; trained on by --rater_choice {options.rater_choice}"]
 
 
 def training_options(flags: Flags, kind: type[Training]) -> Training:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import BEST, Weights
@@ -31,6 +32,7 @@ from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, WatchOptions
 from guided_diffusion.report.canvas import Pixels
 from guided_diffusion.report.pictures import write_picture
+from guided_diffusion.scoring.calibration import best_dice, energy_distance
 from guided_diffusion.scoring.metrics import confusion, dice, iou
 
 
@@ -41,6 +43,19 @@ class Score(NamedTuple):
     iou: float
 
 
+class RatedScore(NamedTuple):
+    """How good a run is where cases have several raters; Dice and IoU are with their majority.
+
+    ``energy_distance`` of the drawn masks and the raters is in [0, 2], ``dice_best`` is the mean
+    over raters of the Dice of each one's best drawn mask; means over the cases with raters.
+    """
+
+    dice: float
+    iou: float
+    energy_distance: float
+    dice_best: float
+
+
 class Accuracy(NamedTuple):
     """How good a classifier is: share of right answers, and mean loss."""
 
@@ -48,7 +63,7 @@ class Accuracy(NamedTuple):
     loss: float
 
 
-Validate = Callable[[Weights, int], Score | Accuracy | None]
+Validate = Callable[[Weights, int], Score | RatedScore | Accuracy | None]
 """Scores the weights of a step, the first value decides; None where there is nothing to score."""
 
 
@@ -71,7 +86,7 @@ class BestScore:
         """Whether the present step is still to be validated."""
         return "owed" in self.state
 
-    def update(self, score: Score | Accuracy, step: int) -> bool:
+    def update(self, score: Score | RatedScore | Accuracy, step: int) -> bool:
         """Add a validation, whose first value decides, and return whether it is the best."""
         name = score._fields[0]
         self.state.pop("owed", None)
@@ -118,7 +133,7 @@ class Validation:
         self.cases = cases
         self.folder = folder
 
-    def __call__(self, weights: Weights, step: int) -> Score | None:
+    def __call__(self, weights: Weights, step: int) -> Score | RatedScore | None:
         """Score weights; the pictures of the last call are replaced."""
         self.segmenter.net.load_state_dict(weights)
         trajectory = draw_trajectory(self.segmenter, self.cases[0])
@@ -127,15 +142,17 @@ class Validation:
             return None
         make_folder(self.folder)
         write_picture(self.folder / "sampling.png", trajectory)
-        scores = []
+        scores, rated = [], []
         for case in self.cases:
             (result,) = self.segmenter.segment([case])
             scores.append(score_of(case, result))
+            rated += [agreement_of(case.raters, result)] if case.raters is not None else []
             shown = draw_overlay(case, result)
             write_picture(self.folder / f"{case.name}.png", shown)
             if len(scores) <= SHOWN:
                 logger.picture(case.name, shown, step)
-        return Score(*np.mean(scores, axis=0).tolist())
+        mean = Score(*np.mean(scores, axis=0).tolist())
+        return RatedScore(*mean, *np.mean(rated, axis=0).tolist()) if rated else mean
 
 
 def score_of(case: Case, result: Segmentation) -> Score:
@@ -146,6 +163,24 @@ def score_of(case: Case, result: Segmentation) -> Score:
     found = result.mask.numpy().reshape(truth.shape)
     counts = [confusion(*pair) for pair in zip(found, truth, strict=True)]
     return Score(*(float(np.mean([rule(c) for c in counts])) for rule in (dice, iou)))
+
+
+def agreement_of(raters: Tensor, result: Segmentation) -> tuple[float, float]:
+    """Energy distance and best Dice of the drawn masks and the raters' [R, K, H, W].
+
+    Of declared classes the means.
+    """
+    own, classes = result.members, result.classes
+    if classes is None:
+        drawn = (own >= 0.5)[:, None].numpy()
+    else:
+        drawn = np.stack([classes.masks(member.numpy()) for member in own])
+    theirs = (raters >= 0.5).numpy()
+    pairs = [(drawn[:, k], theirs[:, k]) for k in range(theirs.shape[1])]
+    distance, best = (
+        float(np.mean([rule(*pair) for pair in pairs])) for rule in (energy_distance, best_dice)
+    )
+    return distance, best
 
 
 def draw_trajectory(segmenter: Segmenter, case: Case) -> Pixels:

@@ -242,7 +242,7 @@ def test_a_member_of_another_size(folders):
 )
 def test_a_truth_that_is_no_mask(folders, monkeypatch, truth, wanted):
     cases = {case: Truth(lambda: truth) for case in "1234"}
-    monkeypatch.setattr(evaluation, "open_masks", lambda folder, classes, plane: cases)
+    monkeypatch.setattr(evaluation, "open_masks", lambda folder, classes, **_: cases)
     refused(folders, "truth of case 1", wanted)
 
 
