@@ -1,14 +1,16 @@
 """The layouts of data sets: their registry, recognising them, and the truths to score against.
 
-A new layout is one loader and one line in ``LAYOUTS``. :func:`open_dataset` opens a folder for
-training or prediction, :func:`open_masks` the masks alone for scoring.
+``LAYOUTS`` holds the layouts that have a loader of their own, and ``TABLE`` of
+:mod:`guided_diffusion.data.layout_table` those that are a line each. :func:`open_dataset` opens a
+folder for training or prediction, :func:`open_masks` the masks alone for scoring.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from guided_diffusion.bratsloader import (
+    MODALITIES,
     SEG,
     find_cases,
     find_modalities,
@@ -27,18 +30,37 @@ from guided_diffusion.custom_dataset_loader import KvasirDataset, open_custom
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
-    image_files,
+    ENDINGS,
     is_nifti,
-    listing,
     many_objects,
+    mask_files,
+    names_in,
     open_folder,
     safe_name,
+    split_name,
     subfolder,
 )
 from guided_diffusion.data.geometry import Placed, place, require_view
+from guided_diffusion.data.layout_table import TABLE
 from guided_diffusion.data.masks import MaskSet
+from guided_diffusion.data.matching import (
+    FEW_NAMES,
+    files_below,
+    match,
+    recognised,
+)
+from guided_diffusion.data.opening import (
+    PAGE,
+    contents,
+    open_bare,
+    part_folder,
+    part_folders,
+    require_chosen,
+    unrecognised,
+)
 from guided_diffusion.data.readers import Array, read_grid
 from guided_diffusion.data.splits import narrowed
+from guided_diffusion.data.table_loader import open_layout
 from guided_diffusion.data.tumorloader import TumourImages, is_classified
 from guided_diffusion.data.volumes import VolumeStore
 from guided_diffusion.errors import UserError
@@ -55,6 +77,7 @@ LAYOUTS: dict[str, Loader] = {
     "CUSTOM": open_custom,
     "TUMOR": TumourImages,
 }
+_ISIC_MASK = re.compile(r"_Segmentation\.|^ISIC_\d+_segmentation\.")
 _SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
 
 
@@ -63,58 +86,68 @@ def open_dataset(
     *,
     data_name: str = "",
     test: bool = False,
+    part: str = "",
     reading: Reading = AS_STORED,
 ) -> SegmentationDataset:
     """Open a folder by the layout called ``data_name``, or by the one that it is recognised as.
 
-    With ``test=True`` masks may be absent, and are loaded where they are present. Raises
-    :class:`UserError` for an unknown name, a missing or empty folder, and a folder that no layout,
-    or more than one, recognises.
+    With ``test=True`` masks may be absent, and are loaded where they are present; a folder of bare
+    images and a single file will do, too. ``part`` is what to open of a folder that has parts,
+    'training', 'validation' or 'testing'; by default what ``test`` says. Raises :class:`UserError`
+    for an unknown name, a missing or empty folder, and a folder that no layout, or more than one,
+    recognises.
     """
-    folder = open_folder(data_dir)
-    with many_objects():
-        return _open(folder, data_name, test, reading)
-
-
-def _open(folder: Path, data_name: str, test: bool, reading: Reading) -> SegmentationDataset:
-    name = data_name.upper() or recognise(folder, test=test)
-    if name not in LAYOUTS:
+    name = data_name.upper()
+    known = list(dict.fromkeys([*LAYOUTS, *(layout.name for layout in TABLE)]))
+    if name and name not in known:
         raise UserError(
             "--data_name",
-            f"{data_name!r} is not one of {', '.join(LAYOUTS)}",
+            f"{data_name!r} is not one of {', '.join(known)}",
             "Omit it to have the layout recognised.",
         )
-    dataset = LAYOUTS[name](folder, test, reading)
-    if reading.modalities and not dataset.modalities:
-        raise UserError(
-            "--modalities",
-            f"{','.join(reading.modalities)} cannot be chosen in the {name} layout, whose channels "
-            "have no names",
-            "Omit --modalities; a model trained on modalities needs BraTS data.",
-        )
-    if any(end is not None for end in reading.slices) and not dataset.entries[0].volume:
-        first, end = ("" if end is None else end for end in reading.slices)
-        raise UserError(
-            "--slices",
-            f"{first}:{end} cannot be selected, for {folder} holds pictures or slices, not volumes",
-            "Omit --slices.",
-        )
+    path, wanted = expanded(data_dir), part or ("testing" if test else "training")
+    with many_objects():
+        if test and path.is_file():
+            dataset = open_bare(path.parent, [path.name], reading)
+            if dataset is None:
+                hint = f"Pass a file that ends in one of {' '.join(ENDINGS)}, or a folder."
+                raise UserError(path, "is neither a picture nor a NIfTI file", hint)
+            dataset.directory = path
+        else:
+            dataset = _open(open_folder(data_dir), name, wanted, test, reading)
+    if dataset is None:
+        raise UserError(data_dir, f"has no part for {wanted}", f"Add one, or see {PAGE}.")
+    require_chosen(dataset, reading)
     return dataset
 
 
-def recognise(folder: Path, *, test: bool = False) -> str:
-    """The name of the one layout that ``folder`` has; a :class:`UserError` otherwise."""
-    found = _recognised(folder, test=test)
-    if len(found) == 1:
-        return found[0]
-    state = f"fits {' and '.join(found)}" if found else f"holds {_contents(folder)}"
-    raise UserError(
-        folder,
-        f"{state}, but must fit one of these layouts: NIfTI files named by modality (BRATS); an "
-        "ISBI2016 CSV or pictures named ISIC_<number> (ISIC); images/ and masks/ (CUSTOM); normal/ "
-        "and tumor/ (TUMOR)",
-        "Pass the folder that holds the data, or name its layout with --data_name.",
-    )
+def _open(
+    folder: Path, name: str, wanted: str, test: bool, reading: Reading
+) -> SegmentationDataset | None:
+    """Open a part of a folder; None where it has parts, but not this one."""
+    found = [name] if name else _recognised(folder, test=test, modalities=reading.modalities)
+    if len(found) > 1:
+        problem = f"fits {' and '.join(found)}, but must fit one layout"
+        raise UserError(folder, problem, f"Choose with --data_name {found[0]} or {found[1]}.")
+    if found and found[0] in LAYOUTS:
+        return LAYOUTS[found[0]](folder, test, reading)
+    if parts := part_folders(folder):
+        within = part_folder(parts, wanted)
+        dataset = within and _open(within, name, wanted, test, reading)
+        if dataset:
+            dataset.notes.append(
+                f"of {', '.join(p.name for p in parts.values())}, {within} is read"
+            )
+        return dataset or None
+    files = files_below(folder)
+    table = [layout for layout in TABLE if name in ("", layout.name)]
+    layout = recognised(files, test=test, modalities=reading.modalities, table=table)
+    if layout is not None:
+        return open_layout(layout, files, wanted=wanted, reading=reading)
+    dataset = open_bare(folder, names_in(folder), reading) if test and not name else None
+    if dataset is None:
+        raise unrecognised(folder, files, table, [*LAYOUTS], is_one=_is_one)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -149,8 +182,8 @@ def open_masks(
     like, with any ending the loaders read. Raises :class:`UserError` where there is no mask.
     """
     folder = open_folder(folder)
-    for name in _recognised(folder, test=True):
-        dataset = LAYOUTS[name](folder, True, Reading(classes=classes, plane=plane))
+    reading = Reading(classes=classes, plane=plane)
+    for dataset in _labelled_sets(folder, reading):
         labelled = [entry for entry in dataset.entries if dataset.has_mask(entry)]
         if labelled:
             return {
@@ -168,26 +201,69 @@ def open_masks(
     return _bare_masks(folder, classes, plane)
 
 
-def _recognised(folder: Path, *, test: bool) -> list[str]:
-    """List every layout that fits; images/ with ISIC's mask names count as ISIC alone."""
+def _labelled_sets(folder: Path, reading: Reading) -> Iterator[SegmentationDataset]:
+    """Yield the data sets that a folder may be, of parts that of testing first."""
+    for name in _recognised(folder, test=True):
+        yield LAYOUTS[name](folder, True, reading)
+    if any(_SUFFIX.fullmatch(split_name(name)[0]) for name in names_in(folder)):
+        return  # masks beside whatever else there is
+    if parts := part_folders(folder):
+        for part in ("testing", "validation", "training"):
+            if part in parts:
+                yield from _labelled_sets(parts[part], reading)
+        return
+    files = files_below(folder)
+    layout = recognised(files)
+    for wanted in ("testing", "validation", "training") if layout else ():
+        assert layout is not None
+        with suppress(UserError):  # without masks there, training is no part to score
+            dataset = open_layout(layout, files, wanted=wanted, reading=reading)
+            if dataset is not None:
+                yield dataset
+
+
+def _recognised(folder: Path, *, test: bool, modalities: Collection[str] = ()) -> list[str]:
+    """List every layout with a loader that fits; images/ with ISIC's mask names are ISIC alone."""
     if is_classified(folder):
         return ["TUMOR"]
+    if subfolder(folder, "imagestr") or any(name not in MODALITIES for name in modalities):
+        return []
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
-    paired = images is not None and (masks is not None or test)
-    if paired and not (masks and any(masks.glob("*_Segmentation.*"))):
-        return ["CUSTOM"]
-    brats = any(files.keys() - {SEG} for _, files in find_cases(folder))
-    isic = has_csv(folder) or (not brats and has_pictures(folder))
+    if images is not None and (masks is not None or test):
+        names = names_in(masks) if masks else []
+        if not any(map(_ISIC_MASK.search, names)):
+            return [] if _has_other_pairs(folder, images, names) else ["CUSTOM"]
+    first = next((files for _, files in find_cases(folder) if files.keys() - {SEG}), {})
+    brats = bool(first) and not (max(map(len, first.values())) > 1 and _is_flat(folder))
+    isic = has_csv(folder) or (not first and has_pictures(folder))
     return [name for name, marks in (("BRATS", brats), ("ISIC", isic)) if marks]
 
 
-def _contents(folder: Path) -> str:
-    return listing(sorted(path.name for path in folder.iterdir())) or "nothing"
+def _is_one(folder: Path) -> bool:
+    return bool(_recognised(folder, test=False) or recognised(files_below(folder)))
+
+
+def _has_other_pairs(folder: Path, images: Path, masks: Sequence[str]) -> bool:
+    """Whether the masks of images/ are named or placed otherwise than those of CUSTOM."""
+    few = {split_name(name)[0] for name in masks[:FEW_NAMES]}
+    if few and any(split_name(name)[0] in few for name in names_in(images)):
+        return False
+    layout = recognised(files_below(folder))
+    return layout is not None
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether modalities of several cases lie side by side, each case with the same ones."""
+    layout = recognised(files := files_below(folder))
+    if layout is None:
+        return False
+    found = match(layout, files, few=True)
+    return not found.others and len({tuple(sorted(of)) for of in found.images.values()}) == 1
 
 
 def _bare_masks(folder: Path, classes: Classes | None, plane: str) -> dict[str, Truth]:
     """Mask files directly in ``folder``; if some are named as masks, only those are."""
-    files = image_files(folder)
+    files = mask_files(folder)
     named = {stem: path for stem, path in files.items() if _SUFFIX.fullmatch(stem)}
     masks: dict[str, Truth] = {}
     store = VolumeStore(None)
@@ -201,7 +277,7 @@ def _bare_masks(folder: Path, classes: Classes | None, plane: str) -> dict[str, 
     if not masks:
         raise UserError(
             folder,
-            f"holds {_contents(folder)}, but no mask file such as <case>.png",
+            f"holds {contents(folder)}, but no mask file such as <case>.png",
             "Pass the folder with the ground truth: a labelled data set, or mask files.",
         )
     return masks
@@ -287,12 +363,31 @@ def _cache_folder(text: str) -> Path | None:
 def open_data(data: DataOptions, *, part: str = "", test: bool = False) -> SegmentationDataset:
     """Open what the flags name: all of it, or with ``--split`` the cases of one part.
 
-    ``test`` accepts cases without masks. Raises what :func:`open_dataset` raises.
+    ``test`` accepts cases without masks. A folder that is divided itself has the part of training,
+    or with ``test`` that of testing, unless there is a split. Raises what :func:`open_dataset`
+    raises.
     """
     dataset = open_dataset(
-        data.data_dir, data_name=data.data_name, test=test, reading=create_reading(data)
+        data.data_dir,
+        data_name=data.data_name,
+        test=test,
+        part="training" if data.split and test else "",
+        reading=create_reading(data),
     )
     return narrowed(dataset, data.split, part) if data.split and part else dataset
+
+
+def open_validation(data: DataOptions) -> SegmentationDataset | None:
+    """Open the part for validation of a folder that is divided itself; None where it has none."""
+    folder, name = open_folder(data.data_dir), data.data_name.upper()
+    reading = create_reading(data)
+    if name in LAYOUTS or (
+        not name and _recognised(folder, test=False, modalities=reading.modalities)
+    ):
+        return None
+    with many_objects():
+        dataset = _open(folder, name, "validation", True, reading)
+    return dataset if dataset and any(map(dataset.has_mask, dataset.entries)) else None
 
 
 def normalise_flags(flags: Flags) -> Flags:

@@ -23,6 +23,8 @@ from guided_diffusion.files import expanded, nearest_path
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI = (".nii.gz", ".nii")
 ENDINGS = (*PICTURES, *NIFTI)
+GIF = ".gif"
+"""Of masks, as in DRIVE; beside other pictures it is a preview."""
 MOST_BYTES = 200
 """Of a case id: file systems allow 255, and the names of a case's files are longer than its id."""
 _RESERVED = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
@@ -99,10 +101,19 @@ def subfolder(folder: Path, name: str) -> Path | None:
 
 def image_files(folder: Path) -> dict[str, Path]:
     """The pictures and NIfTI files directly in ``folder``, by stem."""
+    return _with_endings(folder, names_in(folder), ENDINGS)
+
+
+def mask_files(folder: Path) -> dict[str, Path]:
+    """The masks directly in ``folder``, by stem: as :func:`image_files`, or its GIFs."""
+    return image_files(folder) or _with_endings(folder, names_in(folder), (GIF,))
+
+
+def _with_endings(folder: Path, names: Iterable[str], endings: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for name in names_in(folder):
+    for name in names:
         stem, ending = split_name(unicodedata.normalize("NFC", name))
-        if name.startswith(".") or ending not in ENDINGS:
+        if name.startswith(".") or ending not in endings:
             continue
         if stem in found:
             problem = f"{found[stem].name} and {name} have the same stem"
