@@ -93,11 +93,12 @@ class DataOptions:
 
     data_dir: str = flag("./data/training", "folder with the data set", run=True)
     data_name: str = flag(
-        "", "layout: BRATS, ISIC, TUMOR, CUSTOM or KVASIR; empty: recognised", run=True
+        "", "layout, as docs/data.md names them: BRATS, NNUNET, ...; empty: recognised", run=True
     )
     split: str = flag(
         "",
-        "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir",
+        "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir, "
+        "or a fold of nnU-Net's, as in splits_final.json:0",
         run=True,
     )
     crop: str = flag(
@@ -107,7 +108,9 @@ class DataOptions:
         choices=("auto", "none", "wolleb"),
     )
     modalities: str = flag(
-        "", "BraTS: channels and their order, as in flair,t1ce; empty: all of t1,t1ce,t2,flair"
+        "",
+        "channels and their order, by the names of the files, as in flair,t1ce or t2,adc; empty: "
+        "all, of BraTS data t1,t1ce,t2,flair",
     )
     normalise: str = flag(
         "auto",

@@ -67,7 +67,7 @@ class PhantomOptions:
     """What phantoms are written."""
 
     out: str = flag("", "folder to write; must be absent or empty")
-    layout: str = flag("brats2d", "file layout", choices=PHANTOM_LAYOUTS)
+    layout: str = flag("brats2d", f"file layout: {', '.join(PHANTOM_LAYOUTS)}")
     seed: int = flag(0, "seed of all phantoms", least=0)
     patients: int = flag(31, "patients, or ISIC pictures", least=1)
     slices: int = flag(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.data.datasets import Reading
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, writing
 from guided_diffusion.inference.run_lock import SLICING, only_run
 from guided_diffusion.options.flags import slice_range
@@ -67,6 +67,9 @@ def write_phantoms(options: PhantomOptions) -> None:
         UserError: a folder in use, or flags that the layout has no use for.
     """
     layout, out = options.layout, expanded(options.out, flag="--out")
+    if layout not in SIZES:
+        hint = did_you_mean(layout, SIZES, "guided-diffusion phantoms -h lists them.")
+        raise UserError("--layout", f"{layout!r} is not one of {', '.join(SIZES)}", hint)
     for name, idle in (
         ("slices", ("isic", *PICTURES)),
         ("raters", ("weak", *PICTURES, *VOLUMES)),

@@ -328,7 +328,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (nan_mask, "masks/a.tif: has NaN or infinite values"),
     (one_id, "more than one case with the id a_b"),
     (both_spellings, "have the same stem"),
-    (images_is_a_file, "looks like PAIRS, but has no image images/<case>. See docs/data.md"),
+    (images_is_a_file, "looks like PAIRS, but has no image images/<case>"),
     (unknown_format, "images: has no image"),
     (volume_with_slice, "masks/a.nii.gz: its shape is 8 x 8"),
     (slice_then_volume, "b.nii.gz: its shape is 8 x 8 x 3"),
