@@ -133,7 +133,8 @@ def _open(
         return LAYOUTS[found[0]](folder, test, reading)
     if parts := part_folders(folder):
         within = part_folder(parts, wanted)
-        dataset = within and _open(within, name, wanted, test, reading)
+        part = wanted if wanted == "training" else "testing"  # what is in the folder is all of it
+        dataset = within and _open(within, name, part, test, reading)
         if dataset:
             dataset.notes.append(
                 f"of {', '.join(p.name for p in parts.values())}, {within} is read"
@@ -146,7 +147,7 @@ def _open(
         return open_layout(layout, files, wanted=wanted, reading=reading)
     dataset = open_bare(folder, names_in(folder), reading) if test and not name else None
     if dataset is None:
-        raise unrecognised(folder, files, table, [*LAYOUTS], is_one=_is_one)
+        raise unrecognised(folder, files, table, [*LAYOUTS], is_one=_is_one, test=test)
     return dataset
 
 
@@ -226,7 +227,7 @@ def _recognised(folder: Path, *, test: bool, modalities: Collection[str] = ()) -
     """List every layout with a loader that fits; images/ with ISIC's mask names are ISIC alone."""
     if is_classified(folder):
         return ["TUMOR"]
-    if subfolder(folder, "imagestr") or any(name not in MODALITIES for name in modalities):
+    if (folder / "imagesTr").is_dir() or any(name not in MODALITIES for name in modalities):
         return []
     images, masks = subfolder(folder, "images"), subfolder(folder, "masks")
     if images is not None and (masks is not None or test):
@@ -248,8 +249,7 @@ def _has_other_pairs(folder: Path, images: Path, masks: Sequence[str]) -> bool:
     few = {split_name(name)[0] for name in masks[:FEW_NAMES]}
     if few and any(split_name(name)[0] in few for name in names_in(images)):
         return False
-    layout = recognised(files_below(folder))
-    return layout is not None
+    return recognised(files_below(folder)) is not None
 
 
 def _is_flat(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from torch import Tensor
@@ -28,6 +29,11 @@ GIF = ".gif"
 MOST_BYTES = 200
 """Of a case id: file systems allow 255, and the names of a case's files are longer than its id."""
 _RESERVED = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
+
+_Contents = tuple[list[str], list[str], tuple[int, int]]
+_KNOWN: ContextVar[dict[str, _Contents] | None] = ContextVar(
+    "folders that are listed", default=None
+)
 
 
 def open_folder(directory: str | os.PathLike[str]) -> Path:
@@ -50,14 +56,24 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
     pending = [os.fspath(directory)]
     while pending:
         root = pending.pop()
-        folders, files, inode = _folder_contents(root)
+        folders, files, inode = _listed(root)
         if inode not in seen:
             seen.add(inode)
             yield Path(root), files
             pending += [f"{root}/{name}" for name in reversed(folders)]
 
 
-def _folder_contents(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
+def _listed(root: str) -> _Contents:
+    """The contents of a folder, which :func:`many_objects` remembers."""
+    known = _KNOWN.get()
+    if known is None:
+        return _folder_contents(root)
+    if root not in known:
+        known[root] = _folder_contents(root)
+    return known[root]
+
+
+def _folder_contents(root: str) -> _Contents:
     """The visible folders and files in a folder, sorted, and its device and inode numbers."""
     folders: list[str] = []
     files: list[str] = []
@@ -156,13 +172,16 @@ def safe_name(text: str) -> str:
 def many_objects() -> Iterator[None]:
     """Pause Python's cyclic garbage collection while many paths are listed: half the time.
 
-    Paths and entries hold no cycles, so nothing is missed.
+    Paths and entries hold no cycles, so nothing is missed. Meanwhile :func:`walk` reads every
+    folder once.
     """
     running = gc.isenabled()
     gc.disable()
+    token = _KNOWN.set({})
     try:
         yield
     finally:
+        _KNOWN.reset(token)
         if running:
             gc.enable()
 

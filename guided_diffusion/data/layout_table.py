@@ -26,6 +26,7 @@ PARTS = {
     "validation": ("val", "valid", "validate", "validation"),
     "testing": ("test", "testing", "ts"),
 }
+_PART_OF = {name: part for part, names in PARTS.items() for name in names}
 CURRENT_NAMES = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}
 """The names of modalities since BraTS 2023, and those that stand for them here."""
 _WORDS = {
@@ -139,5 +140,4 @@ def _token(match: re.Match[str], known: set[str]) -> str:
 
 def part_of(text: str | None) -> str:
     """The part that a name of a folder says, as splits call it; empty for any other."""
-    found = (text or "").lower()
-    return next((part for part, names in PARTS.items() if found in names), "")
+    return _PART_OF.get(text.lower(), "") if text else ""

@@ -123,7 +123,7 @@ def match(
         known = hit.groupdict()
         part = part_of(known.get("part"))
         key = known["case"], part if with_part else ""
-        channel = _channel(known, modalities)
+        channel = _channel(known, modalities) if layout.several else ""
         if channel is None:
             found.others.append(number)
             continue

@@ -69,6 +69,7 @@ def unrecognised(
     others: Sequence[str],
     *,
     is_one: Callable[[Path], bool],
+    test: bool,
 ) -> UserError:
     """Say what a folder looks like, what is missing, and where the data may be instead.
 
@@ -88,9 +89,13 @@ def unrecognised(
         return UserError(folder, f"looks like {looks}", f"See {PAGE}, which shows every layout.")
     state = f"holds {contents(folder)}"
     if files.paths:
-        masks = f"images as {files.path(0).relative_to(folder)}, but no masks beside them"
-        state, hint = f"holds {masks}", "Training needs masks, such as masks/<case> or <case>_mask."
-        return UserError(folder, state, f"{hint} {PAGE} shows every layout.")
+        example = files.path(0).relative_to(folder)
+        problem = f"holds images such as {example}, but no masks that belong to them by their names"
+        hint = f"Name each mask <case>_mask, or put it into masks/; {PAGE} shows every layout."
+        if test:
+            problem = f"holds images such as {example}, but in no layout that is known"
+            hint = f"Pass the folder that directly holds the images; {PAGE} shows every layout."
+        return UserError(folder, problem, hint)
     names = ", ".join(dict.fromkeys([*others, *(layout.name for layout in table)]))
     return UserError(
         folder,

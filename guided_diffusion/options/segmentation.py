@@ -144,7 +144,9 @@ class DataOptions:
 class SampleDataOptions(DataOptions):
     """Where the images to segment are and how they reach the network's size."""
 
-    data_dir: str = flag("./data/testing", "folder with the data set", run=True)
+    data_dir: str = flag(
+        "./data/testing", "folder with the data set or with bare images, or one image", run=True
+    )
 
 
 @dataclass(frozen=True)
