@@ -104,17 +104,17 @@ TABLE = [
     Layout("CASES", "{case}/images/*", "{case}/masks/*", united=True),
     Layout("SUFFIX", "**/{case}_(image|img)", f"**/{{case}}(_|-){MARK}", by_pairs=True),
     Layout("SUFFIX", "**/{case}", f"**/{{case}}(_|-){MARK}", by_pairs=True),
-    Layout("MODALITIES", "**/{case}_{modality}", f"**/{{case}}_{MARK}", by_pairs=True),
+    Layout("CHANNELS", "**/{case}_{modality}", f"**/{{case}}_{MARK}", by_pairs=True),
     Layout(
-        "MODALITIES",
+        "CHANNELS",
         f"{IMAGES}/{{case}}_{{modality}}",
         f"{LABELS}/{{case}}[_{MARK}]",
         by_pairs=True,
     ),
-    Layout("MODALITIES", "**/{case}/{modality}", f"**/{{case}}/{MARK}", by_pairs=True),
+    Layout("CHANNELS", "**/{case}/{modality}", f"**/{{case}}/{MARK}", by_pairs=True),
 ]
 """The layouts, the most particular first; a line that is added here is read by every command."""
-CHANNELS = Layout("NNUNET", "{case}_{channel}")
+NUMBERED = Layout("NNUNET", "{case}_{channel}")
 BARE = Layout("IMAGES", "{case}")
 """Images without masks, directly in their folder: to be segmented."""
 

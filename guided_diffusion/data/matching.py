@@ -16,8 +16,8 @@ from typing import NamedTuple
 from guided_diffusion.data.folders import ENDINGS, GIF, split_name, walk
 from guided_diffusion.data.layout_table import (
     BARE,
-    CHANNELS,
     CURRENT_NAMES,
+    NUMBERED,
     TABLE,
     Layout,
     part_of,
@@ -187,12 +187,12 @@ def bare(folder: Path, names: Sequence[str]) -> tuple[Layout, Files] | None:
     files = only_files(folder, names)
     if not any(ending.lower() != GIF for ending in files.endings):
         return None
-    found = match(CHANNELS, files)
+    found = match(NUMBERED, files)
     channels = {tuple(sorted(names)) for names in found.images.values()}
     alike = len(channels) == 1 and "0000" in next(iter(channels))
     named = re.fullmatch("images(tr|ts|val)", folder.resolve().name, re.IGNORECASE)
     if alike and not found.others and (named or len(found.images) > 1):
-        return CHANNELS, files
+        return NUMBERED, files
     return BARE, files
 
 

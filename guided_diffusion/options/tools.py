@@ -14,7 +14,18 @@ from guided_diffusion.options.segmentation import (
 
 PHANTOM_LAYOUTS = (
     *("brats2d", "brats3d", "brats2021", "isic", "isic2018", "weak", "nnunet", "nnunet2d", "msd"),
-    *("acdc", "busi", "drive", "refuge", "pairs", "pairs_gt", "suffix", "parts", "modalities"),
+    *(
+        "acdc",
+        "busi",
+        "drive",
+        "refuge",
+        "custom",
+        "pairs",
+        "pairs_gt",
+        "suffix",
+        "parts",
+        "modalities",
+    ),
 )
 
 

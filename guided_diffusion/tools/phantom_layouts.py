@@ -100,7 +100,7 @@ def _acdc(patient: Patient, number: int, part: str) -> Case:
     yield f"{stem}_4d.nii.gz", np.stack([image, image], -1)
     for frame in (1, 12):
         yield f"{stem}_frame{frame:02d}.nii.gz", image
-        yield f"{stem}_frame{frame:02d}_gt.nii.gz", patient.labels
+        yield f"{stem}_frame{frame:02d}_gt.nii.gz", np.minimum(patient.labels, 3)
 
 
 def _brats2021(patient: Patient, number: int, part: str) -> Case:
@@ -122,6 +122,7 @@ PICTURES: dict[str, Callable[[Skin, int, str], Case]] = {
     "busi": _busi,
     "drive": _drive,
     "refuge": _refuge,
+    "custom": partial(_pairs, image="images/{case}.png", mask="masks/{case}.png"),
     "pairs": partial(_pairs, image="image/{case}.png", mask="label/{case}.png"),
     "pairs_gt": partial(_pairs, image="imgs/{case}.jpg", mask="masks/{case}_gt.png"),
     "suffix": partial(_pairs, image="{case}.png", mask="{case}_mask.png"),

@@ -54,6 +54,7 @@ ROWS = {
     ),
     "drive": Row("DRIVE", "01", ("04",)),
     "refuge": Row("REFUGE", "t0001", ("t0004",), flags=("--mask_labels", "disc=0+128")),
+    "custom": Row("CUSTOM", "lesion0", ALL),
     "pairs": Row("PAIRS", "lesion0", ALL),
     "pairs_gt": Row("PAIRS", "lesion0", ALL),
     "suffix": Row("SUFFIX", "lesion0", ALL),
@@ -67,7 +68,7 @@ ROWS = {
         "BRATS", "BraTS2021_00000", ("BraTS2021_00001",), 4, sampling=("--split", "{}/split.txt")
     ),
     "modalities": Row(
-        "MODALITIES",
+        "CHANNELS",
         "head00",
         ("head01",),
         2,
@@ -434,7 +435,7 @@ def test_patterns(pattern: str, path: str, groups: tuple[str, ...] | None) -> No
 
 def test_layouts_of_the_table_are_told_apart(tmp_path: Path) -> None:
     for layout in (*PICTURES, *VOLUMES):
-        if ROWS[layout].name not in ("ISIC", "BRATS"):
+        if ROWS[layout].name not in ("ISIC", "BRATS", "CUSTOM"):
             folder = phantoms(tmp_path / layout, layout)
             parts = [folder / name for name in ("train", "training") if (folder / name).is_dir()]
             found = recognised(files_below(parts[0] if parts else folder))
