@@ -52,6 +52,7 @@ from guided_diffusion.data.matching import (
 from guided_diffusion.data.opening import (
     PAGE,
     contents,
+    is_wrapped,
     open_bare,
     part_folder,
     part_folders,
@@ -143,7 +144,7 @@ def _open(
     files = files_below(folder)
     table = [layout for layout in TABLE if name in ("", layout.name)]
     layout = recognised(files, test=test, modalities=reading.modalities, table=table)
-    if layout is not None:
+    if layout is not None and not (layout.by_pairs and is_wrapped(folder)):
         return open_layout(layout, files, wanted=wanted, reading=reading)
     dataset = open_bare(folder, names_in(folder), reading) if test and not name else None
     if dataset is None:
@@ -241,7 +242,9 @@ def _recognised(folder: Path, *, test: bool, modalities: Collection[str] = ()) -
 
 
 def _is_one(folder: Path) -> bool:
-    return bool(_recognised(folder, test=False) or recognised(files_below(folder)))
+    """Whether a folder is a data set with masks."""
+    found = part_folders(folder) or _recognised(folder, test=False)
+    return bool(found or recognised(files_below(folder)))
 
 
 def _has_other_pairs(folder: Path, images: Path, masks: Sequence[str]) -> bool:
@@ -254,8 +257,7 @@ def _has_other_pairs(folder: Path, images: Path, masks: Sequence[str]) -> bool:
 
 def _is_flat(folder: Path) -> bool:
     """Whether modalities of several cases lie side by side, each case with the same ones."""
-    layout = recognised(files := files_below(folder))
-    if layout is None:
+    if (layout := recognised(files := files_below(folder))) is None:
         return False
     found = match(layout, files, few=True)
     return not found.others and len({tuple(sorted(of)) for of in found.images.values()}) == 1
@@ -363,9 +365,8 @@ def _cache_folder(text: str) -> Path | None:
 def open_data(data: DataOptions, *, part: str = "", test: bool = False) -> SegmentationDataset:
     """Open what the flags name: all of it, or with ``--split`` the cases of one part.
 
-    ``test`` accepts cases without masks. A folder that is divided itself has the part of training,
-    or with ``test`` that of testing, unless there is a split. Raises what :func:`open_dataset`
-    raises.
+    ``test`` accepts cases without masks. Of a folder that is divided itself, training's part is
+    opened, or with ``test`` and no split testing's. Raises what :func:`open_dataset` raises.
     """
     dataset = open_dataset(
         data.data_dir,

@@ -79,6 +79,16 @@ class Layout:
         return compiled(self.masks) if self.masks else re.compile(r"(?!)")
 
     @property
+    def is_particular(self) -> bool:
+        """Whether the images' names show the layout, so that their masks are no others."""
+        return "{case:" in self.images
+
+    @property
+    def is_general(self) -> bool:
+        """Whether a mask is known by the end of its name alone."""
+        return MARK in self.masks
+
+    @property
     def several(self) -> str:
         """What tells the files of an image apart: 'channel', 'modality', or nothing."""
         return next((name for name in ("channel", "modality") if f"{{{name}}}" in self.images), "")
@@ -87,7 +97,9 @@ class Layout:
 TABLE = [
     Layout("NNUNET", "images{part}/{case}_{channel}", "labels{part}/{case}"),
     Layout("MSD", "images{part}/{case}", "labels{part}/{case}"),
-    Layout("ACDC", "**/{patient:patient#}/{case:patient#_frame#}", "**/{case:patient#_frame#}_gt"),
+    Layout(
+        "ACDC", "[**/{patient:patient#}/]{case:patient#_frame#}", "**/{case:patient#_frame#}_gt"
+    ),
     Layout("DRIVE", "images/{case:#}_(training|test)", "1st_manual/{case:#}_manual1"),
     Layout("REFUGE", "**/*{part}400/**/{case}", "**/Disc_Cup_Masks/**/{case}"),
     Layout(

@@ -133,7 +133,7 @@ def match(
         channels.setdefault(channel, number)
         if part:
             found.parts[key] = part
-        if "patient" in known:
+        if known.get("patient"):
             found.patients[key] = known["patient"]
     return found
 
@@ -162,8 +162,9 @@ def recognised(
     """
     tried = [(layout, match(layout, files, modalities, few=True)) for layout in table]
     tried = [(layout, found) for layout, found in tried if found.images and _is_complete(found)]
+    particular = any(layout.is_particular for layout, _ in tried)
     for layout, found in tried:
-        if found.pairs:
+        if found.pairs and not (particular and layout.is_general):
             return layout
     for layout, _ in tried if test else ():
         if not layout.by_pairs or (modalities and layout.several == "modality"):

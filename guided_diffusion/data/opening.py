@@ -8,12 +8,20 @@ from pathlib import Path
 
 from guided_diffusion.data.datasets import Reading, SegmentationDataset
 from guided_diffusion.data.folders import listing, names_in
-from guided_diffusion.data.layout_table import Layout, part_of
-from guided_diffusion.data.matching import FEW_FOLDERS, Files, bare, nearest
+from guided_diffusion.data.layout_table import TABLE, Layout, part_of
+from guided_diffusion.data.matching import (
+    FEW_FOLDERS,
+    Files,
+    bare,
+    files_below,
+    nearest,
+    recognised,
+)
 from guided_diffusion.data.table_loader import open_layout
 from guided_diffusion.errors import UserError
 
 PAGE = "docs/data.md"
+FEW_WRAPPED = 3
 
 
 def open_bare(folder: Path, names: Sequence[str], reading: Reading) -> SegmentationDataset | None:
@@ -60,6 +68,15 @@ def part_folders(folder: Path) -> dict[str, Path]:
 def part_folder(parts: Mapping[str, Path], wanted: str) -> Path | None:
     """The folder of a part; that of validation where there is none for testing."""
     return parts.get(wanted) or (parts.get("validation") if wanted == "testing" else None)
+
+
+def is_wrapped(folder: Path) -> bool:
+    """Whether a folder is only that around a data set, whose own layout counts."""
+    within = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
+    if len(within) > FEW_WRAPPED:
+        return False
+    table = [layout for layout in TABLE if not layout.by_pairs]
+    return any(part_folders(path) or recognised(files_below(path), table=table) for path in within)
 
 
 def unrecognised(

@@ -380,6 +380,18 @@ def just_images(folder: Path) -> None:
     save(folder / "a.png", picture())
 
 
+def around_drive(folder: Path) -> None:
+    for part, number in (("training", 21), ("test", 1)):
+        save(folder / f"DRIVE/{part}/images/{number:02d}_{part}.tif", picture())
+        save(folder / f"DRIVE/{part}/1st_manual/{number:02d}_manual1.gif", mask(1))
+        save(folder / f"DRIVE/{part}/mask/{number:02d}_{part}_mask.gif", mask(2))
+
+
+def field_of_view_alone(folder: Path) -> None:
+    save(folder / "images/21_training.tif", picture())
+    save(folder / "mask/21_training_mask.gif", mask(2))
+
+
 def other_names(folder: Path) -> None:
     save(folder / "images/a.png", picture())
     save(folder / "labels/b.png", mask(1))
@@ -395,6 +407,8 @@ UNKNOWN: list[tuple[Callable[[Path], None], str]] = [
     (manuals_missing, "looks like DRIVE, but has no mask 1st_manual/<case>_manual1"),
     (images_missing, "looks like NNUNET, but has no image imagesTr/<case>_0000"),
     (one_below, "is no data set, but Set below it is one"),
+    (around_drive, "is no data set, but DRIVE below it is one"),
+    (field_of_view_alone, "looks like DRIVE, but has no mask 1st_manual/<case>_manual1"),
     (just_images, "holds images such as a.png, but no masks that belong to them"),
     (other_names, "looks like PAIRS, but has no mask whose case is that of an image"),
     (one_without, "has 1 mask without image: b"),
