@@ -242,7 +242,6 @@ def _recognised(folder: Path, *, test: bool, modalities: Collection[str] = ()) -
 
 
 def _is_one(folder: Path) -> bool:
-    """Whether a folder is a data set with masks."""
     found = part_folders(folder) or _recognised(folder, test=False)
     return bool(found or recognised(files_below(folder)))
 

@@ -94,7 +94,7 @@ def unrecognised(
     is a data set.
     """
     for within in sorted(path for path in folder.iterdir() if path.is_dir())[:FEW_FOLDERS]:
-        with suppress(UserError):
+        with suppress(UserError, OSError):
             if is_one(within):
                 problem = f"is no data set, but {within.name} below it is one"
                 return UserError(folder, problem, f"Pass {within}.")
