@@ -332,12 +332,18 @@ def stragglers(groups: Sequence[int], seconds: float = 20) -> list[int]:
 
 
 def exists(group: int) -> bool:
-    """Whether a group has a process."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
+    """Whether a group has a process; one that has ended, and is not waited for, does not count."""
+    if not Path("/proc/self/stat").exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, 0)
+            return True
         return False
-    return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = path.read_text("utf-8", "replace").rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def last_step(out: Path) -> int:

@@ -22,23 +22,20 @@ from torch import Tensor
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import NIFTI, counted, open_folder, safe_name, split_name, walk
 from guided_diffusion.data.geometry import Affine, plane_affine
+from guided_diffusion.data.layout_table import CURRENT_NAMES
 from guided_diffusion.data.readers import nifti_shape, read_nifti_slice
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 SEG = "seg"
-_CURRENT_NAMES = {name: name for name in (*MODALITIES, SEG)} | {
-    "t1n": "t1",
-    "t1c": "t1ce",
-    "t2w": "t2",
-    "t2f": "flair",
-}
+_CURRENT_NAMES = {name: name for name in (*MODALITIES, SEG)} | CURRENT_NAMES
 _SLICE = re.compile(
     rf"(?:brats_train_)?(.+?)_(?:{'|'.join(sorted(_CURRENT_NAMES, key=len, reverse=True))})"
     r"_\d+(?:_w)?",
     re.IGNORECASE,
 )
+_NAME = re.compile("[a-z][a-z0-9]*")
 _SINCE_2023 = re.compile(r"BraTS-[A-Z]+-\d+-\d{3}|\b(?:.*[_-])?(?:t1n|t2f)[_.-]", re.IGNORECASE)
 
 
@@ -123,10 +120,17 @@ def find_cases(
 ) -> Iterator[tuple[Path, dict[str, list[Path]]]]:
     """Yield every folder that directly holds files of a modality or labels, by modality.
 
-    Other files are ignored, and added to ``others``; nothing is opened.
+    A folder that is named like a NIfTI file, as BraTS 2021 is also distributed, stands for the file
+    in it. Other files are ignored, and added to ``others``; nothing is opened.
     """
+    waiting: dict[Path, dict[str, list[Path]]] = {}
     for root, names in walk(folder):
         files: dict[str, list[Path]] = {}
+        stated = modality_of(root.name) if root != folder else None
+        wrapped = [root / name for name in names if stated and name.lower().endswith(NIFTI)]
+        if stated and wrapped:
+            waiting.setdefault(root.parent, {}).setdefault(stated, []).extend(wrapped)
+            continue
         for name in names:
             modality = modality_of(name)
             if modality is not None:
@@ -135,21 +139,23 @@ def find_cases(
                 others.append(root / name)
         if files:
             yield root, files
+    yield from waiting.items()
 
 
 def find_modalities(text: str) -> tuple[str, ...]:
     """Read ``--modalities``, a comma-separated list, as the current names of the modalities.
 
     Raises:
-        UserError: a name is no modality, or given twice.
+        UserError: a name is no word, or given twice.
     """
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     known = tuple(_CURRENT_NAMES.get(name, name) for name in names)
-    wrong = [name for name in known if name not in MODALITIES or known.count(name) > 1]
-    if wrong:
+    wrong = [name for name in known if not _NAME.fullmatch(name) or known.count(name) > 1]
+    if wrong or SEG in known:
         raise UserError(
             "--modalities",
-            f"{text!r} is not a list of {', '.join(MODALITIES)}, each once, separated by commas",
+            f"{text!r} is not a list of {', '.join(MODALITIES)} or other words in the names of "
+            "files, each once, separated by commas",
             "Write for example --modalities flair,t1ce.",
         )
     return known

@@ -15,6 +15,7 @@ from guided_diffusion.data.folders import (
     image_files,
     is_nifti,
     listing,
+    mask_files,
     names_in,
     open_folder,
     safe_name,
@@ -104,7 +105,8 @@ def _files_in(
 ) -> dict[str, Path]:
     """List the files of ``images/`` or ``masks/`` by stem; ``bare`` ones may lie in the folder."""
     within = subfolder(folder, name) or (folder if bare else None)
-    found = image_files(within) if within is not None else {}
+    files = mask_files if name == "masks" else image_files
+    found = files(within) if within is not None else {}
     if not found and not optional:
         missing = f"folder {name}" if within is None else name.removesuffix("s")
         raise UserError(within or folder, f"has no {missing}", hint)

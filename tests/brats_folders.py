@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -73,9 +74,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     decoded: list[str] = []
     read = volumes.read_nifti
 
-    def read_nifti(path: Path, *, shown: Path | None = None) -> object:
+    def read_nifti(path: Path, *, shown: Path | None = None, **more: Any) -> object:
         decoded.append((shown or path).name)
-        return read(path, shown=shown)
+        return read(path, shown=shown, **more)
 
     monkeypatch.setattr(volumes, "read_nifti", read_nifti)
     return decoded

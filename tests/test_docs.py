@@ -21,6 +21,7 @@ from helpers import script
 
 from guided_diffusion.layouts import LAYOUTS
 from guided_diffusion.tools import phantom_folders
+from guided_diffusion.tools.phantom_layouts import write_layout
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -63,6 +64,17 @@ SHRINK = {
     "image_p_seg.py": "--num_samples 2 --steps 2 --noises 1",
     "steps.py": "--cases 2 --settings ddim:2 dpm_solver++:2",
     "versions.py": "--budget 0.1 --seeds 1 --methods plain --cases 1 --steps 1",
+}
+PUBLIC = {  # data sets of docs/data.md, and the layouts of phantoms that stand for them
+    "ISIC2018": "isic2018",
+    "BraTS2021": "brats2021",
+    "Kvasir-SEG": "custom",
+    "LIDC": "custom",
+    "Task01_BrainTumour": "msd",
+    "Dataset_BUSI_with_GT": "busi",
+    "DRIVE": "drive",
+    "REFUGE": "refuge",
+    "ACDC/database": "acdc",
 }
 TORCHRUN = r"(?:srun )?torchrun (?:--\S+ )+(?=scripts/)"
 FRONT_END = r"guided-diffusion |python -m guided_diffusion "
@@ -139,6 +151,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for side in ("training", "testing"):
         (place / "data" / side).symlink_to(ROOT / "data" / side)
     phantom_folders.write_isic(place / "data" / "ISIC", 0, patients=6, size=48)
+    for name, layout in PUBLIC.items():
+        write_layout(layout, place / name, 0, patients=4, slices=12, size=24, training=0.5)
     write_arrays(place / "data" / "synapse")
     write_split(place / "split.txt")
 

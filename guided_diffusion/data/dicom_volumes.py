@@ -32,7 +32,8 @@ from guided_diffusion.data.folders import (
     subfolder,
     walk,
 )
-from guided_diffusion.data.volumes import VolumeDataset, is_whole
+from guided_diffusion.data.readers import is_whole
+from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.files import atomic_write, make_folder, read_json
 

@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from torch import Tensor
@@ -23,9 +24,16 @@ from guided_diffusion.files import expanded, nearest_path
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI = (".nii.gz", ".nii")
 ENDINGS = (*PICTURES, *NIFTI)
+GIF = ".gif"
+"""Of masks, as in DRIVE; beside other pictures it is a preview."""
 MOST_BYTES = 200
 """Of a case id: file systems allow 255, and the names of a case's files are longer than its id."""
 _RESERVED = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
+
+_Contents = tuple[list[str], list[str], tuple[int, int]]
+_KNOWN: ContextVar[dict[str, _Contents] | None] = ContextVar(
+    "folders that are listed", default=None
+)
 
 
 def open_folder(directory: str | os.PathLike[str]) -> Path:
@@ -48,14 +56,24 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str]]]:
     pending = [os.fspath(directory)]
     while pending:
         root = pending.pop()
-        folders, files, inode = _folder_contents(root)
+        folders, files, inode = _listed(root)
         if inode not in seen:
             seen.add(inode)
             yield Path(root), files
             pending += [f"{root}/{name}" for name in reversed(folders)]
 
 
-def _folder_contents(root: str) -> tuple[list[str], list[str], tuple[int, int]]:
+def _listed(root: str) -> _Contents:
+    """The contents of a folder, which :func:`many_objects` remembers."""
+    known = _KNOWN.get()
+    if known is None:
+        return _folder_contents(root)
+    if root not in known:
+        known[root] = _folder_contents(root)
+    return known[root]
+
+
+def _folder_contents(root: str) -> _Contents:
     """The visible folders and files in a folder, sorted, and its device and inode numbers."""
     folders: list[str] = []
     files: list[str] = []
@@ -87,22 +105,36 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The sorted names in a folder, as text: 50,000 path objects would take ten times as long."""
-    return sorted(os.listdir(folder))  # noqa: PTH208
+    """The sorted visible names in a folder, as text: 50,000 path objects would take far longer."""
+    folders, files, _ = _listed(os.fspath(folder))
+    return sorted([*files, *folders])
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The visible folders directly below, sorted by name."""
+    return [folder / name for name in _listed(os.fspath(folder))[0]]
 
 
 def subfolder(folder: Path, name: str) -> Path | None:
     """The folder called ``name`` directly below, in upper or lower case; None without one."""
-    found = (folder / called for called in names_in(folder) if called.lower() == name)
-    return next((path for path in found if path.is_dir()), None)
+    return next((path for path in folders_in(folder) if path.name.lower() == name), None)
 
 
 def image_files(folder: Path) -> dict[str, Path]:
     """The pictures and NIfTI files directly in ``folder``, by stem."""
+    return _with_endings(folder, names_in(folder), ENDINGS)
+
+
+def mask_files(folder: Path) -> dict[str, Path]:
+    """The masks directly in ``folder``, by stem: as :func:`image_files`, or its GIFs."""
+    return image_files(folder) or _with_endings(folder, names_in(folder), (GIF,))
+
+
+def _with_endings(folder: Path, names: Iterable[str], endings: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for name in names_in(folder):
+    for name in names:
         stem, ending = split_name(unicodedata.normalize("NFC", name))
-        if name.startswith(".") or ending not in ENDINGS:
+        if name.startswith(".") or ending not in endings:
             continue
         if stem in found:
             problem = f"{found[stem].name} and {name} have the same stem"
@@ -145,13 +177,16 @@ def safe_name(text: str) -> str:
 def many_objects() -> Iterator[None]:
     """Pause Python's cyclic garbage collection while many paths are listed: half the time.
 
-    Paths and entries hold no cycles, so nothing is missed.
+    Paths and entries hold no cycles, so nothing is missed. Meanwhile :func:`walk` reads every
+    folder once.
     """
     running = gc.isenabled()
     gc.disable()
+    token = _KNOWN.set({})
     try:
         yield
     finally:
+        _KNOWN.reset(token)
         if running:
             gc.enable()
 

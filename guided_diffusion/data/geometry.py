@@ -9,7 +9,7 @@ coincide with it. A header that states nothing leaves its array as it lies.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -172,6 +172,11 @@ def grid_of(nifti: Any) -> Grid:
         sizes=tuple(header["pixdim"][1:4].tolist()),
         unit=_MILLIMETRES.get(int(header["xyzt_units"]) & 7),
     )
+
+
+def spatial(grid: Grid) -> Grid:
+    """The grid of one channel of an image whose fourth axis is the channel; others as they are."""
+    return replace(grid, shape=grid.shape[:3]) if len(grid.shape) == 4 else grid
 
 
 def _with_normal(rows: Rows, shape: tuple[int, ...]) -> Rows:

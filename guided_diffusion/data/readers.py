@@ -5,6 +5,7 @@ Every file is checked here, once: one that cannot be used is a :class:`UserError
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -32,6 +33,7 @@ from guided_diffusion.data.geometry import (
     plane_affine,
     require_view,
     size_of,
+    spatial,
 )
 from guided_diffusion.errors import UserError, refuse
 
@@ -158,8 +160,12 @@ def _grey_labels(path: Path, picture: Image.Image) -> Stored:
     return _one_channel(path, values.astype(np.float32), rule, noise=noise).astype(np.uint8)
 
 
-def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Grid]:
+def read_nifti(
+    path: Path, *, shown: Path | None = None, channel: int | None = None
+) -> tuple[Array, Grid]:
     """Decode a NIfTI file: float32 array without trailing axes of length 1, and its grid.
+
+    ``channel`` chooses a position along the last of four axes; other files are read as they are.
 
     Values are scaled as the header says and otherwise as stored, and lie as stored. Raises
     :class:`UserError`, naming ``shown`` where it is given, if the file cannot be decoded, is empty,
@@ -170,7 +176,12 @@ def read_nifti(path: Path, *, shown: Path | None = None) -> tuple[Array, Grid]:
         stored = np.asarray(nifti.dataobj)
         if stored.dtype.kind not in "biuf":
             raise ValueError(f"its values are {stored.dtype}")
-        values, grid = stored.astype(np.float32), grid_of(nifti)
+        grid = grid_of(nifti)
+        if channel is not None and len(grid.shape) == 4:
+            if channel >= grid.shape[3]:
+                raise ValueError(f"it has {grid.shape[3]} channels, fewer than others of the set")
+            stored, grid = stored.reshape(grid.shape)[..., channel], spatial(grid)
+        values = stored.astype(np.float32)
     while values.ndim > 2 and values.shape[-1] == 1:
         values = values[..., 0]
     _require_finite(shown or path, values)
@@ -215,6 +226,16 @@ def unstated_note(files: Iterable[Path]) -> list[str]:
                     "as they lie"
                 ]
     return []
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is an uncompressed NIfTI volume of the length that its header states."""
+    try:
+        voxels: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
+        needed = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
+        return len(voxels.shape) >= 3 and path.stat().st_size >= needed
+    except (*UNREADABLE, AttributeError):
+        return False
 
 
 def nifti_shape(path: Path) -> tuple[int, ...]:

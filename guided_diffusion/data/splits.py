@@ -1,13 +1,14 @@
-"""Splits: one folder divided into training, validation and testing by a text file.
+"""Splits: one folder divided into training, validation and testing by a file.
 
-Each line of the file is ``<id> <part>``, where the id is that of a case, a volume or a patient;
-what follows a ``#`` is a comment. A case or a patient in two parts is an error, for it would
-invalidate the scores.
+Each line of a text file is ``<id> <part>``, where the id is that of a case, a volume or a patient;
+what follows a ``#`` is a comment. ``splits_final.json:0`` is a fold of nnU-Net's. A case or a
+patient in two parts is an error, for it would invalidate the scores.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -18,16 +19,21 @@ from guided_diffusion.errors import UserError, refuse
 from guided_diffusion.files import expanded, nearest_path
 
 PARTS = ("training", "validation", "testing")
+_FOLD = re.compile(r"(.+\.json)(?::(\d+))?", re.IGNORECASE)
 _COMMENT = re.compile(r"(^|\s)#.*")
 
 
 def read_split(path: str | Path) -> dict[str, str]:
     """Read the part of each id, in the order of the file; ids may contain spaces.
 
+    ``<file>.json:<fold>`` is a fold of nnU-Net's splits: its cases train or validate.
+
     Raises:
         UserError: the file or a line cannot be read, or an id is in two parts.
     """
     file = expanded(path)
+    if fold := _FOLD.fullmatch(str(file)):
+        return _read_fold(Path(fold[1]), fold[2])
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -44,6 +50,28 @@ def read_split(path: str | Path) -> dict[str, str]:
             name, part = _read_line(f"{file}, line {number}", text)
             _require_one_part(file, name, {parts.get(name, part), part})
             parts[name] = part
+    return parts
+
+
+def _read_fold(file: Path, fold: str | None) -> dict[str, str]:
+    """Read the ids of a fold: a JSON list of objects with the lists ``train`` and ``val``."""
+    hint = f"Write --split {file}:0 for the first of nnU-Net's folds."
+    try:
+        folds = json.loads(file.read_text(encoding="utf-8-sig"))
+        if fold is None or int(fold) >= len(folds):
+            raise UserError(file, f"has the folds 0 to {len(folds) - 1}", hint)
+        chosen = folds[int(fold)]
+        parts: dict[str, str] = {}
+        for name, part in (("train", "training"), ("val", "validation")):
+            for case in map(str, chosen[name]):
+                _require_one_part(file, case, {parts.get(case, part), part})
+                parts[case] = part
+    except OSError as error:
+        problem = f"the split cannot be read ({error.strerror})"
+        raise UserError(file, problem, nearest_path(file, hint)) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = "is no list of nnU-Net's folds with train and val"
+        raise UserError(file, problem, hint) from error
     return parts
 
 
@@ -101,10 +129,14 @@ def _require_one_part(path: Path, name: str, parts: set[str]) -> None:
 def narrowed(dataset: SegmentationDataset, path: str | Path, part: str) -> SegmentationDataset:
     """Return a data set of the cases in one part; its notes say how many there are.
 
+    A fold of nnU-Net's has none for testing: those for validation are taken.
+
     Raises:
         UserError: as :func:`part_of_cases`, or the part has no case.
     """
     parts = part_of_cases(dataset, path)
+    if part == "testing" and part not in parts and _FOLD.fullmatch(str(path)):
+        part = "validation"
     chosen = copy.copy(dataset)
     chosen.entries = [
         entry for entry, found in zip(dataset.entries, parts, strict=True) if found == part

@@ -24,6 +24,7 @@ from guided_diffusion.data.folders import (
     counted,
     image_files,
     listing,
+    mask_files,
     open_folder,
     safe_name,
     subfolder,
@@ -74,7 +75,7 @@ class TumourImages(LabelledImages):
         folder = open_folder(directory)
         pictures = _classified(folder)
         seg = subfolder(folder, "seg")
-        masks = image_files(seg) if seg else {}
+        masks = mask_files(seg) if seg else {}
         _require_pairs(folder, pictures["tumor"], masks, masks_needed=not test_flag)
         entries = [
             Entry(safe_name(stem), (path,), masks.get(stem), patient=patient_of(stem))

@@ -42,6 +42,7 @@ from guided_diffusion.data.geometry import (
     plane_affine,
     require_view,
     size_of,
+    spatial,
 )
 from guided_diffusion.data.intensity import Levels, measure, normalised
 from guided_diffusion.data.masks import SAMPLE, MaskSet
@@ -50,6 +51,7 @@ from guided_diffusion.data.readers import (
     Array,
     StoredLabels,
     decoding,
+    is_whole,
     nifti_shape,
     read_grid,
     read_nifti,
@@ -86,11 +88,15 @@ class VolumeStore:
     """Volumes by path, decoded once: into ``folder``, or into memory where that is None.
 
     ``most_bytes`` bounds the decoded voxels in memory; the volume in use is kept at any size.
+    ``channel`` is read of files of four axes, which are refused without it.
     """
 
-    def __init__(self, folder: Path | None, *, most_bytes: int = MEMORY) -> None:
+    def __init__(
+        self, folder: Path | None, *, most_bytes: int = MEMORY, channel: int | None = None
+    ) -> None:
         self.folder = folder and make_folder(folder, flag="--cache_dir")
         self.most_bytes = most_bytes
+        self.channel = channel
         self._open: OrderedDict[tuple[Path, int], Volume] = OrderedDict()
         self._grids: dict[Path, tuple[Stamp, Grid]] = {}
 
@@ -102,7 +108,8 @@ class VolumeStore:
         """Return the grid of a volume, by its header, which is read once."""
         stamp, known = _stamp(path), self._grids.get(path)
         if known is None or known[0] != stamp:
-            known = self._grids[path] = stamp, read_grid(path)
+            grid = read_grid(path)
+            known = self._grids[path] = stamp, grid if self.channel is None else spatial(grid)
         return known[1]
 
     def __call__(self, path: Path, axis: int = 2) -> Volume:
@@ -128,7 +135,7 @@ class VolumeStore:
         """
         axis = place(self.grid(path), plane).view.axis
         in_memory = self.folder is None
-        voxels = _read_volume(path) if in_memory else self(path, axis).voxels
+        voxels = _read_volume(path, self.channel) if in_memory else self(path, axis).voxels
         height, width, depth = voxels.shape
         count = max(1, min(depth, most // (height * width)))
         places = [(2 * n + 1) * depth // (2 * count) for n in range(count)]
@@ -139,15 +146,18 @@ class VolumeStore:
 
     def _decoded(self, path: Path, axis: int, stamp: Stamp) -> Volume:
         if self.folder is None:
-            values = np.moveaxis(_read_volume(path), axis, -1)
+            values = np.moveaxis(_read_volume(path, self.channel), axis, -1)
             return Volume(values, measure(values), constant_planes(values), stamp)
 
         key = os.fsencode(path.resolve()) + (b"" if axis == 2 else f" axis {axis}".encode())
+        four = self.channel is not None and len(read_grid(path).lengths) == 4
+        channel = self.channel if four else None
+        key += f" channel {channel}".encode() if channel is not None else b""
         facts = self.folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
         known = _read_facts(facts)
-        bare = unpacked(path, facts, axis)
+        bare = unpacked(path, facts, axis if channel is None else -1)
         if known is None or known["stamp"] != list(stamp) or not is_whole(bare):
-            known = _unpack(path, facts, stamp, axis)
+            known = _unpack(path, facts, stamp, axis, channel)
         return Volume(_proxy(bare), Levels(*known["levels"]), frozenset(known["constant"]), stamp)
 
     def plane(self, path: Path, view: View, position: int) -> Array:
@@ -182,6 +192,7 @@ class VolumeDataset(SegmentationDataset):
         volumes: one entry per volume, with one file per channel.
         channels: of the image.
         reading: which slices, which normalisation, and where decoded volumes are kept.
+        store: of the volumes; None for one of files of three axes.
     """
 
     usual_scale = "minmax"
@@ -193,8 +204,9 @@ class VolumeDataset(SegmentationDataset):
         *,
         channels: int,
         reading: Reading = AS_STORED,
+        store: VolumeStore | None = None,
     ) -> None:
-        self.store = VolumeStore(reading.cache_dir)
+        self.store = store or VolumeStore(reading.cache_dir)
         volumes = list(volumes)
         kept = [plane for volume in volumes for plane in _planes(volume, reading, self.store)]
         super().__init__(directory, kept, channels=channels, reading=reading)
@@ -236,12 +248,15 @@ class VolumeDataset(SegmentationDataset):
     def _image_place(self, entry: Entry) -> tuple[Path, Placed]:
         return entry.images[0], place(self.store.grid(entry.images[0]), self.plane)
 
-    def _plane(self, path: Path, entry: Entry, placed: Placed, *, scale: str) -> Array:
-        grid = self.store.grid(path)
+    def _plane(
+        self, path: Path, entry: Entry, placed: Placed, *, scale: str, store: Any = None
+    ) -> Array:
+        store = store or self.store
+        grid = store.grid(path)
         require_volume(path, grid)
         view = require_view(path, grid, placed, other=entry.images[0])
-        plane = self.store.plane(path, view, entry.plane or 0)
-        return normalised(plane, self.store(path, view.axis).levels, scale)
+        plane = store.plane(path, view, entry.plane or 0)
+        return normalised(plane, store(path, view.axis).levels, scale)
 
 
 def constant_planes(values: Array) -> frozenset[int]:
@@ -256,20 +271,24 @@ def unpacked(path: Path, facts: Path, axis: int = 2) -> Path:
     return path if as_is else facts.with_suffix(".nii")
 
 
-def _unpack(path: Path, facts: Path, stamp: Stamp, axis: int) -> dict[str, Any]:
+def _unpack(
+    path: Path, facts: Path, stamp: Stamp, axis: int, channel: int | None
+) -> dict[str, Any]:
     """Unpack a volume and measure it; the facts are written last, so they imply the voxels.
 
     Several processes may do so at once: each writes a file of its own and renames it.
     """
-    bare, hint = unpacked(path, facts, axis), "Free some space, or choose another --cache_dir."
+    plain = axis == 2 and channel is None
+    bare = unpacked(path, facts, axis if channel is None else -1)
+    hint = "Free some space, or choose another --cache_dir."
     if bare != path:
         facts.unlink(missing_ok=True)
         with atomic_write(bare, hint=hint) as part:
-            if axis == 2:
+            if plain:
                 _gunzip(path, part)
                 values = _read_volume(part, shown=path)
             else:
-                values = np.moveaxis(_read_volume(path), axis, -1)
+                values = np.moveaxis(_read_volume(path, channel), axis, -1)
                 nib.save(nib.Nifti1Image(values, np.eye(4)), part)
     else:
         values = _read_volume(path)
@@ -305,18 +324,8 @@ def _read_facts(path: Path) -> dict[str, Any] | None:
     return facts if whole and len(facts["stamp"]) == 2 else None
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is an uncompressed NIfTI volume of the length that its header states."""
-    try:
-        voxels: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
-        needed = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
-        return len(voxels.shape) >= 3 and path.stat().st_size >= needed
-    except (*UNREADABLE, AttributeError):
-        return False
-
-
-def _read_volume(path: Path, *, shown: Path | None = None) -> Array:
-    values, grid = read_nifti(path, shown=shown)
+def _read_volume(path: Path, channel: int | None = None, *, shown: Path | None = None) -> Array:
+    values, grid = read_nifti(path, shown=shown, channel=channel)
     require_volume(shown or path, grid)
     return values
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Entry
-from guided_diffusion.data.geometry import grid_of, nifti_like, place
+from guided_diffusion.data.geometry import grid_of, nifti_like, place, spatial
 from guided_diffusion.data.readers import UNREADABLE
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, require_replaceable, set_aside
@@ -107,7 +107,7 @@ class VolumeWriter:
         like = next(iter(planes.values()))
         known = self._written(volume, kind)
         original: Any = nib.load(source)
-        placed = place(grid_of(original), self.plane)
+        placed = place(spatial(grid_of(original)), self.plane)
         shape = (*placed.grid.shape, *like.shape[:-2])
         values = np.zeros(shape, like.dtype) if known is None else self._read(volume, kind, known)
         along = np.moveaxis(values, placed.view.axis, 2)

@@ -92,14 +92,11 @@ class DataOptions:
     """Where the images are and how they reach the network's size."""
 
     data_dir: str = flag("./data/training", "folder with the data set", run=True)
-    data_name: str = flag(
-        "",
-        "layout: BRATS, ISIC, TUMOR, CUSTOM, KVASIR, DICOM or RATERS; empty: recognised",
-        run=True,
-    )
+    data_name: str = flag("", "layout: BRATS, NNUNET, ... (docs/data.md); empty: found", run=True)
     split: str = flag(
         "",
-        "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir",
+        "file of '<case or patient id> <training|validation|testing>' lines to divide data_dir, "
+        "or a fold of nnU-Net's, as in splits_final.json:0",
         run=True,
     )
     crop: str = flag(
@@ -109,7 +106,9 @@ class DataOptions:
         choices=("auto", "none", "wolleb"),
     )
     modalities: str = flag(
-        "", "BraTS: channels and their order, as in flair,t1ce; empty: all of t1,t1ce,t2,flair"
+        "",
+        "channels and their order, by the names of the files, as in flair,t1ce or t2,adc; empty: "
+        "all, of BraTS data t1,t1ce,t2,flair",
     )
     normalise: str = flag(
         "auto",
@@ -143,7 +142,9 @@ class DataOptions:
 class SampleDataOptions(DataOptions):
     """Where the images to segment are and how they reach the network's size."""
 
-    data_dir: str = flag("./data/testing", "folder with the data set", run=True)
+    data_dir: str = flag(
+        "./data/testing", "folder with the data set or with bare images, or one image", run=True
+    )
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,7 @@ class TrainingOptions:
     num_workers: int = flag(
         0, "processes that read data; 0: the training process itself", least=0, cap=MOST_PROCESSES
     )
-    augment: bool = flag(
-        False, "flip, rotate, scale and brighten the training cases at random, masks alike"
-    )
+    augment: bool = flag(False, "flip, rotate, scale and brighten training cases at random")
     rater_choice: str = flag(
         "random",
         "mask of a case with several raters: random, one of theirs at each step; mean, the share "

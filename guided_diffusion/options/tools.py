@@ -12,6 +12,22 @@ from guided_diffusion.options.segmentation import (
     NetworkOptions,
 )
 
+PHANTOM_LAYOUTS = (
+    *("brats2d", "brats3d", "brats2021", "isic", "isic2018", "weak", "nnunet", "nnunet2d", "msd"),
+    *(
+        "acdc",
+        "busi",
+        "drive",
+        "refuge",
+        "custom",
+        "pairs",
+        "pairs_gt",
+        "suffix",
+        "parts",
+        "modalities",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class CheckOptions:
@@ -62,17 +78,17 @@ class PhantomOptions:
     """What phantoms are written."""
 
     out: str = flag("", "folder to write; must be absent or empty")
-    layout: str = flag("brats2d", "file layout", choices=("brats2d", "brats3d", "isic", "weak"))
+    layout: str = flag("brats2d", f"file layout: {', '.join(PHANTOM_LAYOUTS)}")
     seed: int = flag(0, "seed of all phantoms", least=0)
     patients: int = flag(31, "patients, or ISIC pictures", least=1)
     slices: int = flag(
         0,
-        "slices per patient (brats3d: the depth); 0: 4, weak 3, brats3d 155",
+        "slices per patient (of volumes the depth); 0: 4, weak 3, brats3d 155, other volumes 52",
         least=0,
         cap=MOST_PIXELS,
     )
     size: int = flag(
-        0, "pixels per side; 0: 80, brats3d 240, isic 128, weak 64", least=0, cap=MOST_PIXELS
+        0, "pixels per side; 0: 80, brats3d 240, pictures 128, weak 64", least=0, cap=MOST_PIXELS
     )
     raters: int = flag(0, "also write the masks of this many raters", least=0)
     generation: str = flag("2025", "isic: which CSV layout", choices=("2023", "2025"))

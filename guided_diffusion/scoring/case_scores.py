@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.geometry import size_of
+from guided_diffusion.data.truths import Truth
 from guided_diffusion.ensemble import FUSIONS
 from guided_diffusion.errors import UserError
-from guided_diffusion.layouts import Truth
 from guided_diffusion.scoring import metrics, surface
 from guided_diffusion.scoring.calibration import (
     Tally,

@@ -20,9 +20,10 @@ import numpy as np
 from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.geometry import spacing
+from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, nearest_path
-from guided_diffusion.layouts import Truth, open_masks
+from guided_diffusion.layouts import open_masks
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.case_scores import (
     Binary,

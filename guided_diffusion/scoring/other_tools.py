@@ -15,8 +15,9 @@ from guided_diffusion.bratsloader import named_since_2023
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import image_files
 from guided_diffusion.data.masks import MaskSet
+from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
-from guided_diffusion.layouts import Truth, open_masks
+from guided_diffusion.layouts import open_masks
 from guided_diffusion.scoring.predictions import Found, Source, sources_in, volumes_of
 
 OWN = ("_uncertainty", "_overlay", "_debug", "_output_ens")

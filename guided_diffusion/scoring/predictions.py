@@ -46,9 +46,9 @@ from guided_diffusion.data.readers import (
     read_nifti,
     upright,
 )
+from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json
-from guided_diffusion.layouts import Truth
 
 Mask = NDArray[np.float32]
 FUSED = r"(?P<case>.+)_output_ens"

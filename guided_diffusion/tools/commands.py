@@ -13,12 +13,13 @@ from tqdm import tqdm
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.folders import counted
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, writing
 from guided_diffusion.inference.run_lock import SLICING, only_run
 from guided_diffusion.options.flags import slice_range
 from guided_diffusion.options.tools import PhantomOptions, SlicingOptions
 from guided_diffusion.tools import phantom_folders
+from guided_diffusion.tools.phantom_layouts import PICTURES, VOLUMES, write_layout
 from guided_diffusion.tools.slices import SlicingPlan, cut_all, open_volumes, plan_jobs, sweep
 
 SIZES = {  # layout: pixels per side, slices per patient
@@ -26,6 +27,8 @@ SIZES = {  # layout: pixels per side, slices per patient
     "brats3d": (240, 155),
     "isic": (128, 0),
     "weak": (64, 3),
+    **dict.fromkeys(PICTURES, (128, 0)),
+    **dict.fromkeys(VOLUMES, (80, 52)),
 }
 
 
@@ -65,9 +68,15 @@ def write_phantoms(options: PhantomOptions) -> None:
         UserError: a folder in use, or flags that the layout has no use for.
     """
     layout, out = options.layout, expanded(options.out, flag="--out")
-    for name, idle in (("slices", "isic"), ("raters", "weak")):
-        if getattr(options, name) and layout == idle:
-            raise UserError(f"--{name}", f"has no effect with --layout {idle}", f"Omit --{name}.")
+    if layout not in SIZES:
+        hint = did_you_mean(layout, SIZES, "guided-diffusion phantoms -h lists them.")
+        raise UserError("--layout", f"{layout!r} is not one of {', '.join(SIZES)}", hint)
+    for name, idle in (
+        ("slices", ("isic", *PICTURES)),
+        ("raters", ("weak", *PICTURES, *VOLUMES)),
+    ):
+        if getattr(options, name) and layout in idle:
+            raise UserError(f"--{name}", f"has no effect with --layout {layout}", f"Omit --{name}.")
     _refuse_occupied(out)
     make_folder(out, flag="--out")
     hint = "Free some space, empty the folder and run the command again."
@@ -89,7 +98,9 @@ def _write_layout(options: PhantomOptions, out: Path) -> None:
         phantom_folders.write_isic(out, options.seed, **special, **common)
         return
     common["slices"] = options.slices or usual_slices
-    if layout == "weak":
+    if layout in PICTURES or layout in VOLUMES:
+        write_layout(layout, out, options.seed, **common)
+    elif layout == "weak":
         phantom_folders.write_weak(out, options.seed, **common)
     elif layout == "brats2d":
         phantom_folders.write_brats_slices(out, options.seed, raters=options.raters, **common)

@@ -213,7 +213,7 @@ def save_nifti(
 
     Creates the parent folders.
     """
-    sizes = (*voxel_mm[: data.ndim], 1.0)[:3]
+    sizes = (*voxel_mm[: min(data.ndim, 3)], 1.0)[:3]
     affine = np.diag((-sizes[0], -sizes[1], sizes[2], 1.0))
     image: Any = nib.Nifti1Image(data, affine)
     if slope is not None:

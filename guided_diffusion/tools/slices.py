@@ -10,6 +10,8 @@ killed.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -18,7 +20,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -183,9 +187,19 @@ _dataset: VolumeDataset | None = None
 
 
 def _set_dataset(dataset: VolumeDataset) -> None:
-    """Set the data set of a worker process once, instead of sending it with every job."""
+    """Set the data set of a worker process once, instead of sending it with every job.
+
+    The worker ends with the process that started it, also where that is killed.
+    """
     global _dataset
     _dataset = dataset
+    if parent := multiprocessing.parent_process():
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _cut_in_worker(job: Job, dtype: str) -> int:

@@ -41,7 +41,7 @@ from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
 from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
-from guided_diffusion.layouts import normalise_flags, open_data
+from guided_diffusion.layouts import normalise_flags, open_data, open_validation
 from guided_diffusion.options.flags import Flags, numbers, recorded
 from guided_diffusion.options.segmentation import (
     DataOptions,
@@ -304,7 +304,7 @@ def overwriting_notes(run: RunOptions, start: Checkpoint | None) -> list[str]:
 def held_out_cases(
     watch: WatchOptions, data: DataOptions, dataset: SegmentationDataset
 ) -> SegmentationDataset | None:
-    """Open the cases to validate on: a folder's, else the validation part of the split, if any.
+    """Open the cases to validate on: a folder's, else the validation part of split or data, if any.
 
     Raises:
         UserError: there are none although ``--patience`` needs them, or they do not fit.
@@ -313,6 +313,8 @@ def held_out_cases(
         held_out = open_data(replace(data, data_dir=watch.val_dir), test=True)
     elif data.split and "validation" in read_split(data.split).values():
         held_out = narrowed(dataset, data.split, "validation")
+    elif not data.split and (own := open_validation(data)):
+        held_out = own
     elif watch.patience:
         raise UserError(
             f"--patience {watch.patience}",

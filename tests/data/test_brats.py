@@ -67,7 +67,7 @@ def test_only_the_modalities_chosen_are_read(tmp_path: Path, deep: bool) -> None
     assert dataset[0].image.shape[0] == 2
 
 
-@pytest.mark.parametrize("text", ["flair,dwi", "t1,t1n", "seg"])
+@pytest.mark.parametrize("text", ["flair,d-wi", "t1,t1n", "seg"])
 def test_an_unknown_modality(text: str) -> None:
     with pytest.raises(UserError, match=r"^--modalities: .* is not a list of t1, t1ce, t2"):
         find_modalities(text)

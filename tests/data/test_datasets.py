@@ -698,8 +698,8 @@ MALFORMED: list[tuple[Callable[[Path], None], str, str]] = [
     (float_picture, "images/a.tif: has values from 7.5 to 7.5", "Scale the picture"),
     (float_holes, "images/a.tif: has NaN or infinite values", "Repair the file"),
     (two_layouts, "fits BRATS and ISIC, but must", "--data_name"),
-    (empty, "holds nothing", "--data_name"),
-    (unknown_files, "holds paper.pdf, but must", "--data_name"),
+    (empty, "holds nothing, but neither pictures nor NIfTI", "docs/data.md"),
+    (unknown_files, "holds paper.pdf, but neither", "docs/data.md"),
 ]
 
 

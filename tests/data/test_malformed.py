@@ -204,10 +204,6 @@ def nan_mask(folder: Path) -> None:
 # ------------------------------------------------------------------------------ own folders
 
 
-def other_suffix(folder: Path) -> None:
-    (pair(folder) / "masks/a.png").rename(folder / "masks/a_mask.png")
-
-
 def one_id(folder: Path) -> None:
     pair(pair(folder, "a:b"), "a_b")
 
@@ -330,10 +326,9 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (turned_mask, "masks/a.png: the mask is 32 x 24, but its image is 24 x 32"),
     (float_mask, "masks/a.tif: holds 0, 1.5: neither labels"),
     (nan_mask, "masks/a.tif: has NaN or infinite values"),
-    (other_suffix, "stem without mask: a"),
     (one_id, "more than one case with the id a_b"),
     (both_spellings, "have the same stem"),
-    (images_is_a_file, "one of these layouts: NIfTI files named by modality"),
+    (images_is_a_file, "looks like PAIRS, but has no image images/<case>"),
     (unknown_format, "images: has no image"),
     (volume_with_slice, "masks/a.nii.gz: its shape is 8 x 8"),
     (slice_then_volume, "b.nii.gz: its shape is 8 x 8 x 3"),

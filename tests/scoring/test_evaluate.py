@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
-from guided_diffusion.layouts import Truth
 from guided_diffusion.report.canvas import heat, soft_png
 from guided_diffusion.report.pictures import overlay
 from guided_diffusion.scoring import evaluate as evaluation
