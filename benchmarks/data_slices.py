@@ -18,6 +18,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -110,7 +112,13 @@ def index(files: int) -> None:
     """Print a row per layout: seconds and CPU seconds of opening a folder twice."""
     print("| layout | files | opened first, s | again, s | again, s of processor |")
     print("|---|---|---|---|---|")
-    for name, write in (("BRATS", write_slices), ("CUSTOM", write_pairs)):
+    pairs = {
+        "CUSTOM": ("images/case{:06d}.png", "masks/case{:06d}.png"),
+        "NNUNET": ("imagesTr/case{:06d}_0000.png", "labelsTr/case{:06d}.png"),
+        "SUFFIX": ("case{:06d}.png", "case{:06d}_mask.png"),
+    }
+    writers = {name: partial(write_pairs, names=names) for name, names in pairs.items()}
+    for name, write in {"BRATS": write_slices, **writers}.items():
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), files)
             (first, _), (again, cpu) = opening_time(folder, name), opening_time(folder, name)
@@ -135,13 +143,14 @@ def write_slices(folder: Path, files: int) -> None:
         nib.save(nib.Nifti1Image(np.zeros((8, 8), np.uint8), np.eye(4)), path)
 
 
-def write_pairs(folder: Path, files: int) -> None:
-    """Write ``images/`` and ``masks/``, all files empty except the first, whose mode is read."""
-    for side in ("images", "masks"):
-        (folder / side).mkdir()
+def write_pairs(folder: Path, files: int, names: Sequence[str]) -> None:
+    """Write images and masks of some names, each of them one picture under many names."""
+    for name in names:
+        Image.new("L", (8, 8)).save(folder / ".picture.png")
+        (folder / name).parent.mkdir(exist_ok=True)
         for case in tqdm(range(files // 2), leave=False, disable=None):
-            (folder / side / f"case{case:06d}.png").touch()
-        Image.new("L", (8, 8)).save(folder / side / "case000000.png")
+            (folder / name.format(case)).hardlink_to(folder / ".picture.png")
+        (folder / ".picture.png").unlink()
 
 
 if __name__ == "__main__":
