@@ -19,6 +19,7 @@ PHANTOM_LAYOUTS = (
         "busi",
         "drive",
         "refuge",
+        "lidc",
         "custom",
         "pairs",
         "pairs_gt",

@@ -71,6 +71,14 @@ def _refuge(skin: Skin, number: int, part: str) -> Case:
     yield f"Annotation-{name}/Disc_Cup_Masks/{case}.bmp", values
 
 
+def _lidc(skin: Skin, number: int, part: str) -> Case:
+    """Four raters, of whom two agree; the majority is the phantom's mask."""
+    case = f"nodule{number:03d}"
+    yield f"{case}/image.png", skin.picture
+    for rater, shift in enumerate((0, 0, -1, 1)):
+        yield f"{case}/mask_{rater}.png", np.roll(skin.mask, shift, axis=1)
+
+
 def _pairs(skin: Skin, number: int, part: str, *, image: str, mask: str) -> Case:
     yield image.format(part=part, case=f"lesion{number}"), skin.picture
     yield mask.format(part=part, case=f"lesion{number}"), skin.mask
@@ -122,6 +130,7 @@ PICTURES: dict[str, Callable[[Skin, int, str], Case]] = {
     "busi": _busi,
     "drive": _drive,
     "refuge": _refuge,
+    "lidc": _lidc,
     "custom": partial(_pairs, image="images/{case}.png", mask="masks/{case}.png"),
     "pairs": partial(_pairs, image="image/{case}.png", mask="label/{case}.png"),
     "pairs_gt": partial(_pairs, image="imgs/{case}.jpg", mask="masks/{case}_gt.png"),

@@ -54,6 +54,7 @@ ROWS = {
     ),
     "drive": Row("DRIVE", "01", ("04",)),
     "refuge": Row("REFUGE", "t0001", ("t0004",), flags=("--mask_labels", "disc=0+128")),
+    "lidc": Row("RATERS", "nodule000", tuple(f"nodule{number:03d}" for number in range(4))),
     "custom": Row("CUSTOM", "lesion0", ALL),
     "pairs": Row("PAIRS", "lesion0", ALL),
     "pairs_gt": Row("PAIRS", "lesion0", ALL),
@@ -449,7 +450,7 @@ def test_patterns(pattern: str, path: str, groups: tuple[str, ...] | None) -> No
 
 def test_layouts_of_the_table_are_told_apart(tmp_path: Path) -> None:
     for layout in (*PICTURES, *VOLUMES):
-        if ROWS[layout].name not in ("ISIC", "BRATS", "CUSTOM"):
+        if ROWS[layout].name not in ("ISIC", "BRATS", "CUSTOM", "RATERS"):
             folder = phantoms(tmp_path / layout, layout)
             parts = [folder / name for name in ("train", "training") if (folder / name).is_dir()]
             found = recognised(files_below(parts[0] if parts else folder))
