@@ -121,6 +121,17 @@ def stop(number: int, frame: object) -> None:
     raise Stopped(number)
 
 
+def _send_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose :class:`Stopped` was raised in a destructor, and so ignored."""
+    stopped = unraisable.exc_value
+    if not isinstance(stopped, Stopped):
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.05, os.kill, (os.getpid(), stopped.code - 128))
+    again.daemon = True
+    again.start()
+
+
 @contextmanager
 def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Give SIGTERM, SIGHUP and Ctrl-C a handler inside this context.
@@ -135,13 +146,16 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
             before[number] = signal.getsignal(number) or signal.SIG_DFL
             if name == "SIGHUP" and before[number] is signal.SIG_IGN:
                 del before[number]
+    hook = sys.unraisablehook
     try:
+        sys.unraisablehook = _send_again
         for number in before:
             signal.signal(number, handler)
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+        sys.unraisablehook = hook
 
 
 _HINTS = {
@@ -185,7 +199,8 @@ def exit_on_user_error() -> Iterator[None]:
             message = str(error) if isinstance(error, UserError) else ""
         if not message:
             raise
-        print("error:", " ".join(message.splitlines()), file=sys.stderr)
+        line = f"error: {' '.join(message.splitlines())}\n"
+        print(line, end="", file=sys.stderr)  # whole, since several processes may write
         sys.exit(2)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)

@@ -61,5 +61,4 @@ class StopSignal:
         stopped = Stopped(number)
         self.wanted, self.code = stopped.name, stopped.code
         if repeated or self._urgent:
-            self._urgent = False
             raise stopped

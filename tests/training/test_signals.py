@@ -129,6 +129,24 @@ def told_to_end(*_: object, **__: object) -> None:
     raise AssertionError("still there")
 
 
+class Received:
+    """Receives a signal while it is destroyed, where exceptions are ignored."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_within_a_destructor_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left, exit_on_user_error():
+        Received()
+        time.sleep(30)
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; what is finished is kept\n"
+    with StopSignal() as stop, pytest.raises(Stopped), stop.at_once():
+        Received()
+        time.sleep(30)
+
+
 def test_a_hang_up_is_ignored_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with exit_on_user_error(), StopSignal() as stop:
