@@ -411,6 +411,12 @@ def test_the_recipe_for_slurm_saves(brats: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_nothing_is_lost_by_kills_at_random_moments() -> None:
+    lines, faults = survive(kills=7, signals=0, every=2, seed=1)
+    assert not faults, "\n".join(lines)
+
+
+@pytest.mark.long
 def test_nothing_is_lost_by_kills_and_signals_at_random_moments() -> None:
-    lines, faults = survive(kills=7, signals=7, every=2, seed=1)
+    lines, faults = survive(kills=70, signals=70, every=5, seed=1)
     assert not faults, "\n".join(lines)
