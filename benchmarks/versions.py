@@ -238,10 +238,10 @@ def score(segmenter: Segmenter, testing: SegmentationDataset, cases: int) -> dic
     scores: dict[str, list[float]] = {}
     for case in tqdm(chosen_cases(testing, cases), unit="case", disable=None):
         fitted = segmenter.frame.fit(case)
-        members, coarse = segmenter.draw_with_coarse(fitted.image[None], [case.name])
-        for rule in BLENDS if coarse is not None else ["none"]:
+        drawn = segmenter.draw_with_coarse(fitted.image[None], [case.name])
+        for rule in BLENDS if drawn.coarse is not None else ["none"]:
             segmenter.plan = replace(segmenter.plan, coarse=rule)
-            result = segmenter.finish(case, members[0], None if coarse is None else coarse[0])
+            result = segmenter.finish(case, drawn.case(0))
             scores.setdefault(rule, []).append(score_of(case, result).dice)
     return {rule: float(np.mean(values)) for rule, values in scores.items()}
 

@@ -5,7 +5,10 @@ computes the losses of a network at given timesteps, and :meth:`~GaussianDiffusi
 network and a condition into the one function that every sampler needs, ``denoise(x, level) ->
 Prediction``. The image is the condition and is never noised. Ho et al. (2020); learned variance:
 Nichol & Dhariwal (2021), section 3.1; v-prediction: Salimans & Ho (2022); loss weights: Hang et al.
-(2023).
+(2023); cross-entropy on the clean mask: Chen et al. (2022).
+
+Where the noisy mask is withheld from the network, which trains it as a plain segmentation network
+too, the network is given zeros at the last trained timestep: :meth:`~GaussianDiffusion.withheld`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guided_diffusion.losses import COARSE_LOSSES, discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.losses import (
+    COARSE_LOSSES,
+    discretized_gaussian_log_likelihood,
+    mask_cross_entropy,
+    mask_probability,
+    normal_kl,
+    soft_dice_loss,
+)
 from guided_diffusion.schedule import NoiseLevel, NoiseSchedule, per_sample
 
 Losses = Callable[..., dict[str, Tensor]]
@@ -66,6 +76,11 @@ class GaussianDiffusion:
             ratio, which is capped at this value; 0 for no weight.
         coarse_loss: the loss of the coarse mask, if the network has one: a name of
             :data:`guided_diffusion.losses.COARSE_LOSSES`.
+        mask_loss: of the predicted clean mask: ``mse``, ``bce`` or ``dice_ce``; the last two need
+            ``predict_xstart``, and the network predicts logits.
+        mask_dropout: the share of training draws in which the noisy mask is withheld; 1 for a
+            network that never sees one.
+        exclusive: the K classes exclude each other.
     """
 
     schedule: NoiseSchedule
@@ -79,6 +94,9 @@ class GaussianDiffusion:
     predict_v: bool = False
     min_snr_gamma: float = 0.0
     coarse_loss: str = "none"
+    mask_loss: str = "mse"
+    mask_dropout: float = 0.0
+    exclusive: bool = False
 
     def to_range(self, mask: Tensor) -> Tensor:
         """Map a mask in [0, 1] to the range that is diffused."""
@@ -110,6 +128,9 @@ class GaussianDiffusion:
         condition: Any,
         clip: tuple[float, float] | None = (-1.0, 1.0),
         y: Tensor | None = None,
+        *,
+        direct: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Denoiser:
         """Bind a network to a condition: the function that every sampler takes.
 
@@ -118,15 +139,24 @@ class GaussianDiffusion:
             condition: what the network's ``encode`` returned for the images of the batch.
             clip: the range that x0 is clamped to at every evaluation; None for no clamping.
             y: class labels int64 [B], for class-conditional networks.
+            direct: the raw prediction without the noisy mask, from :meth:`direct`, for
+                ``guidance``.
+            guidance: how far the noisy mask is trusted: the raw prediction is ``direct +
+                guidance * (given - direct)``, as in classifier-free guidance (Ho & Salimans, 2022)
+                with the noisy mask in place of the class.
         """
+        if guidance != 1 and direct is None:
+            raise ValueError("guidance needs the prediction without the noisy mask")
 
         def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
             t = torch.full((len(x),), self.scale_timestep(level.t), device=x.device)
             output = net(x, t, condition, y)
             raw = output.raw.to(x.dtype, copy=True)  # a CUDA graph's output is overwritten
             value, var_frac = self._split(raw, x)
+            if direct is not None and guidance != 1:
+                value = direct + guidance * (value - direct)
             if self.predict_xstart:
-                x0 = value
+                x0 = self._clean(value)
             elif self.predict_v:
                 x0 = level.alpha * x - level.sigma * value
             else:
@@ -134,6 +164,41 @@ class GaussianDiffusion:
             return Prediction(x0.clamp(*clip) if clip else x0, var_frac, output.coarse)
 
         return denoise
+
+    @property
+    def last(self) -> int:
+        """The noisiest trained timestep."""
+        return self.kept[-1]
+
+    @property
+    def predicts_logits(self) -> bool:
+        """Whether the network predicts the logits of the clean mask."""
+        return self.mask_loss != "mse"
+
+    def direct(self, net: Network, condition: Any, like: Tensor) -> Tensor:
+        """Evaluate a network without a noisy mask.
+
+        Args:
+            net: trained with ``mask_dropout``.
+            condition: what the network's ``encode`` returned for the images of the batch.
+            like: any tensor of the masks' shape [B, K, H, W], dtype and device.
+
+        Returns:
+            The raw prediction of the clean mask, or its logits, of the shape and dtype of ``like``.
+        """
+        t = torch.full((len(like),), self.scale_timestep(self.last), device=like.device)
+        raw = net(torch.zeros_like(like), t, condition, None).raw.to(like.dtype, copy=True)
+        return self._split(raw, like)[0]
+
+    def soft_mask(self, raw: Tensor) -> Tensor:
+        """Turn a raw prediction of the clean mask, [B, K, H, W], into a soft mask in [0, 1]."""
+        return self.from_range(self._clean(raw))
+
+    def _clean(self, raw: Tensor) -> Tensor:
+        """The clean mask, in ``mask_range``, that a raw prediction of it means."""
+        if not self.predicts_logits:
+            return raw
+        return self.to_range(mask_probability(raw, exclusive=self.exclusive))
 
     def training_losses(
         self,
@@ -144,6 +209,7 @@ class GaussianDiffusion:
         eps: Tensor,
         condition: Any,
         y: Tensor | None = None,
+        withheld: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses of a network on clean masks noised to timesteps ``t``.
 
@@ -154,18 +220,27 @@ class GaussianDiffusion:
             eps: standard normal noise of the shape of ``x0``.
             condition: what the network's ``encode`` returned for the images.
             y: class labels int64 [B], for class-conditional networks.
+            withheld: bool [B], where the noisy mask is withheld from the network; keep it on the
+                CPU as well. None for nowhere.
 
         Returns:
             One value per sample, each [B] and of the dtype of ``x0``: ``loss``; ``mse``, the
-            unweighted mean squared error of the prediction (absent with ``use_kl``); ``vb``, the
-            variational bound in bits per element (with ``learn_sigma`` or ``use_kl``). A network
+            unweighted mean squared error of the prediction (absent with ``use_kl`` and where logits
+            are predicted); ``vb``, the variational bound in bits per element (with ``learn_sigma``
+            or ``use_kl``); ``ce``, the cross-entropy in nats, of logits, and ``dice``, 1 - Dice,
+            which ``dice_ce`` adds to the loss where the noisy mask tells nothing: where it is
+            withheld, and at the last timestep. Elsewhere it would lead all masks to one. A network
             with a coarse mask adds its terms: ``coarse``, to be added to the objective without the
             weights of the timesteps, and its components.
         """
         x_t = self.schedule.add_noise(x0, t, eps)
-        scaled_t = t * self.scale_timestep(1.0) if self.rescale_timesteps else t
+        told = t
+        if withheld is not None and bool(withheld.any()):
+            told = torch.where(withheld, self.last, t)
+            x_t = x_t.masked_fill(withheld.to(x0.device)[:, None, None, None], 0)
+        scaled_t = told * self.scale_timestep(1.0) if self.rescale_timesteps else told
         output = net(x_t, scaled_t.to(x0.device), condition, y)
-        terms = self._diffusion_terms(output.raw.to(x0.dtype), x0, x_t, t, eps)
+        terms = self._diffusion_terms(output.raw.to(x0.dtype), x0, x_t, told, eps)
         if output.coarse is None:
             return terms
         coarse, mask = output.coarse.to(x0.dtype), self.from_range(x0)
@@ -176,6 +251,9 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Compute ``loss`` from the raw output, and its components among ``mse`` and ``vb``."""
         value, var_frac = self._split(raw, x0)
+
+        if self.predicts_logits:
+            return self._logit_terms(value, self.from_range(x0), t)
 
         if self.use_kl:
             vb = self._bound(value, var_frac, x0, x_t, t)
@@ -189,6 +267,15 @@ class GaussianDiffusion:
         vb = self._bound(value.detach(), var_frac, x0, x_t, t)
         vb = vb * (len(self.kept) / 1000) if self.rescale_learned_sigmas else vb
         return {"loss": loss + vb, "mse": mse, "vb": vb}
+
+    def _logit_terms(self, logits: Tensor, mask: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The losses of predicted logits; Dice counts at the last timestep only."""
+        entropy = mask_cross_entropy(logits, mask, exclusive=self.exclusive)
+        if self.mask_loss == "bce":
+            return {"loss": entropy, "ce": entropy}
+        dice = soft_dice_loss(mask_probability(logits, exclusive=self.exclusive), mask)
+        counts = (t == self.last).to(dice, non_blocking=True)
+        return {"loss": entropy + counts * dice, "ce": entropy, "dice": dice}
 
     def _target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The target of the prediction; v is that of Salimans & Ho (2022), section 4."""

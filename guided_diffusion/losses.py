@@ -1,7 +1,8 @@
-"""Likelihood terms of the variational bound, and losses of the coarse mask.
+"""Likelihood terms of the variational bound, and losses of masks.
 
-The terms of the bound are per element and in nats: Ho et al. (2020), sections 3.2 and 3.3. The
-coarse mask is the condition network's own prediction; :data:`COARSE_LOSSES` names its losses.
+The terms of the bound are per element and in nats: Ho et al. (2020), sections 3.2 and 3.3. Logits
+of masks have a cross-entropy and a Dice loss. The coarse mask is the condition network's own
+prediction; :data:`COARSE_LOSSES` names its losses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _BIN = 1 / 255
@@ -77,6 +79,39 @@ def coarse_dice_ce(
     dice, entropy = soft_dice_loss(coarse, mask), binary_cross_entropy(coarse, mask)
     counts = (t % alpha == 0).to(coarse)
     return {"coarse": counts * (dice + beta * entropy), "loss_dice": dice, "loss_ce": entropy}
+
+
+def mask_probability(logits: Tensor, *, exclusive: bool = False) -> Tensor:
+    """Turn logits [B, K, H, W] into probabilities of foreground, of the same shape.
+
+    Classes that exclude each other share one softmax with the background, whose logit is 0; others
+    have a sigmoid each. For K = 1 that is the same.
+    """
+    if exclusive:
+        return _with_background(logits).softmax(dim=1)[:, 1:]
+    return logits.sigmoid()
+
+
+def mask_cross_entropy(logits: Tensor, mask: Tensor, *, exclusive: bool = False) -> Tensor:
+    """Compute the cross-entropy in nats of the distribution that :func:`mask_probability` gives.
+
+    Args:
+        logits: [B, K, H, W].
+        mask: [B, K, H, W] in [0, 1].
+        exclusive: the classes exclude each other.
+
+    Returns:
+        [B]: the mean over pixels, and over the classes unless they are exclusive.
+    """
+    if exclusive:
+        terms = _with_background(logits).logsumexp(dim=1) - (logits * mask).sum(dim=1)
+    else:
+        terms = F.softplus(logits) - logits * mask
+    return terms.flatten(1).mean(1)
+
+
+def _with_background(logits: Tensor) -> Tensor:
+    return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
 def soft_dice_loss(soft: Tensor, mask: Tensor) -> Tensor:

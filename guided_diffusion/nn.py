@@ -34,7 +34,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """Options that all blocks of one network share."""
+    """Options that all blocks of one network share; 0 ``emb_channels``: no embedded timestep."""
 
     emb_channels: int
     dropout: float = 0.0
@@ -75,7 +75,9 @@ def single_precision(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def maybe_checkpoint(active: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def maybe_checkpoint(
+    active: bool, function: Callable[..., Tensor], *inputs: Tensor | None
+) -> Tensor:
     """Call a function; if ``active``, recompute its activations in the backward pass."""
     if active and torch.is_grad_enabled():
         return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False))
@@ -122,7 +124,7 @@ def _halve(x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block conditioned on the timestep; optionally resamples both of its branches."""
+    """Residual block, conditioned on the timestep if the network is; may resample its branches."""
 
     def __init__(
         self, channels: int, out_channels: int, style: BlockStyle, resample: str = "none"
@@ -137,10 +139,9 @@ class ResBlock(nn.Module):
             nn.SiLU(),
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(),
-            nn.Linear(style.emb_channels, out_channels * (2 if style.use_scale_shift_norm else 1)),
-        )
+        if style.emb_channels:
+            width = out_channels * (2 if style.use_scale_shift_norm else 1)
+            self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(style.emb_channels, width))
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels),
             nn.SiLU(),
@@ -151,27 +152,31 @@ class ResBlock(nn.Module):
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map [B, C, H, W] and the timestep embedding [B, E] to [B, C_out, H', W']."""
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        """Map [B, C, H, W] and the timestep embedding [B, E], if any, to [B, C_out, H', W']."""
         return maybe_checkpoint(self.use_checkpoint, self._forward, x, emb)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
 
-        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
         norm, *rest = self.out_layers
-        if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
+        if emb is None:
+            h = norm(h)
+        elif self.use_scale_shift_norm:
+            scale, shift = self._embedded(emb, h).chunk(2, dim=1)
             h = norm(h) * (1 + scale) + shift
         else:
-            h = norm(h + emb)
+            h = norm(h + self._embedded(emb, h))
         for layer in rest:
             h = layer(h)
         return cast(Tensor, self.skip_connection(x)) + h
+
+    def _embedded(self, emb: Tensor, like: Tensor) -> Tensor:
+        return cast(Tensor, self.emb_layers(emb)).to(like.dtype)[:, :, None, None]
 
 
 class AttentionBlock(nn.Module):
@@ -233,8 +238,8 @@ def attend(qkv: Tensor, num_heads: int, *, heads_first: bool) -> Tensor:
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence of layers that passes the timestep embedding to its residual blocks."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
-        """Apply all layers to [B, C, H, W] with the timestep embedding [B, E]."""
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Apply all layers to [B, C, H, W] with the timestep embedding [B, E], if any."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x

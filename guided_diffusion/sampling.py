@@ -76,6 +76,15 @@ def ddim(
     return x
 
 
+def direct(denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel]) -> Tensor:
+    """Evaluate the network once, without a noisy mask: the same answer for any noise ``x``.
+
+    It is for networks that were trained without the noisy mask in some draws, or that never see
+    one; they are given zeros at the last trained timestep, which is ``levels[0]``.
+    """
+    return denoise(torch.zeros_like(x), levels[0]).x0
+
+
 def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], *, order: int = 2) -> Tensor:
     """UniPC: a predictor-corrector solver, with as many evaluations as its predictor alone.
 
@@ -145,7 +154,7 @@ SAMPLERS: dict[str, Sampler] = {
     "sde_dpm_solver++": dpm_solver.multistep_sde,
     "unipc": unipc,
 }
-"""All samplers by name, each called as ``sampler(denoise, x, levels)``."""
+"""All samplers by name, each called as ``sampler(denoise, x, levels)``, but for :func:`direct`."""
 STOCHASTIC = frozenset({"ddpm", "ddim", "sde_dpm_solver++"})
 """The samplers that draw noise in their steps, with the keyword ``randn_like``."""
 

@@ -106,6 +106,16 @@ class NoiseSchedule:
         log_alpha = float(np.interp(t, np.arange(len(self)), self._log_alpha))
         return _level(t, log_alpha)
 
+    def scaled(self, b: float) -> NoiseSchedule:
+        """Return the schedule of masks that are multiplied by ``b`` before they are noised.
+
+        A small ``b`` leaves less of the mask at every timestep. The noisy mask is divided by its
+        standard deviation, so that alpha and sigma keep a squared sum of 1: Chen et al. (2022),
+        "Analog Bits", and Chen (2023), "On the Importance of Noise Scheduling", section 2.2.
+        """
+        signal = b**2 * self.alpha_bar
+        return NoiseSchedule(signal / (1 - self.alpha_bar + signal))
+
     def thinned(self, timesteps: Sequence[int]) -> NoiseSchedule:
         """Return the schedule of some increasing timesteps, as training on them alone has it."""
         return NoiseSchedule(self.alpha_bar[list(timesteps)])

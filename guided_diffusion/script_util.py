@@ -23,21 +23,23 @@ from guided_diffusion.networks.medsegdiff import AnchoredUNet, HighwayUNet
 from guided_diffusion.networks.medsegdiff_v2 import SpectrumUNet
 from guided_diffusion.networks.resnet import ResNet50
 from guided_diffusion.options.flags import Flags, numbers
-from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptions
+from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
+from guided_diffusion.options.objective import objective, resolve_objective
 from guided_diffusion.options.weak import ClassifierOptions
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseSchedule
-from guided_diffusion.unet import UNetModel
+from guided_diffusion.unet import DirectUNet, UNetModel
 
 NUM_CLASSES = 2
 NETWORKS: dict[str, Callable[..., UNetModel]] = {
     "plain": UNetModel,
+    "unet": DirectUNet,
     "1": HighwayUNet,
     "new": AnchoredUNet,
     "2": SpectrumUNet,
 }
 """The network class of each ``--version``."""
-_COARSE_LOSS = {"plain": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
+_COARSE_LOSS = {"plain": "none", "unet": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
@@ -57,11 +59,12 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, GaussianDiffusi
     """
     classes = find_classes(flags.pop("mask_labels", ""))
     given = Flags(given=flags)
-    network, diffusion = given.group(NetworkOptions), given.group(DiffusionOptions)
+    network = given.group(NetworkOptions)
+    diffusion = resolve_objective(given, network.version)
     unknown = flags.keys() - vars(network).keys() - vars(diffusion).keys()
     if unknown:
         raise TypeError(f"no such network or diffusion flag: {', '.join(sorted(unknown))}")
-    process = create_gaussian_diffusion(diffusion, network.version)
+    process = create_gaussian_diffusion(diffusion, network.version, classes)
     return create_model(network, diffusion, classes), process
 
 
@@ -156,17 +159,19 @@ def count_masks(classes: Classes | None) -> int:
 
 
 def create_gaussian_diffusion(
-    options: DiffusionOptions, version: str = "plain"
+    options: DiffusionOptions, version: str = "plain", classes: Classes | None = None
 ) -> GaussianDiffusion:
     """Build the diffusion; respacing chooses the timesteps that are trained.
 
-    The ``version`` of the network sets what ``--coarse_loss auto`` means.
+    The ``version`` of the network sets what ``auto`` means in its losses.
 
     Raises:
         UserError: no diffusion can have these options.
     """
-    _refuse_exclusive_flags(options)
+    options = objective(options, version)
     schedule = NoiseSchedule.named(options.noise_schedule, options.diffusion_steps)
+    if options.input_scale != 1:
+        schedule = schedule.scaled(options.input_scale)
     kept = space_timesteps(options.diffusion_steps, options.timestep_respacing)
     if len(kept) < 2 and (options.learn_sigma or options.use_kl):
         raise UserError(
@@ -186,30 +191,21 @@ def create_gaussian_diffusion(
         predict_v=options.predict_v,
         min_snr_gamma=options.min_snr_gamma,
         coarse_loss=_coarse_loss(options.coarse_loss, version),
+        mask_loss=options.mask_loss,
+        mask_dropout=options.mask_dropout,
+        exclusive=classes is not None and classes.exclusive,
     )
 
 
 def _coarse_loss(wanted: str, version: str) -> str:
     """Resolve ``--coarse_loss`` for a version of the network."""
-    if wanted not in ("auto", "none") and version == "plain":
+    if wanted not in ("auto", "none") and _COARSE_LOSS[version] == "none":
         raise UserError(
             f"--coarse_loss {wanted}",
-            "the plain network has no coarse mask, so only auto and none are possible",
+            f"the {version} network has no coarse mask, so only auto and none are possible",
             "Omit --coarse_loss, or choose another --version.",
         )
     return _COARSE_LOSS[version] if wanted == "auto" else wanted
-
-
-def _refuse_exclusive_flags(options: DiffusionOptions) -> None:
-    """Raise a UserError for two flags that exclude each other."""
-    for one, other, hint in (
-        ("predict_v", "predict_xstart", "Predict either v or the clean mask."),
-        ("min_snr_gamma", "use_kl", "The bound has its own weights: omit one of the two."),
-    ):
-        first, second = getattr(options, one), getattr(options, other)
-        if first and second:
-            problem = f"cannot be combined with --{other} {second}"
-            raise UserError(f"--{one} {first}", problem, hint)
 
 
 def channel_multipliers(network: NetworkOptions) -> list[float]:

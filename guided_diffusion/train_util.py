@@ -250,9 +250,8 @@ class TrainLoop:
         condition = prepared.condition.to(self.device, non_blocking=True)
         x0 = self.diffusion.to_range(prepared.x0.to(self.device, non_blocking=True))
         y = None if prepared.y is None else prepared.y.to(self.device, non_blocking=True)
-        positions, weights, eps = draw(self.schedule_sampler, x0.shape, self.run.seed, self.step)
-        t = torch.tensor(self.diffusion.kept)[positions]
-        eps = eps.to(self.device, non_blocking=True)
+        drawn = draw(self.schedule_sampler, self.diffusion, x0.shape, self.run.seed, self.step)
+        eps = drawn.eps.to(self.device, non_blocking=True)
 
         total = torch.zeros((), device=self.device)
         size = self.options.microbatch if self.options.microbatch > 0 else len(x0)
@@ -266,21 +265,23 @@ class TrainLoop:
                 terms = scored_by(
                     self.model,
                     x0[chosen],
-                    t[rows],
+                    drawn.t[rows],
                     eps=eps[chosen],
                     condition=condition[chosen],
                     y=None if y is None else y[chosen],
+                    withheld=drawn.withheld[rows],
                 )
-                loss = (terms["loss"] * weights[rows].to(self.device)).sum() / len(x0)
+                loss = (terms["loss"] * drawn.weights[rows].to(self.device)).sum() / len(x0)
                 if "coarse" in terms:
                     loss = loss + terms["coarse"].sum() / len(x0)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             terms = {name: values.detach() for name, values in terms.items()}
             losses.append(terms["loss"])
-            self.log.losses(t[rows], terms)
-        if self.schedule_sampler.learns:
-            self.schedule_sampler.update(all_gather(positions), all_gather(torch.cat(losses)))
+            self.log.losses(drawn.t[rows], terms, drawn.withheld[rows])
+        if self.schedule_sampler.learns:  # NaN is skipped
+            seen = torch.cat(losses).masked_fill(drawn.withheld.to(self.device), torch.nan)
+            self.schedule_sampler.update(all_gather(drawn.positions), all_gather(seen))
         return total
 
     def _clip(self, norm: Tensor) -> None:

@@ -4,13 +4,15 @@ The network and tensor names of Dhariwal & Nichol (2021); as in Wolleb et al. (2
 noisy mask are concatenated as input channels, and the image is never noised. A convolution is
 linear, so the image's part of the first one is computed once per image (:meth:`UNetModel.encode`)
 and shared by all ensemble members and all steps.
+
+:class:`DirectUNet` is the same U-Net without diffusion: the baseline of every comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,7 @@ class UNetModel(nn.Module):
         channel_mult: width of each level in units of ``model_channels``.
         num_classes: number of class labels, for a class-conditional network.
         num_heads_upsample: attention heads of the expanding path; -1 for ``num_heads``.
+        diffuses: the network sees a noisy mask and the timestep; see :class:`DirectUNet`.
 
     The other arguments are those of :class:`guided_diffusion.nn.BlockStyle`.
     """
@@ -92,6 +95,7 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
+        diffuses: bool = True,
     ) -> None:
         super().__init__()
         # Attributes that other modules read.
@@ -106,7 +110,7 @@ class UNetModel(nn.Module):
 
         # Options of all blocks; the expanding path may have another number of heads.
         style = BlockStyle(
-            emb_channels=4 * model_channels,
+            emb_channels=4 * model_channels if diffuses else 0,
             dropout=dropout,
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,
@@ -120,13 +124,18 @@ class UNetModel(nn.Module):
         )
 
         # The embedding of the timestep and of the class label.
-        self.time_embed = time_embedding(model_channels)
+        if diffuses:
+            self.time_embed = time_embedding(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, style.emb_channels)
 
         # The two paths; every input block has a skip connection to an output block.
         self.input_blocks, skips = contracting_path(
-            in_channels, widths, num_res_blocks, attention_resolutions, style
+            in_channels - (0 if diffuses else mask_channels),
+            widths,
+            num_res_blocks,
+            attention_resolutions,
+            style,
         )
         self.middle_block = middle_block(widths[-1], style)
         self.output_blocks = _expanding_path(
@@ -174,7 +183,7 @@ class UNetModel(nn.Module):
         """Return published weights with neutral values for the tensors that they lack."""
         return dict(weights)
 
-    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor | None:
         """Embed timesteps [B], and class labels, as [B, E]."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y are for class-conditional networks, which need them")
@@ -187,14 +196,14 @@ class UNetModel(nn.Module):
         weight, _ = self._stem
         return condition.stem + F.conv2d(x, weight[:, -x.shape[1] :], padding=1)
 
-    def contract(self, h: Tensor, emb: Tensor) -> list[Tensor]:
+    def contract(self, h: Tensor, emb: Tensor | None) -> list[Tensor]:
         """Compute the outputs of all input blocks from the first one's, finest first."""
         skips = [h]
         for block in self.input_blocks[1:]:
             skips.append(block(skips[-1], emb))
         return skips
 
-    def expand(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor) -> Tensor:
+    def expand(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor | None) -> Tensor:
         """Compute the raw prediction from the deepest feature map and the input blocks' outputs."""
         h = self.middle_block(h, emb)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
@@ -212,6 +221,26 @@ class UNetModel(nn.Module):
         """Weight and bias of the first convolution; image channels first, mask channels last."""
         first = "input_blocks.0.0"
         return self.get_parameter(f"{first}.weight"), self.get_parameter(f"{first}.bias")
+
+
+class DirectUNet(UNetModel):
+    """The same U-Net as a plain segmentation network: no time, no noisy mask, one evaluation.
+
+    Its arguments are those of :class:`UNetModel`, so ``in_channels`` counts the mask channels too,
+    and it is called alike, but what the noisy mask and the timestep are has no effect.
+    """
+
+    def __init__(self, *args: Any, num_classes: int | None = None, **options: Any) -> None:
+        if num_classes is not None:
+            raise ValueError("a plain segmentation network takes no class labels")
+        super().__init__(*args, diffuses=False, **options)
+
+    def embed(self, t: Tensor, y: Tensor | None = None) -> None:
+        """Embed nothing."""
+
+    def enter(self, x: Tensor, condition: Condition) -> Tensor:
+        """Return the image's first feature map [B, C, H, W]; the noisy mask has no part in it."""
+        return condition.stem
 
 
 def _expanding_path(

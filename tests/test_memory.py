@@ -28,11 +28,8 @@ from guided_diffusion.files import Background
 from guided_diffusion.inference import plan as plans
 from guided_diffusion.inference.plan import within_memory
 from guided_diffusion.inference.predict import segment
-from guided_diffusion.options.segmentation import (
-    DiffusionOptions,
-    NetworkOptions,
-    TrainingOptions,
-)
+from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
+from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.script_util import create_model
 from guided_diffusion.training import estimates
 

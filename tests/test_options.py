@@ -17,16 +17,9 @@ from helpers import ROOT, refused, script
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import Flags, numbers, recorded
+from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.parser import parse
-from guided_diffusion.options.segmentation import (
-    SAMPLE,
-    SCORE,
-    TRAIN,
-    DiffusionOptions,
-    NetworkOptions,
-    TrainingOptions,
-    dead_flags,
-)
+from guided_diffusion.options.segmentation import SAMPLE, SCORE, TRAIN, TrainingOptions, dead_flags
 
 PARENTS: dict[str, dict[str, list[Any]]] = json.loads(
     (Path(__file__).parent / "golden" / "flags.json").read_text("utf-8")

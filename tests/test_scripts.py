@@ -30,8 +30,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoint import LATEST, Checkpoint, load_checkpoint, save_checkpoint
+from guided_diffusion.inference.drawing import Draws
 from guided_diffusion.inference.plan import SamplingPlan
-from guided_diffusion.inference.segmenter import Draws, Segmenter
+from guided_diffusion.inference.segmenter import Segmenter
 
 FEW = ("--steps", 2, "--num_ensemble", 2)
 TEST_CASES = ("000005", "000006")

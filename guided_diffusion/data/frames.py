@@ -108,15 +108,16 @@ def auto_frame(
 ) -> Frame:
     """Choose the frame for ``--crop auto|none|wolleb`` by layout and the cases' size (H, W).
 
-    auto: BraTS slices of 240 x 240 with the plain network and ``image_size`` 256 are cropped to 224
-    as Wolleb et al. (2022) do; everything else is resized to ``image_size``.
+    auto: BraTS slices of 240 x 240 with the plain network, or the plain U-Net, and ``image_size``
+    256 are cropped to 224 as Wolleb et al. (2022) do; everything else is resized to
+    ``image_size``.
     """
     if crop not in CROPS:
         raise UserError("--crop", f"{crop!r} is not a crop", f"Choose one of {', '.join(CROPS)}.")
     as_wolleb = (
         layout == "BRATS"
         and tuple(size) == (WOLLEB_SIZE, WOLLEB_SIZE)
-        and version == "plain"
+        and version in ("plain", "unet")
         and image_size == 256
     )
     cropped = crop == "wolleb" or (crop == "auto" and as_wolleb)

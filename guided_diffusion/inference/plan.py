@@ -26,12 +26,14 @@ class SamplingPlan:
     """How masks are drawn.
 
     Attributes:
-        sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`.
+        sampler: a name of :data:`guided_diffusion.sampling.SAMPLERS`, or ``direct``: one evaluation
+            without a noisy mask.
         levels: the noise levels to step through; one network evaluation for each but the last.
         options: keywords of the sampler.
         clip: the range x0 is clamped to at every evaluation, or None.
         num_ensemble: masks a case.
-        fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`.
+        fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`, or ``direct``: the network's
+            answer without a noisy mask, or, where it has none, the mean of its first answers.
         measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
         seed: of all randomness.
         batch_size: network inputs at a time.
@@ -40,6 +42,7 @@ class SamplingPlan:
         temperature: standard deviation of the noise that a mask starts from.
         coarse: how the network's coarse mask joins the members: a name of
             :data:`guided_diffusion.ensemble.BLENDS`.
+        mask_guidance: how far the noisy mask is trusted; 1 needs no answer without it.
     """
 
     sampler: str
@@ -55,11 +58,17 @@ class SamplingPlan:
     compile: str = ""
     temperature: float = 1.0
     coarse: str = "none"
+    mask_guidance: float = 1.0
 
     @property
     def evaluations(self) -> int:
         """Network evaluations per mask."""
         return len(self.levels) - 1
+
+    @property
+    def needs_direct(self) -> bool:
+        """Whether the answer without a noisy mask is needed beside the members."""
+        return self.sampler != "direct" and (self.mask_guidance != 1 or self.fusion == "direct")
 
     @property
     def cases(self) -> int:
@@ -149,7 +158,7 @@ def make_plan(
     levels = sampling_levels(diffusion, sampler, options, respacing=respacing)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
         sampler += "_singlestep"
-    keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"eta": options.eta}}
+    keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "direct": {}, "ddim": {"eta": options.eta}}
     return SamplingPlan(
         sampler=sampler,
         levels=tuple(levels),
@@ -164,6 +173,7 @@ def make_plan(
         compile=run.compile,
         temperature=options.temperature,
         coarse=options.coarse,
+        mask_guidance=options.mask_guidance,
     )
 
 
@@ -191,6 +201,8 @@ def sampling_levels(
             f"Ask for 1 to {total} evaluations with --steps or --diffusion_steps; "
             "--trained_steps states the schedule length of bare weights.",
         )
+    if sampler == "direct":
+        return schedule.levels([diffusion.last])
     if sampler not in ("ddpm", "ddim"):
         levels = solver_levels(
             schedule.thinned(trained),

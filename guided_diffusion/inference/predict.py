@@ -53,7 +53,7 @@ def run_sampling(setup: SampleSetup) -> None:
         sink.close()
     end = "_<class>" if segmenter.classes else ""
     kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
-    kinds += [] if setup.network.version == "plain" else [f"coarse{end}"]
+    kinds += [] if setup.network.version in ("plain", "unet") else [f"coarse{end}"]
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
     logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, predictions.csv")

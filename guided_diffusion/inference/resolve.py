@@ -26,9 +26,9 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import sampler_of
 from guided_diffusion.layouts import normalise_flags, open_data
 from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
+from guided_diffusion.options.objective import resolve_objective
 from guided_diffusion.options.segmentation import (
-    DiffusionOptions,
-    NetworkOptions,
     RunOptions,
     SampleDataOptions,
     SamplingOptions,
@@ -129,15 +129,18 @@ def resolve_sampling(flags: Flags, *, model: str | Path | None = None) -> Sample
         network = known.group(NetworkOptions)
         frame = Frame(network.image_size, WOLLEB_CROP if crop == "wolleb" else 0)
     _refuse_coarse(options, network)
+    diffusion = resolve_objective(known, network.version)
+    options = replace(options, steps=chosen_steps(flags, options.steps))
+    options = _of_one_answer(options, flags, network, diffusion, trained.path)
     normalise = known.get("normalise", "auto")
     outcome = {**vars(options), "sampler": sampler_of(options), "version": network.version}
     return SampleSetup(
         trained=trained,
-        options=replace(options, steps=chosen_steps(flags, options.steps)),
+        options=options,
         respacing=flags.given.get("timestep_respacing", ""),
         run=run,
         network=network,
-        diffusion=known.group(DiffusionOptions),
+        diffusion=diffusion,
         classes=find_classes(known.get("mask_labels", "")),
         frame=frame,
         normalise="none" if normalise == "auto" else normalise,
@@ -156,9 +159,74 @@ def chosen_steps(flags: Flags, steps: int) -> int:
     return steps or (0 if respaced else flags.given.get("diffusion_steps", 0))
 
 
+def _of_one_answer(
+    options: SamplingOptions,
+    flags: Flags,
+    network: NetworkOptions,
+    diffusion: DiffusionOptions,
+    path: Path,
+) -> SamplingOptions:
+    """Settle how the one answer without a noisy mask is asked for, where that is meant.
+
+    A plain U-Net has no other answer. One answer makes one member.
+
+    Raises:
+        UserError: flags that only a diffusion can have, or an answer that the network cannot give.
+    """
+    is_unet = network.version == "unet"
+    if is_unet:
+        walks = {
+            "sampler": options.sampler not in ("", "direct"),
+            "use_ddim": options.use_ddim,
+            "dpm_solver": options.dpm_solver,
+            "eta": bool(options.eta),
+            "timestep_respacing": bool(flags.given.get("timestep_respacing")),
+            "mask_guidance": options.mask_guidance != 1,
+            "temperature": options.temperature != 1,
+        }
+        for name in (name for name, given in walks.items() if given):
+            raise UserError(
+                f"--{name} {flags.given.get(name, getattr(options, name, ''))}",
+                f"concerns a diffusion, but {path} is a plain U-Net (--version unet), which has "
+                "one answer and draws no noise",
+                f"Omit --{name}.",
+            )
+        options = replace(options, sampler="direct")
+    elif not diffusion.mask_dropout:
+        for name, asked in (
+            ("sampler", options.sampler == "direct"),
+            ("mask_guidance", options.mask_guidance != 1),
+        ):
+            if asked:
+                raise UserError(
+                    f"--{name} {getattr(options, name)}",
+                    f"needs the answer without a noisy mask, but {path} was trained with one in "
+                    "every draw",
+                    "Train with --mask_dropout 0.5; --steps 1 --use_ddim True is one evaluation "
+                    "from noise.",
+                )
+    if options.sampler != "direct":
+        return options
+    if options.steps > 1:
+        raise UserError(
+            f"--steps {options.steps}",
+            "the answer without a noisy mask is one evaluation",
+            "Omit --steps, or, unless the network is a plain U-Net, --sampler.",
+        )
+    if options.num_ensemble > 1 and "num_ensemble" in flags.given:
+        raise UserError(
+            f"--num_ensemble {options.num_ensemble}",
+            "the answer without a noisy mask draws no noise, so that all masks would be equal",
+            "Omit --num_ensemble, or, unless the network is a plain U-Net, --sampler.",
+        )
+    return replace(options, num_ensemble=1)
+
+
 def _refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:
     """Raise a UserError where a coarse mask is asked for and there is none."""
-    if options.coarse != "none" and network.version == "plain":
+    if options.coarse != "none" and network.version in ("plain", "unet"):
         raise UserError(
-            f"--coarse {options.coarse}", "the plain network has no coarse mask", "Omit --coarse."
+            f"--coarse {options.coarse}",
+            f"the {network.version} network has no coarse mask",
+            "Omit --coarse.",
         )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +20,20 @@ from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_wei
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.data.folders import is_nifti, split_name
+from guided_diffusion.data.folders import counted, is_nifti, split_name
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.geometry import place
 from guided_diffusion.data.readers import read_grid
-from guided_diffusion.dist_util import autocast, compiling, describe, dev, place_model
-from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse
+from guided_diffusion.dist_util import compiling, describe, dev, place_model
+from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse, mean
 from guided_diffusion.errors import UserError, memory_problem, python_names
-from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.inference.drawing import Draws, StepCallback, draw, joined
 from guided_diffusion.inference.inputs import ImageLike, pixels_of
 from guided_diffusion.inference.plan import (
     SamplingPlan,
-    batched,
     halved,
     make_plan,
-    padded,
     within_memory,
 )
 from guided_diffusion.inference.resolve import SampleSetup, resolve_sampling
@@ -42,26 +41,8 @@ from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.nn import AttentionBlock
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
-from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, MemberNoise, member_seed
-from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
-
-StepCallback = Callable[[Tensor, NoiseLevel, Prediction], object]
-"""Called with every network evaluation: the noisy masks, their level, and the prediction."""
-
-
-class Draws(NamedTuple):
-    """What was drawn for some cases, at the network's size and on the CPU.
-
-    Attributes:
-        members: soft masks, float32 [B, E, K, h, w] in [0, 1].
-        coarse: the network's coarse mask at the last evaluation, averaged over the members where
-            they make it differ, float32 [B, K, h, w]; None where it has none.
-    """
-
-    members: Tensor
-    coarse: Tensor | None
 
 
 class Segmenter:
@@ -124,7 +105,7 @@ class Segmenter:
         Raises:
             UserError: weights that do not fit the network, or a plan that the network cannot have.
         """
-        process = create_gaussian_diffusion(setup.diffusion, setup.network.version)
+        process = create_gaussian_diffusion(setup.diffusion, setup.network.version, setup.classes)
         net = create_model(setup.network, setup.diffusion, setup.classes)
         trained = setup.trained
         checkpoint, missing = adapt_weights(trained.checkpoint, net)
@@ -167,8 +148,9 @@ class Segmenter:
         coarse = "" if plan.coarse == "none" else f"coarse mask: {plan.coarse}, "
         return (
             f"{self.source}; {parameter_count(self.net)} on {describe(self.device)}, "
-            f"{plan.precision}; {plan.num_ensemble} masks a case by {plan.sampler}, "
-            f"{plan.evaluations} evaluations each, {coarse}fused by {plan.fusion}, seed {plan.seed}"
+            f"{plan.precision}; {counted(plan.num_ensemble, 'mask')} a case by {plan.sampler}, "
+            f"{counted(plan.evaluations, 'evaluation')} each, {coarse}fused by {plan.fusion}, "
+            f"seed {plan.seed}"
         )
 
     @property
@@ -222,18 +204,15 @@ class Segmenter:
         """
         batch = collate([self.frame.fit(case) for case in cases])
         drawn = self.draw_with_coarse(batch.image, batch.names, callback)
-        return [
-            self.finish(case, members, None if drawn.coarse is None else drawn.coarse[index])
-            for index, (case, members) in enumerate(zip(cases, drawn.members, strict=True))
-        ]
+        return [self.finish(case, drawn.case(index)) for index, case in enumerate(cases)]
 
-    def finish(self, case: Case, members: Tensor, coarse: Tensor | None) -> Segmentation:
-        """Bring a case's members [E, K, h, w] and coarse mask [K, h, w] to its size, and fuse.
+    def finish(self, case: Case, drawn: Draws) -> Segmentation:
+        """Bring what was drawn for a case, without the axis B, to its size, and fuse.
 
         Raises:
             UserError: a member that is not finite.
         """
-        plan = self.plan
+        plan, (members, coarse, direct) = self.plan, drawn
         if not members.isfinite().all():
             raise UserError(
                 case.name,
@@ -245,13 +224,15 @@ class Segmenter:
             own = mask if self.classes else mask[..., 0, :, :]
             return self.frame.restore(own, (case.image.shape[-2], case.image.shape[-1]))
 
-        own = blended = restored(members)
+        sources = members if direct is None else direct[None]
         if coarse is not None and plan.coarse != "none":
             zero = float(self.diffusion.from_range(torch.zeros(())))
-            blended = restored(blend_coarse(members, coarse, plan.coarse, zero=zero))
+            sources = blend_coarse(sources, coarse, plan.coarse, zero=zero)
+        fuse = mean if plan.fusion == "direct" else FUSIONS[plan.fusion]
+        own = restored(members)
         return Segmentation(
             members=own,
-            fused=FUSIONS[plan.fusion](blended),
+            fused=fuse(own if sources is members else restored(sources)),
             uncertainty=UNCERTAINTIES[plan.measure].rule(own),
             classes=self.classes,
             measure=plan.measure,
@@ -298,7 +279,10 @@ class Segmenter:
         while first < len(images):
             some = slice(first, first + (self.plan.cases if self.halved else len(images)))
             try:
-                done.append(self._draw_together(images[some], names[some], callback))
+                drawn = draw(
+                    self.net, self.diffusion, self.plan, images[some], names[some], callback
+                )
+                done.append(drawn)
                 first += len(images[some])
                 continue
             except (RuntimeError, MemoryError) as error:
@@ -308,48 +292,4 @@ class Segmenter:
             # The error is gone by now, and with it the memory of what it interrupted.
             self.plan = halved(self.plan, batch, problem, device=self.device)
             self.halved = True
-        coarse = [drawn.coarse for drawn in done if drawn.coarse is not None]
-        members = torch.cat([drawn.members for drawn in done])
-        return Draws(members, torch.cat(coarse) if coarse else None)
-
-    @torch.inference_mode()
-    def _draw_together(
-        self, images: Tensor, names: Sequence[str], callback: StepCallback | None
-    ) -> Draws:
-        plan = self.plan
-        with autocast(self.device, plan.precision):
-            condition = self.net.encode(images.to(self.device))
-        shape = (self.net.mask_channels, *images.shape[-2:])
-        members = [(case, i) for case in range(len(images)) for i in range(plan.num_ensemble)]
-        masks, coarse_masks = [], []
-        for chunk in batched(members, plan.inputs if plan.compile else plan.batch_size):
-            inputs = padded(chunk, plan.inputs) if plan.compile else chunk
-            noise = MemberNoise([member_seed(plan.seed, names[case], i) for case, i in inputs])
-            cases = torch.tensor([case for case, _ in inputs], device=self.device)
-            denoise = self.diffusion.denoiser(self.net, condition.rows(cases), clip=plan.clip)
-            observed = _Observed(denoise, callback)
-            x = plan.temperature * noise(torch.empty(len(inputs), *shape, device=self.device))
-            options = plan.options | ({"randn_like": noise} if plan.sampler in STOCHASTIC else {})
-            with autocast(self.device, plan.precision):
-                x0 = SAMPLERS[plan.sampler](observed, x, plan.levels, **options)
-            masks.append(self.diffusion.from_range(x0[: len(chunk)]).float().cpu())
-            if observed.coarse is not None:
-                coarse_masks.append(observed.coarse[: len(chunk)].float().cpu())
-        size = (len(images), plan.num_ensemble)
-        coarse = torch.cat(coarse_masks).unflatten(0, size).mean(dim=1) if coarse_masks else None
-        return Draws(torch.cat(masks).unflatten(0, size), coarse)
-
-
-class _Observed:
-    """A denoiser that keeps the coarse mask of its last call and hands every one to a callback."""
-
-    def __init__(self, denoise: Denoiser, callback: StepCallback | None) -> None:
-        self.denoise, self.callback = denoise, callback
-        self.coarse: Tensor | None = None
-
-    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
-        prediction = self.denoise(x, level)
-        self.coarse = prediction.coarse
-        if self.callback:
-            self.callback(x, level, prediction)
-        return prediction
+        return joined(done)

@@ -13,78 +13,16 @@ from typing import Any, TypeVar
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import Flags, flag
+from guided_diffusion.options.network import (
+    MOST_INPUTS,
+    MOST_PROCESSES,
+    MOST_STEPS,
+    DiffusionOptions,
+    NetworkOptions,
+)
 
 DPM_SOLVERS = ("dpm_solver", "dpm_solver++")
 SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
-
-# Far above what anybody has used; beyond, a typing mistake would fill the memory before it fails.
-MOST_PIXELS = 16_384
-MOST_STEPS = 100_000
-MOST_PROCESSES = 256
-MOST_INPUTS = 65_536
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """The network's architecture; recorded in the checkpoint."""
-
-    version: str = flag(
-        "plain",
-        "network: plain concatenates image and noisy mask; 1 and new are MedSegDiff's, 2 is "
-        "MedSegDiff-V2's",
-        choices=("plain", "1", "new", "2"),
-    )
-    image_size: int = flag(64, "height and width the network works at, in pixels", cap=MOST_PIXELS)
-    in_ch: int = flag(5, "image channels plus noisy mask channels; follows the data")
-    num_channels: int = flag(128, "width of the first level, a multiple of 32")
-    num_res_blocks: int = flag(2, "residual blocks on each level", least=1, cap=100)
-    channel_mult: str = flag("", "width of each level, as in 1,2,3,4; empty: from image_size")
-    attention_resolutions: str = flag("16,8", "feature map sizes, in pixels, that get attention")
-    num_heads: int = flag(4, "attention heads", least=1)
-    num_heads_upsample: int = flag(-1, "attention heads on the way up; -1: as num_heads", least=-1)
-    num_head_channels: int = flag(
-        -1, "channels of one head, instead of num_heads; -1: unused", least=-1
-    )
-    use_scale_shift_norm: bool = flag(True, "the timestep scales and shifts after normalisation")
-    resblock_updown: bool = flag(False, "resample inside residual blocks")
-    use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
-    class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
-    ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1, cap=100)
-    dropout: float = flag(
-        0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
-    )
-    use_checkpoint: bool = flag(False, "recompute activations to save memory", run=True)
-
-
-@dataclass(frozen=True)
-class DiffusionOptions:
-    """The diffusion a network is trained for; recorded in the checkpoint."""
-
-    diffusion_steps: int = flag(
-        1000,
-        "training: length of the schedule; sampling: network evaluations per mask",
-        cap=MOST_STEPS,
-    )
-    noise_schedule: str = flag("linear", "noise schedule", choices=("linear", "cosine"))
-    timestep_respacing: str = flag(
-        "", "timesteps to use, as in 50 or 10,20,30 or ddim50; empty: all"
-    )
-    learn_sigma: bool = flag(False, "learn the variance of the reverse process")
-    predict_xstart: bool = flag(False, "predict the clean mask instead of the noise")
-    use_kl: bool = flag(False, "train on the variational bound")
-    rescale_timesteps: bool = flag(False, "give the network t * 1000 / T as the timestep")
-    rescale_learned_sigmas: bool = flag(False, "weigh the bound by T / 1000 in the hybrid loss")
-    mask_range: str = flag("0,1", "values of background and foreground in diffusion: 0,1 or -1,1")
-    predict_v: bool = flag(False, "predict v = alpha * noise - sigma * mask instead of the noise")
-    min_snr_gamma: float = flag(
-        0.0, "cap of the signal-to-noise ratio in the loss's weight, as in 5; 0: no weight", least=0
-    )
-    coarse_loss: str = flag(
-        "auto",
-        "loss of the condition network's own mask: mse (times 10), dice_ce (Dice + 10 x "
-        "cross-entropy where t is a multiple of 5), none; auto: as the version's paper",
-        choices=("auto", "mse", "dice_ce", "none"),
-    )
 
 
 @dataclass(frozen=True)
@@ -242,8 +180,9 @@ class SamplingOptions:
     )
     sampler: str = flag(
         "",
-        "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM",
-        choices=("", "ddpm", "ddim", *SOLVERS),
+        "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM; direct: one "
+        "evaluation without noise, of networks trained with mask_dropout",
+        choices=("", "ddpm", "ddim", "direct", *SOLVERS),
     )
     steps: int = flag(0, "network evaluations per mask; 0: all timesteps, solvers 50", least=0)
     dpm_solver: bool = flag(False, "sample with DPM-Solver++")
@@ -261,11 +200,19 @@ class SamplingOptions:
     temperature: float = flag(
         1.0, "scale of the noise a mask starts from; above 1 masks differ more", least=0
     )
+    mask_guidance: float = flag(
+        1.0,
+        "how far the noisy mask is trusted, of networks trained with mask_dropout: below 1 masks "
+        "differ less, above 1 more",
+        least=0,
+        most=100,
+    )
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "how the masks of a case become one; squared_mean is what MedSegDiff calls staple",
-        choices=("mean", "vote", "staple", "squared_mean"),
+        "how the masks of a case become one; direct takes the network's answer without a noisy "
+        "mask, or the mean of the first answers; squared_mean is what MedSegDiff calls staple",
+        choices=("mean", "vote", "staple", "direct", "squared_mean"),
     )
     uncertainty: str = flag(
         "std",
@@ -334,11 +281,16 @@ LATER: dict[str, Any] = {
     "plane": "axial",
     "predict_v": False,
     "min_snr_gamma": 0.0,
+    "mask_loss": "mse",
+    "mask_dropout": 0.0,
+    "input_scale": 1.0,
     "coarse_loss": "none",
     "ss_blocks": 2,
     "rater_choice": "random",
 }
 """Recorded flags that older checkpoints lack, with the values they were trained with."""
+DIFFUSING = ("plain", "1", "new", "2")
+"""The versions of the network that see a noisy mask."""
 ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "ss_blocks": ("version", ("2",)),
     "use_ddim": ("sampler", ("ddim",)),
@@ -349,6 +301,13 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "method": ("sampler", DPM_SOLVERS),
     "timestep_respacing": ("steps", (0,)),
     "sigma_small": ("use_ddim", (False,)),
+    "noise_schedule": ("version", DIFFUSING),
+    "rescale_timesteps": ("version", DIFFUSING),
+    "schedule_sampler": ("version", DIFFUSING),
+    "mask_dropout": ("version", DIFFUSING),
+    "input_scale": ("version", DIFFUSING),
+    "use_scale_shift_norm": ("version", DIFFUSING),
+    "val_steps": ("version", DIFFUSING),
 }
 """Flags that have an effect only for some values of another flag: which flag, which values."""
 TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, WatchOptions, RunOptions)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.options.flags import flag
-from guided_diffusion.options.segmentation import (
-    MOST_PIXELS,
-    MOST_PROCESSES,
-    DataOptions,
-    NetworkOptions,
-)
+from guided_diffusion.options.network import MOST_PIXELS, MOST_PROCESSES, NetworkOptions
+from guided_diffusion.options.segmentation import DataOptions
 
 PHANTOM_LAYOUTS = (
     *("brats2d", "brats3d", "brats2021", "isic", "isic2018", "weak", "nnunet", "nnunet2d", "msd"),

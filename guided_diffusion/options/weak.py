@@ -11,16 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.options.flags import flag
-from guided_diffusion.options.segmentation import (
+from guided_diffusion.options.network import (
     MOST_INPUTS,
     MOST_PIXELS,
     MOST_PROCESSES,
     MOST_STEPS,
     DiffusionOptions,
     NetworkOptions,
-    RunOptions,
-    TrainingOptions,
 )
+from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 
 METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "gradcam", "otsu")
 
@@ -72,6 +71,8 @@ class ImageDiffusionOptions(DiffusionOptions):
     mask_range: str = flag(
         "-1,1", "values of black and white in diffusion; 0,1 for weights of the published code"
     )
+    mask_loss: str = flag("mse", "loss; images have mse alone", choices=("mse",))
+    mask_dropout: float = flag(0.0, "of segmentation only", least=0, most=0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import describe, rank, total_gib
 from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.options.flags import numbers
-from guided_diffusion.options.segmentation import DiffusionOptions, NetworkOptions, TrainingOptions
+from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
+from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.script_util import channel_multipliers, create_model, parameter_count
 from guided_diffusion.unet import EncodeAndPredict, UNetModel
 

@@ -43,9 +43,9 @@ from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import normalise_flags, open_data, open_validation
 from guided_diffusion.options.flags import Flags, numbers, recorded
+from guided_diffusion.options.objective import resolve_objective
 from guided_diffusion.options.segmentation import (
     DataOptions,
-    DiffusionOptions,
     RunOptions,
     TrainingOptions,
     WatchOptions,
@@ -180,7 +180,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
     network = network_for(dataset, flags, path)
     if held_out is not None:
         held_out.convert_to(dataset.channels)
-    options_of_diffusion = flags.group(DiffusionOptions)
+    options_of_diffusion = resolve_objective(flags, network.version)
     frame, crop = frame_for(dataset, network, data.crop, case=dataset[0])
     device = dev(run.gpu_dev)
     check_size(network, options_of_diffusion, options, classes=dataset.classes, device=device)
@@ -190,7 +190,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
     if start:
         start, missing = adapt_weights(start, net, training=True)
         load_weights(net, start.model, path)
-    process = create_gaussian_diffusion(options_of_diffusion, network.version)
+    process = create_gaussian_diffusion(options_of_diffusion, network.version, dataset.classes)
 
     # Validation, by a copy of the network.
     sinks = open_sinks(watch, run) if rank() == 0 else []
@@ -233,9 +233,20 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *([cached.note] if cached.note else []),
             *mask_notes(dataset),
             *(intensity_notes(dataset) if rank() == 0 else []),
+            *objective_notes(process),
             *validation_notes(validation),
         ],
     )
+
+
+def objective_notes(diffusion: GaussianDiffusion) -> list[str]:
+    """Say where Dice counts, if that is nearly nowhere."""
+    if diffusion.mask_loss != "dice_ce" or diffusion.mask_dropout:
+        return []
+    return [
+        "--mask_loss dice_ce adds Dice at the last timestep alone; with --mask_dropout 0.5 it "
+        "counts in half of the draws"
+    ]
 
 
 def rater_notes(

@@ -37,9 +37,9 @@ class StepLog:
         self.untimed = len(self.grad_norms)
         return self.started - before
 
-    def losses(self, t: Tensor, terms: dict[str, Tensor]) -> None:
-        """Note times int64 [B] and the loss terms [B] they gave."""
-        self.times.append(t)
+    def losses(self, t: Tensor, terms: dict[str, Tensor], withheld: Tensor | None = None) -> None:
+        """Note times int64 [B], the loss terms [B] they gave, and where no noisy mask was given."""
+        self.times.append(t if withheld is None else t.masked_fill(withheld, self.steps))
         for name, values in terms.items():
             self.terms.setdefault(name, []).append(values)
 
@@ -73,7 +73,10 @@ class StepLog:
     def means(
         self, parameters: Sequence[Tensor], gather: Callable[[Tensor], Tensor] = torch.Tensor.cpu
     ) -> dict[str, float]:
-        """Return the means since the last call, losses also by quarter of t, and start anew.
+        """Return the means since the last call, losses also by kind, and start anew.
+
+        The kinds are the quarters of t, as ``mse_q0``, and, as ``mse_direct``, where the noisy mask
+        was withheld.
 
         ``gather`` joins the values [N] of all processes. What is not finite is left out:
         ``skipped`` says how often that was. Without a step that was timed there is no speed.
@@ -90,7 +93,8 @@ class StepLog:
         for name, parts in self.terms.items():
             pairs = list(zip(gather(torch.cat(parts)).tolist(), quarter, strict=True))
             kinds = {name: pairs}
-            kinds |= {f"{name}_q{q}": [pair for pair in pairs if pair[1] == q] for q in range(4)}
+            for place, end in enumerate(("q0", "q1", "q2", "q3", "direct")):
+                kinds[f"{name}_{end}"] = [pair for pair in pairs if pair[1] == place]
             for kind, chosen in kinds.items():
                 if values := _finite([value for value, _ in chosen]):
                     means[kind] = sum(values) / len(values)

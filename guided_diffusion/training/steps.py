@@ -2,38 +2,72 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from guided_diffusion.data.batches import mix
 from guided_diffusion.dist_util import rank, world_size
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.sampling import MemberNoise
+
+
+class Draw(NamedTuple):
+    """What a step draws for the B rows of a process.
+
+    Attributes:
+        positions: in the list of trained timesteps, int64 [B].
+        t: these timesteps, int64 [B].
+        weights: of the losses at these timesteps, [B].
+        eps: noise [B, K, H, W].
+        withheld: bool [B], where the noisy mask is withheld.
+    """
+
+    positions: Tensor
+    t: Tensor
+    weights: Tensor
+    eps: Tensor
+    withheld: Tensor
 
 
 def draw(
-    sampler: ScheduleSampler, shape: torch.Size, seed: int, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw positions, weights and noise of this process's rows of the step's whole batch.
+    sampler: ScheduleSampler,
+    diffusion: GaussianDiffusion,
+    shape: torch.Size,
+    seed: int,
+    step: int,
+) -> Draw:
+    """Draw this process's rows of the step's whole batch.
 
-    What is drawn afterwards, such as dropout, differs from process to process.
+    Every row has its own generator, so that a process draws the noise of its rows alone, and any
+    number of processes draws the same. What is drawn afterwards, such as dropout, differs from
+    process to process.
 
     Args:
         sampler: draws the positions.
+        diffusion: its ``mask_dropout`` is the share of rows, in expectation, in which the noisy
+            mask is withheld; with 1 no noise is drawn.
         shape: [B, K, H, W] of this process's rows.
         seed: of the run.
         step: steps that were taken before.
-
-    Returns:
-        Positions in the schedule int64 [B], their weights [B] and noise [B, K, H, W].
     """
-    torch.manual_seed(mix(seed, step))
-    count, rows = shape[0] * world_size(), slice(rank() * shape[0], (rank() + 1) * shape[0])
+    own, count, first = mix(seed, step), shape[0] * world_size(), shape[0] * rank()
+    torch.manual_seed(own)
     positions, weights = sampler.sample(count)
-    eps = torch.randn(count, *shape[1:])
+    dropout = diffusion.mask_dropout
+    withheld = torch.rand(count) < dropout if dropout else torch.zeros(count).bool()
+    weights = weights.masked_fill(withheld, 1.0)
+    eps = torch.zeros(shape)
+    if dropout < 1:
+        eps = MemberNoise([mix(own, first + row) for row in range(shape[0])])(eps)
     if rank():
         torch.manual_seed(mix(seed + rank(), step))
-    return positions[rows], weights[rows], eps[rows]
+    rows = slice(first, first + shape[0])
+    t = torch.tensor(diffusion.kept)[positions]
+    return Draw(positions[rows], t[rows], weights[rows], eps, withheld[rows])
 
 
 def learning_rate(options: TrainingOptions, step: int) -> float:

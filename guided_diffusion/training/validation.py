@@ -213,9 +213,17 @@ def chosen_cases(dataset: SegmentationDataset, count: int) -> list[Case]:
 def validation_plan(
     watch: WatchOptions, run: RunOptions, diffusion: GaussianDiffusion, device: torch.device
 ) -> SamplingPlan:
-    """Make the plan of a validation: two masks per case, in few evaluations."""
+    """Make the plan of a validation: two masks per case, in few evaluations.
+
+    Where the noisy mask was withheld in training, the answer without it is scored; a network that
+    never sees one gives one mask.
+    """
     steps = min(watch.val_steps, len(diffusion.kept))
     sampling = SamplingOptions(sampler="dpm_solver++", steps=steps, num_ensemble=2)
+    if diffusion.mask_dropout:
+        sampling = replace(sampling, fusion="direct")
+    if diffusion.mask_dropout == 1:
+        sampling = replace(sampling, sampler="direct", num_ensemble=1)
     uncompiled = replace(run, compile="")
     return make_plan(sampling, uncompiled, diffusion, device=device, own=True)
 
@@ -237,9 +245,11 @@ def make_validation(
 def validation_notes(validation: Validation | None) -> Iterator[str]:
     """Describe what a run is validated on, and which pictures it cannot draw."""
     if validation and validation.folder:
+        plan = validation.segmenter.plan
         yield (
-            f"validation on {counted(len(validation.cases), 'case')}, 2 masks each in "
-            f"{counted(validation.segmenter.plan.evaluations, 'evaluation')}"
+            f"validation on {counted(len(validation.cases), 'case')}, "
+            f"{counted(plan.num_ensemble, 'mask')} each in "
+            f"{counted(plan.evaluations, 'evaluation')}"
         )
     if find_spec("matplotlib") is None:
         yield "no curves.png: python -m pip install matplotlib would draw it"

@@ -87,6 +87,7 @@ def classification_losses(
         eps: Tensor,
         condition: object = None,
         y: Tensor,
+        withheld: Tensor | None = None,
     ) -> dict[str, Tensor]:
         x_t = diffusion.schedule.add_noise(x0, t, eps) if noised else x0
         timesteps = (t if noised else 0 * t).to(x0.device) * diffusion.scale_timestep(1.0)

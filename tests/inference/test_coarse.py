@@ -27,6 +27,7 @@ from guided_diffusion.data.datasets import Case
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.ensemble import BLENDS, blend_coarse, mean
 from guided_diffusion.errors import UserError
+from guided_diffusion.inference.drawing import Draws
 from guided_diffusion.inference.plan import SamplingPlan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.losses import COARSE_LOSSES, binary_cross_entropy, soft_dice_loss
@@ -222,7 +223,7 @@ def test_the_parents_rule_applies_at_the_network_s_size_and_range(low: float) ->
     noise = 0.1 * torch.rand(2, 1, 32, 32) if low else torch.zeros(())
     members = (truth + noise).clamp(0, 1).expand(2, -1, -1, -1)
     case = Case(torch.zeros(1, 512, 512), None, "a")
-    result = segmenter.finish(case, members, truth)
+    result = segmenter.finish(case, Draws(members, truth))
     expected = segmenter.frame.restore(mean(0.5 * (truth + members)), (512, 512))[0]
     assert_close(result.fused, expected)
 
@@ -273,7 +274,7 @@ def test_the_coarse_loss_is_added_without_the_weights_of_timesteps(
     loop.net.eval()
     terms: list[dict[str, Tensor]] = []
     noted = loop.log.losses
-    loop.log.losses = lambda t, given: (terms.append(given), noted(t, given))  # type: ignore
+    loop.log.losses = lambda t, given, _: (terms.append(given), noted(t, given))  # type: ignore
     sample = loop.schedule_sampler.sample
 
     def weighed(count: int) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,11 @@ from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.cases import draw_or_note
+from guided_diffusion.inference.drawing import Draws
 from guided_diffusion.inference.plan import SamplingPlan, sampling_levels
 from guided_diffusion.inference.predict import segment
 from guided_diffusion.inference.record import Record
-from guided_diffusion.inference.segmenter import Draws, Segmenter
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.options.segmentation import SamplingOptions
 from guided_diffusion.sampling import member_seed
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -171,7 +172,7 @@ def test_a_member_that_fills_the_cropped_area_is_full(tmp_path: Path) -> None:
     """The border that was cropped away is background in every mask."""
     segmenter = make_segmenter(frame=Frame(16, crop=4))
     ones = torch.ones(1, 3, 1, 16, 16)
-    segmenter.draw_with_coarse = lambda *_: Draws(ones, None)  # type: ignore[method-assign]
+    segmenter.draw_with_coarse = lambda *_: Draws(ones)  # type: ignore[method-assign]
     segment(segmenter, cases_in_memory(1, size=(24, 24)), tmp_path, fingerprint="f")
     (row,) = table(tmp_path / "predictions.csv")
     assert (row["full_members"], row["empty_members"], row["area"]) == ("3", "0", "256")

@@ -31,7 +31,8 @@ from guided_diffusion.checkpoint import latest_checkpoint, load_checkpoint, save
 from guided_diffusion.data.classes import RECORD
 from guided_diffusion.ensemble import UNCERTAINTIES, squared_mean
 from guided_diffusion.files import make_folder
-from guided_diffusion.inference.segmenter import Draws, Segmenter
+from guided_diffusion.inference.drawing import Draws
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.tools import phantom_folders
 
 

@@ -16,7 +16,7 @@ from guided_diffusion.networks.classifier import POOLS, EncoderUNetModel
 from guided_diffusion.networks.resnet import ResNet50
 from guided_diffusion.nn import timestep_embedding
 from guided_diffusion.options.flags import Flags
-from guided_diffusion.options.segmentation import DiffusionOptions
+from guided_diffusion.options.network import DiffusionOptions
 from guided_diffusion.options.weak import ImageNetworkOptions
 from guided_diffusion.script_util import create_classifier, create_model
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion.networks.highway import Highway
 from guided_diffusion.options.flags import Flags
-from guided_diffusion.options.segmentation import NetworkOptions
+from guided_diffusion.options.network import NetworkOptions
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.training import estimates
 from guided_diffusion.training.estimates import attention_notes, spectra_gib, training_gib

@@ -13,7 +13,7 @@ from helpers import ROOT, refused, script, succeeded
 from PIL import Image
 
 from guided_diffusion.layouts import LAYOUTS, open_dataset
-from guided_diffusion.options.segmentation import NetworkOptions
+from guided_diffusion.options.network import NetworkOptions
 from guided_diffusion.options.tools import CheckOptions
 from guided_diffusion.report.canvas import TRUTH
 from guided_diffusion.report.pictures import Tile, contact_sheet
