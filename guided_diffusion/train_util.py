@@ -253,11 +253,10 @@ class TrainLoop:
         drawn = draw(self.schedule_sampler, self.diffusion, x0.shape, self.run.seed, self.step)
         eps = drawn.eps.to(self.device, non_blocking=True)
 
-        total = torch.zeros((), device=self.device)
+        total, losses = torch.zeros((), device=self.device), list[Tensor]()
         size = self.options.microbatch if self.options.microbatch > 0 else len(x0)
         parts = torch.arange(len(x0)).split(size)
         scored_by = self.setup.losses or self.diffusion.training_losses
-        losses = []
         for rows in parts:
             chosen = rows.to(self.device)
             last = rows is parts[-1]
