@@ -243,7 +243,7 @@ def test_temper_by_hand():
 def test_the_temperature_of_overconfident_masks_by_hand():
     """Of pixels with 0.9, odds of 9, three in four are lesion, odds of 3 = 9 ** (1 / 2)."""
     soft = torch.tensor([0.9] * 4 + [0.1] * 4 + [0.0, 1.0, 1.0])
-    truth = torch.tensor([1.0, 1, 1, 0] + [0, 0, 0, 1] + [1, 0, 1])
+    truth = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1])
     assert fit_temperature(soft, truth) == pytest.approx(2, abs=1e-3)
     assert fit_temperature(temper(soft, 2), truth) == pytest.approx(1, abs=1e-3)
     assert fit_temperature(soft, (soft >= 0.5).float()) == pytest.approx(0.1, rel=1e-3)
