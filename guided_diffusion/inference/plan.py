@@ -40,6 +40,8 @@ class SamplingPlan:
         temperature: standard deviation of the noise that a mask starts from.
         coarse: how the network's coarse mask joins the members: a name of
             :data:`guided_diffusion.ensemble.BLENDS`.
+        largest: connectivity of the component of the fused mask to keep, 4 or 8; 0 keeps all.
+        fill_holes: whether the holes of the fused mask are filled.
     """
 
     sampler: str
@@ -55,6 +57,8 @@ class SamplingPlan:
     compile: str = ""
     temperature: float = 1.0
     coarse: str = "none"
+    largest: int = 0
+    fill_holes: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -164,6 +168,8 @@ def make_plan(
         compile=run.compile,
         temperature=options.temperature,
         coarse=options.coarse,
+        largest=int(options.largest or 0),
+        fill_holes=options.fill_holes,
     )
 
 

@@ -44,6 +44,7 @@ from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, MemberNoise, member_seed
 from guided_diffusion.schedule import NoiseLevel
+from guided_diffusion.scoring.components import clean_soft
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
 
@@ -249,9 +250,13 @@ class Segmenter:
         if coarse is not None and plan.coarse != "none":
             zero = float(self.diffusion.from_range(torch.zeros(())))
             blended = restored(blend_coarse(members, coarse, plan.coarse, zero=zero))
+        fused = FUSIONS[plan.fusion](blended)
+        if plan.largest or plan.fill_holes:
+            largest, fill_holes = plan.largest, plan.fill_holes
+            fused = clean_soft(fused, self.classes, largest=largest, fill_holes=fill_holes)
         return Segmentation(
             members=own,
-            fused=FUSIONS[plan.fusion](blended),
+            fused=fused,
             uncertainty=UNCERTAINTIES[plan.measure].rule(own),
             classes=self.classes,
             measure=plan.measure,

@@ -35,6 +35,11 @@ class Component(NamedTuple):
     found: int
     inside: float | None = None
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom and right of the rectangle."""
+        return self.top, self.left, self.bottom, self.right
+
 
 def find_components(
     mask: Binary, members: Binary, truth: Binary | None = None, *, most: int = MOST

@@ -317,7 +317,7 @@ def _confidence_lines(summary: Summary) -> list[str]:
 def _hand_over_lines(curve: Summary | None) -> list[str]:
     """How many of the most uncertain cases to hand over for the rest to be better than all are."""
     shares = {entry["dice"]: entry["share"] for entry in curve["hand_over"]} if curve else {}
-    parts = [f"{share:.0%} for {dice:g}" for dice, share in shares.items() if share]
+    parts = [f"{100 * share:.0f} % for {dice:g}" for dice, share in shares.items() if share]
     return [f"cases to hand over for a mean Dice of the rest: {', '.join(parts)}"] if parts else []
 
 

@@ -182,7 +182,7 @@ def test_calibration_and_uncertainty_of_a_folder_by_hand(tmp_path):
     assert (curve["area"], curve["excess"]) == (0.25, 0)
     assert [entry["share"] for entry in curve["hand_over"]] == [0.5] * 4
     assert summary["components"]["number"] == 0 and not (pair[0] / "components.csv").exists()
-    assert "hand over for a mean Dice of the rest: 50% for 0.8, 50%" in summary_text(summary)
+    assert "hand over for a mean Dice of the rest: 50 % for 0.8, 50 %" in summary_text(summary)
 
 
 def test_intervals_and_thirds_by_size(tmp_path):
