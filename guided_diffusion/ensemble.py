@@ -1,9 +1,10 @@
 """Fusion of several masks of one image into one, and the uncertainty among them.
 
-Fusion rules: mean, majority vote, and STAPLE (Warfield, Zou and Wells, 2004). Uncertainty: per
-pixel (standard deviation, variance, entropy), and the disagreement of the members as one number.
-Before fusion, :func:`blend_coarse` can blend the members with the coarse mask of a condition
-network. All functions are pure and accept one case or a batch of cases.
+Fusion rules: mean, majority vote, STAPLE (Warfield, Zou and Wells, 2004), and the threshold of the
+highest expected Dice. Uncertainty: per pixel (standard deviation, variance, entropy), and the
+disagreement of the members as one number. Before fusion, :func:`blend_coarse` can blend the members
+with the coarse mask of a condition network; after it, :func:`temper` can calibrate the fused mask.
+All functions are pure and accept one case or a batch of cases.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from torch import Tensor
 
@@ -22,6 +24,8 @@ Floats = NDArray[np.float64]
 Fusion = Callable[[Tensor], Tensor]
 _CLOSE_TO_ONE = 1.0 - 1e-9
 _TOLERANCE, _MOST_ITERATIONS = 1e-7, 500  # of STAPLE's iteration
+_BELOW_HALF = 127 / 255  # the highest 8-bit level of the background
+_MOST_TEMPERATURE = 10.0
 
 
 def mean(members: Tensor) -> Tensor:
@@ -128,12 +132,92 @@ def _clip_probability(probability: Floats) -> Floats:
     return np.minimum(np.maximum(probability, 1 - _CLOSE_TO_ONE), _CLOSE_TO_ONE)
 
 
+def expected_dice(members: Tensor) -> Tensor:
+    """Cut the mean where its mean Dice with the members is highest: [E, ..., H, W] -> [..., H, W].
+
+    ``members`` are float in [0, 1]. Each image of the leading dimensions has its own threshold on
+    its mean; its members count as masks, thresholded at 0.5, and two empty masks have a Dice of 1.
+    Of equally good thresholds the nearest to 0.5 is taken.
+
+    The result is a soft mask in [0, 1] that is at least 0.5 where the mean reaches the threshold.
+    Pixels between the threshold and 0.5 are set to the level of their side, as :func:`with_mask`
+    does; all others keep the mean, which a shift of the log-odds would take from every pixel.
+    """
+    soft, size = mean(members), members.shape[-2:].numel()
+    images = members.reshape(len(members), -1, size).unbind(dim=1)
+    means = soft.reshape(-1, size)
+    chosen = torch.stack([_best_level_set(*pair) for pair in zip(means, images, strict=True)])
+    return with_mask(soft, chosen.reshape(soft.shape))
+
+
+def _best_level_set(soft: Tensor, members: Tensor) -> Tensor:
+    """Choose the pixels of one image whose mean [P] reaches the best threshold, bool [P].
+
+    ``members`` are [E, P]. All level sets are scored, from the empty one to that of all pixels.
+    """
+    ranked, order = soft.sort(descending=True)
+    last = torch.cat([ranked[1:] < ranked[:-1], torch.ones_like(ranked[:1], dtype=torch.bool)])
+    ends = last.nonzero()[:, 0]  # of each run of pixels with the same mean
+    sizes = torch.cat([torch.zeros_like(ends[:1]), ends + 1])  # of the level sets
+
+    score = torch.zeros(len(sizes), dtype=torch.float64, device=soft.device)
+    for mask in members >= 0.5:
+        common = torch.cat([torch.zeros_like(ends[:1]), mask[order].cumsum(dim=0)[ends]])
+        both = sizes + mask.sum()
+        score += torch.where(both > 0, 2 * common / both.clamp(min=1).double(), 1.0)
+
+    usual = (ranked[ends] >= 0.5).sum()
+    best = (score >= score.max() - 1e-9 * len(members)).nonzero()[:, 0]
+    choice = int(best[(best - usual).abs().argmin()])
+    return soft >= ranked[ends[choice - 1]] if choice else torch.zeros_like(soft, dtype=torch.bool)
+
+
+def with_mask(soft: Tensor, mask: Tensor) -> Tensor:
+    """Move a soft mask as little as needed to be at least 0.5 where ``mask`` is, and nowhere else.
+
+    ``soft`` is float [..., H, W] in [0, 1], ``mask`` bool of that shape. Pixels on the wrong side
+    become 0.5 or 127 / 255, the highest 8-bit level below, so that the file of the result agrees.
+    """
+    return torch.where(mask, soft.clamp(min=0.5), soft.clamp(max=_BELOW_HALF))
+
+
 FUSIONS: dict[str, Fusion] = {
     "mean": mean,
     "vote": vote,
     "staple": staple,
     "squared_mean": squared_mean,
+    "expected_dice": expected_dice,
 }
+
+
+def temper(soft: Tensor, temperature: float) -> Tensor:
+    """Divide the log-odds of a soft mask, float [...] in [0, 1], by a temperature above 0.
+
+    Guo et al. (2017), section 4.2. Above 1 it becomes less certain, below 1 more certain; 0, 0.5
+    and 1 stay, so the mask at 0.5 does not change.
+    """
+    return torch.sigmoid(soft.logit() / temperature)
+
+
+def fit_temperature(soft: Tensor, truth: Tensor) -> float:
+    """Find the temperature in [0.1, 10] with which :func:`temper` has the lowest mean NLL.
+
+    ``soft`` is float [...] in [0, 1]; ``truth``, of that shape, is foreground from 0.5 up. Pixels
+    of 0 and 1, which no temperature changes, are left out; without any other the result is 1.
+    """
+    p, lesion = soft.flatten().double(), truth.flatten() >= 0.5
+    known = (p > 0) & (p < 1)
+    if not known.any():
+        return 1.0
+    log_odds = p[known].logit()
+    wrong = torch.where(lesion[known], -log_odds, log_odds).numpy()  # log-odds of the other class
+
+    def loss(log_temperature: float) -> float:
+        return float(np.logaddexp(0, wrong / math.exp(log_temperature)).mean())
+
+    # The loss is convex in 1 / temperature, so it has one minimum.
+    ends = (-math.log(_MOST_TEMPERATURE), math.log(_MOST_TEMPERATURE))
+    return math.exp(minimize_scalar(loss, bounds=ends, method="bounded").x)
 
 
 def blend_coarse(members: Tensor, coarse: Tensor, rule: str, *, zero: float = 0.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,15 @@ from guided_diffusion.ensemble import (
     UNCERTAINTIES,
     disagreement,
     entropy,
+    expected_dice,
+    fit_temperature,
     mean,
     staple,
+    temper,
     uncertainty,
     variance,
     vote,
+    with_mask,
 )
 from guided_diffusion.scoring.metrics import binarise, confusion, dice
 
@@ -159,6 +164,91 @@ def test_a_batch_is_fused_case_by_case(fuse):
     assert fused.min() >= 0
     assert fused.max() <= 1
     torch.testing.assert_close(fused[1, 1], fuse(members[:, 1, 1]), atol=1e-5, rtol=0)
+
+
+ALL_MASKS = torch.tensor(list(product([0.0, 1.0], repeat=9))).reshape(-1, 3, 3)
+
+
+def mean_dice(masks, members):
+    """The mean Dice of masks [..., 3, 3] with members [E, 3, 3]; 1 for two empty masks."""
+    found, drawn = masks.unsqueeze(-3) >= 0.5, members >= 0.5
+    common = (found & drawn).sum((-2, -1)).double()
+    both = found.sum((-2, -1)) + drawn.sum((-2, -1))
+    return torch.where(both > 0, 2 * common / both.clamp(min=1), 1.0).mean(-1)
+
+
+SMALL = st.lists(st.lists(st.floats(0, 1, width=16), min_size=9, max_size=9), min_size=1).map(
+    lambda rows: torch.tensor(rows[:6]).reshape(-1, 3, 3)
+)
+
+
+@given(SMALL)
+def test_expected_dice_is_the_best_of_all_thresholds(members):
+    soft, fused = mean(members), expected_dice(members)
+    thresholds = [*soft.flatten().tolist(), 2.0]
+    best = max(float(mean_dice((soft >= t).float(), members)) for t in thresholds)
+    assert float(mean_dice(fused, members)) == pytest.approx(best, abs=1e-9)
+    assert best >= float(mean_dice(soft, members)) - 1e-9
+
+
+@given(st.lists(st.integers(0, 2**9 - 1), min_size=1, max_size=6))
+def test_expected_dice_of_masks_against_all_512(numbers):
+    members = ALL_MASKS[numbers]
+    score = float(mean_dice(expected_dice(members), members))
+    assert score >= float(mean_dice(vote(members), members)) - 1e-9
+    every, soft = mean_dice(ALL_MASKS, members), mean(members)
+    within = soft.where(ALL_MASKS > 0, torch.tensor(2.0)).amin((1, 2))
+    without = soft.where(ALL_MASKS == 0, torch.tensor(-1.0)).amax((1, 2))
+    level_sets = within > without
+    assert score == pytest.approx(float(every[level_sets].max()), abs=1e-9)
+    assert score <= float(every.max()) + 1e-9
+
+
+def test_expected_dice_takes_more_than_half_where_members_differ():
+    """Three members of one pixel each, none in common: all three pixels have a Dice of 1/2."""
+    fused = expected_dice(raters([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]))
+    torch.testing.assert_close(fused, torch.tensor([[0.5, 0.5, 0.5, 0.0]]))
+
+
+def test_expected_dice_of_empty_members_by_hand():
+    none, some = [0, 0], [1, 0]
+    torch.testing.assert_close(expected_dice(raters(none, none)), torch.zeros(1, 2))
+    # Empty: Dice 1, 1, 0; the pixel: 0, 0, 1. The mean of 1/3 stays below one half.
+    fused = expected_dice(raters(none, none, some))
+    torch.testing.assert_close(fused, torch.tensor([[1 / 3, 0]]))
+    # The first pixel has a mean of 0.6, but two of three members are empty.
+    fused = expected_dice(raters([0.49, 0], [0.49, 0], [0.82, 0]))
+    torch.testing.assert_close(fused, torch.tensor([[127 / 255, 0]]))
+
+
+def test_expected_dice_has_a_threshold_for_each_image():
+    spread = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+    same = [[1, 0, 0, 0]] * 3
+    members = torch.tensor([spread, same], dtype=torch.float32).transpose(0, 1)[:, :, None]
+    expected = torch.tensor([[[0.5, 0.5, 0.5, 0]], [[1.0, 0, 0, 0]]])
+    torch.testing.assert_close(expected_dice(members), expected)
+
+
+def test_a_soft_mask_is_moved_as_little_as_needed():
+    soft = torch.tensor([[0.0, 0.2, 0.4, 0.6, 0.9]])
+    moved = with_mask(soft, torch.tensor([[False, True, False, True, False]]))
+    torch.testing.assert_close(moved, torch.tensor([[0.0, 0.5, 0.4, 0.6, 127 / 255]]))
+
+
+def test_temper_by_hand():
+    soft = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    torch.testing.assert_close(temper(soft, 2), torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    torch.testing.assert_close(temper(temper(soft, 2), 0.5), soft)
+
+
+def test_the_temperature_of_overconfident_masks_by_hand():
+    """Of pixels with 0.9, odds of 9, three in four are lesion, odds of 3 = 9 ** (1 / 2)."""
+    soft = torch.tensor([0.9] * 4 + [0.1] * 4 + [0.0, 1.0, 1.0])
+    truth = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1])
+    assert fit_temperature(soft, truth) == pytest.approx(2, abs=1e-3)
+    assert fit_temperature(temper(soft, 2), truth) == pytest.approx(1, abs=1e-3)
+    assert fit_temperature(soft, (soft >= 0.5).float()) == pytest.approx(0.1, rel=1e-3)
+    assert fit_temperature(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])) == 1
 
 
 def test_uncertainty_by_hand():

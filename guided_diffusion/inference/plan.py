@@ -43,6 +43,8 @@ class SamplingPlan:
         coarse: how the network's coarse mask joins the members: a name of
             :data:`guided_diffusion.ensemble.BLENDS`.
         mask_guidance: how far the noisy mask is trusted; 1 needs no answer without it.
+        largest: connectivity of the component of the fused mask to keep, 4 or 8; 0 keeps all.
+        fill_holes: whether the holes of the fused mask are filled.
     """
 
     sampler: str
@@ -59,6 +61,8 @@ class SamplingPlan:
     temperature: float = 1.0
     coarse: str = "none"
     mask_guidance: float = 1.0
+    largest: int = 0
+    fill_holes: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -174,6 +178,8 @@ def make_plan(
         temperature=options.temperature,
         coarse=options.coarse,
         mask_guidance=options.mask_guidance,
+        largest=int(options.largest or 0),
+        fill_holes=options.fill_holes,
     )
 
 

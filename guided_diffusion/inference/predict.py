@@ -21,7 +21,7 @@ from guided_diffusion.inference.cases import run_cases, share_of
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
 from guided_diffusion.inference.provenance import note_sampling
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
-from guided_diffusion.inference.rendering import area_columns, draw_strip
+from guided_diffusion.inference.rendering import class_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.inference.segmentation import Segmentation
@@ -116,7 +116,7 @@ def segment(
     names = [entry.name for entry in entries]
     require_replaceable(out_dir / SAMPLING_RECORD)
     ends = [end for _, end in each(segmenter.classes)]
-    record = Record(out_dir, fingerprint, area_columns(segmenter.classes), ends=ends)
+    record = Record(out_dir, fingerprint, class_columns(segmenter.classes), ends=ends)
     note_classes(out_dir, segmenter.classes, known=record.is_uniform)
     if rank() == 0:
         note()

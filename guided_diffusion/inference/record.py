@@ -93,7 +93,7 @@ class Record:
     Args:
         out_dir: the result folder.
         fingerprint: of the settings of this run.
-        areas: columns of its own.
+        own: further columns, after that of the area.
         ends: of the names of a case's files, one for each class.
         with_members: whether the members of a case are written, too.
     """
@@ -102,13 +102,13 @@ class Record:
         self,
         out_dir: Path,
         fingerprint: str,
-        areas: Sequence[str] = (),
+        own: Sequence[str] = (),
         *,
         ends: Sequence[str] = ("",),
         with_members: bool = True,
     ) -> None:
         self.out_dir = out_dir
-        self.columns = (*COLUMNS[:3], *areas, *COLUMNS[3:])
+        self.columns = (*COLUMNS[:3], *own, *COLUMNS[3:])
         self.fingerprint = fingerprint
         self.ends = ends
         self.with_members = with_members

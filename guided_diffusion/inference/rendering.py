@@ -1,4 +1,4 @@
-"""A result per class: soft maps, areas, uncertainty and overlay.
+"""A result per class: soft maps, areas, components, uncertainty and overlay.
 
 Where everything is one class, each function gives a single map without a class in its name.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from guided_diffusion.data.classes import Classes, each
@@ -15,25 +16,48 @@ from guided_diffusion.data.datasets import Case
 from guided_diffusion.ensemble import UNCERTAINTIES, disagreement
 from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.report.canvas import Pixels
-from guided_diffusion.report.pictures import class_overlay, overlay, strip
+from guided_diffusion.report.pictures import MOST_LABELS, class_overlay, overlay, strip
+from guided_diffusion.scoring.components import Component, find_components
 
 
-def area_columns(classes: Classes | None) -> list[str]:
-    """The columns of the areas of declared classes."""
-    return [] if classes is None else [f"area{end}" for _, end in each(classes)]
+def class_columns(classes: Classes | None) -> list[str]:
+    """The columns of each class: areas, of declared classes, and members by component."""
+    areas = [] if classes is None else [f"area{end}" for _, end in each(classes)]
+    return areas + [f"component_shares{end}" for _, end in each(classes)]
+
+
+def components_of(result: Segmentation) -> list[list[Component]]:
+    """The largest components of each class's mask, and how many members contain each.
+
+    Empty with a single member, which contains nearly all by itself.
+    """
+    if len(result.members) < 2:
+        return [[] for _ in each(result.classes)]
+    if result.classes is None:
+        masks, members = result.mask.numpy()[None], (result.members >= 0.5).numpy()[:, None]
+    else:
+        masks = result.mask.numpy()
+        members = np.stack([result.classes.masks(member.numpy()) for member in result.members])
+    return [find_components(mask, members[:, k], most=MOST_LABELS) for k, mask in enumerate(masks)]
 
 
 def measured(result: Segmentation) -> dict[str, Any]:
     """Area of the foreground and of each declared class, and how far the members disagree.
 
-    The disagreement is the mean over the classes.
+    The disagreement is the mean over the classes. Of each class's components, the largest first,
+    the share of members that contain it.
     """
     size = result.fused.shape[-2:]
     masks = result.mask.reshape(-1, *size)
     members = result.members.reshape(len(result.members), -1, *size)
     apart = [disagreement(members[:, k]) for k, _ in each(result.classes)]
+    components = components_of(result)
     return {
         **{f"area{end}": int(masks[k].sum()) for k, end in each(result.classes)},
+        **{
+            f"component_shares{end}": " ".join(f"{c.found / len(members):g}" for c in components[k])
+            for k, end in each(result.classes)
+        },
         "area": int(masks.any(dim=0).sum()),
         "disagreement": round(sum(apart) / len(apart), 4),
         "uncertainty": round(float(combined_uncertainty(result).mean()), 6),
@@ -84,10 +108,18 @@ def draw_overlay(case: Case, result: Segmentation) -> Pixels:
     image, unsure = case.image.numpy(), combined_uncertainty(result).numpy()
     scale, members = (result.measure, UNCERTAINTIES[result.measure].most), len(result.members)
     truth = None if case.mask is None else (case.mask >= 0.5).numpy()
+    components = components_of(result)
     if result.classes is None:
-        truth = None if truth is None else truth[0]
-        fused = result.fused.numpy()
-        return overlay(image, truth, fused, unsure, name=case.name, members=members, scale=scale)
+        return overlay(
+            image,
+            None if truth is None else truth[0],
+            result.fused.numpy(),
+            unsure,
+            name=case.name,
+            members=members,
+            components=components[0],
+            scale=scale,
+        )
     order = result.classes.painted
     return class_overlay(
         image,
@@ -97,5 +129,6 @@ def draw_overlay(case: Case, result: Segmentation) -> Pixels:
         classes=[result.classes.names[k] for k in order],
         name=case.name,
         members=members,
+        components=[components[k] for k in order],
         scale=scale,
     )

@@ -41,6 +41,7 @@ from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.nn import AttentionBlock
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
+from guided_diffusion.scoring.components import clean_soft
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
 
@@ -230,9 +231,13 @@ class Segmenter:
             sources = blend_coarse(sources, coarse, plan.coarse, zero=zero)
         fuse = mean if plan.fusion == "direct" else FUSIONS[plan.fusion]
         own = restored(members)
+        fused = fuse(own if sources is members else restored(sources))
+        if plan.largest or plan.fill_holes:
+            largest, fill_holes = plan.largest, plan.fill_holes
+            fused = clean_soft(fused, self.classes, largest=largest, fill_holes=fill_holes)
         return Segmentation(
             members=own,
-            fused=fuse(own if sources is members else restored(sources)),
+            fused=fused,
             uncertainty=UNCERTAINTIES[plan.measure].rule(own),
             classes=self.classes,
             measure=plan.measure,

@@ -210,9 +210,10 @@ class SamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "how the masks of a case become one; direct takes the network's answer without a noisy "
-        "mask, or the mean of the first answers; squared_mean is what MedSegDiff calls staple",
-        choices=("mean", "vote", "staple", "direct", "squared_mean"),
+        "how the masks of a case become one; expected_dice: by the threshold of the best mean Dice "
+        "with them; direct: the network's answer without a noisy mask, or the mean of the first "
+        "answers; squared_mean is what MedSegDiff calls staple",
+        choices=("mean", "vote", "staple", "expected_dice", "direct", "squared_mean"),
     )
     uncertainty: str = flag(
         "std",
@@ -225,16 +226,17 @@ class SamplingOptions:
         "MedSegDiff's rule, mean and logit average, only takes it alone",
         choices=("none", "blend", "mean", "logit", "only"),
     )
+    largest: str = flag(
+        "", "keep the largest component, 4- or 8-connected; empty: all", choices=("", "4", "8")
+    )
+    fill_holes: bool = flag(False, "fill the holes of masks")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = flag(
         0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
     debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
     visdom: int = flag(
-        0,
-        "port of a visdom server on this machine to show the drawing on; 0: none",
-        least=0,
-        most=65535,
+        0, "port of a visdom server on this machine to show masks on; 0: none", least=0, most=65535
     )
 
 

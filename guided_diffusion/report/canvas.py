@@ -52,6 +52,14 @@ class Caption(NamedTuple):
     note: str = ""
 
 
+class Label(NamedTuple):
+    """A short text beside a rectangle of a panel: top, left, bottom, right in its pixels."""
+
+    text: str
+    box: Sequence[float]
+    colour: Colour = INK
+
+
 class Canvas:
     """A dark page: a header line, and panels in rows, each with its caption below."""
 
@@ -83,6 +91,32 @@ class Canvas:
         if caption.bar:
             self._bar(left + width, middle, caption.bar)
         self._legend(left + width, middle, caption.marks)
+
+    def label(self, index: int, labels: Sequence[Label]) -> None:
+        """Write labels on panel ``index``; those that would cover an earlier one are left out.
+
+        Each is at the right of its rectangle, at the left where there is no space.
+        """
+        row, column = divmod(index, self.panels)
+        origin = (MARGIN + column * (self.size[0] + GAP), HEADER + row * (self.size[1] + FOOTER))
+        taken: list[tuple[float, float]] = []
+        for label in labels:
+            top, left, bottom, right = label.box
+            width = self._width(label.text, size=13)
+            x = right + 5 if right + 5 + width <= self.size[0] else max(2.0, left - 5 - width)
+            y = min(max((top + bottom) / 2, 8.0), self.size[1] - 8.0)
+            if any(abs(x - at[0]) < width + 4 and abs(y - at[1]) < 15 for at in taken):
+                continue
+            taken.append((x, y))
+            self.draw.text(
+                (origin[0] + x, origin[1] + y),
+                label.text,
+                font=ImageFont.load_default(size=13),
+                fill=label.colour,
+                anchor="lm",
+                stroke_width=2,
+                stroke_fill=(0, 0, 0),
+            )
 
     def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
         space = self.size[0] - 90

@@ -51,7 +51,7 @@ class Plot(NamedTuple):
 
 
 def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
-    """Draw the four charts of one class (named, or "" for the only one) as HTML."""
+    """Draw the charts of one class (named, or "" for the only one) as HTML."""
     of_class = f" of {name}" if name else ""
     drawn = [
         (_histogram(rows), f"Dice{of_class} of the cases with a lesion."),
@@ -66,6 +66,11 @@ def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
             "below, in the best possible order.",
         ),
         (_scatter(rows), f"The uncertainty of a case{of_class} against its Dice."),
+        (
+            _risk_coverage(part),
+            f"Mean Dice{of_class} of the rest when the most uncertain cases are handed to a "
+            "person; above, in the best possible order; level, in random order.",
+        ),
     ]
     return "".join(
         f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
@@ -129,6 +134,31 @@ def _scatter(rows: Sequence[CaseScore]) -> str:
     return figure(frame, dots(frame, points, [name for _, _, name in known]))
 
 
+def _risk_coverage(part: Summary) -> str:
+    found = part["uncertainty"]["risk_coverage"]
+    if found is None or len(found["curve"]["dice"]) < 3:
+        return ""
+    handed, dice, oracle = (found["curve"][key] for key in ("handed", "dice", "oracle"))
+    low = min(0.9, math.floor(10 * min(dice) + 1e-9) / 10)
+    marks = tuple(round(low + step * (1 - low) / 5, 3) for step in range(6))
+    frame = Plot(
+        "Risk-coverage curve",
+        Axis("fraction of cases handed to a person"),
+        Axis("mean Dice of the rest", low, 1.0, marks),
+    )
+    reached = [(entry["share"], entry["dice"]) for entry in found["hand_over"] if entry["share"]]
+    names = [f"{100 * share:.0f} % of the cases for {target:g}" for share, target in reached]
+    points = [(share, float(np.interp(share, handed, dice))) for share, _ in reached]
+    return figure(
+        frame,
+        curve(frame, [(0, dice[0]), (1, dice[0])], "quiet"),
+        curve(frame, list(zip(handed, oracle, strict=True)), "quiet"),
+        curve(frame, list(zip(handed, dice, strict=True)), "one"),
+        dots(frame, points, names),
+        upright(frame, points[0][0], names[0]) if points else "",
+    )
+
+
 def figure(frame: Plot, *parts: str) -> str:
     """Draw a chart: its axes, and the parts on them."""
     return (
@@ -155,7 +185,7 @@ def _axes(frame: Plot) -> str:
         + f'<line class="base" x1="{LEFT}" y1="{base}" x2="{end}" y2="{base}"/>'
         + f'<text class="label" x="{(LEFT + end) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
         + f"{escape(frame.across.label)}</text>"
-        + f'<text class="label" transform="translate(12 {middle}) rotate(-90)" '
+        + f'<text class="label" transform="translate(9 {middle}) rotate(-90)" '
         + f'text-anchor="middle">{escape(frame.up.label)}</text>'
     )
 

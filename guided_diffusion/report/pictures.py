@@ -24,6 +24,7 @@ from guided_diffusion.report.canvas import (
     FUSED,
     GAP,
     HEADER,
+    INK,
     MARGIN,
     TINT,
     TRUTH,
@@ -31,6 +32,7 @@ from guided_diffusion.report.canvas import (
     Caption,
     Colour,
     Floats,
+    Label,
     Pixels,
     Scale,
     blend,
@@ -42,9 +44,12 @@ from guided_diffusion.report.canvas import (
     soft_png,
 )
 from guided_diffusion.scoring import metrics
+from guided_diffusion.scoring.components import Component
 
 PANEL = 320
 """Longer side of a panel of an overlay, in pixels."""
+MOST_LABELS = 12
+"""Components of a mask with a number beside them, the largest."""
 STD: Scale = ("std", 0.5)
 """Name and largest value of an uncertainty: the standard deviation of values in [0, 1]."""
 
@@ -67,6 +72,7 @@ def overlay(
     *,
     name: str,
     members: int = 1,
+    components: Sequence[Component] = (),
     scale: Scale = STD,
     panel: int = PANEL,
 ) -> Pixels:
@@ -75,8 +81,9 @@ def overlay(
     ``image`` is float [C, H, W] of any range (three channels are colour, else the last one is shown
     in grey), ``truth`` [H, W] in {0, 1} or None (its panel is left out), ``fused`` [H, W] in
     [0, 1], ``uncertainty`` [H, W]; ``scale`` holds the name and the largest value of the latter.
-    ``panel`` is the longer side of a panel in pixels. Returns uint8 [h, w, 3]. Raises ValueError
-    when sizes differ.
+    Beside each of the fused mask's ``components`` stands how many members contain it. ``panel`` is
+    the longer side of a panel in pixels. Returns uint8 [h, w, 3]. Raises ValueError when sizes
+    differ.
     """
     case = _Case.of(image, truth, fused, np.asarray(uncertainty) / scale[1], panel)
     panels = [
@@ -87,7 +94,9 @@ def overlay(
     ]
     if truth is None:
         del panels[1]
-    return _row(panels, case.size, name=name, verdict=_verdict(truth, fused, members))
+    labels = _labels(components, members, case.scale, INK)
+    verdict = _verdict(truth, fused, members)
+    return _row(panels, case.size, name=name, verdict=verdict, labels=labels)
 
 
 def map_overlay(
@@ -124,13 +133,15 @@ def class_overlay(
     classes: Sequence[str],
     name: str,
     members: int = 1,
+    components: Sequence[Sequence[Component]] = (),
     scale: Scale = STD,
     panel: int = PANEL,
 ) -> Pixels:
     """Draw a case as :func:`overlay`, with K classes in the colours of the legend.
 
     ``truth`` (or None) and ``masks`` are [K, H, W] in {0, 1}, the widest region first;
-    ``uncertainty`` is [H, W]. Raises ValueError when the sizes differ.
+    ``uncertainty`` is [H, W], ``components`` are those of each class. Raises ValueError when the
+    sizes differ.
     """
     found = np.asarray(masks) > 0
     case = _Case.of(image, None, found.any(axis=0), np.asarray(uncertainty) / scale[1], panel)
@@ -145,18 +156,42 @@ def class_overlay(
         true = np.asarray(truth) > 0
         verdict = f"{_class_verdict(true, found, classes)}  ·  {verdict}"
         panels.insert(1, (_painted(case, true), Caption("ground truth")))
-    return _row(panels, case.size, name=name, verdict=verdict)
+    labels = [
+        label
+        for of_class, (colour, _) in zip(components, marks, strict=False)
+        for label in _labels(of_class, members, case.scale, colour)
+    ]
+    return _row(panels, case.size, name=name, verdict=verdict, labels=labels)
 
 
 def _row(
-    panels: Sequence[tuple[Floats, Caption]], size: tuple[int, int], *, name: str, verdict: str
+    panels: Sequence[tuple[Floats, Caption]],
+    size: tuple[int, int],
+    *,
+    name: str,
+    verdict: str,
+    labels: Sequence[Label] = (),
 ) -> Pixels:
-    """Draw panels of one ``size`` (width, height) in a row under a header."""
+    """Draw panels of one ``size`` (width, height) in a row under a header.
+
+    ``labels`` are those of the last panel but one, the mask's.
+    """
     canvas = Canvas(len(panels), size)
     canvas.header(name, verdict)
     for index, (pixels, caption) in enumerate(panels):
         canvas.place(index, pixels, caption)
+    canvas.label(len(panels) - 2, labels)
     return np.asarray(canvas.picture)
+
+
+def _labels(
+    components: Sequence[Component], members: int, scale: float, colour: Colour
+) -> list[Label]:
+    """How many members contain each of the largest components, '4/5'; ``scale`` enlarges them."""
+    return [
+        Label(f"{component.found}/{members}", [scale * side for side in component.box], colour)
+        for component in components[:MOST_LABELS]
+    ]
 
 
 class _Case(NamedTuple):
@@ -167,6 +202,7 @@ class _Case(NamedTuple):
     truth: Floats | None  # [h, w], smoothed, contour at 0.5
     fused: Floats
     uncertainty: Floats  # [h, w] in [0, 1]
+    scale: float  # of the enlargement
 
     @classmethod
     def of(
@@ -190,6 +226,7 @@ class _Case(NamedTuple):
             truth=None if truth is None else enlarge_mask(np.asarray(truth), size),
             fused=enlarge_mask(soft, size),
             uncertainty=np.clip(enlarge(np.asarray(uncertainty, np.float32), size), 0, 1),
+            scale=size[0] / width,
         )
 
     def marks(self) -> tuple[tuple[Colour, str], ...]:

@@ -33,6 +33,7 @@ MASKS = {
     "vote": "Fused by vote",
     "staple": "Fused by STAPLE",
     "squared_mean": "Fused by squared mean",
+    "expected_dice": "Fused by expected Dice",
 }
 
 
@@ -90,6 +91,11 @@ def class_tables(name: str, part: Summary) -> str:
             ("", "area", "cases", "Dice", "95 % interval"),
             _size_rows(part),
         )
+        + _table(
+            f"Probability and uncertainty{of_class}",
+            ("", "value", "of"),
+            _confidence_rows(part),
+        )
     )
 
 
@@ -139,6 +145,34 @@ def _size_rows(part: Summary) -> list[list[str]]:
         ]
         for third in part["by_size"]
     ]
+
+
+def _confidence_rows(part: Summary) -> list[list[str]]:
+    calibration, uncertainty = part["calibration"], part["uncertainty"]
+    curve, components = uncertainty["risk_coverage"] or {}, part["components"]
+    ratio = f"members, {number(uncertainty['spread'])} / {number(uncertainty['member_error'])}"
+    rows = [
+        ("Calibration error", calibration["error"], 4, "fused mask, all pixels"),
+        ("Calibration error, region", calibration["error_region"], 4, "pixels above 0"),
+        ("Negative log-likelihood, nats", calibration["nll"], 4, "fused mask, all pixels"),
+        ("Brier score", calibration["brier"], 4, "fused mask, all pixels"),
+        ("Spread / skill, 1 is calibrated", uncertainty["spread_skill"], 2, ratio),
+        ("Area under risk and coverage", curve.get("area"), 4, "cases, 1 less Dice"),
+        ("Area above the best order", curve.get("excess"), 4, "cases, 1 less Dice"),
+        (
+            "Components, AUROC of the members",
+            components["auroc"],
+            2,
+            f"{components['true']} of {components['number']} true",
+        ),
+    ]
+    found = [
+        [label, number(value, digits), of] for label, value, digits, of in rows if value is not None
+    ]
+    for entry in curve.get("hand_over", ()):
+        share = "not reached" if entry["share"] is None else f"{100 * entry['share']:.0f} %"
+        found.append([f"To hand over for Dice {entry['dice']:g}", share, "cases"])
+    return found
 
 
 def case_table_head(evaluation: Evaluation) -> str:

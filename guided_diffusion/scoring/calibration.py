@@ -2,9 +2,10 @@
 
 Pixels are counted by their 8-bit level (:class:`Tally`), so that a data set of any size is one
 small table. From it come the reliability curve, the expected calibration error (Naeini et al.,
-2015) and the sparsification curve (Ilg et al., 2018). Whole cases give the area under the ROC curve
-and the rank correlation of uncertainty and error; several members and several raters the
-generalised energy distance (Kohl et al., 2018) and the best member's Dice. All functions are pure.
+2015), the negative log-likelihood, the Brier score and the sparsification curve (Ilg et al., 2018).
+Whole cases give the area under the ROC curve and the rank correlation of uncertainty and error;
+several members the ratio of their spread and their error, and with several raters the generalised
+energy distance (Kohl et al., 2018) and the best member's Dice. All functions are pure.
 """
 
 from __future__ import annotations
@@ -86,6 +87,33 @@ def calibration_error(tally: Tally, bins: int = BINS) -> float:
     return gaps / total if total else float("nan")
 
 
+def negative_log_likelihood(tally: Tally) -> float:
+    """Compute the mean of -ln p over pixels, p being the probability of the true class; in nats.
+
+    A file's levels of 0 and 255 stand for all that is rounded to them, so p is kept half a level,
+    0.5 / 255, away from 0 and 1; it is in [0.00196, 6.235]. NaN without any pixel.
+    """
+    edge = 0.5 / (LEVELS - 1)
+    p = np.clip(np.arange(LEVELS) / (LEVELS - 1), edge, 1 - edge)
+    return _mean_by_level(tally, -np.log(p), -np.log(1 - p))
+
+
+def brier_score(tally: Tally) -> float:
+    """Compute the mean squared error of a probability, Brier (1950), for one class: in [0, 1].
+
+    NaN without any pixel.
+    """
+    p = np.arange(LEVELS) / (LEVELS - 1)
+    return _mean_by_level(tally, (1 - p) ** 2, p**2)
+
+
+def _mean_by_level(tally: Tally, of_hits: ArrayLike, of_others: ArrayLike) -> float:
+    """Average a score over pixels: its value [256] for a hit of each level, and for another."""
+    pixels, hits = tally.counts.T
+    total = int(pixels.sum())
+    return float(hits @ of_hits + (pixels - hits) @ of_others) / total if total else float("nan")
+
+
 class Sparsification(NamedTuple):
     """The error that remains when the most uncertain pixels are removed, Ilg et al. (2018).
 
@@ -155,6 +183,19 @@ def expected_disagreement(probability: ArrayLike) -> float:
     p = np.asarray(probability, dtype=np.float64)
     total = p.sum()
     return float((p * (1 - p)).sum() / total) if total else 0.0
+
+
+def spread_skill(spread: ArrayLike, error: ArrayLike) -> float:
+    """Divide the members' mean distance from each other by that from the truth; 1 is calibrated.
+
+    ``spread`` [N] is each case's mean 1 - Dice over all pairs of its members, ``error`` [N] the
+    mean 1 - Dice of its members with the truth, both with a Dice of 1 for two empty masks. The
+    ratio is that of the means over the cases. Where members and truth are drawn from the same
+    distribution, both means are the same; below 1 the members are too alike. NaN without a case,
+    or without an error.
+    """
+    wide, wrong = (np.asarray(x, dtype=np.float64).sum() for x in (spread, error))
+    return float(wide / wrong) if wrong else float("nan")
 
 
 def dice_table(first: Masks, second: Masks) -> NDArray[np.float64]:

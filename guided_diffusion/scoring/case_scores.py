@@ -1,8 +1,8 @@
 """The scores of one case: of its fused mask, its members, and the members under every fusion rule.
 
 :func:`load_case` reads a case and brings it to the truth's size; :func:`score_case` computes ratios
-of counts, surface distances, the members' agreement with each other and with several raters, and
-the tallies of pixels by probability and by uncertainty.
+of counts, surface distances, the members' agreement with each other, with the truth and with
+several raters, the components, and the tallies of pixels by probability and by uncertainty.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from guided_diffusion.scoring.calibration import (
     energy_distance,
     expected_disagreement,
 )
+from guided_diffusion.scoring.components import Component, find_components
 from guided_diffusion.scoring.fitting import at_size, on_grid, require_shape, resize
 from guided_diffusion.scoring.predictions import Mask, Reader, Source
 
@@ -139,15 +140,20 @@ class CaseScore(NamedTuple):
     uncertainty: float | None = None  # 1 - dice_between, or what the fused mask expects of it
     energy_distance: float | None = None  # with --raters
     dice_best: float | None = None  # with --raters: of the member that suits each rater best
+    member_error: float | None = None  # mean 1 - Dice of two or more members with the truth
 
 
 class Scored(NamedTuple):
-    """A case's row, the scores of its masks by name, and its tallies."""
+    """A case's row, the scores of its masks by name, its tallies, and its fused components.
+
+    Components are those of a case with two or more members.
+    """
 
     row: CaseScore
     masks: dict[str, MaskScore]
     probability: Tally
     uncertainty: Tally
+    components: list[Component]
 
 
 def load_case(
@@ -255,9 +261,12 @@ def score_case(masks: CaseMasks, scoring: Scoring) -> Scored:
         uncertainty=uncertainty,
         energy_distance=distance,
         dice_best=best,
+        member_error=None if between is None else _error(masks.members, truth),
     )
     errors = Tally.of(masks.uncertainty, masks.found != truth, most=0.5)
-    return Scored(row, scores, Tally.of(masks.soft, truth), errors)
+    several = len(masks.members) > 1
+    components = find_components(masks.found, masks.members, truth) if several else []
+    return Scored(row, scores, Tally.of(masks.soft, truth), errors, components)
 
 
 def _all_masks(
@@ -306,6 +315,11 @@ def _agreement(masks: CaseMasks) -> tuple[float | None, float]:
     table = dice_table(masks.members, masks.members)
     between = float((table.sum() - np.trace(table)) / pairs)
     return between, 1 - between
+
+
+def _error(members: Binary, truth: Binary) -> float:
+    """Compute the mean 1 - Dice of the members with the truth; two empty masks have a Dice of 1."""
+    return float(1 - dice_table(members, truth[None]).mean())
 
 
 def _rated(masks: CaseMasks) -> tuple[float | None, float | None]:

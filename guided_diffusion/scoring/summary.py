@@ -8,7 +8,6 @@ calibration of the probability and the value of the uncertainty.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,16 +17,14 @@ from typing import Any
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_table
 from guided_diffusion.scoring import metrics
-from guided_diffusion.scoring.calibration import (
-    BINS,
-    Tally,
-    auroc,
-    calibration_error,
-    rank_correlation,
-    reliability,
-    sparsification,
-)
+from guided_diffusion.scoring.calibration import Tally
 from guided_diffusion.scoring.case_scores import CaseScore, MaskScore, Scored, Scoring, mean_of
+from guided_diffusion.scoring.components import Component
+from guided_diffusion.scoring.confidence import (
+    describe_calibration,
+    describe_components,
+    describe_uncertainty,
+)
 from guided_diffusion.scoring.intervals import LEVEL, describe
 from guided_diffusion.scoring.patients import PatientScore, summarise_patients
 
@@ -39,10 +36,11 @@ SIZES = ("small", "medium", "large")
 
 @dataclass
 class ClassScores:
-    """The scores of one class: rows, scores of single masks, patients and tallies of pixels."""
+    """The scores of one class: rows, single masks, components, patients and tallies of pixels."""
 
     rows: list[CaseScore] = field(default_factory=list)
     masks: list[dict[str, MaskScore]] = field(default_factory=list)
+    components: list[list[Component]] = field(default_factory=list)
     patients: list[PatientScore] = field(default_factory=list)
     of_patient: dict[str, str] = field(default_factory=dict)
     probability: Tally = field(default_factory=Tally.empty)
@@ -52,6 +50,7 @@ class ClassScores:
         """Add the scores of one case."""
         self.rows.append(scored.row)
         self.masks.append(scored.masks)
+        self.components.append(scored.components)
         self.of_patient[scored.row.name] = patient
         self.probability = self.probability.plus(scored.probability)
         self.uncertainty = self.uncertainty.plus(scored.uncertainty)
@@ -122,8 +121,9 @@ def summarise(scores: ClassScores, scoring: Scoring) -> Summary:
         "scores_lesion": _described(lesion, scores),
         "by_size": _by_size(lesion, scores),
         "masks": _masks(scores),
-        "calibration": _calibration(scores.probability),
-        "uncertainty": _uncertainty(scores, scoring),
+        "calibration": describe_calibration(scores.probability),
+        "uncertainty": describe_uncertainty(rows, scores.uncertainty, low_dice=scoring.low_dice),
+        "components": describe_components(rows, scores.components),
         **summarise_patients(scores.patients),
     }
 
@@ -185,36 +185,6 @@ def _masks(scores: ClassScores) -> Summary:
             "of": len(of_kind),
         }
         for name, of_kind in pooled.items()
-    }
-
-
-def _calibration(tally: Tally) -> Summary:
-    """Describe the calibration over all pixels, and over those that are not surely background."""
-    region = tally.counts.copy()
-    region[0, 0] = region[0, 1]  # leave out background of probability 0, most of a picture
-    return {
-        "bins": BINS,
-        "error": metrics.none_for_nan(calibration_error(tally)),
-        "error_region": metrics.none_for_nan(calibration_error(Tally(region))),
-        "curve": [bin._asdict() for bin in reliability(tally)],
-    }
-
-
-def _uncertainty(scores: ClassScores, scoring: Scoring) -> Summary:
-    """Describe how the uncertainty predicts the error of cases (with a Dice) and of pixels."""
-    rows = [row for row in scores.rows if row.dice is not None and row.uncertainty is not None]
-    uncertainty = [row.uncertainty or 0.0 for row in rows]
-    errors = [1 - (row.dice or 0.0) for row in rows]
-    low = [error > 1 - scoring.low_dice for error in errors]
-    curve = sparsification(scores.uncertainty)
-    members = Counter(row.members > 1 for row in scores.rows)
-    return {
-        "of": "members" if members[True] == len(scores.rows) else "fused mask",
-        "correlation": metrics.none_for_nan(rank_correlation(uncertainty, errors)),
-        "low_dice": scoring.low_dice,
-        "low_cases": sum(low),
-        "auroc": metrics.none_for_nan(auroc(uncertainty, low)),
-        "sparsification": {**curve._asdict(), "area": metrics.none_for_nan(curve.area)},
     }
 
 
@@ -329,13 +299,26 @@ def _confidence_lines(summary: Summary) -> list[str]:
         f"{_number(dice['high'])} (over {drawn}), median {_number(dice['median'])}"
     ]
     calibration, uncertainty = summary["calibration"], summary["uncertainty"]
-    parts = [f"calibration error {_number(calibration['error'])}"]
+    lines.append(
+        f"calibration error {_number(calibration['error'])}, NLL {_number(calibration['nll'])}, "
+        f"Brier score {_number(calibration['brier'])}"
+    )
+    if uncertainty["spread_skill"] is not None:
+        ratio = _number(uncertainty["spread_skill"], 2)
+        lines.append(f"spread/skill {ratio}: members are calibrated at 1, too alike below")
     if uncertainty["auroc"] is not None:
-        parts.append(
+        lines.append(
             f"uncertainty finds Dice < {uncertainty['low_dice']:g} with AUROC "
             f"{_number(uncertainty['auroc'], 3)}"
         )
-    return [*lines, "; ".join(parts)]
+    return lines + _hand_over_lines(uncertainty["risk_coverage"])
+
+
+def _hand_over_lines(curve: Summary | None) -> list[str]:
+    """How many of the most uncertain cases to hand over for the rest to be better than all are."""
+    shares = {entry["dice"]: entry["share"] for entry in curve["hand_over"]} if curve else {}
+    parts = [f"{100 * share:.0f} % for {dice:g}" for dice, share in shares.items() if share]
+    return [f"cases to hand over for a mean Dice of the rest: {', '.join(parts)}"] if parts else []
 
 
 def _settings_warning(summary: Summary) -> list[str]:

@@ -1,4 +1,4 @@
-"""The text files of a scored folder: the CSV tables of cases, masks and patients, the summary."""
+"""The text files of a scored folder: tables of cases, masks, components, patients; the summary."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from guided_diffusion.scoring.summary import ClassScores, Summary
 WRITTEN = (
     "scores.csv",
     "masks.csv",
+    "components.csv",
     "patients.csv",
     "summary.json",
     "comparison.json",
@@ -37,6 +38,8 @@ def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summa
     rows = {name: of_class.rows for name, of_class in scores.items()}
     write_text(folder / "scores.csv", table_text(rows, CaseScore._fields))
     write_text(folder / "masks.csv", _masks_text(scores))
+    if any(row.members > 1 for of_class in scores.values() for row in of_class.rows):
+        write_text(folder / "components.csv", _components_text(scores))
     if any(of_class.patients for of_class in scores.values()):
         patients = {name: of_class.patients for name, of_class in scores.items()}
         write_text(folder / "patients.csv", table_text(patients, PatientScore._fields))
@@ -69,6 +72,30 @@ def _masks_text(scores: Mapping[str, ClassScores]) -> str:
         for row, masks in zip(of_class.rows, of_class.masks, strict=True):
             for mask, score in masks.items():
                 writer.writerow([row.name, *_class_column(scores, name), mask, *score])
+    return text.getvalue()
+
+
+COMPONENT_FIELDS = (
+    *("component", "pixels", "top", "left", "bottom", "right"),
+    *("member_share", "truth_share"),
+)
+
+
+def _components_text(scores: Mapping[str, ClassScores]) -> str:
+    """Format one CSV line for each component of a fused mask with several members.
+
+    ``member_share`` is the share of members that contain it, ``truth_share`` that of its pixels
+    which lie in the truth. Rows count from the top, the ends of a rectangle are left out.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", *_class_column(scores, "class"), *COMPONENT_FIELDS])
+    for name, of_class in scores.items():
+        for row, components in zip(of_class.rows, of_class.components, strict=True):
+            for number, component in enumerate(components, 1):
+                *place, found, inside = component
+                values = [number, *place, found / row.members, inside]
+                writer.writerow([row.name, *_class_column(scores, name), *values])
     return text.getvalue()
 
 

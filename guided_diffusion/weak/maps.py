@@ -24,6 +24,7 @@ from guided_diffusion.networks.classifier import EncoderUNetModel
 from guided_diffusion.networks.resnet import ResNet50
 from guided_diffusion.sampling import ddim
 from guided_diffusion.schedule import NoiseLevel
+from guided_diffusion.scoring.components import clean
 
 Map = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -140,15 +141,4 @@ def mask_of(heat: Map, *, largest: int = 0, fill_holes: bool = False) -> Mask:
         fill_holes: fill what the mask encloses.
     """
     mask = np.asarray(heat > threshold_otsu(heat)) if np.ptp(heat) > 0 else heat > np.inf
-    if largest:
-        mask = _largest(mask, connectivity=largest)
-    return np.asarray(ndimage.binary_fill_holes(mask)) if fill_holes else mask
-
-
-def _largest(mask: Mask, *, connectivity: int) -> Mask:
-    """Keep the component of most pixels, the first of equals."""
-    structure = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
-    labels, count = ndimage.label(mask, structure)
-    if not count:
-        return mask
-    return np.asarray(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]))
+    return clean(mask, largest=largest, fill_holes=fill_holes)

@@ -22,7 +22,7 @@ from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.dpm_solver import solver_levels
-from guided_diffusion.ensemble import disagreement
+from guided_diffusion.ensemble import disagreement, expected_dice
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.cases import draw_or_note
 from guided_diffusion.inference.drawing import Draws
@@ -32,6 +32,7 @@ from guided_diffusion.inference.record import Record
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.options.segmentation import SamplingOptions
 from guided_diffusion.sampling import member_seed
+from guided_diffusion.scoring.components import clean, find_components
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.unet import Condition, UNetModel
 
@@ -444,7 +445,7 @@ def test_nifti_comes_with_the_affine_of_the_input(tmp_path: Path) -> None:
         assert_close(stored, values.double(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("fusion", ["mean", "vote", "staple"])
+@pytest.mark.parametrize("fusion", ["mean", "vote", "staple", "expected_dice"])
 def test_the_fusion_is_that_of_the_plan(fusion: str) -> None:
     (result,) = make_segmenter(fusion=fusion, num_ensemble=5).segment([cases_in_memory(1)[0]])
     votes = (result.members >= 0.5).float().mean(0)
@@ -454,7 +455,24 @@ def test_the_fusion_is_that_of_the_plan(fusion: str) -> None:
         assert_close(result.fused, (votes >= 0.5).float())
     if fusion == "staple":
         assert (result.fused[votes == 1] > 0.9).all() and (result.fused[votes == 0] < 0.1).all()
+    if fusion == "expected_dice":
+        assert_close(result.fused, expected_dice(result.members))
     assert 0 < result.mask.float().mean() < 1
+
+
+@pytest.mark.parametrize("largest", [4, 8])
+def test_the_largest_component_and_its_holes_filled(largest: int) -> None:
+    plain = make_segmenter()
+    (case,) = [cases_in_memory(1)[0]]
+    (before,) = plain.segment([case])
+    segmenter = make_segmenter(largest=largest, fill_holes=True)
+    (after,) = segmenter.segment([case])
+    expected = clean(before.mask.numpy(), largest=largest, fill_holes=True)
+    assert np.array_equal(after.mask.numpy(), expected) and not after.mask.equal(before.mask)
+    same = after.mask == before.mask
+    assert_close(after.fused[same], before.fused[same], rtol=0, atol=0.002)
+    assert after.members.equal(before.members) and after.uncertainty.equal(before.uncertainty)
+    assert segmenter.fingerprint != plain.fingerprint
 
 
 def test_a_truth_changes_the_overlay_alone(tmp_path: Path) -> None:
@@ -473,7 +491,7 @@ def test_the_record_of_predictions(tmp_path: Path) -> None:
     rows = table(tmp_path / "predictions.csv")
     assert [row["name"] for row in rows] == ["case0", "case1", "case2"]
     assert list(rows[0]) == [
-        *("name", "members", "area", "empty_members", "full_members"),
+        *("name", "members", "area", "component_shares", "empty_members", "full_members"),
         *("disagreement", "uncertainty", "seconds", "fingerprint"),
     ]
     for row in rows:
@@ -484,6 +502,9 @@ def test_the_record_of_predictions(tmp_path: Path) -> None:
         )
         (result,) = segmenter.segment([case])
         assert row["members"] == "3" and row["fingerprint"] == "abc"
+        found = find_components(result.mask.numpy(), (result.members >= 0.5).numpy(), most=12)
+        shares = [float(share) for share in row["component_shares"].split()]
+        assert shares == pytest.approx([component.found / 3 for component in found], abs=1e-5)
         assert int(row["area"]) == pytest.approx(int(result.mask.sum()), abs=1)
         assert float(row["uncertainty"]) == pytest.approx(
             float(result.uncertainty.mean()), abs=1e-4

@@ -285,6 +285,14 @@ def test_the_normalisation_of_training_is_used(trained: Path, tmp_path: Path) ->
         assert Segmenter.load(path).normalise == expected
 
 
+def test_flags_of_the_fused_mask_reach_the_plan(trained: Path) -> None:
+    flags = {"fusion": "expected_dice", "largest": "4", "fill_holes": True}
+    plan = Segmenter.load(trained, **flags).plan
+    assert (plan.fusion, plan.largest, plan.fill_holes) == ("expected_dice", 4, True)
+    plan = Segmenter.load(trained).plan
+    assert (plan.fusion, plan.largest, plan.fill_holes) == ("mean", 0, False)
+
+
 def test_squared_mean_by_hand() -> None:
     members = torch.tensor([[[0.0, 1.0, 0.5, 1.0]], [[1.0, 1.0, 0.5, 0.0]]])
     torch.testing.assert_close(squared_mean(members), torch.tensor([[0.25, 1.0, 0.25, 0.25]]))

@@ -13,13 +13,16 @@ from guided_diffusion.scoring.calibration import (
     Tally,
     auroc,
     best_dice,
+    brier_score,
     calibration_error,
     dice_table,
     energy_distance,
     expected_disagreement,
+    negative_log_likelihood,
     rank_correlation,
     reliability,
     sparsification,
+    spread_skill,
 )
 
 NAN = float("nan")
@@ -55,6 +58,21 @@ def test_a_calibrated_probability_has_no_error_and_an_inverted_one_a_large_one()
     assert calibration_error(Tally.of(p, hits)) == pytest.approx(0, abs=1e-12)
     assert calibration_error(Tally.of(p, ~hits), bins=255) == pytest.approx(0.5, abs=0.01)
     assert sum(bin.pixels for bin in reliability(Tally.of(p, hits))) == p.size
+
+
+def test_likelihood_and_brier_score_by_hand():
+    """Levels 51 and 204 are 0.2 and 0.8; 0 and 255 are half a level away from certainty."""
+    tally = Tally.of([0.2, 0.2, 0.8, 0.8], [True, False, True, True])
+    expected = -(math.log(0.2) + 3 * math.log(0.8)) / 4
+    assert negative_log_likelihood(tally) == pytest.approx(expected)
+    assert brier_score(tally) == pytest.approx((0.64 + 3 * 0.04) / 4)
+
+    right, wrong = Tally.of([0.0, 1.0], [False, True]), Tally.of([0.0, 1.0], [True, False])
+    assert negative_log_likelihood(right) == pytest.approx(-math.log(1 - 1 / 510))
+    assert negative_log_likelihood(wrong) == pytest.approx(math.log(510))
+    assert (brier_score(right), brier_score(wrong)) == (0, 1)
+    assert math.isnan(negative_log_likelihood(Tally.empty()))
+    assert math.isnan(brier_score(Tally.empty()))
 
 
 def test_sparsification_by_hand():
@@ -126,6 +144,50 @@ def test_the_best_member_by_hand():
     members = np.stack([FULL, LEFT])
     assert best_dice(members, np.stack([LEFT, TOP])) == pytest.approx((1 + 2 / 3) / 2)
     assert best_dice(members, NONE[None]) == 0
+
+
+def spread_and_error(members, truth):
+    """Mean 1 - Dice of two members with each other, and of both with the truth."""
+    between = 1 - dice_table(members[:1], members[1:])[0, 0]
+    return between, float(1 - dice_table(members, truth[None]).mean())
+
+
+def test_spread_and_skill_by_hand():
+    """LEFT and TOP share one pixel of two each, and have a Dice of 2/3 with FULL."""
+    first = spread_and_error(np.stack([LEFT, TOP]), FULL)
+    assert first == pytest.approx((1 / 2, 1 / 3))
+    assert spread_skill(*([value] for value in first)) == pytest.approx(3 / 2)
+    second = spread_and_error(np.stack([FULL, FULL]), LEFT)
+    both = zip(first, second, strict=True)
+    assert spread_skill(*both) == pytest.approx((1 / 2 + 0) / (1 / 3 + 1 / 3))
+    assert math.isnan(spread_skill([0.0], [0.0])) and math.isnan(spread_skill([], []))
+
+
+def test_members_drawn_as_the_truth_is_are_calibrated():
+    """Every choice of two members and a truth among four masks occurs once: the ratio is 1."""
+    masks = np.stack([FULL, LEFT, TOP, NONE])
+    cases = [
+        spread_and_error(masks[[i, j]], masks[k])
+        for i in range(4)
+        for j in range(4)
+        for k in range(4)
+    ]
+    assert spread_skill(*zip(*cases, strict=True)) == pytest.approx(1)
+    alike = [spread_and_error(masks[[i, i]], masks[k]) for i in range(4) for k in range(4)]
+    assert spread_skill(*zip(*alike, strict=True)) == 0
+
+
+def test_spread_and_skill_of_random_masks_is_near_one_and_falls_with_the_spread():
+    generator = np.random.default_rng(0)
+    cases, sharp = [], []
+    for _ in range(300):
+        p = generator.random((8, 8)) ** 2
+        drawn = generator.random((3, 8, 8)) < p
+        cases.append(spread_and_error(drawn[:2], drawn[2]))
+        surer = generator.random((2, 8, 8)) < np.where(p > 0.5, 0.9 + 0.1 * p, 0.1 * p)
+        sharp.append(spread_and_error(surer, drawn[2]))
+    assert spread_skill(*zip(*cases, strict=True)) == pytest.approx(1, abs=0.03)
+    assert spread_skill(*zip(*sharp, strict=True)) < 0.6
 
 
 MASKS = st.lists(st.integers(0, 2**9 - 1), min_size=1, max_size=5).map(

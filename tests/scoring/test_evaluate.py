@@ -16,6 +16,7 @@ from guided_diffusion.report.canvas import heat, soft_png
 from guided_diffusion.report.pictures import overlay
 from guided_diffusion.scoring import evaluate as evaluation
 from guided_diffusion.scoring.case_scores import resize
+from guided_diffusion.scoring.components import find_components
 from guided_diffusion.scoring.evaluate import evaluate
 from guided_diffusion.scoring.predictions import read_soft
 from guided_diffusion.scoring.summary import summary_text
@@ -289,6 +290,24 @@ def test_overlay_shows_each_panel_in_its_place(channels):
     assert fused[80, 60, 2] > fused[80, 60, 0] + 50
     np.testing.assert_allclose(uncertainty[80, 60], heat(1.0), atol=2)
     assert len(np.unique(uncertainty[10, 150])) == 1
+
+
+def test_an_overlay_has_a_number_beside_each_component():
+    """At the right of a square, at the left of one at the edge, and only on the fused panel."""
+    fused = np.zeros((16, 16), dtype=np.float32)
+    fused[6:10, 4:8] = fused[1:3, 13:] = 1
+    components = find_components(fused > 0, fused[None] > 0)
+    image = np.full((1, 16, 16), 0.5, dtype=np.float32)
+    arguments = {"name": "a", "members": 2, "panel": 160}
+    plain = overlay(image, fused, fused, fused / 2, **arguments)
+    drawn = overlay(image, fused, fused, fused / 2, components=components, **arguments)
+    changed = (plain != drawn).any(axis=-1)[50:210, 20:]
+    panels = [changed[:, i * 172 : i * 172 + 160] for i in range(4)]
+    assert [panel.any() for panel in panels] == [False, False, True, False]
+    rows, columns = panels[2].nonzero()
+    beside = (columns >= 80) & (columns < 110) & (abs(rows - 80) < 12)
+    before = (columns >= 100) & (columns < 130) & (abs(rows - 20) < 12)
+    assert beside.any() and before.any() and (beside | before).all()
 
 
 def test_overlay_without_truth_and_of_another_shape():

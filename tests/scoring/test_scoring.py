@@ -92,6 +92,7 @@ def test_members_and_fusions_by_hand(tmp_path):
             "vote": 1,
             "staple": 1,
             "squared_mean": 0,
+            "expected_dice": 1,
         }
     )
     (row,) = read_csv(pair[0] / "scores.csv")
@@ -99,6 +100,37 @@ def test_members_and_fusions_by_hand(tmp_path):
     assert float(row["uncertainty"]) == pytest.approx(2 / 3)
     assert summary["masks"]["member"]["dice"] == pytest.approx(2 / 3)
     assert summary["masks"]["mean"]["hd95"] == 0
+
+    # Two of three pairs have a Dice of 0; one of three members has a Dice of 0 with the truth.
+    assert float(row["member_error"]) == pytest.approx(1 / 3)
+    assert summary["uncertainty"]["spread_skill"] == pytest.approx((2 / 3) / (1 / 3))
+    (component,) = read_csv(pair[0] / "components.csv")
+    assert {key: float(value) for key, value in component.items() if key != "name"} == {
+        **{"component": 1, "pixels": 64, "top": 4, "left": 6, "bottom": 12, "right": 14},
+        **{"member_share": pytest.approx(2 / 3), "truth_share": 0.75},
+    }
+
+
+def test_components_and_the_members_that_contain_them(tmp_path):
+    """Of two squares one is true and in every member, the other in one of two."""
+    other = EMPTY.copy()
+    other[0:2, 0:2] = 1
+    both = np.maximum(SQUARE, other)
+    files = {"a_output_ens.png": both, "a_output0.png": both, "a_output1.png": SQUARE}
+    files["b_output_ens.png"] = SQUARE  # without members: nothing to count
+    pair = folder(tmp_path, files, {"a": SQUARE, "b": SQUARE})
+    summary = evaluate(*pair)
+    rows = read_csv(pair[0] / "components.csv")
+    columns = ("name", "component", "member_share", "truth_share")
+    shown = [[row[column] for column in columns] for row in rows]
+    assert shown == [["a", "1", "1.0", "1.0"], ["a", "2", "0.5", "0.0"]]
+    assert summary["components"] == {
+        **{"number": 2, "true": 1, "share_true": 1, "share_false": 0.5, "auroc": 1}
+    }
+    assert summary["uncertainty"]["spread"] == pytest.approx(1 - 128 / 132)
+    assert summary["uncertainty"]["member_error"] == pytest.approx((1 - 128 / 132) / 2)
+    assert summary["uncertainty"]["spread_skill"] == pytest.approx(2)
+    assert "spread/skill 2.00" in summary_text(summary)
 
 
 @settings(max_examples=10, deadline=None)
@@ -138,6 +170,19 @@ def test_calibration_and_uncertainty_of_a_folder_by_hand(tmp_path):
     assert uncertainty["correlation"] == pytest.approx(1)
     assert uncertainty["sparsification"]["error"][0] == pytest.approx(128 / 512)
     assert uncertainty["sparsification"]["error"][-1] == pytest.approx(0, abs=1e-9)
+
+    # Case a has a Dice of 0 and is handed over first: 1/2 for both, 1 for the rest.
+    half = 128 * (math.log(5) + math.log(1.25))  # -ln 0.2 of the lesion, -ln 0.8 of the rest
+    sure = 256 * -math.log(1 - 1 / 510)
+    assert summary["calibration"]["nll"] == pytest.approx((half + sure) / 512)
+    assert summary["calibration"]["brier"] == pytest.approx(128 * (0.64 + 0.04) / 512)
+    assert uncertainty["spread_skill"] is None and uncertainty["spread"] is None
+    curve = uncertainty["risk_coverage"]
+    assert curve["curve"] == {"handed": [0, 0.5], "dice": [0.5, 1], "oracle": [0.5, 1]}
+    assert (curve["area"], curve["excess"]) == (0.25, 0)
+    assert [entry["share"] for entry in curve["hand_over"]] == [0.5] * 4
+    assert summary["components"]["number"] == 0 and not (pair[0] / "components.csv").exists()
+    assert "hand over for a mean Dice of the rest: 50 % for 0.8, 50 %" in summary_text(summary)
 
 
 def test_intervals_and_thirds_by_size(tmp_path):
