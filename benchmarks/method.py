@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from guided_diffusion import logger
@@ -39,7 +41,6 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset
 from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.data.splits import narrowed
 from guided_diffusion.dist_util import describe, dev, place_model
-from guided_diffusion.ensemble import disagreement
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.inference.plan import make_plan
 from guided_diffusion.inference.segmenter import Segmenter
@@ -156,10 +157,12 @@ def main() -> None:
     for name in arguments.sets:
         if (arguments.data / SETS[name][0]).exists():
             DATA[name] = load(arguments.data, name, arguments.size, arguments.cases)
-    for stage in arguments.stages:
+    for group in (("screen",), ("evaluations", "finals")):  # the screen chooses who goes on
         done = read(arguments.out)
         jobs = [
             job
+            for stage in group
+            if stage in arguments.stages
             for job in STAGES[stage](arguments, done)
             if not any(all(line.get(key) == value for key, value in job.items()) for line in done)
         ]
@@ -212,7 +215,10 @@ def results(jobs: Sequence[Json], arguments: argparse.Namespace) -> Iterator[Jso
         yield from (run(job, arguments) for job in jobs)
         return
     fork = multiprocessing.get_context("fork")  # the data in memory are shared
-    with ProcessPoolExecutor(arguments.jobs, mp_context=fork) as pool:
+    ends = (signal.SIGTERM, signal.SIG_DFL)  # what the package installs is for one process
+    with ProcessPoolExecutor(
+        arguments.jobs, mp_context=fork, initializer=signal.signal, initargs=ends
+    ) as pool:
         for future in as_completed([pool.submit(run, job, arguments) for job in jobs]):
             yield future.result()
 
@@ -300,7 +306,7 @@ def run(job: Json, arguments: argparse.Namespace) -> Json:
         if recipe.get("mask_dropout"):
             w = guidance(segmenter, data.validation)
             line["mask_guidance"] = w
-            asked["5 x 4, w chosen"] = asked["5 x 4"] | {"mask_guidance": w}
+            asked["5 x 4, w chosen"] = asked.pop("5 x 4, w = 1.5") | {"mask_guidance": w}
             asked["1 x 12"] = asked["1 x 4"] | {"num_ensemble": 12}
         if job["recipe"] == PARENTS:
             asked["50 x 4"] = asked["5 x 4"] | {"steps": 50}
@@ -379,9 +385,9 @@ def score(segmenter: Segmenter, cases: Sequence[Case], flags: Json, *, keep: boo
         truth = case.mask[0] >= 0.5
         dice.append(score_of(case, result).dice)
         tally = tally.plus(Tally.of(result.fused.numpy(), truth.numpy()))
-        spread.append(disagreement(result.members))
-        pairs = torch.stack([torch.stack([m, truth.float()]) for m in result.members])
-        error.append(float(np.mean([disagreement(pair) for pair in pairs])))
+        between, wrong = distances(result.members >= 0.5, truth)
+        spread.append(between)
+        error.append(wrong)
     several = len(result.members) > 1
     return {
         "dice": round(float(np.mean(dice)), 5),
@@ -396,6 +402,17 @@ def score(segmenter: Segmenter, cases: Sequence[Case], flags: Json, *, keep: boo
         "seconds_a_case": round(seconds / len(cases), 5),
         **({"cases": [round(value, 4) for value in dice]} if keep else {}),
     }
+
+
+def distances(members: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Mean 1 - Dice between members, bool [E, H, W], and of members with the truth, bool [H, W]."""
+    masks = torch.cat([members, truth[None]]).flatten(1).float()
+    common, sizes = masks @ masks.T, masks.sum(dim=1)
+    both = sizes[:, None] + sizes
+    gap = torch.where(both > 0, 1 - 2 * common / both.clamp(min=1), 0.0)
+    count = len(members)
+    pairs = gap[:count, :count].sum() / max(count * (count - 1), 1)
+    return float(pairs), float(gap[:count, count].mean())
 
 
 def guidance(segmenter: Segmenter, cases: Sequence[Case]) -> float:

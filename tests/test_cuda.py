@@ -114,7 +114,7 @@ def test_the_device_is_chosen_and_named() -> None:
     assert torch.cuda.get_device_name(0) in describe(CUDA)
 
 
-@pytest.mark.parametrize("version", ["plain", "new", "2"])
+@pytest.mark.parametrize("version", ["plain", "unet", "new", "2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_networks_predict_what_they_predict_on_the_cpu(version: str, precision: str) -> None:
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(2))
