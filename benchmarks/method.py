@@ -216,11 +216,20 @@ def results(jobs: Sequence[Json], arguments: argparse.Namespace) -> Iterator[Jso
         return
     fork = multiprocessing.get_context("fork")  # the data in memory are shared
     ends = (signal.SIGTERM, signal.SIG_DFL)  # what the package installs is for one process
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         arguments.jobs, mp_context=fork, initializer=signal.signal, initargs=ends
-    ) as pool:
+    )
+    failed = []
+    try:
         for future in as_completed([pool.submit(run, job, arguments) for job in jobs]):
-            yield future.result()
+            if error := future.exception():
+                failed.append(error)
+            else:
+                yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        raise failed[0]
 
 
 def job_of(
