@@ -264,7 +264,7 @@ class SamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "how masks are fused; squared_mean: MedSegDiff's staple, expected_dice: best threshold",
+        "fusion of masks; squared_mean: MedSegDiff's staple, expected_dice: the best threshold",
         choices=("mean", "vote", "staple", "squared_mean", "expected_dice"),
     )
     uncertainty: str = flag(
