@@ -210,9 +210,8 @@ class SamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "how the masks of a case become one; expected_dice: by the threshold of the best mean Dice "
-        "with them; direct: the network's answer without a noisy mask, or the mean of the first "
-        "answers; squared_mean is what MedSegDiff calls staple",
+        "fusion of masks: direct takes the answer without a noisy mask, expected_dice the best "
+        "threshold; squared_mean is MedSegDiff's staple",
         choices=("mean", "vote", "staple", "expected_dice", "direct", "squared_mean"),
     )
     uncertainty: str = flag(

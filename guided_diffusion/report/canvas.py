@@ -93,30 +93,29 @@ class Canvas:
         self._legend(left + width, middle, caption.marks)
 
     def label(self, index: int, labels: Sequence[Label]) -> None:
-        """Write labels on panel ``index``; those that would cover an earlier one are left out.
+        """Write labels on panel ``index``, each at the right of its rectangle if there is space.
 
-        Each is at the right of its rectangle, at the left where there is no space.
+        Else it is at the left, above or below; where it would cover others, it is left out.
         """
         row, column = divmod(index, self.panels)
-        origin = (MARGIN + column * (self.size[0] + GAP), HEADER + row * (self.size[1] + FOOTER))
-        taken: list[tuple[float, float]] = []
+        left, top = MARGIN + column * (self.size[0] + GAP), HEADER + row * (self.size[1] + FOOTER)
+        font, taken = ImageFont.load_default(size=13), list[tuple[float, float]]()
         for label in labels:
-            top, left, bottom, right = label.box
             width = self._width(label.text, size=13)
-            x = right + 5 if right + 5 + width <= self.size[0] else max(2.0, left - 5 - width)
-            y = min(max((top + bottom) / 2, 8.0), self.size[1] - 8.0)
-            if any(abs(x - at[0]) < width + 4 and abs(y - at[1]) < 15 for at in taken):
-                continue
-            taken.append((x, y))
-            self.draw.text(
-                (origin[0] + x, origin[1] + y),
-                label.text,
-                font=ImageFont.load_default(size=13),
-                fill=label.colour,
-                anchor="lm",
-                stroke_width=2,
-                stroke_fill=(0, 0, 0),
-            )
+            for x, y in _places(label.box, width):
+                inside = 2 <= x <= self.size[0] - width - 2 and 8 <= y <= self.size[1] - 8
+                if inside and all(abs(x - a) > width + 4 or abs(y - b) > 15 for a, b in taken):
+                    taken.append((x, y))
+                    self.draw.text(
+                        (left + x, top + y),
+                        label.text,
+                        font=font,
+                        fill=label.colour,
+                        anchor="lm",
+                        stroke_width=2,
+                        stroke_fill=(0, 0, 0),
+                    )
+                    break
 
     def _legend(self, right: int, middle: int, marks: tuple[tuple[Colour, str], ...]) -> None:
         space = self.size[0] - 90
@@ -157,6 +156,13 @@ class Canvas:
     ) -> None:
         font = ImageFont.load_default(size=size)
         self.draw.text(at, text, font=font, fill=fill, anchor=anchor)
+
+
+def _places(box: Sequence[float], width: float) -> list[tuple[float, float]]:
+    """Where a label of a rectangle may be, the best place first: its left end and its middle."""
+    top, left, bottom, right = box
+    across, down = (left + right - width) / 2, (top + bottom) / 2
+    return [(right + 5, down), (left - 5 - width, down), (across, top - 10), (across, bottom + 10)]
 
 
 def soft_png(values: ArrayLike) -> Pixels:

@@ -187,4 +187,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
         f"bootstrap over {summary['interval']['drawn']}.",
         "The uncertainty of a case is 1 less the mean Dice of two members, or of two masks drawn "
         "from the fused probability where there are no members.",
+        "Spread / skill is the mean 1 less Dice of two members over that of a member with the "
+        "truth: 1 where the truth is like one more member, less where members are too alike.",
+        "A component is a true one if half of its pixels or more lie in the truth.",
     ]

@@ -160,7 +160,7 @@ def _confidence_rows(part: Summary) -> list[list[str]]:
         ("Area under risk and coverage", curve.get("area"), 4, "cases, 1 less Dice"),
         ("Area above the best order", curve.get("excess"), 4, "cases, 1 less Dice"),
         (
-            "Components, AUROC of the members",
+            "Components, AUROC of member shares",
             components["auroc"],
             2,
             f"{components['true']} of {components['number']} true",

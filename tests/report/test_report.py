@@ -100,6 +100,32 @@ def test_a_report_of_300_cases_is_small(scored):
     assert 300 * usual + scored[1].stat().st_size < 10e6
 
 
+def test_the_trust_in_probability_and_uncertainty(scored):
+    evaluation, path = scored
+    text = path.read_text("utf-8")
+    rows = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td>([^<]*)</td>', text))
+    uncertainty, calibration = (evaluation.summary[key] for key in ("uncertainty", "calibration"))
+    assert rows["Spread / skill, 1 is calibrated"] == f"{uncertainty['spread_skill']:.2f}"
+    assert rows["Negative log-likelihood, nats"] == f"{calibration['nll']:.4f}"
+    assert rows["Brier score"] == f"{calibration['brier']:.4f}"
+    assert rows["Area under risk and coverage"] == f"{uncertainty['risk_coverage']['area']:.4f}"
+    shares = {entry["dice"]: entry["share"] for entry in uncertainty["risk_coverage"]["hand_over"]}
+    assert 0 < shares[0.8] < shares[0.95] < 1
+    assert rows["To hand over for Dice 0.95"] == f"{100 * shares[0.95]:.0f} %"
+
+
+def test_the_risk_coverage_curve_has_a_dot_for_each_dice_that_is_reached(scored):
+    (drawn,) = re.findall(r"<svg[^>]*Risk-coverage curve.*?</svg>", scored[1].read_text("utf-8"))
+    curve = scored[0].summary["uncertainty"]["risk_coverage"]
+    reached = [entry for entry in curve["hand_over"] if entry["share"]]
+    assert drawn.count("<circle") == len(reached) > 0
+    assert drawn.count('class="curve one"') == 1 and drawn.count('class="curve quiet"') == 2
+    number = drawn.split('class="curve one" points="')[1].split('"')[0].count(",")
+    assert number == len(curve["curve"]["dice"]) == 12
+    for entry in reached:
+        assert f"{100 * entry['share']:.0f} % of the cases for {entry['dice']:g}" in drawn
+
+
 def test_masks_read_by_scoring_are_not_read_again(scored, monkeypatch):
     folder = scored[0].folder
     collected = CaseLayers(folder)
