@@ -180,8 +180,8 @@ class SamplingOptions:
     )
     sampler: str = flag(
         "",
-        "sampler; empty: DPM-Solver++ with dpm_solver, DDIM with use_ddim, else DDPM; direct: one "
-        "evaluation without noise, of networks trained with mask_dropout",
+        "sampler; empty: by dpm_solver and use_ddim, else DDPM; direct: one evaluation without a "
+        "noisy mask (of mask_dropout)",
         choices=("", "ddpm", "ddim", "direct", *SOLVERS),
     )
     steps: int = flag(0, "network evaluations per mask; 0: all timesteps, solvers 50", least=0)
@@ -210,8 +210,7 @@ class SamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "fusion of masks: direct takes the answer without a noisy mask, expected_dice the best "
-        "threshold; squared_mean is MedSegDiff's staple",
+        "fusion of masks; direct: the answer without a noisy one; squared_mean: MedSegDiff's staple",
         choices=("mean", "vote", "staple", "expected_dice", "direct", "squared_mean"),
     )
     uncertainty: str = flag(
