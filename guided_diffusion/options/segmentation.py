@@ -180,8 +180,8 @@ class SamplingOptions:
     )
     sampler: str = flag(
         "",
-        "sampler; empty: by dpm_solver and use_ddim, else DDPM; direct: one evaluation without a "
-        "noisy mask (of mask_dropout)",
+        "sampler; empty: by dpm_solver and use_ddim, else DDPM; direct: one "
+        "evaluation without a noisy mask",
         choices=("", "ddpm", "ddim", "direct", *SOLVERS),
     )
     steps: int = flag(0, "network evaluations per mask; 0: all timesteps, solvers 50", least=0)
@@ -210,7 +210,7 @@ class SamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "fusion of masks; direct: the answer without a noisy one; squared_mean: MedSegDiff's staple",
+        "fusion of masks; squared_mean: MedSegDiff's staple",
         choices=("mean", "vote", "staple", "expected_dice", "direct", "squared_mean"),
     )
     uncertainty: str = flag(
