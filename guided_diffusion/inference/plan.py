@@ -43,6 +43,7 @@ class SamplingPlan:
         coarse: how the network's coarse mask joins the members: a name of
             :data:`guided_diffusion.ensemble.BLENDS`.
         mask_guidance: how far the noisy mask is trusted; 1 needs no answer without it.
+        mask_temperature: divides the log-odds of the fused mask.
         largest: connectivity of the component of the fused mask to keep, 4 or 8; 0 keeps all.
         fill_holes: whether the holes of the fused mask are filled.
     """
@@ -61,6 +62,7 @@ class SamplingPlan:
     temperature: float = 1.0
     coarse: str = "none"
     mask_guidance: float = 1.0
+    mask_temperature: float = 1.0
     largest: int = 0
     fill_holes: bool = False
 
@@ -178,6 +180,7 @@ def make_plan(
         temperature=options.temperature,
         coarse=options.coarse,
         mask_guidance=options.mask_guidance,
+        mask_temperature=options.mask_temperature,
         largest=int(options.largest or 0),
         fill_holes=options.fill_holes,
     )

@@ -130,7 +130,11 @@ def resolve_sampling(flags: Flags, *, model: str | Path | None = None) -> Sample
         frame = Frame(network.image_size, WOLLEB_CROP if crop == "wolleb" else 0)
     _refuse_coarse(options, network)
     diffusion = resolve_objective(known, network.version)
-    options = replace(options, steps=chosen_steps(flags, options.steps))
+    options = replace(
+        options,
+        steps=chosen_steps(flags, options.steps),
+        mask_temperature=options.mask_temperature or _fitted_temperature(trained),
+    )
     options = _of_one_answer(options, flags, network, diffusion, trained.path)
     normalise = known.get("normalise", "auto")
     outcome = {**vars(options), "sampler": sampler_of(options), "version": network.version}
@@ -157,6 +161,18 @@ def chosen_steps(flags: Flags, steps: int) -> int:
     """
     respaced = flags.given.get("timestep_respacing", "")
     return steps or (0 if respaced else flags.given.get("diffusion_steps", 0))
+
+
+def _fitted_temperature(trained: Trained) -> float:
+    """Return the temperature of fused masks that the last validation of training fitted."""
+    fitted = trained.checkpoint.training.get("best", {}).get("mask_temperature")
+    if not isinstance(fitted, float):
+        raise UserError(
+            "--mask_temperature 0",
+            f"{trained.path} holds no temperature, since its training had no validation",
+            "Train with --val_dir, or omit --mask_temperature.",
+        )
+    return fitted
 
 
 def _of_one_answer(

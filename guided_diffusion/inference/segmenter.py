@@ -25,7 +25,7 @@ from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.geometry import place
 from guided_diffusion.data.readers import read_grid
 from guided_diffusion.dist_util import compiling, describe, dev, place_model
-from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse, mean
+from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse, mean, temper
 from guided_diffusion.errors import UserError, memory_problem, python_names
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.drawing import Draws, StepCallback, draw, joined
@@ -232,6 +232,8 @@ class Segmenter:
         fuse = mean if plan.fusion == "direct" else FUSIONS[plan.fusion]
         own = restored(members)
         fused = fuse(own if sources is members else restored(sources))
+        if plan.mask_temperature != 1:
+            fused = temper(fused, plan.mask_temperature)
         if plan.largest or plan.fill_holes:
             largest, fill_holes = plan.largest, plan.fill_holes
             fused = clean_soft(fused, self.classes, largest=largest, fill_holes=fill_holes)

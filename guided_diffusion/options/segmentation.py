@@ -213,6 +213,13 @@ class SamplingOptions:
         "fusion of masks; squared_mean: MedSegDiff's staple",
         choices=("mean", "vote", "staple", "expected_dice", "direct", "squared_mean"),
     )
+    mask_temperature: float = flag(
+        1.0,
+        "divides the log-odds of the fused mask, which changes no binary mask; 0: as the last "
+        "validation of training fitted it",
+        least=0,
+        most=100,
+    )
     uncertainty: str = flag(
         "std",
         "uncertainty map: std or variance of the members, or entropy (bits) of their mean",

@@ -21,6 +21,7 @@ from guided_diffusion.checkpoint import BEST, Weights
 from guided_diffusion.data.datasets import Case, SegmentationDataset
 from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import rank
+from guided_diffusion.ensemble import fit_temperature
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, make_folder
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -37,10 +38,14 @@ from guided_diffusion.scoring.metrics import confusion, dice, iou
 
 
 class Score(NamedTuple):
-    """How good a run is: mean Dice and IoU, in [0, 1], over the cases of validation."""
+    """How good a run is: mean Dice and IoU, in [0, 1], over the cases of validation.
+
+    ``mask_temperature`` is the one with which the fused masks' log-odds are calibrated best.
+    """
 
     dice: float
     iou: float
+    mask_temperature: float = 1.0
 
 
 class RatedScore(NamedTuple):
@@ -54,6 +59,7 @@ class RatedScore(NamedTuple):
     iou: float
     energy_distance: float
     dice_best: float
+    mask_temperature: float = 1.0
 
 
 class Accuracy(NamedTuple):
@@ -71,7 +77,8 @@ class BestScore:
     """The best validation of a run, and how many validations have come since.
 
     ``state`` is what a checkpoint keeps: the score by its name, ``step`` and ``since``; empty
-    before the first validation. It has ``owed`` if a signal kept the last one from its end.
+    before the first validation; also the ``mask_temperature`` that the last validation fitted. It
+    has ``owed`` if a signal kept the last one from its end.
     """
 
     def __init__(self, state: Mapping[str, Any] = {}) -> None:
@@ -95,6 +102,8 @@ class BestScore:
             self.state = {name: score[0], "step": step, "since": 0}
         else:
             self.state["since"] += 1
+        if not isinstance(score, Accuracy):
+            self.state["mask_temperature"] = score.mask_temperature
         return better
 
     def is_stale(self, patience: int, step: int) -> bool:
@@ -115,6 +124,8 @@ class BestScore:
 
 SHOWN = 4
 """Cases whose overlays a sink is shown."""
+PIXELS = 2**16
+"""Pixels of a case that the temperature of the fused masks is fitted to, at least half of them."""
 
 
 class Validation:
@@ -142,17 +153,25 @@ class Validation:
             return None
         make_folder(self.folder)
         write_picture(self.folder / "sampling.png", trajectory)
-        scores, rated = [], []
+        scores, rated, soft, truth = [], [], list[Tensor](), list[Tensor]()
         for case in self.cases:
             (result,) = self.segmenter.segment([case])
-            scores.append(score_of(case, result))
+            scores.append(score_of(case, result)[:2])
+            every = max(1, result.fused.numel() // PIXELS)
+            assert case.mask is not None
+            soft.append(result.fused.flatten()[::every])
+            truth.append(case.mask.flatten()[::every])
             rated += [agreement_of(case.raters, result)] if case.raters is not None else []
             shown = draw_overlay(case, result)
             write_picture(self.folder / f"{case.name}.png", shown)
             if len(scores) <= SHOWN:
                 logger.picture(case.name, shown, step)
-        mean = Score(*np.mean(scores, axis=0).tolist())
-        return RatedScore(*mean, *np.mean(rated, axis=0).tolist()) if rated else mean
+        mean = np.mean(scores, axis=0).tolist()
+        fitted = fit_temperature(torch.cat(soft), torch.cat(truth))
+        if rated:
+            mean += np.mean(rated, axis=0).tolist()
+            return RatedScore(*mean)._replace(mask_temperature=fitted)
+        return Score(*mean)._replace(mask_temperature=fitted)
 
 
 def score_of(case: Case, result: Segmentation) -> Score:

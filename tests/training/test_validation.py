@@ -64,7 +64,7 @@ def test_the_best_is_kept(
     kept = load_checkpoint(tmp_path / BEST)
     assert (kept.step, kept.training["best"]) == (
         best,
-        {"dice": max(scores), "step": best, "since": 0},
+        {"dice": max(scores), "step": best, "since": 0, "mask_temperature": 1.0},
     )
     assert {path.name for path in tmp_path.iterdir()} == {BEST, LATEST, "savedmodel000006.pt"}
     assert latest_checkpoint(tmp_path) == tmp_path / LATEST
