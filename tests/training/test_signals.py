@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -145,6 +146,37 @@ def test_a_signal_within_a_destructor_is_not_lost(capsys: pytest.CaptureFixture[
     with StopSignal() as stop, pytest.raises(Stopped), stop.at_once():
         Received()
         time.sleep(30)
+
+
+def test_a_signal_while_torch_is_loaded_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loading of NumPy swallows exceptions: the run went on, or failed in some other way."""
+    monkeypatch.setattr(torch.__spec__, "_initializing", True, raising=False)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with (
+        pytest.raises(SystemExit) as left,
+        exit_on_user_error(),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        told_to_end()
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; what is finished is kept\n"
+
+
+def test_ctrl_c_before_a_command_begins_shows_no_traceback() -> None:
+    """The package's modules are loaded, which takes a while, before a handler can be there."""
+    code = (
+        "import os, signal, sys\n"
+        "sys.addaudithook(lambda event, args: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if event == 'import' and args[0] == 'guided_diffusion.commands' else None)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import runpy; runpy.run_path('scripts/check_data.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_hang_up_is_ignored_under_nohup() -> None:
