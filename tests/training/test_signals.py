@@ -23,10 +23,11 @@ from torch import Tensor
 
 from benchmarks.survival import Forker, survive
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from guided_diffusion.data.batches import Batch
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.errors import Stopped, UserError, exit_on_user_error
+from guided_diffusion.training import checkpoints
 from guided_diffusion.training.stop_signal import StopSignal
 from guided_diffusion.training.validation import Score
 
@@ -294,6 +295,26 @@ def test_a_case_that_cannot_be_read_ends_a_run_that_has_saved(tmp_path: Path) ->
     with pytest.raises(UserError, match="is gone"):
         loop.run_loop()
     assert load_checkpoint(tmp_path / LATEST).step == 2
+
+
+def test_a_checkpoint_is_written_before_an_error_leaves_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: Any, **named: Any) -> None:
+        time.sleep(0.2)
+        save_checkpoint(*arguments, **named)
+
+    def step(batch: Batch) -> Tensor:
+        if loop.step == 1:
+            raise UserError("step 1", "the gradient was not finite", "Lower --lr.")
+        return run_step(batch)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slowly)
+    loop = make_loop(tmp_path, max_steps=3, save_interval=1)
+    run_step, loop.run_step = loop.run_step, step  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="finite"):
+        loop.run_loop()
+    assert load_checkpoint(tmp_path / LATEST).step == 1
 
 
 def test_a_signal_interrupts_compilation(tmp_path: Path) -> None:
