@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from guided_diffusion.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from guided_diffusion.data.batches import Batch
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.errors import Stopped, UserError, exit_on_user_error
+from guided_diffusion.inference import cases, predict
 from guided_diffusion.training import checkpoints
 from guided_diffusion.training.stop_signal import StopSignal
 from guided_diffusion.training.validation import Score
@@ -348,6 +350,34 @@ def test_a_signal_ends_sampling_and_keeps_what_is_finished(
     rows = read_csv(tmp_path / "predictions.csv")
     assert rows and all((tmp_path / f"{row['name']}_mask.png").exists() for row in rows)
     assert not [name for name in contents(tmp_path) if name.startswith(".part-")]
+
+
+def test_a_signal_while_sampling_waits_for_its_writer_ends_after_the_case(
+    brats: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that is cut off within a tensor operation aborts the process (exit code 134)."""
+    drawn, draw_or_note, write_case = threading.Semaphore(0), cases.draw_or_note, predict.write_case
+
+    def draw(*arguments: Any) -> Iterator[Any]:
+        yield from draw_or_note(*arguments)
+        drawn.release()
+
+    def slowly(*arguments: Any) -> None:
+        for _ in range(2):
+            drawn.acquire()
+        time.sleep(0.1)  # by now the second case waits for this one
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+        write_case(*arguments)
+
+    monkeypatch.setattr(cases, "draw_or_note", draw)
+    monkeypatch.setattr(predict, "write_case", slowly)
+    flags = ["--model_path", trained, "--data_dir", brats / "training", "--out_dir", tmp_path]
+    flags += ["--steps", 1, "--num_ensemble", 1, "--batch_size", 1]
+    done = script("segmentation_sample", *flags)
+    assert (done.code, done.err) == (129, "stopped by SIGHUP; what is finished is kept\n")
+    (row,) = read_csv(tmp_path / "predictions.csv")
+    assert (tmp_path / f"{row['name']}_mask.png").exists()
 
 
 def test_a_signal_ends_scoring_and_writes_nothing(
