@@ -28,7 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["guided_diffusion*"]),
     package_data={"guided_diffusion": ["py.typed"], "guided_diffusion.report": ["report.html"]},
-    entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
+    entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.__main__:main"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26,<3",

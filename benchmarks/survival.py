@@ -38,7 +38,7 @@ PRELOADED = """
 import faulthandler, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from guided_diffusion.commands import main
+from guided_diffusion.__main__ import main
 import guided_diffusion.train_util, guided_diffusion.inference.predict
 import guided_diffusion.scoring.evaluate, guided_diffusion.tools.commands
 for line in sys.stdin:

@@ -1,6 +1,12 @@
-"""``python -m guided_diffusion COMMAND``: the console command without an installation."""
+"""``python -m guided_diffusion COMMAND``; the scripts and ``guided-diffusion`` start here, too."""
 
-from guided_diffusion.commands import main
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before a command begins, and after it
+
+from guided_diffusion.commands import main  # noqa: E402
+
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

@@ -118,7 +118,16 @@ class Stopped(KeyboardInterrupt):
 
 def stop(number: int, frame: object) -> None:
     """Handle a signal: raise :class:`Stopped` at once."""
-    raise Stopped(number)
+    stopped = Stopped(number)
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        # Torch would swallow the exception as it loads NumPy. No work was begun: just end.
+        _tell(stopped)
+        os._exit(stopped.code)
+    raise stopped
+
+
+def _tell(stopped: Stopped) -> None:
+    print(f"stopped by {stopped.name}; what is finished is kept", file=sys.stderr, flush=True)
 
 
 def _send_again(unraisable: sys.UnraisableHookArgs) -> None:
@@ -204,7 +213,7 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        print(f"stopped by {stopped.name}; what is finished is kept", file=sys.stderr)
+        _tell(stopped)
         sys.exit(stopped.code)
 
 

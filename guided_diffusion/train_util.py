@@ -146,7 +146,7 @@ class TrainLoop:
         total, patience = self.last_step, self.setup.watch.patience
         bar = tqdm(initial=start, total=total or None, unit="step", disable=rank() > 0 or None)
         error, failed = None, False
-        with closing(batches), self.stop as stop:
+        with closing(batches), self.checkpoints, self.stop as stop:
             with bar as progress:
                 if self.best.owed and self._validate(progress, owed=True):
                     self.save(best=True, numbered=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from guided_diffusion.commands import main
+from guided_diffusion.__main__ import main
 
 if __name__ == "__main__":
     main("train_2d_ddfm")

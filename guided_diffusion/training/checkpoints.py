@@ -28,6 +28,8 @@ from guided_diffusion.training.ema import ExponentialAverage, plain
 class CheckpointManager:
     """Saves and restores what a run consists of, all but its step number.
 
+    Leaving it as a context, also with an error, waits until the last checkpoint is written.
+
     Attributes:
         folder: of the run.
         net: that is trained.
@@ -53,6 +55,12 @@ class CheckpointManager:
     after_save: Callable[[], object] = bool
     own: list[Path] = field(default_factory=list, init=False)
     writer: Background = field(default_factory=Background, init=False)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def save(
         self, step: int, best: Mapping[str, Any], *, is_best: bool = False, numbered: bool = True

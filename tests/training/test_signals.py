@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,10 +24,12 @@ from torch import Tensor
 
 from benchmarks.survival import Forker, survive
 from guided_diffusion import logger
-from guided_diffusion.checkpoint import LATEST, load_checkpoint
+from guided_diffusion.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from guided_diffusion.data.batches import Batch
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.errors import Stopped, UserError, exit_on_user_error
+from guided_diffusion.inference import cases, predict
+from guided_diffusion.training import checkpoints
 from guided_diffusion.training.stop_signal import StopSignal
 from guided_diffusion.training.validation import Score
 
@@ -147,6 +151,37 @@ def test_a_signal_within_a_destructor_is_not_lost(capsys: pytest.CaptureFixture[
         time.sleep(30)
 
 
+def test_a_signal_while_torch_is_loaded_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loading of NumPy swallows exceptions: the run went on, or failed in some other way."""
+    monkeypatch.setattr(torch.__spec__, "_initializing", True, raising=False)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with (
+        pytest.raises(SystemExit) as left,
+        exit_on_user_error(),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        told_to_end()
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; what is finished is kept\n"
+
+
+def test_ctrl_c_before_a_command_begins_shows_no_traceback() -> None:
+    """The package's modules are loaded, which takes a while, before a handler can be there."""
+    code = (
+        "import os, signal, sys\n"
+        "sys.addaudithook(lambda event, args: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if event == 'import' and args[0] == 'guided_diffusion.commands' else None)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import runpy; runpy.run_path('scripts/check_data.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_hang_up_is_ignored_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with exit_on_user_error(), StopSignal() as stop:
@@ -264,6 +299,26 @@ def test_a_case_that_cannot_be_read_ends_a_run_that_has_saved(tmp_path: Path) ->
     assert load_checkpoint(tmp_path / LATEST).step == 2
 
 
+def test_a_checkpoint_is_written_before_an_error_leaves_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: Any, **named: Any) -> None:
+        time.sleep(0.2)
+        save_checkpoint(*arguments, **named)
+
+    def step(batch: Batch) -> Tensor:
+        if loop.step == 1:
+            raise UserError("step 1", "the gradient was not finite", "Lower --lr.")
+        return run_step(batch)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slowly)
+    loop = make_loop(tmp_path, max_steps=3, save_interval=1)
+    run_step, loop.run_step = loop.run_step, step  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="finite"):
+        loop.run_loop()
+    assert load_checkpoint(tmp_path / LATEST).step == 1
+
+
 def test_a_signal_interrupts_compilation(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, max_steps=5)
     loop.run = replace(loop.run, compile="default")
@@ -295,6 +350,34 @@ def test_a_signal_ends_sampling_and_keeps_what_is_finished(
     rows = read_csv(tmp_path / "predictions.csv")
     assert rows and all((tmp_path / f"{row['name']}_mask.png").exists() for row in rows)
     assert not [name for name in contents(tmp_path) if name.startswith(".part-")]
+
+
+def test_a_signal_while_sampling_waits_for_its_writer_ends_after_the_case(
+    brats: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that is cut off within a tensor operation aborts the process (exit code 134)."""
+    drawn, draw_or_note, write_case = threading.Semaphore(0), cases.draw_or_note, predict.write_case
+
+    def draw(*arguments: Any) -> Iterator[Any]:
+        yield from draw_or_note(*arguments)
+        drawn.release()
+
+    def slowly(*arguments: Any) -> None:
+        for _ in range(2):
+            drawn.acquire()
+        time.sleep(0.1)  # by now the second case waits for this one
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+        write_case(*arguments)
+
+    monkeypatch.setattr(cases, "draw_or_note", draw)
+    monkeypatch.setattr(predict, "write_case", slowly)
+    flags = ["--model_path", trained, "--data_dir", brats / "training", "--out_dir", tmp_path]
+    flags += ["--steps", 1, "--num_ensemble", 1, "--batch_size", 1]
+    done = script("segmentation_sample", *flags)
+    assert (done.code, done.err) == (129, "stopped by SIGHUP; what is finished is kept\n")
+    (row,) = read_csv(tmp_path / "predictions.csv")
+    assert (tmp_path / f"{row['name']}_mask.png").exists()
 
 
 def test_a_signal_ends_scoring_and_writes_nothing(

@@ -35,7 +35,7 @@ from guided_diffusion.checkpoint import (
     step_of,
     with_companions,
 )
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import Stopped, UserError, handling_signals, stop
 from guided_diffusion.files import Background, atomic_write
 from guided_diffusion.training.estimates import training_gib
 
@@ -262,6 +262,48 @@ def test_background_jobs_run_in_order_and_raise_their_errors() -> None:
         background.start(slow)
     background.wait()
     assert seen == ["slow", "quick"], "after an error the next job is not begun"
+
+
+def test_a_background_job_is_waited_for_after_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python before 3.13 takes a thread for dead once a signal has interrupted its join."""
+    background, begun, gate, seen = Background(), threading.Event(), threading.Event(), []
+
+    def interrupted(call: Callable[[], object]) -> None:
+        with pytest.raises(Stopped), handling_signals(stop):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            call()
+
+    def slow() -> None:
+        begun.set()
+        gate.wait()
+        time.sleep(0.05)
+        seen.append("slow")
+
+    background.start(slow)
+    begun.wait()
+    interrupted(background.wait)
+    interrupted(lambda: background.start(lambda: seen.append("too early")))
+    gate.set()
+    background.wait()
+    assert seen == ["slow"]
+
+    def signalled(self: threading.Thread) -> None:
+        if started:
+            start(self)
+        raise Stopped(signal.SIGTERM)
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", signalled)
+    for started in (False, True):
+        gate.clear()
+        begun.clear()
+        with pytest.raises(Stopped):
+            background.start(slow)
+        if started:
+            begun.wait()
+            gate.set()
+        background.wait()
+    assert seen == ["slow", "slow"], "the job that was begun is waited for, and no other"
 
 
 # ------------------------------------------------------------------------------ not finite
