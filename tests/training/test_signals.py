@@ -266,7 +266,7 @@ def test_a_signal_interrupts_a_validation_which_is_repeated(tmp_path: Path) -> N
     assert load_checkpoint(tmp_path / "parts" / LATEST).step == 4
     rest, loop = run(tmp_path / "parts", 0, resume=True)
     assert (whole, first, rest) == ([2, 4, 6], [2], [4, 6])
-    assert loop.best.state == {"dice": 0.9, "step": 4, "since": 1}
+    assert loop.best.state == {"dice": 0.9, "step": 4, "since": 1, "mask_temperature": 1.0}
     one, other = (load_checkpoint(tmp_path / name / "bestmodel.pt") for name in ("whole", "parts"))
     assert one.step == other.step == 4
     for name, values in one.model.items():
