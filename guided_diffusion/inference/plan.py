@@ -173,7 +173,7 @@ def make_plan(
         compile=run.compile,
         temperature=options.temperature,
         coarse=options.coarse,
-        mask_guidance=options.mask_guidance,
+        mask_guidance=1.0 if sampler == "direct" else options.mask_guidance,
     )
 
 

@@ -216,7 +216,8 @@ class SamplingOptions:
     )
     uncertainty: str = flag(
         "std",
-        "uncertainty map: std or variance of the members, or entropy (bits) of their mean",
+        "uncertainty map: std or variance of the members, or entropy (bits) of their mean, which "
+        "is the default for the single mask of one evaluation without noise",
         choices=("std", "variance", "entropy"),
     )
     coarse: str = flag(
@@ -298,13 +299,15 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "eta": ("sampler", ("ddim",)),
     "order": ("sampler", SOLVERS),
     "skip_type": ("sampler", SOLVERS),
+    "temperature": ("sampler", ("ddpm", "ddim", *SOLVERS)),
+    "mask_guidance": ("sampler", ("ddpm", "ddim", *SOLVERS)),
     "method": ("sampler", DPM_SOLVERS),
     "timestep_respacing": ("steps", (0,)),
     "sigma_small": ("use_ddim", (False,)),
     "noise_schedule": ("version", DIFFUSING),
     "rescale_timesteps": ("version", DIFFUSING),
     "schedule_sampler": ("version", DIFFUSING),
-    "mask_dropout": ("version", DIFFUSING),
+    "diffusion_steps": ("version", DIFFUSING),
     "input_scale": ("version", DIFFUSING),
     "use_scale_shift_norm": ("version", DIFFUSING),
     "val_steps": ("version", DIFFUSING),

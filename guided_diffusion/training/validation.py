@@ -250,6 +250,7 @@ def validation_notes(validation: Validation | None) -> Iterator[str]:
             f"validation on {counted(len(validation.cases), 'case')}, "
             f"{counted(plan.num_ensemble, 'mask')} each in "
             f"{counted(plan.evaluations, 'evaluation')}"
+            + ("; Dice is that of the answer without a noisy mask" if plan.needs_direct else "")
         )
     if find_spec("matplotlib") is None:
         yield "no curves.png: python -m pip install matplotlib would draw it"
