@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import NETWORK, refused, script
 from torch import Tensor
 from torch.testing import assert_close
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.plan import sampling_levels
 from guided_diffusion.losses import mask_cross_entropy, mask_probability
 from guided_diffusion.nn import Output
+from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.objective import resolve_objective
 from guided_diffusion.options.segmentation import SamplingOptions
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC
 from guided_diffusion.schedule import NoiseSchedule
+from guided_diffusion.script_util import create_model_and_diffusion
 
 Terms = dict[str, Tensor]
 STEPS = 50
@@ -338,3 +344,78 @@ def test_guidance_of_the_squared_error_mixes_clean_masks() -> None:
     direct = diffusion.direct(net, None, x)
     x0 = diffusion.denoiser(net, None, direct=direct, guidance=2.0)(x, LINEAR.at(10)).x0
     assert_close(x0.flatten(), torch.tensor([-1.0, -0.8, 0.2, 1.0]))
+
+
+# what excludes what
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        *(
+            ({**cause, name: value}, [f"--{name} {value}", text])
+            for cause, text in (
+                ({"mask_loss": "bce"}, "--mask_loss bce"),
+                ({"mask_loss": "dice_ce"}, "--mask_loss dice_ce"),
+                ({"mask_dropout": 0.5, "predict_xstart": True}, "--mask_dropout 0.5"),
+                ({"version": "unet"}, "--version unet"),
+            )
+            for name, value in (
+                ("learn_sigma", True),
+                ("predict_v", True),
+                ("use_kl", True),
+                ("min_snr_gamma", 5.0),
+            )
+        ),
+        (
+            {"mask_loss": "bce", "predict_xstart": False},
+            ["--predict_xstart False", "--mask_loss bce"],
+        ),
+        ({"mask_loss": "bce", "mask_range": "0,1"}, ["--mask_range 0,1", "--mask_loss bce"]),
+        ({"version": "unet", "mask_range": "0,1"}, ["--mask_range 0,1", "--version unet"]),
+        ({"version": "unet", "mask_loss": "mse", "predict_xstart": False}, ["--version unet"]),
+        ({"version": "unet", "mask_dropout": 0.5}, ["--mask_dropout 0.5", "--version unet"]),
+        ({"mask_dropout": 1.0}, ["--mask_dropout 1", "--version unet"]),
+        ({"mask_dropout": 0.5}, ["--mask_dropout 0.5", "--predict_xstart True"]),
+        ({"mask_dropout": 1.5}, ["--mask_dropout 1.5", "between 0 and 1"]),
+        ({"input_scale": 0.0}, ["--input_scale 0.0"]),
+        ({"mask_loss": "dice"}, ["--mask_loss", "'dice_ce'"]),
+        ({"version": "unet", "coarse_loss": "mse"}, ["--coarse_loss mse", "unet"]),
+        ({"version": "unet", "class_cond": True}, ["--class_cond True", "--version unet"]),
+    ],
+    ids=str,
+)
+def test_what_excludes_each_other_is_one_message(flags: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        create_model_and_diffusion(num_channels=32, **flags)
+    message = str(error.value)
+    assert all(text in message for text in named) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, ("mse", False, "0,1", 0.0)),
+        ({"version": "new"}, ("mse", False, "0,1", 0.0)),
+        ({"mask_loss": "bce"}, ("bce", True, "-1,1", 0.0)),
+        ({"mask_loss": "bce", "mask_range": "-1.0,1"}, ("bce", True, "-1,1", 0.0)),
+        ({"mask_loss": "dice_ce", "mask_dropout": 0.5}, ("dice_ce", True, "-1,1", 0.5)),
+        ({"predict_xstart": True, "mask_dropout": 0.5}, ("mse", True, "0,1", 0.5)),
+        ({"version": "unet"}, ("dice_ce", True, "-1,1", 1.0)),
+        ({"version": "unet", "mask_loss": "mse"}, ("mse", True, "-1,1", 1.0)),
+    ],
+    ids=str,
+)
+def test_what_an_objective_implies(flags: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    names = ("mask_loss", "predict_xstart", "mask_range", "mask_dropout")
+    options = resolve_objective(Flags(given=flags), flags.get("version", "plain"))
+    assert tuple(getattr(options, name) for name in names) == expected
+    again = resolve_objective(Flags(resolved=vars(options)), flags.get("version", "plain"))
+    assert again == options, "a checkpoint records what it was completed to"
+
+
+def test_the_script_of_training_refuses_in_one_line(brats: Path, tmp_path: Path) -> None:
+    command = ["--data_dir", brats / "training", "--out_dir", tmp_path / "out", *NETWORK]
+    error = refused(script("segmentation_train", *command, "--mask_loss", "bce", "--use_kl", True))
+    assert "--use_kl True: cannot be combined with --mask_loss bce" in error
+    assert not list(tmp_path.rglob("*.pt"))
