@@ -216,6 +216,12 @@ def _of_one_answer(
             f"{cause} answers in one evaluation, without a noisy mask",
             f"Omit --{name}{other}.",
         )
+    if options.mask_guidance != 1 and not is_unet:
+        raise UserError(
+            f"--mask_guidance {options.mask_guidance}",
+            "says how far the noisy mask is trusted, which --sampler direct withholds",
+            "Omit one of the two.",
+        )
     if options.num_ensemble > 1 and "num_ensemble" in flags.given:
         raise UserError(
             f"--num_ensemble {options.num_ensemble}",

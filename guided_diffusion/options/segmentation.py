@@ -216,8 +216,7 @@ class SamplingOptions:
     )
     uncertainty: str = flag(
         "std",
-        "uncertainty map: std or variance of the members, or entropy (bits) of their mean, which "
-        "is the default for the single mask of one evaluation without noise",
+        "uncertainty map: std or variance of the members, or entropy (bits) of their mean",
         choices=("std", "variance", "entropy"),
     )
     coarse: str = flag(
@@ -300,7 +299,6 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "order": ("sampler", SOLVERS),
     "skip_type": ("sampler", SOLVERS),
     "temperature": ("sampler", ("ddpm", "ddim", *SOLVERS)),
-    "mask_guidance": ("sampler", ("ddpm", "ddim", *SOLVERS)),
     "method": ("sampler", DPM_SOLVERS),
     "timestep_respacing": ("steps", (0,)),
     "sigma_small": ("use_ddim", (False,)),
