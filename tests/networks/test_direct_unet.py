@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden.fill import fill
-from small_networks import SMALL, inputs, predict, small
+from small_networks import SMALL, VERSIONS, inputs, normals, predict, small
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -109,3 +109,27 @@ def test_its_diffusion_is_that_of_a_network_that_never_sees_a_noisy_mask() -> No
     assert diffusion.predict_xstart and diffusion.mask_range == (-1.0, 1.0)
     with pytest.raises(UserError, match=r"--learn_sigma True.*--version unet"):
         create_model_and_diffusion(**SMALL, version="unet", learn_sigma=True)
+
+
+@pytest.mark.usefixtures("narrow_highway")
+@pytest.mark.parametrize("version", ["plain", *VERSIONS])
+def test_any_network_may_have_its_noisy_mask_withheld(version: str) -> None:
+    """Where it always is, every parameter still takes part, as the averaging of gradients needs."""
+    flags = {**SMALL, "version": version, "mask_loss": "dice_ce", "mask_dropout": 0.5}
+    net, diffusion = create_model_and_diffusion(**flags)
+    net = fill(net).eval()
+    image, mask, t = inputs()
+    x0, eps = 2 * (mask > 0).float() - 1, normals(*mask.shape, seed=2)
+
+    def scored(x: Tensor, t: Tensor, condition: Tensor, y: None) -> Any:
+        return net(x, t, net.encode(condition), y)
+
+    rest = {"condition": image, "withheld": torch.ones(2, dtype=torch.bool)}
+    terms = diffusion.training_losses(scored, x0, t, eps=eps, **rest)
+    total = terms["loss"].sum() + (terms["coarse"].sum() if "coarse" in terms else 0)
+    total.backward()
+    assert total.isfinite()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+    again = diffusion.training_losses(scored, x0, t - 1, eps=-eps, **rest)
+    assert_close(again["loss"], terms["loss"])

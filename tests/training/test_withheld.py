@@ -102,7 +102,8 @@ def test_several_classes(
     labels: str, objective: dict[str, Any], brats: Path, tmp_path: Path
 ) -> None:
     flags = [word for name, value in objective.items() for word in (f"--{name}", value)]
-    run = command(brats, tmp_path, *flags, "--mask_labels", labels)
+    thrifty = ["--precision", "bf16", "--use_checkpoint", True, "--microbatch", 1]
+    run = command(brats, tmp_path, *flags, *thrifty, "--mask_labels", labels)
     succeeded(script("segmentation_train", *run))
     model = ["--model_path", tmp_path, "--data_dir", brats / "testing"]
     out = ["--out_dir", tmp_path / "masks", "--sampler", "direct"]
