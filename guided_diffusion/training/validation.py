@@ -223,7 +223,7 @@ def validation_plan(
     if diffusion.mask_dropout:
         sampling = replace(sampling, fusion="direct")
     if diffusion.mask_dropout == 1:
-        sampling = replace(sampling, sampler="direct", num_ensemble=1)
+        sampling = replace(sampling, sampler="direct", num_ensemble=1, uncertainty="entropy")
     uncompiled = replace(run, compile="")
     return make_plan(sampling, uncompiled, diffusion, device=device, own=True)
 
