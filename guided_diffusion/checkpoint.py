@@ -269,7 +269,8 @@ def version_of(weights: Iterable[str]) -> str:
     for version, mark in marks.items():
         if any(name.startswith(mark) for name in names):
             return version
-    return "plain"
+    has_time = any(name.startswith("time_embed.") for name in names)
+    return "unet" if "input_blocks.0.0.weight" in names and not has_time else "plain"
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:

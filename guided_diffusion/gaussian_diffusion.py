@@ -8,7 +8,7 @@ Nichol & Dhariwal (2021), section 3.1; v-prediction: Salimans & Ho (2022); loss 
 (2023); cross-entropy on the clean mask: Chen et al. (2022).
 
 Where the noisy mask is withheld from the network, which trains it as a plain segmentation network
-too, the network is given zeros at the last trained timestep: :meth:`~GaussianDiffusion.withheld`.
+too, the network is given zeros at the last trained timestep: :meth:`~GaussianDiffusion.direct`.
 """
 
 from __future__ import annotations

@@ -88,6 +88,8 @@ def create_model(
             "only the plain network denoises images; the others segment an image as condition",
             "Omit --version.",
         )
+    if network.version == "unet" and network.class_cond:
+        raise UserError("--class_cond True", "cannot be combined with --version unet", "Omit it.")
     mask_channels = network.in_ch if of_images else count_masks(classes)
     multipliers, attention_ds = channel_multipliers(network), _attention_ds(network)
     for level, factor in enumerate(multipliers):

@@ -91,7 +91,7 @@ class TrainLoop:
         self.averages = {
             rate: ExponentialAverage(net, float(rate)) for rate in options.ema_rate.split(",")
         }
-        self.log = StepLog(len(self.diffusion.schedule))
+        self.log = StepLog(len(self.diffusion.schedule), kinds=self.diffusion.mask_dropout < 1)
         self.checkpoints = CheckpointManager(
             expanded(run.out_dir),
             net=net,

@@ -51,7 +51,7 @@ DISC_FLAGS: dict[str, Any] = {
 
 def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) -> TrainLoop:
     """A loop over discs with a network whose weights are all random, none of them zero."""
-    own = {*DISC_FLAGS, "dropout", "learn_sigma"}
+    own = {*DISC_FLAGS, "version", "dropout", "learn_sigma", "mask_loss", "mask_dropout"}
     flags = {key: options.pop(key) for key in list(options) if key in own}
     channels_last, rest = options.pop("channels_last", False), options.pop("rest", {})
     steps = options.pop("diffusion_steps", 100)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from guided_diffusion.errors import UserError
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import CLEAN, NoiseSchedule, get_named_beta_schedule
+from guided_diffusion.script_util import create_model_and_diffusion
 
 GOLDEN = Path(__file__).parent / "golden"
 LINEAR = NoiseSchedule.named("linear", 1000)
@@ -47,6 +48,45 @@ def test_cosine_schedule_by_hand():
     # T = 2 by hand: cos^2 of 0.508 / 1.008 * 90 degrees over cos^2 of 0.008 / 1.008 * 90 degrees
     first = (math.cos(math.radians(45.357142857)) / math.cos(math.radians(0.714285714))) ** 2
     assert get_named_beta_schedule("cosine", 2) == pytest.approx([1 - first, 0.999])
+
+
+@pytest.mark.parametrize(
+    ("alpha_bar", "b", "scaled"),
+    [
+        (0.5, 0.5, 0.2),  # 1/4 to 1 of noise
+        (0.9, 1 / 3, 0.5),  # 9 to 1 becomes 1 to 1
+        (0.8, 2, 16 / 17),
+        (0.04, 0.2, 1 / 601),  # 1/24 becomes 1/600
+        (0.3, 1, 0.3),
+    ],
+)
+def test_a_scaled_schedule_by_hand(alpha_bar, b, scaled):
+    """The signal-to-noise ratio becomes b^2 times what it was."""
+    schedule = NoiseSchedule(torch.tensor([alpha_bar], dtype=torch.float64)).scaled(b)
+    assert schedule.alpha_bar.item() == pytest.approx(scaled, rel=1e-12)
+
+
+@pytest.mark.parametrize("b", [0.1, 0.2, 3.0])
+def test_a_scaled_schedule_at_some_times(b):
+    scaled = LINEAR.scaled(b)
+    assert (scaled.alpha_bar.diff() < 0).all() and scaled.alpha_bar.dtype == torch.float64
+    for t in (0, 100, 500, 999):
+        share = LINEAR.alpha_bar[t].item()
+        level = scaled.at(t)
+        assert level.alpha**2 == pytest.approx(b**2 * share / (1 - share + b**2 * share))
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
+        assert level.log_snr == pytest.approx(LINEAR.at(t).log_snr + math.log(b))
+        assert scaled.at_log_snr(level.log_snr).t == pytest.approx(t, abs=1e-6)
+
+
+def test_a_scaled_schedule_noises_a_scaled_mask_and_divides_by_its_deviation():
+    x0 = torch.randint(2, (4, 1, 8, 8)).double() * 2 - 1  # of variance 1
+    eps, t, b = torch.randn(4, 1, 8, 8).double(), torch.tensor([0, 99, 600, 999]), 0.2
+    share = LINEAR.alpha_bar[t][:, None, None, None]
+    noisy = LINEAR.add_noise(b * x0, t, eps) / (b**2 * share + 1 - share).sqrt()
+    torch.testing.assert_close(LINEAR.scaled(b).add_noise(x0, t, eps), noisy)
+    process = create_model_and_diffusion(input_scale=b, num_channels=32)[1]
+    torch.testing.assert_close(process.schedule.alpha_bar, LINEAR.scaled(b).alpha_bar)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

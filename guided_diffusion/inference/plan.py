@@ -164,6 +164,8 @@ def make_plan(
     levels = sampling_levels(diffusion, sampler, options, respacing=respacing)
     if options.method == "singlestep" and sampler.startswith("dpm_solver"):
         sampler += "_singlestep"
+    if sampler == "direct":  # no noise is drawn
+        options = replace(options, temperature=1.0)
     keywords: dict[str, dict[str, Any]] = {"ddpm": {}, "direct": {}, "ddim": {"eta": options.eta}}
     return SamplingPlan(
         sampler=sampler,

@@ -223,19 +223,29 @@ def _of_one_answer(
                 )
     if options.sampler != "direct":
         return options
+    cause = f"{path} is a plain U-Net, which" if is_unet else "--sampler direct"
+    other = "" if is_unet else ", or --sampler direct"
     if options.steps > 1:
+        name = "steps" if flags.given.get("steps") else "diffusion_steps"
         raise UserError(
-            f"--steps {options.steps}",
-            "the answer without a noisy mask is one evaluation",
-            "Omit --steps, or, unless the network is a plain U-Net, --sampler.",
+            f"--{name} {options.steps}",
+            f"{cause} answers in one evaluation, without a noisy mask",
+            f"Omit --{name}{other}.",
+        )
+    if options.mask_guidance != 1 and not is_unet:
+        raise UserError(
+            f"--mask_guidance {options.mask_guidance}",
+            "says how far the noisy mask is trusted, which --sampler direct withholds",
+            "Omit one of the two.",
         )
     if options.num_ensemble > 1 and "num_ensemble" in flags.given:
         raise UserError(
             f"--num_ensemble {options.num_ensemble}",
-            "the answer without a noisy mask draws no noise, so that all masks would be equal",
-            "Omit --num_ensemble, or, unless the network is a plain U-Net, --sampler.",
+            f"{cause} draws no noise, so that all masks would be equal",
+            f"Omit --num_ensemble{other}.",
         )
-    return replace(options, num_ensemble=1)
+    measure = flags.given.get("uncertainty", "entropy")  # the deviation of one mask is 0
+    return replace(options, num_ensemble=1, steps=1, uncertainty=measure)
 
 
 def _refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:

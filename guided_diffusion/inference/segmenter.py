@@ -147,11 +147,12 @@ class Segmenter:
     def __str__(self) -> str:
         plan = self.plan
         coarse = "" if plan.coarse == "none" else f"coarse mask: {plan.coarse}, "
+        guided = "" if plan.mask_guidance == 1 else f"mask guidance {plan.mask_guidance:g}, "
         return (
             f"{self.source}; {parameter_count(self.net)} on {describe(self.device)}, "
             f"{plan.precision}; {counted(plan.num_ensemble, 'mask')} a case by {plan.sampler}, "
-            f"{counted(plan.evaluations, 'evaluation')} each, {coarse}fused by {plan.fusion}, "
-            f"seed {plan.seed}"
+            f"{counted(plan.evaluations, 'evaluation')} each, {guided}{coarse}"
+            f"fused by {plan.fusion}, seed {plan.seed}"
         )
 
     @property

@@ -23,18 +23,15 @@ def objective(options: DiffusionOptions, version: str) -> DiffusionOptions:
     if loss == "auto":
         loss = "dice_ce" if is_unet else "mse"
     dropout = 1.0 if is_unet else options.mask_dropout
-    reason = (
-        "--version unet"
-        if is_unet
-        else f"--mask_loss {loss}"
-        if loss != "mse"
-        else f"--mask_dropout {dropout:g}"
-        if dropout
-        else ""
-    )
-    excluded = ("learn_sigma", "predict_v", "use_kl", "min_snr_gamma") if reason else ()
-    for name in excluded:
-        _refuse_both(options, name, reason, "The network must predict the clean mask alone.")
+    clean_alone = {
+        "--version unet": is_unet,
+        f"--mask_loss {loss}": loss != "mse",
+        f"--mask_dropout {dropout:g}": dropout > 0,
+    }
+    if reason := next((text for text, applies in clean_alone.items() if applies), ""):
+        hint = "The network predicts the clean mask alone, and no timestep has a weight: omit one."
+        for name in ("learn_sigma", "predict_v", "use_kl", "min_snr_gamma"):
+            _refuse_both(options, name, reason, hint)
     if options.predict_xstart:
         _refuse_both(
             options, "predict_v", "--predict_xstart True", "Predict either v or the clean mask."
@@ -68,7 +65,7 @@ def resolve_objective(flags: Flags, version: str) -> DiffusionOptions:
     """
     options = objective(flags.group(DiffusionOptions), version)
     cause = "--version unet" if version == "unet" else f"--mask_loss {options.mask_loss}"
-    for name in ("predict_xstart", "mask_range"):
+    for name in ("predict_xstart", "mask_range", "mask_dropout"):
         given, implied = flags.given.get(name), getattr(options, name)
         if given is not None and _value(name, given) != _value(name, implied):
             raise UserError(

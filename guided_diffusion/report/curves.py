@@ -16,7 +16,13 @@ from guided_diffusion.files import atomic_write, read_table
 Points = tuple[list[float], list[float]]
 INK, QUIET, GRID = "#1c2430", "#6b7482", "#e4e7ec"
 COLOURS = ("#2f6fde", "#12a594", "#e5871f", "#d6409f")
-QUARTERS = ("first quarter of t", "second", "third", "last (most noise)")
+KINDS = {
+    "loss_q0": ("first quarter of t", COLOURS[0]),
+    "loss_q1": ("second", COLOURS[1]),
+    "loss_q2": ("third", COLOURS[2]),
+    "loss_q3": ("last (most noise)", COLOURS[3]),
+    "loss_direct": ("no noisy mask", INK),
+}
 
 
 def read_points(path: Path) -> dict[str, Points]:
@@ -54,7 +60,7 @@ def smoothed(values: list[float], half: int) -> list[float]:
 
 
 def draw_curves(log: Path, picture: Path) -> bool:
-    """Draw loss, loss by quarter of t, gradient norm, learning rate and validation.
+    """Draw loss, loss by quarter of t if there is one, gradient norm, learning rate, validation.
 
     Returns:
         Whether the picture was drawn; not without a loss in the log, nor without matplotlib.
@@ -69,14 +75,15 @@ def draw_curves(log: Path, picture: Path) -> bool:
 
     panels: list[tuple[str, Callable[[Any], None]]] = [
         ("loss", lambda axes: _line(axes, columns["loss"], COLOURS[0])),
-        ("loss by time t", lambda axes: _quarters(axes, columns)),
         ("gradient norm", lambda axes: _line(axes, columns.get("grad_norm"), COLOURS[1])),
         ("learning rate", lambda axes: _plain(axes, columns.get("lr"), COLOURS[2])),
     ]
     if "val_dice" in columns:
         speed = ("steps per second", lambda axes: _plain(axes, columns.get("steps_per_s"), QUIET))
-        panels.insert(2, ("validation", lambda axes: _validation(axes, columns)))
+        panels.insert(1, ("validation", lambda axes: _validation(axes, columns)))
         panels.append(speed)
+    if KINDS.keys() & columns.keys():
+        panels.insert(1, ("loss by time t", lambda axes: _kinds(axes, columns)))
 
     across = 3 if len(panels) > 4 else 2
     figure = Figure(figsize=(4.6 * across, 6.4), dpi=110, facecolor="white", layout="constrained")
@@ -139,9 +146,9 @@ def _plain(axes: Any, points: Points | None, colour: str) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _quarters(axes: Any, columns: dict[str, Points]) -> None:
-    for q, (label, colour) in enumerate(zip(QUARTERS, COLOURS, strict=True)):
-        _line(axes, columns.get(f"loss_q{q}"), colour, label)
+def _kinds(axes: Any, columns: dict[str, Points]) -> None:
+    for name, (label, colour) in KINDS.items():
+        _line(axes, columns.get(name), colour, label)
     _legend(axes)
 
 

@@ -26,7 +26,7 @@ from guided_diffusion.files import expanded
 from guided_diffusion.options.segmentation import RunOptions, WatchOptions
 from guided_diffusion.report.canvas import Pixels
 
-_CHARTS = {"loss": ("loss", "mse", "vb", "loss_q"), "gradient": ("grad_norm",), "lr": ("lr",)}
+_CHARTS = {"loss": ("loss", "mse", "vb", "ce", "dice"), "gradient": ("grad_norm",), "lr": ("lr",)}
 _CHARTS |= {"speed": ("steps_per_s",), "validation": ("val_",)}
 _MOST_POINTS = 2000
 

@@ -15,12 +15,20 @@ from torch import Tensor
 from guided_diffusion import logger
 from guided_diffusion.dist_util import all_gather, memory_gib
 
+_KINDS = ("q0", "q1", "q2", "q3", "direct")
+
 
 class StepLog:
-    """Collects what steps report, without waiting for the device, until the log is written."""
+    """Collects what steps report, without waiting for the device, until the log is written.
 
-    def __init__(self, steps: int) -> None:
+    Args:
+        steps: the length T of the schedule.
+        kinds: losses are reported by kind, too; not where all are of one kind.
+    """
+
+    def __init__(self, steps: int, *, kinds: bool = True) -> None:
         self.steps = steps
+        self.kinds = _KINDS if kinds else ()
         self._clear()
 
     def _clear(self) -> None:
@@ -93,7 +101,7 @@ class StepLog:
         for name, parts in self.terms.items():
             pairs = list(zip(gather(torch.cat(parts)).tolist(), quarter, strict=True))
             kinds = {name: pairs}
-            for place, end in enumerate(("q0", "q1", "q2", "q3", "direct")):
+            for place, end in enumerate(self.kinds):
                 kinds[f"{name}_{end}"] = [pair for pair in pairs if pair[1] == place]
             for kind, chosen in kinds.items():
                 if values := _finite([value for value, _ in chosen]):

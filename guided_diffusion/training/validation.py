@@ -242,7 +242,7 @@ def validation_plan(
     if diffusion.mask_dropout:
         sampling = replace(sampling, fusion="direct")
     if diffusion.mask_dropout == 1:
-        sampling = replace(sampling, sampler="direct", num_ensemble=1)
+        sampling = replace(sampling, sampler="direct", num_ensemble=1, uncertainty="entropy")
     uncompiled = replace(run, compile="")
     return make_plan(sampling, uncompiled, diffusion, device=device, own=True)
 
@@ -269,6 +269,7 @@ def validation_notes(validation: Validation | None) -> Iterator[str]:
             f"validation on {counted(len(validation.cases), 'case')}, "
             f"{counted(plan.num_ensemble, 'mask')} each in "
             f"{counted(plan.evaluations, 'evaluation')}"
+            + ("; Dice is that of the answer without a noisy mask" if plan.needs_direct else "")
         )
     if find_spec("matplotlib") is None:
         yield "no curves.png: python -m pip install matplotlib would draw it"

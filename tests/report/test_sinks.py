@@ -60,6 +60,36 @@ def test_curves_are_drawn(count: int, validated: bool, tmp_path: Path) -> None:
         assert np.asarray(picture.convert("L")).std() > 5
 
 
+@pytest.mark.parametrize(
+    ("kinds", "labels"),
+    [
+        ([], None),
+        (["loss_q0", "loss_direct"], ["first quarter of t", "no noisy mask"]),
+        (["loss_direct"], ["no noisy mask"]),
+    ],
+)
+def test_kinds_of_losses_have_a_panel_where_there_are_any(
+    kinds: list[str], labels: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain U-Net has losses of one kind alone."""
+    figures: list[Any] = []
+    own = pytest.importorskip("matplotlib.figure").Figure.savefig
+
+    def kept(figure: Any, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        own(figure, *arguments, **options)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", kept)
+    lines = [",".join(["step", "loss", *kinds]), ",".join(["1", "0.5", *["0.4"] * len(kinds)])]
+    (tmp_path / "progress.csv").write_text("\n".join(lines), "utf-8")
+    assert draw_curves(tmp_path / "progress.csv", tmp_path / "curves.png")
+    panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
+    assert ("loss by time t" in panels) == (labels is not None)
+    if labels:
+        shown = panels["loss by time t"].get_legend_handles_labels()[1]
+        assert shown == labels
+
+
 def test_nothing_to_draw(tmp_path: Path) -> None:
     assert not draw_curves(tmp_path / "progress.csv", tmp_path / "curves.png")
     assert list(tmp_path.iterdir()) == []
