@@ -95,8 +95,9 @@ def split_paths(text: str) -> list[str]:
     """Split paths separated by commas; a comma in the name of an existing path stays."""
     parts, paths = text.split(","), list[str]()
     while parts:
-        joined = (",".join(parts[:count]) for count in range(len(parts), 1, -1))
-        path = next((path for path in joined if expanded(path).exists()), parts[0].strip())
+        joined = (",".join(parts[:count]) for count in range(len(parts), 0, -1))
+        forms = (form for text in joined for form in (text, text.strip()))
+        path = next((form for form in forms if form and expanded(form).exists()), parts[0].strip())
         paths.append(path)
         parts = parts[path.count(",") + 1 :]
     return paths

@@ -188,9 +188,7 @@ class SamplingOptions:
         False, "keep dropout active, of networks trained with it, so that masks differ by it too"
     )
     num_samples: int = flag(0, "first cases to segment; 0: all", least=0)
-    batch_size: int = flag(
-        0, "inputs (cases x masks) at a time; 0: automatic", least=0, cap=MOST_INPUTS
-    )
+    batch_size: int = flag(0, "cases x masks at a time; 0: automatic", least=0, cap=MOST_INPUTS)
     sampler: str = flag(
         "",
         "sampler; empty: by dpm_solver, use_ddim, else DDPM; direct: one evaluation without noise "
