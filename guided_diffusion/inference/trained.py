@@ -6,6 +6,7 @@ A checkpoint brings its own flags; a given flag that contradicts them is refused
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,13 @@ def load_agreeing(
             if value != known:
                 raise disagreement_error(one.path, path, name, value, known)
     values = {name: value for name, (value, _) in common.items()}
-    return [one._replace(flags=one.flags.with_resolved(**values)) for one in loaded]
+    return [_slim(one)._replace(flags=one.flags.with_resolved(**values)) for one in loaded]
+
+
+def _slim(trained: Trained) -> Trained:
+    """Leave out the optimiser's state, which is twice as large as the weights."""
+    training = {name: v for name, v in trained.checkpoint.training.items() if name != "optimizer"}
+    return trained._replace(checkpoint=replace(trained.checkpoint, training=training))
 
 
 def split_paths(text: str) -> list[str]:

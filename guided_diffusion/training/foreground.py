@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import chain
 
 from tqdm import tqdm
@@ -24,7 +23,7 @@ def resolve_foreground(
     """Find the cases to draw more often, if any, and what to say about them.
 
     Raises:
-        UserError: no case has a lesion.
+        UserError: no case has a lesion, as far as the masks can be read.
     """
     share = options.foreground_share
     if not share:
@@ -52,15 +51,26 @@ def find_lesions(
 
     Masks alone are read, each once. Every process reads a share of them, all slices of a volume
     together, and all get the same answer. A mask that cannot be read is an error once it is drawn.
+
+    Raises:
+        UserError: no case has a lesion, and some mask cannot be read.
     """
-    found = []
+    found: list[int] = []
+    errors: list[UserError] = []
     mine = share_of(range(len(dataset)), dataset.entries)
     bar = tqdm(mine, "masks", unit="mask", leave=False, delay=2, disable=rank() > 0 or None)
     for index in bar:
-        with suppress(UserError):
+        try:
             if _has_lesion(dataset, dataset.entries[index], frame, rater_choice):
                 found.append(index)
-    return sorted(chain(*all_gather_object(found)))
+        except UserError as error:
+            errors = errors or [error]
+    parts = all_gather_object((found, errors))
+    everywhere = sorted(chain(*(own for own, _ in parts)))
+    unread = [*chain(*(own for _, own in parts))]
+    if unread and not everywhere:
+        raise unread[0]
+    return everywhere
 
 
 def _has_lesion(

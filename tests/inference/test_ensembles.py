@@ -172,6 +172,17 @@ def test_all_may_be_dropped(dtype: torch.dtype) -> None:
     assert dropped.dtype == dtype and not dropped.any()
 
 
+def test_compiled_dropout_takes_new_keys() -> None:
+    layer = Dropout(0.4).eval()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    x = torch.rand(2, 3, 8, 8)
+    for first in (3, 90):
+        layer.keys = torch.tensor([first, 7], dtype=torch.int32)
+        assert torch.equal(compiled(x), layer(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_dropout_in_training_is_that_of_torch() -> None:
     x = torch.ones(2, 100)
     torch.manual_seed(0)

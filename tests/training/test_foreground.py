@@ -20,6 +20,7 @@ from guided_diffusion.checkpoint import load_checkpoint
 from guided_diffusion.data.batches import Foreground, training_batches
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.volumes import VolumeDataset, VolumeStore
+from guided_diffusion.errors import UserError
 from guided_diffusion.inference import cases
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.training import foreground
@@ -121,6 +122,9 @@ def test_masks_alone_are_read_each_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(read) == dataset.names
     (tmp_path / "masks" / "case4.png").write_bytes(b"cut")  # an error once it is drawn
     assert find_lesions(dataset, Frame(16)) == [1]
+    (tmp_path / "masks" / "case1.png").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"case1\.png"):
+        find_lesions(dataset, Frame(16))
 
 
 def test_what_counts_is_the_mask_that_is_trained_on(tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_a_volume_is_decoded_once_and_by_one_process(
 
     shares: list[list[int]] = []
     monkeypatch.setattr(
-        foreground, "all_gather_object", lambda found: shares.append(found) or [found]
+        foreground, "all_gather_object", lambda part: shares.append(part[0]) or [part]
     )
     monkeypatch.setattr(cases, "world_size", lambda: 2)
     for rank in (0, 1):
