@@ -146,10 +146,13 @@ class Segmenter:
         plan = self.plan
         coarse = "" if plan.coarse == "none" else f"coarse mask: {plan.coarse}, "
         weights = (f"{source}; {parameter_count(net)}" for net, _, _, source in self.networks)
-        draws = dict.fromkeys(_drawing_text(own) for _, _, own, _ in self.networks)
+        draws = [_drawing_text(own) for _, _, own, _ in self.networks]
+        if self.others:
+            equal = len({*draws}) == 1
+            draws = [f"{draws[0]}, of each weights"] if equal else [*draws, "in this order"]
         return (
             f"{'; '.join(weights)} on {describe(self.device)}, {plan.precision}; "
-            f"{'; '.join(draws)}{', for each of these weights' if self.others else ''}, "
+            f"{', '.join(draws)}, "
             f"{coarse}fused by {plan.fusion}, seed {plan.seed}"
         )
 

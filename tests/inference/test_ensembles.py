@@ -99,6 +99,19 @@ def test_weights_may_differ_in_version_and_plan() -> None:
     assert both.evaluations == 6 * 3 + 2 * 1
 
 
+def test_where_memory_runs_out_all_networks_draw_less_at_a_time(quiet: None) -> None:
+    expected = segmenter((0, 1)).draw(images(), NAMES)
+    both = segmenter((0, 1))
+
+    def full(net: object, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 2:
+            raise RuntimeError("out of memory")
+
+    both.others[0].net.register_forward_pre_hook(full)
+    assert_close(both.draw(images(), NAMES), expected, rtol=0, atol=1e-5)
+    assert {one.plan.batch_size for one in both.networks} == {1}
+
+
 # ------------------------------------------------------------------------------ flips
 
 
