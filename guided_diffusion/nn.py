@@ -91,6 +91,37 @@ def zeroed(layer: Layer) -> Layer:
     return layer
 
 
+class Dropout(nn.Dropout):
+    """Dropout that can also draw a mask for every row of a batch, from a number of its own.
+
+    Attributes:
+        keys: int32 [B] on the device of the input. The mask of a row follows from its number alone,
+            on any device, in evaluation too; None for torch's dropout.
+    """
+
+    keys: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of [B, ...], and scale those that are kept."""
+        if self.keys is None:
+            return super().forward(x)
+        bits = _hash_positions(self.keys, x[0].numel()).reshape(x.shape)
+        kept = (bits & (2**24 - 1)) >= round(self.p * 2**24)
+        return x * kept / max(1 - self.p, 2**-24)
+
+
+def _hash_positions(keys: Tensor, count: int) -> Tensor:
+    """Hash every key with the positions 0 to ``count`` - 1: int32 [B] to pseudo-random [B, count].
+
+    Integers wrap around; the rounds are those of a 32-bit multiply-xorshift hash.
+    """
+    keys = keys[:, None]
+    bits = torch.arange(count, dtype=torch.int32, device=keys.device) ^ keys
+    for _ in range(3):
+        bits = ((bits >> 16) & 0xFFFF ^ bits) * 0x45D9F3B + keys
+    return (bits >> 16) & 0xFFFF ^ bits
+
+
 class Downsample(nn.Module):
     """Halve height and width by a strided convolution."""
 
@@ -145,7 +176,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels),
             nn.SiLU(),
-            nn.Dropout(style.dropout),
+            Dropout(style.dropout),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = (

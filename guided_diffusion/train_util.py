@@ -139,6 +139,7 @@ class TrainLoop:
             workers=self.options.num_workers,
             augmentation=Augmentation() if self.options.augment else None,
             rater_choice=self.options.rater_choice,
+            foreground=self.setup.foreground,
             rank=rank(),
             world_size=world_size(),
         )
@@ -241,11 +242,7 @@ class TrainLoop:
         return loss
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Accumulate the gradient of the whole batch, a microbatch at a time.
-
-        Returns:
-            The mean weighted loss, a scalar tensor.
-        """
+        """Accumulate the gradient of the whole batch by microbatches; return its mean loss."""
         prepared = self.setup.prepare_batch(batch)
         condition = prepared.condition.to(self.device, non_blocking=True)
         x0 = self.diffusion.to_range(prepared.x0.to(self.device, non_blocking=True))

@@ -7,12 +7,14 @@ diffused and what conditions it.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -66,6 +68,13 @@ def prepare_labelled_images(batch: Batch) -> TrainingBatch:
     return TrainingBatch(batch.image, batch.image[:, :0], batch.label)
 
 
+class Foreground(NamedTuple):
+    """The cases with a lesion, by index, and the share of all draws that is from them alone."""
+
+    share: float
+    cases: Sequence[int]
+
+
 def training_batches(
     dataset: Dataset[Case],
     batch_size: int,
@@ -75,6 +84,7 @@ def training_batches(
     workers: int = 0,
     augmentation: Augmentation | None = None,
     rater_choice: str = "random",
+    foreground: Foreground | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[Batch, None, None]:
@@ -89,6 +99,9 @@ def training_batches(
         augmentation: changes each drawn case.
         rater_choice: the mask of a case with several raters: 'random', one of theirs; 'mean', the
             share of raters that mark a pixel, which is soft; 'majority'.
+        foreground: cases to draw more often than the others; None for all alike. Their share of
+            the draws is exact, and they and the rest of the draws, which are from all cases, have
+            epochs of their own.
         rank: the rank of this process, which gets its share of every step's global batch.
         world_size: the number of processes that share each step.
 
@@ -98,9 +111,10 @@ def training_batches(
         UserError: a file cannot be used, whichever process read it.
     """
     drawn = _Drawn(dataset, seed, augmentation, rater_choice)
+    order = _Order(len(drawn), seed, foreground)
     loader = DataLoader(
         drawn,
-        batch_sampler=_Positions(len(drawn), batch_size, seed, first_step, rank, world_size),
+        batch_sampler=_Positions(order, batch_size, first_step, rank, world_size),
         num_workers=workers,
         collate_fn=_batch_or_error,
         worker_init_fn=_leave_signals_to_the_parent,
@@ -160,6 +174,8 @@ def _next_or_error(batches: Iterator[Batch | UserError]) -> Batch | UserError:
         )
 
 
+_FOREGROUND = -1
+"""Sets the orders of the cases with a lesion apart from those of all cases."""
 GRACE = 120
 """Seconds that a reading process stays after SIGTERM, in which the training process saves."""
 
@@ -189,25 +205,48 @@ class _Positions:
     """A batch sampler: the draws of every batch from a given step on."""
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, first_step: int, rank: int, world_size: int
+        self, order: _Order, batch_size: int, first_step: int, rank: int, world_size: int
     ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.order, self.batch_size = order, batch_size
         self.first_place = (first_step * world_size + rank) * batch_size
         self.stride = world_size * batch_size
 
     def __iter__(self) -> Iterator[list[_Draw]]:
         position = self.first_place
-        orders: dict[int, list[int]] = {}
         while True:
-            batch = []
-            for place in range(position, position + self.batch_size):
-                epoch, offset = divmod(place, self.size)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-                    orders = {epoch: torch.randperm(self.size, generator=generator).tolist()}
-                batch.append(_Draw(orders[epoch][offset], place))
-            yield batch
+            places = range(position, position + self.batch_size)
+            yield [_Draw(self.order(place), place) for place in places]
             position += self.stride
+
+
+class _Order:
+    """Which case is drawn at a place of the sequence, counted from the first step."""
+
+    def __init__(self, size: int, seed: int, foreground: Foreground | None) -> None:
+        share, cases = foreground or (0, ())
+        self.share = Fraction(share).limit_denominator(10**6)
+        self.all = _Epochs(range(size), seed)
+        self.foreground = _Epochs(cases, mix(seed, _FOREGROUND))
+
+    def __call__(self, place: int) -> int:
+        before, after = math.floor(place * self.share), math.floor((place + 1) * self.share)
+        return self.all(place - before) if before == after else self.foreground(before)
+
+
+class _Epochs:
+    """An endless sequence of cases, in which every epoch has each of them once, in a new order."""
+
+    def __init__(self, cases: Sequence[int], seed: int) -> None:
+        self.cases, self.seed = cases, seed
+        self.epoch, self.order = -1, list[int]()
+
+    def __call__(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self.cases))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self.order = torch.randperm(len(self.cases), generator=generator).tolist()
+            self.epoch = epoch
+        return self.cases[self.order[offset]]
 
 
 class _Draw(NamedTuple):

@@ -31,7 +31,7 @@ class SamplingPlan:
         levels: the noise levels to step through; one network evaluation for each but the last.
         options: keywords of the sampler.
         clip: the range x0 is clamped to at every evaluation, or None.
-        num_ensemble: masks a case.
+        num_ensemble: masks a case, of one network and of one orientation of the image.
         fusion: a name of :data:`guided_diffusion.ensemble.FUSIONS`, or ``direct``: the network's
             answer without a noisy mask, or, where it has none, the mean of its first answers.
         measure: a name of :data:`guided_diffusion.ensemble.MEASURES`.
@@ -46,6 +46,8 @@ class SamplingPlan:
         mask_temperature: divides the log-odds of the fused mask.
         largest: connectivity of the component of the fused mask to keep, 4 or 8; 0 keeps all.
         fill_holes: whether the holes of the fused mask are filled.
+        flip_members: masks of the image flipped left to right are drawn as well.
+        dropout_members: dropout stays active, other for every mask.
     """
 
     sampler: str
@@ -65,6 +67,13 @@ class SamplingPlan:
     mask_temperature: float = 1.0
     largest: int = 0
     fill_holes: bool = False
+    flip_members: bool = False
+    dropout_members: bool = False
+
+    @property
+    def members(self) -> int:
+        """Masks a case of one network."""
+        return self.num_ensemble * (2 if self.flip_members else 1)
 
     @property
     def evaluations(self) -> int:
@@ -74,7 +83,9 @@ class SamplingPlan:
     @property
     def needs_direct(self) -> bool:
         """Whether the answer without a noisy mask is needed beside the members."""
-        return self.sampler != "direct" and (self.mask_guidance != 1 or self.fusion == "direct")
+        if self.sampler == "direct":  # a member is the answer itself, unless dropout is active
+            return self.dropout_members and self.fusion == "direct"
+        return self.mask_guidance != 1 or self.fusion == "direct"
 
     @property
     def cases(self) -> int:
@@ -96,7 +107,13 @@ MAPS = 16
 
 
 def within_memory(
-    plan: SamplingPlan, *, size: int, width: int, masks: int, device: torch.device
+    plan: SamplingPlan,
+    *,
+    size: int,
+    width: int,
+    masks: int,
+    device: torch.device,
+    members: int = 0,
 ) -> SamplingPlan:
     """Lower a plan's batch to what can fit into memory, and say so.
 
@@ -106,18 +123,19 @@ def within_memory(
         width: of the network's first level, in channels.
         masks: channels of a mask.
         device: that draws.
+        members: masks a case of all networks; 0 for those of the plan.
 
     Raises:
         UserError: not even the masks of one case fit into main memory.
     """
     member = 3 * 4 * masks * size**2 / 2**30  # drawn, gathered and brought to the case's size
     main = total_gib(torch.device("cpu"))
-    if plan.num_ensemble * member > main:
+    members = members or plan.members
+    if members * member > main:
         raise UserError(
             f"--num_ensemble {plan.num_ensemble}",
-            f"the masks of one case take {plan.num_ensemble * member:.1f} GiB, this machine has "
-            f"{main:.1f}",
-            f"At most {int(main / member)} fit.",
+            f"the masks of one case take {members * member:.1f} GiB, this machine has {main:.1f}",
+            f"At most {int(main / member * plan.num_ensemble / members)} fit.",
         )
     fitting = total_gib(device) / (MAPS * 4 * width * size**2 / 2**30)
     if plan.batch_size <= max(1, fitting):
@@ -185,6 +203,8 @@ def make_plan(
         mask_temperature=options.mask_temperature,
         largest=int(options.largest or 0),
         fill_holes=options.fill_holes,
+        flip_members=options.flip_members,
+        dropout_members=options.dropout_members,
     )
 
 

@@ -53,7 +53,8 @@ def run_sampling(setup: SampleSetup) -> None:
         sink.close()
     end = "_<class>" if segmenter.classes else ""
     kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
-    kinds += [] if setup.network.version in ("plain", "unet") else [f"coarse{end}"]
+    if any(one.network.version not in ("plain", "unet") for one in setup.networks):
+        kinds.append(f"coarse{end}")
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
     logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, predictions.csv")
@@ -72,7 +73,7 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
             fingerprint,
             model=str(segmenter),
             seed=segmenter.plan.seed,
-            options={**setup.trained.checkpoint.options, "plane": dataset.plane},
+            options={**setup.networks[0].trained.checkpoint.options, "plane": dataset.plane},
         )
 
     return segment(
@@ -116,7 +117,8 @@ def segment(
     names = [entry.name for entry in entries]
     require_replaceable(out_dir / SAMPLING_RECORD)
     ends = [end for _, end in each(segmenter.classes)]
-    record = Record(out_dir, fingerprint, class_columns(segmenter.classes), ends=ends)
+    columns, several = class_columns(segmenter.classes), bool(segmenter.others)
+    record = Record(out_dir, fingerprint, columns, spreads=several, ends=ends)
     note_classes(out_dir, segmenter.classes, known=record.is_uniform)
     if rank() == 0:
         note()
@@ -165,7 +167,7 @@ def segment(
             write=write,
             after=volumes.write,
             together=plan.cases,
-            evaluations=plan.num_ensemble * plan.evaluations,
+            evaluations=segmenter.evaluations,
         )
     finally:
         if rank() == 0:

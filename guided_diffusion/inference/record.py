@@ -25,7 +25,7 @@ from guided_diffusion.files import (
     require_replaceable,
     set_aside,
 )
-from guided_diffusion.inference.rendering import measured
+from guided_diffusion.inference.rendering import measured, spreads
 from guided_diffusion.inference.segmentation import Segmentation
 
 MOST_DISAGREEMENT = 0.5
@@ -69,6 +69,7 @@ def row_of(case: Case, result: Segmentation, seconds: float, frame: Frame) -> di
     return {
         "members": len(result.members),
         **measured(result),
+        **spreads(result),
         "empty_members": int((~found.any(1)).sum()),
         "full_members": int(found.all(1).sum()),
         "seconds": round(seconds, 3),
@@ -81,7 +82,9 @@ COLUMNS = (
 )
 NEEDED = ("name", "members", "fingerprint")
 COUNTS = ("members", "area", "empty_members", "full_members")
-MEASURES = ("disagreement", "uncertainty", "seconds")
+SPREADS = ("within_weights", "between_weights")
+"""Columns of their own where the members are of several weights."""
+MEASURES = ("disagreement", *SPREADS, "uncertainty", "seconds")
 
 
 class Record:
@@ -94,6 +97,7 @@ class Record:
         out_dir: the result folder.
         fingerprint: of the settings of this run.
         own: further columns, after that of the area.
+        spreads: whether the members are of several weights.
         ends: of the names of a case's files, one for each class.
         with_members: whether the members of a case are written, too.
     """
@@ -104,11 +108,13 @@ class Record:
         fingerprint: str,
         own: Sequence[str] = (),
         *,
+        spreads: bool = False,
         ends: Sequence[str] = ("",),
         with_members: bool = True,
     ) -> None:
         self.out_dir = out_dir
-        self.columns = (*COLUMNS[:3], *own, *COLUMNS[3:])
+        between = SPREADS if spreads else ()
+        self.columns = (*COLUMNS[:3], *own, *COLUMNS[3:6], *between, *COLUMNS[6:])
         self.fingerprint = fingerprint
         self.ends = ends
         self.with_members = with_members

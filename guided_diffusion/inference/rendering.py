@@ -64,6 +64,33 @@ def measured(result: Segmentation) -> dict[str, Any]:
     }
 
 
+def spreads(result: Segmentation) -> dict[str, float]:
+    """How far members of the same weights disagree, and members of different ones.
+
+    Both are means over all such pairs, and over the classes. Empty for members of one.
+    """
+    if not result.per_weights:
+        return {}
+    members = result.members.reshape(len(result.members), -1, *result.members.shape[-2:])
+    classes = [members[:, k] for k, _ in each(result.classes)]
+    total = sum(_summed(masks) for masks in classes) / len(classes)
+    own = [_summed(part) for masks in classes for part in masks.split([*result.per_weights])]
+    within, pairs = sum(own) / len(classes), sum(map(_pairs, result.per_weights))
+    return {
+        "within_weights": round(within / max(pairs, 1), 4),
+        "between_weights": round((total - within) / (_pairs(len(members)) - pairs), 4),
+    }
+
+
+def _summed(masks: Tensor) -> float:
+    """The sum of the disagreement over all pairs of [E, H, W]."""
+    return disagreement(masks) * _pairs(len(masks))
+
+
+def _pairs(count: int) -> float:
+    return count * (count - 1) / 2
+
+
 def combined_uncertainty(result: Segmentation) -> Tensor:
     """The uncertainty [H, W]: of declared classes the largest."""
     return result.uncertainty if result.classes is None else result.uncertainty.amax(dim=0)

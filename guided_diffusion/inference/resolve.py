@@ -7,24 +7,17 @@ training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from guided_diffusion.checkpoint import (
-    SEGMENTATION,
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    recorded_flags,
-    require_kind,
-)
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import SegmentationDataset, readable
 from guided_diffusion.data.frames import WOLLEB_CROP, Frame
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import sampler_of
-from guided_diffusion.layouts import normalise_flags, open_data
+from guided_diffusion.inference.trained import Trained, disagreement_error, load_agreeing
+from guided_diffusion.layouts import open_data
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.objective import resolve_objective
@@ -38,17 +31,26 @@ from guided_diffusion.options.segmentation import (
 from guided_diffusion.script_util import frame_for, network_for
 
 
-class Trained(NamedTuple):
-    """A checkpoint, its file, and the flags completed by what it records."""
+@dataclass(frozen=True)
+class NetworkSetup:
+    """One of the networks that draw.
 
-    checkpoint: Checkpoint
-    path: Path
-    flags: Flags
+    Attributes:
+        trained: the checkpoint.
+        options: how its masks are drawn; ``steps`` counts evaluations, 0 for the sampler's default.
+        network: of the checkpoint.
+        diffusion: that it was trained for.
+    """
+
+    trained: Trained
+    options: SamplingOptions
+    network: NetworkOptions
+    diffusion: DiffusionOptions
 
     @property
-    def is_own(self) -> bool:
-        """Whether the checkpoint describes itself; bare weights of others do not."""
-        return bool(self.checkpoint.options)
+    def members(self) -> int:
+        """Masks that it draws for a case."""
+        return self.options.num_ensemble * (2 if self.options.flip_members else 1)
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,21 @@ class SampleSetup:
     """Everything that sampling needs.
 
     Attributes:
-        trained: the checkpoint.
-        options: how masks are drawn; ``steps`` counts evaluations, 0 for the sampler's default.
+        networks: those that draw, one or more.
+        options: of the run.
         respacing: ``--timestep_respacing`` of this run, where it was given.
         run: folder, seed, device and precision.
-        network: of the checkpoint.
-        diffusion: that it was trained for.
         classes: what the mask's channels are; None for one of everything.
-        frame: how cases reach the network's size.
+        frame: how cases reach the networks' size.
         normalise: how the pixels of files were scaled in training.
         dataset: the cases to segment; None if only the model is needed.
         notes: messages to log before anything is drawn.
     """
 
-    trained: Trained
+    networks: tuple[NetworkSetup, ...]
     options: SamplingOptions
     respacing: str
     run: RunOptions
-    network: NetworkOptions
-    diffusion: DiffusionOptions
     classes: Classes | None
     frame: Frame
     normalise: str
@@ -82,75 +80,84 @@ class SampleSetup:
     notes: tuple[str, ...]
 
 
-def load_trained(
-    path: str | Path, flags: Flags, *, flag: str = "--model_path", kind: str = SEGMENTATION
-) -> Trained:
-    """Load a checkpoint of a kind, or a folder's latest one, and resolve the flags by it.
-
-    Bare weights are taken as trained on ``--trained_steps`` steps, 1000 by default.
-
-    Raises:
-        UserError: no checkpoint of that kind there (``flag`` names the path), or flags that
-            contradict it.
-    """
-    found = latest_checkpoint(path, flag=flag)
-    checkpoint = load_checkpoint(found)
-    require_kind(checkpoint, kind, found)
-    flags, trained = normalise_flags(flags), recorded_flags(checkpoint)
-    passing, steps = ("diffusion_steps", "timestep_respacing"), flags.get("trained_steps", 0)
-    if checkpoint.options:
-        trained["trained_steps"] = trained["diffusion_steps"] if steps else 0
-    else:
-        trained |= {"diffusion_steps": steps or 1000, "timestep_respacing": ""}
-    flags.refuse_contradictions(trained, found, passing=passing)
-    return Trained(checkpoint, found, flags.with_resolved(**trained))
-
-
-def resolve_sampling(flags: Flags, *, model: str | Path | None = None) -> SampleSetup:
+def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) -> SampleSetup:
     """Make the set-up of sampling; if ``model`` is given, it is loaded and no data are opened.
 
+    ``model`` is one path, several separated by commas, or a list.
+
     Raises:
-        UserError: flags, checkpoint and data that do not belong together.
+        UserError: flags, checkpoints and data that do not belong together.
     """
     options, run = flags.group(SamplingOptions), run_options(flags, RunOptions)
-    trained = load_trained(
-        options.model_path if model is None else model,
-        flags,
-        flag="--model_path" if model is None else "path",
-    )
-    known = trained.flags
-    crop, dataset = known.get("crop", "auto"), None
+    flag = "--model_path" if model is None else "path"
+    loaded = load_agreeing(options.model_path if model is None else model, flags, flag=flag)
+    known = loaded[0].flags
+    dataset = None
     if model is None:
         dataset = open_data(known.group(SampleDataOptions), part="testing", test=True)
-        network = network_for(dataset, known, trained.path if trained.is_own else None)
-        case = next(readable(dataset, range(len(dataset))), None) or dataset[0]
-        frame, _ = frame_for(dataset, network, crop, case=case)
-    else:
-        network = known.group(NetworkOptions)
-        frame = Frame(network.image_size, WOLLEB_CROP if crop == "wolleb" else 0)
-    _refuse_coarse(options, network)
-    diffusion = resolve_objective(known, network.version)
-    options = replace(
+    chosen = replace(
         options,
         steps=chosen_steps(flags, options.steps),
-        mask_temperature=options.mask_temperature or _fitted_temperature(trained),
+        mask_temperature=options.mask_temperature or _fitted_temperature(loaded),
     )
-    options = _of_one_answer(options, flags, network, diffusion, trained.path)
+    versions = {one.flags.get("version") for one in loaded}
+    networks = []
+    for one in loaded:
+        network = (
+            one.flags.group(NetworkOptions)
+            if dataset is None
+            else network_for(dataset, one.flags, one.path if one.is_own else None)
+        )
+        _refuse_coarse(options, network)
+        _refuse_no_dropout(options, network, one.path)
+        diffusion = resolve_objective(one.flags, network.version)
+        mixed = len(versions) > 1 and "unet" in versions
+        alone = len(loaded) == 1
+        own = _of_one_answer(chosen, flags, network, diffusion, one.path, mixed=mixed, alone=alone)
+        networks.append(NetworkSetup(one, own, network, diffusion))
     normalise = known.get("normalise", "auto")
-    outcome = {**vars(options), "sampler": sampler_of(options), "version": network.version}
     return SampleSetup(
-        trained=trained,
+        networks=tuple(networks),
         options=options,
         respacing=flags.given.get("timestep_respacing", ""),
         run=run,
-        network=network,
-        diffusion=diffusion,
         classes=find_classes(known.get("mask_labels", "")),
-        frame=frame,
+        frame=_common_frame(dataset, networks),
         normalise="none" if normalise == "auto" else normalise,
         dataset=dataset,
-        notes=(*dead_flags(flags, outcome), *(dataset.notes if dataset else ())),
+        notes=(*_dead_for_all(flags, networks), *(dataset.notes if dataset else ())),
     )
+
+
+def _common_frame(dataset: SegmentationDataset | None, networks: Sequence[NetworkSetup]) -> Frame:
+    """Choose how cases reach the networks' size, which must be the same for all of them."""
+    case = None
+    if dataset is not None:
+        case = next(readable(dataset, range(len(dataset))), None) or dataset[0]
+    frames = []
+    for one in networks:
+        crop = one.trained.flags.get("crop", "auto")
+        if dataset is None or case is None:
+            size = one.network.image_size
+            frames.append(Frame(size, WOLLEB_CROP if crop == "wolleb" else 0))
+        else:
+            frames.append(frame_for(dataset, one.network, crop, case=case)[0])
+    for one, frame in zip(networks, frames, strict=True):
+        if frame != frames[0]:
+            crops = ("wolleb" if own.crop else "none" for own in (frame, frames[0]))
+            raise disagreement_error(one.trained.path, networks[0].trained.path, "crop", *crops)
+    return frames[0]
+
+
+def _dead_for_all(flags: Flags, networks: Sequence[NetworkSetup]) -> list[str]:
+    """List the given flags that have no effect on any of the networks."""
+    dead = []
+    for one in networks:
+        sampler = sampler_of(one.options)
+        outcome = {**vars(one.options), "sampler": sampler, "version": one.network.version}
+        dead.append(dead_flags(flags, outcome))
+    names = [{note.split()[0] for note in notes} for notes in dead]
+    return [note for note in dead[0] if all(note.split()[0] in own for own in names)]
 
 
 def chosen_steps(flags: Flags, steps: int) -> int:
@@ -163,8 +170,19 @@ def chosen_steps(flags: Flags, steps: int) -> int:
     return steps or (0 if respaced else flags.given.get("diffusion_steps", 0))
 
 
-def _fitted_temperature(trained: Trained) -> float:
-    """Return the temperature of fused masks that the last validation of training fitted."""
+def _fitted_temperature(loaded: Sequence[Trained]) -> float:
+    """Return the temperature of fused masks that the last validation of training fitted.
+
+    Raises:
+        UserError: there was no validation, or the masks of several weights are fused.
+    """
+    trained, *others = loaded
+    if others:
+        raise UserError(
+            "--mask_temperature 0",
+            "asks for the temperature of one training, but there are several weights",
+            "Name the temperature, or one of the weights.",
+        )
     fitted = trained.checkpoint.training.get("best", {}).get("mask_temperature")
     if not isinstance(fitted, float):
         raise UserError(
@@ -181,16 +199,23 @@ def _of_one_answer(
     network: NetworkOptions,
     diffusion: DiffusionOptions,
     path: Path,
+    *,
+    mixed: bool = False,
+    alone: bool = True,
 ) -> SamplingOptions:
     """Settle how the one answer without a noisy mask is asked for, where that is meant.
 
-    A plain U-Net has no other answer. One answer makes one member.
+    A plain U-Net has no other answer. One answer makes one member, unless dropout makes more. Where
+    U-Nets and diffusions are ``mixed``, flags of a diffusion are not meant for the U-Nets. Weights
+    that are ``alone`` make one mask, whose uncertainty is its entropy.
 
     Raises:
         UserError: flags that only a diffusion can have, or an answer that the network cannot give.
     """
     is_unet = network.version == "unet"
-    if is_unet:
+    if is_unet and mixed:
+        options = replace(options, sampler="direct", steps=0)
+    elif is_unet:
         walks = {
             "sampler": options.sampler not in ("", "direct"),
             "use_ddim": options.use_ddim,
@@ -238,14 +263,29 @@ def _of_one_answer(
             "says how far the noisy mask is trusted, which --sampler direct withholds",
             "Omit one of the two.",
         )
-    if options.num_ensemble > 1 and "num_ensemble" in flags.given:
+    if options.dropout_members:
+        return options
+    if options.num_ensemble > 1 and "num_ensemble" in flags.given and not (is_unet and mixed):
         raise UserError(
             f"--num_ensemble {options.num_ensemble}",
             f"{cause} draws no noise, so that all masks would be equal",
-            f"Omit --num_ensemble{other}.",
+            f"Omit --num_ensemble{other}. Further masks come from --flip_members True, several "
+            "weights in --model_path, and --dropout_members True after training with --dropout.",
         )
-    measure = flags.given.get("uncertainty", "entropy")  # the deviation of one mask is 0
-    return replace(options, num_ensemble=1, steps=1, uncertainty=measure)
+    if alone and not options.flip_members and "uncertainty" not in flags.given:
+        options = replace(options, uncertainty="entropy")  # the deviation of one mask is 0
+    return replace(options, num_ensemble=1, steps=1)
+
+
+def _refuse_no_dropout(options: SamplingOptions, network: NetworkOptions, path: Path) -> None:
+    """Raise a UserError where dropout is asked for and the network was trained without."""
+    if options.dropout_members and not network.dropout:
+        raise UserError(
+            "--dropout_members True",
+            f"{path} was trained without dropout, or does not say at which rate",
+            "Train with --dropout 0.1; for weights that do not say it, give the --dropout of their "
+            "training.",
+        )
 
 
 def _refuse_coarse(options: SamplingOptions, network: NetworkOptions) -> None:

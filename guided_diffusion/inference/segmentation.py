@@ -27,6 +27,8 @@ class Segmentation(NamedTuple):
         measure: a name of :data:`guided_diffusion.ensemble.UNCERTAINTIES`.
         coarse: the condition network's own mask, soft, float32 [H, W] in [0, 1]; None where the
             network has none.
+        per_weights: how many of the members are of each of several weights, in their order; empty
+            where all are of the same.
     """
 
     members: Tensor
@@ -35,6 +37,7 @@ class Segmentation(NamedTuple):
     classes: Classes | None = None
     measure: str = "std"
     coarse: Tensor | None = None
+    per_weights: tuple[int, ...] = ()
 
     @property
     def mask(self) -> Tensor:

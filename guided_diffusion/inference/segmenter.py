@@ -1,4 +1,4 @@
-"""A trained network that turns images into ensembles of masks.
+"""Trained networks, mostly one, that turn images into ensembles of masks.
 
 Mask i of case c depends on the seed, c and i alone, for any batch size, order or device.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,13 @@ from guided_diffusion.dist_util import compiling, describe, dev, place_model
 from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse, mean, temper
 from guided_diffusion.errors import UserError, memory_problem, python_names
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.inference.drawing import Draws, StepCallback, draw, joined
+from guided_diffusion.inference.drawing import (
+    Draws,
+    StepCallback,
+    TrainedNetwork,
+    draw_all,
+    joined,
+)
 from guided_diffusion.inference.inputs import ImageLike, pixels_of
 from guided_diffusion.inference.plan import (
     SamplingPlan,
@@ -36,11 +43,12 @@ from guided_diffusion.inference.plan import (
     make_plan,
     within_memory,
 )
-from guided_diffusion.inference.resolve import SampleSetup, resolve_sampling
+from guided_diffusion.inference.resolve import NetworkSetup, SampleSetup, resolve_sampling
 from guided_diffusion.inference.segmentation import Segmentation
-from guided_diffusion.nn import AttentionBlock
+from guided_diffusion.nn import AttentionBlock, Dropout
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
+from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.scoring.components import clean_soft
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
@@ -58,6 +66,7 @@ class Segmenter:
         classes: what the mask's channels are; None for one of everything.
         normalise: how the pixels of files were scaled in training: a name of
             :data:`guided_diffusion.data.intensity.NORMALISATIONS`.
+        others: further networks for the same images and classes, whose masks join the ensemble.
     """
 
     def __init__(
@@ -70,8 +79,10 @@ class Segmenter:
         source: str = "",
         classes: Classes | None = None,
         normalise: str = "none",
+        others: Sequence[TrainedNetwork] = (),
     ) -> None:
         self.net = net.eval()
+        self.others = tuple(other._replace(net=other.net.eval()) for other in others)
         self.diffusion = diffusion
         self.frame = frame
         self.plan = plan
@@ -83,11 +94,11 @@ class Segmenter:
 
     @classmethod
     @python_names()
-    def load(cls, path: str | Path, **flags: Any) -> Segmenter:
-        """Load a checkpoint, or a folder's latest one.
+    def load(cls, path: str | Path | Sequence[str | Path], **flags: Any) -> Segmenter:
+        """Load a checkpoint, or a folder's latest one, or several.
 
         Args:
-            path: of the checkpoint.
+            path: of the checkpoint; several as a list, or separated by commas.
             flags: those of ``segmentation_sample.py`` that concern the model and the drawing, by
                 name, such as ``sampler="dpm_solver++"``, ``steps=10``, ``num_ensemble=5``,
                 ``seed=10``; for bare weights also the network's.
@@ -97,81 +108,75 @@ class Segmenter:
                 checkpoint.
         """
         given = Flags.of(SAMPLE, without=ONLY_OF_FOLDERS, **flags)
-        return cls.from_setup(resolve_sampling(given, model=str(path)))
+        model = [*map(str, path)] if isinstance(path, (list, tuple)) else str(path)
+        return cls.from_setup(resolve_sampling(given, model=model))
 
     @classmethod
     def from_setup(cls, setup: SampleSetup) -> Segmenter:
-        """Build the network of a set-up, ready to draw.
+        """Build the networks of a set-up, ready to draw.
 
         Raises:
             UserError: weights that do not fit the network, or a plan that the network cannot have.
         """
-        process = create_gaussian_diffusion(setup.diffusion, setup.network.version, setup.classes)
-        net = create_model(setup.network, setup.diffusion, setup.classes)
-        trained = setup.trained
-        checkpoint, missing = adapt_weights(trained.checkpoint, net)
-        weights, which = checkpoint.choose(setup.options.weights)
-        load_weights(net, weights, trained.path)
-
-        device = dev(setup.run.gpu_dev)
-        plan = make_plan(
-            setup.options,
-            setup.run,
-            process,
-            device=device,
-            own=trained.is_own,
-            respacing=setup.respacing,
-        )
-        plan = within_memory(
-            plan,
-            size=net.image_size,
-            width=net.model_channels,
-            masks=net.mask_channels,
-            device=device,
-        )
-        source = f"{trained.path}: {which}"
-        if not trained.is_own:
-            source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
-        if missing:
-            source += f"; {missing_weights_note(missing)}"
+        built: list[TrainedNetwork] = []
+        for one in setup.networks:
+            built.append(_build(one, setup, batch_size=built[-1].plan.batch_size if built else 0))
+        first, *others = built
         return cls(
-            place_model(net, device, compile=plan.compile),
-            process,
+            first.net,
+            first.diffusion,
             frame=setup.frame,
-            plan=plan,
-            source=source,
+            plan=first.plan,
+            source=first.source,
             classes=setup.classes,
             normalise=setup.normalise,
+            others=others,
         )
+
+    @property
+    def networks(self) -> tuple[TrainedNetwork, ...]:
+        """All networks, in the order in which their members are numbered."""
+        return (TrainedNetwork(self.net, self.diffusion, self.plan, self.source), *self.others)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of a case."""
+        return sum(plan.members * plan.evaluations for _, _, plan, _ in self.networks)
 
     def __str__(self) -> str:
         plan = self.plan
         coarse = "" if plan.coarse == "none" else f"coarse mask: {plan.coarse}, "
-        guided = "" if plan.mask_guidance == 1 else f"mask guidance {plan.mask_guidance:g}, "
+        weights = (f"{source}; {parameter_count(net)}" for net, _, _, source in self.networks)
+        draws = [_drawing_text(own) for _, _, own, _ in self.networks]
+        if self.others:
+            equal = len({*draws}) == 1
+            draws = [f"{draws[0]}, of each weights"] if equal else [*draws, "in this order"]
         return (
-            f"{self.source}; {parameter_count(self.net)} on {describe(self.device)}, "
-            f"{plan.precision}; {counted(plan.num_ensemble, 'mask')} a case by {plan.sampler}, "
-            f"{counted(plan.evaluations, 'evaluation')} each, {guided}{coarse}"
-            f"fused by {plan.fusion}, seed {plan.seed}"
+            f"{'; '.join(weights)} on {describe(self.device)}, {plan.precision}; "
+            f"{', '.join(draws)}, "
+            f"{coarse}fused by {plan.fusion}, seed {plan.seed}"
         )
 
     @property
     def fingerprint(self) -> str:
         """Everything that the masks depend on, in 16 hexadecimal digits."""
-        process = {
-            entry.name: getattr(self.diffusion, entry.name) for entry in fields(self.diffusion)
-        }
-        del process["schedule"]  # the plan's levels are what is drawn at
-        heads = [
-            (layer.num_heads, layer.use_new_attention_order)
-            for layer in self.net.modules()
-            if isinstance(layer, AttentionBlock)
-        ]
-        settings = (replace(self.plan, batch_size=0), self.frame, self.classes, process, heads)
-        digest = hashlib.sha256(repr(settings).encode())
-        for name, value in self.net.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(repr((self.frame, self.classes)).encode())
+        for net, diffusion, plan, _ in self.networks:
+            process = {entry.name: getattr(diffusion, entry.name) for entry in fields(diffusion)}
+            del process["schedule"]  # the plan's levels are what is drawn at
+            layers = [*net.modules()]
+            heads = [
+                (layer.num_heads, layer.use_new_attention_order)
+                for layer in layers
+                if isinstance(layer, AttentionBlock)
+            ]
+            rates = [layer.p for layer in layers if isinstance(layer, Dropout)]
+            dropped = rates if plan.dropout_members else []
+            settings = (replace(plan, batch_size=0), process, heads, dropped)
+            digest.update(repr(settings).encode())
+            for name, value in net.state_dict().items():
+                digest.update(name.encode())
+                digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @python_names()
@@ -245,6 +250,7 @@ class Segmenter:
             classes=self.classes,
             measure=plan.measure,
             coarse=None if coarse is None else restored(coarse),
+            per_weights=tuple(one.plan.members for one in self.networks) if self.others else (),
         )
 
     def draw(
@@ -259,15 +265,17 @@ class Segmenter:
         Raises:
             UserError: the compiler does not work here.
         """
-        started, plan = time.perf_counter(), self.plan
-        self.plan = replace(plan, levels=(plan.levels[0], plan.levels[-1]))
+        started = time.perf_counter()
+        levels = [plan.levels for _, _, plan, _ in self.networks]
+        self._set_levels([(own[0], own[-1]) for own in levels])
         fitted = self.frame.fit(case).image
+        cases = self.plan.cases
         try:
             with compiling():
                 for _ in range(3):  # CUDA graphs are recorded on the second call
-                    self.draw(fitted[None].expand(plan.cases, -1, -1, -1), [case.name] * plan.cases)
+                    self.draw(fitted[None].expand(cases, -1, -1, -1), [case.name] * cases)
         finally:
-            self.plan = replace(self.plan, levels=plan.levels)
+            self._set_levels(levels)
         return time.perf_counter() - started
 
     def draw_with_coarse(
@@ -287,17 +295,71 @@ class Segmenter:
         while first < len(images):
             some = slice(first, first + (self.plan.cases if self.halved else len(images)))
             try:
-                drawn = draw(
-                    self.net, self.diffusion, self.plan, images[some], names[some], callback
-                )
-                done.append(drawn)
+                done.append(draw_all(self.networks, images[some], names[some], callback))
                 first += len(images[some])
                 continue
             except (RuntimeError, MemoryError) as error:
-                problem, batch = memory_problem(error), self.plan.inputs_of(len(names[some]))
+                problem = memory_problem(error)
+                batch = max(one.plan.inputs_of(len(names[some])) for one in self.networks)
                 if not problem or batch == 1:
                     raise
             # The error is gone by now, and with it the memory of what it interrupted.
-            self.plan = halved(self.plan, batch, problem, device=self.device)
+            lower = halved(self.plan, batch, problem, device=self.device)
+            self._replan(partial(replace, batch_size=lower.batch_size))
             self.halved = True
         return joined(done)
+
+    def _set_levels(self, levels: Sequence[tuple[NoiseLevel, ...]]) -> None:
+        """Change the noise levels of every network."""
+        own = iter(levels)
+        self._replan(lambda plan: replace(plan, levels=next(own)))
+
+    def _replan(self, change: Callable[[SamplingPlan], SamplingPlan]) -> None:
+        """Change the plan of every network."""
+        self.plan = change(self.plan)
+        self.others = tuple(other._replace(plan=change(other.plan)) for other in self.others)
+
+
+def _build(one: NetworkSetup, setup: SampleSetup, *, batch_size: int) -> TrainedNetwork:
+    """Build one network of a set-up; its batch is at most ``batch_size``, if that is not 0."""
+    process = create_gaussian_diffusion(one.diffusion, one.network.version, setup.classes)
+    net = create_model(one.network, one.diffusion, setup.classes)
+    trained = one.trained
+    checkpoint, missing = adapt_weights(trained.checkpoint, net)
+    weights, which = checkpoint.choose(one.options.weights)
+    load_weights(net, weights, trained.path)
+
+    device = dev(setup.run.gpu_dev)
+    plan = make_plan(
+        one.options,
+        setup.run,
+        process,
+        device=device,
+        own=trained.is_own,
+        respacing=setup.respacing,
+    )
+    plan = within_memory(
+        replace(plan, batch_size=min(plan.batch_size, batch_size or plan.batch_size)),
+        size=net.image_size,
+        width=net.model_channels,
+        masks=net.mask_channels,
+        device=device,
+        members=sum(one.members for one in setup.networks),
+    )
+    source = f"{trained.path}: {which}"
+    if not trained.is_own:
+        source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
+    if missing:
+        source += f"; {missing_weights_note(missing)}"
+    net = place_model(net, device, compile=plan.compile)
+    return TrainedNetwork(net, process, plan, source)
+
+
+def _drawing_text(plan: SamplingPlan) -> str:
+    """'5 masks a case by ddim, 10 evaluations each', and how they come to differ."""
+    ways = " with dropout" * plan.dropout_members + ", half of them flipped" * plan.flip_members
+    guided = "" if plan.mask_guidance == 1 else f", mask guidance {plan.mask_guidance:g}"
+    return (
+        f"{counted(plan.members, 'mask')} a case by {plan.sampler}{ways}, "
+        f"{counted(plan.evaluations, 'evaluation')} each{guided}"
+    )

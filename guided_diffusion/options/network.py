@@ -39,9 +39,7 @@ class NetworkOptions:
     use_new_attention_order: bool = flag(False, "split query, key, value before the heads")
     class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
     ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1, cap=100)
-    dropout: float = flag(
-        0.0, "dropout probability inside residual blocks", run=True, least=0, most=1
-    )
+    dropout: float = flag(0.0, "dropout probability inside residual blocks", least=0, most=1)
     use_checkpoint: bool = flag(False, "recompute activations to save memory", run=True)
 
 

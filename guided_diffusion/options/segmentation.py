@@ -140,6 +140,13 @@ class TrainingOptions:
         "of raters that mark a pixel; majority",
         choices=("random", "mean", "majority"),
     )
+    foreground_share: float = flag(
+        0.0,
+        "share of the training cases that is drawn from those with a lesion, as in 0.5; the rest "
+        "is drawn from all",
+        least=0,
+        most=1,
+    )
     cache_gib: float = flag(
         2.0, "disk space, in GiB, for decoded training cases of this run", least=0
     )
@@ -172,12 +179,16 @@ class WatchOptions:
 class SamplingOptions:
     """How masks are drawn."""
 
-    model_path: str = flag("", "checkpoint, or the folder that holds savedmodel.pt")
+    model_path: str = flag("", "checkpoint, or folder of one; several by commas")
     num_ensemble: int = flag(5, "masks drawn for each case", least=1, cap=10_000)
-    num_samples: int = flag(0, "cases to segment, from the first; 0: all", least=0)
-    batch_size: int = flag(
-        0, "network inputs (cases x masks) at a time; 0: automatic", least=0, cap=MOST_INPUTS
+    flip_members: bool = flag(
+        False, "draw num_ensemble masks of the image flipped left to right, too, and flip them back"
     )
+    dropout_members: bool = flag(
+        False, "keep dropout active, of networks trained with it, so that masks differ by it too"
+    )
+    num_samples: int = flag(0, "first cases to segment; 0: all", least=0)
+    batch_size: int = flag(0, "cases x masks at a time; 0: automatic", least=0, cap=MOST_INPUTS)
     sampler: str = flag(
         "",
         "sampler; empty: by dpm_solver and use_ddim, else DDPM; direct: one "

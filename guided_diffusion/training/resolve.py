@@ -29,7 +29,7 @@ from guided_diffusion.checkpoint import (
     with_companions,
 )
 from guided_diffusion.data.advice import intensity_notes, mask_notes
-from guided_diffusion.data.batches import Batch, TrainingBatch, prepare_masks
+from guided_diffusion.data.batches import Batch, Foreground, TrainingBatch, prepare_masks
 from guided_diffusion.data.cache import GIB, CachedDataset
 from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_text, read_as
 from guided_diffusion.data.folders import counted
@@ -61,6 +61,7 @@ from guided_diffusion.script_util import (
     network_for,
 )
 from guided_diffusion.training.estimates import attention_notes, check_size
+from guided_diffusion.training.foreground import resolve_foreground
 from guided_diffusion.training.validation import (
     Validate,
     make_validation,
@@ -86,6 +87,7 @@ class TrainSetup:
         data: the data in words, for the log.
         start: the checkpoint that is continued, and ``path`` its file; None for a new run.
         missing: parameters that bare weights lacked.
+        foreground: the cases to draw more often than the others, if any.
         prepare_batch: separates what is diffused from the condition.
         losses: scores the network itself; None for the diffusion's, of a U-Net that encodes the
             condition.
@@ -106,6 +108,7 @@ class TrainSetup:
     start: Checkpoint | None = None
     path: Path | None = None
     missing: Sequence[str] = ()
+    foreground: Foreground | None = None
     prepare_batch: Callable[[Batch], TrainingBatch] = prepare_masks
     losses: Losses | None = None
     validate: Validate | None = None
@@ -154,6 +157,8 @@ def begin(
     if start:
         require_kind(start, kind, path)
         trained = recorded_flags(start)
+        if "dropout" in flags.given:  # it may change on the way
+            trained.pop("dropout", None)
         normalise_flags(flags).refuse_contradictions(trained, path)
         flags = flags.with_resolved(**trained)
     return Beginning(flags, options, run, path, start)
@@ -202,6 +207,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
         validation = make_validation(segmenter, dataset, held_out, watch, run)
 
     resized = ResizedDataset(dataset, frame)
+    foreground, foreground_notes = resolve_foreground(dataset, frame, options)
     cached = CachedDataset(resized, most_bytes=round(options.cache_gib * GIB))
     return TrainSetup(
         net=place_model(net, device, compile=run.compile),
@@ -221,6 +227,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
         start=start,
         path=path,
         missing=missing,
+        foreground=foreground,
         validate=validation,
         sinks=sinks,
         notes=[
@@ -231,6 +238,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *dataset.notes,
             *rater_notes(dataset, options, chosen="rater_choice" in given.given),
             *([cached.note] if cached.note else []),
+            *foreground_notes,
             *mask_notes(dataset),
             *(intensity_notes(dataset) if rank() == 0 else []),
             *objective_notes(process),

@@ -26,7 +26,7 @@ from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
-from guided_diffusion.inference.resolve import Trained, load_trained
+from guided_diffusion.inference.trained import Trained, load_trained
 from guided_diffusion.networks.classifier import EncoderUNetModel
 from guided_diffusion.networks.resnet import ResNet50
 from guided_diffusion.options.flags import Flags

@@ -36,6 +36,7 @@ class Painter:
     classes = None
     frame = Frame(8)
     plan = SamplingPlan("ddpm", (CLEAN, CLEAN), batch_size=4, num_ensemble=2)
+    others, evaluations = (), 0
 
     def segment(self, cases: list, note: object = None) -> list:
         return [

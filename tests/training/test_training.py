@@ -156,6 +156,20 @@ def test_the_script_resumes_bit_equal(brats: Path, trained: Path, tmp_path: Path
     assert equal(vars(one), vars(other))
 
 
+def test_dropout_is_recorded_and_may_change_on_the_way(
+    brats: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Masks are drawn with the rate of training, which is not known otherwise."""
+    assert load_checkpoint(trained / LATEST).options["dropout"] == 0.1
+    command = training(brats, tmp_path)
+    place = command.index("--dropout")
+    start = [*("--resume_checkpoint", trained), "--max_steps", 5]
+    for given, expected in ((["--dropout", 0.3], 0.3), ([], 0.1)):
+        own = [*command[:place], *given, *command[place + 2 :]]
+        succeeded(script("segmentation_train", *own, *start))
+        assert load_checkpoint(tmp_path / LATEST).options["dropout"] == expected
+
+
 def test_any_checkpoint_can_be_continued_elsewhere(
     brats: Path, trained: Path, tmp_path: Path
 ) -> None:
