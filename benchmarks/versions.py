@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from guided_diffusion import logger
@@ -36,13 +35,11 @@ from guided_diffusion.data.frames import WOLLEB_CROP, Frame, ResizedDataset
 from guided_diffusion.dist_util import describe, dev, place_model
 from guided_diffusion.ensemble import BLENDS
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion, Prediction
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.plan import SamplingPlan, make_plan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
-from guided_diffusion.losses import binary_cross_entropy, soft_dice_loss
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
-from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.resolve import TrainSetup
@@ -62,44 +59,6 @@ FLAGS: dict[str, Any] = {
 METHODS = ("plain", "1", "new", "2", "unet")
 RATES = {"demo": 1e-3, "isic": 5e-4}
 NAMES = {"unet": "the same U-Net, no diffusion", "plain": "plain"}
-
-
-class Direct(GaussianDiffusion):
-    """A U-Net without diffusion: t = 0 and an empty mask go in, and the output is the mask.
-
-    It is trained on Dice and cross-entropy, and sampled in one evaluation.
-    """
-
-    def training_losses(
-        self,
-        net: Callable[..., Any],
-        x0: Tensor,
-        t: Tensor,
-        *,
-        condition: Any,
-        y: Tensor | None = None,
-        **_: Any,
-    ) -> dict[str, Tensor]:
-        """Compute Dice + cross-entropy of the sigmoid of the raw output, [B]."""
-        raw = net(torch.zeros_like(x0), torch.zeros_like(t).to(x0.device), condition, y).raw
-        soft, mask = raw.to(x0.dtype).sigmoid(), self.from_range(x0)
-        return {"loss": soft_dice_loss(soft, mask) + binary_cross_entropy(soft, mask)}
-
-    def denoiser(
-        self,
-        net: Callable[..., Any],
-        condition: Any,
-        clip: tuple[float, float] | None = None,
-        y: Tensor | None = None,
-    ) -> Denoiser:
-        """Return a denoiser that ignores the noisy mask."""
-
-        def denoise(x: Tensor, level: NoiseLevel) -> Prediction:
-            t = torch.zeros(len(x), device=x.device)
-            raw = net(torch.zeros_like(x), t, condition, y).raw.to(x.dtype)
-            return Prediction(self.to_range(raw.sigmoid()))
-
-        return denoise
 
 
 def main() -> None:
@@ -181,13 +140,9 @@ def run(
     """Train and score a network once."""
     device = dev(arguments.gpu_dev)
     torch.manual_seed(key["seed"])
-    direct = key["method"] == "unet"
-    version = "plain" if direct else key["method"]
     net, diffusion = create_model_and_diffusion(
-        **FLAGS, in_ch=training.channels + 1, version=version
+        **FLAGS, in_ch=training.channels + 1, version=key["method"]
     )
-    if direct:
-        diffusion = Direct(**vars(diffusion))
     frame = Frame(FLAGS["image_size"], WOLLEB_CROP if key["set"] == "demo" else 0)
     with tempfile.TemporaryDirectory() as folder:
         setup = TrainSetup(
@@ -227,8 +182,9 @@ def train(loop: TrainLoop, budget: float) -> None:
 def plan_of(
     key: dict[str, Any], diffusion: GaussianDiffusion, device: torch.device
 ) -> SamplingPlan:
+    sampler = "direct" if key["method"] == "unet" else "dpm_solver++"
     sampling = SamplingOptions(
-        sampler="dpm_solver++", steps=key["evaluations"], num_ensemble=key["members"]
+        sampler=sampler, steps=key["evaluations"], num_ensemble=key["members"]
     )
     return make_plan(sampling, RunOptions(), diffusion, device=device, own=True)
 

@@ -1,4 +1,4 @@
-"""The benchmarks: versions (finished runs are kept, a U-Net without diffusion) and device."""
+"""The benchmarks: versions (finished runs are kept), method and device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
-from torch.testing import assert_close
 
 from guided_diffusion.ensemble import BLENDS
-from guided_diffusion.nn import Output
-from guided_diffusion.schedule import NoiseLevel, NoiseSchedule
+from guided_diffusion.inference.plan import make_plan
+from guided_diffusion.options.segmentation import RunOptions, SamplingOptions
+from guided_diffusion.script_util import create_model_and_diffusion
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +67,60 @@ def test_finished_runs_are_kept(
     assert f"| version 2 {'| 0.6500 ± 0.0707 ' * 5}|" in rows
 
 
-def test_the_network_without_diffusion_predicts_in_one_evaluation(versions: ModuleType) -> None:
-    """Its loss is Dice + cross-entropy of its output for an empty mask at t = 0."""
-    diffusion = versions.Direct(NoiseSchedule.named("linear", 50), mask_range=(-1.0, 1.0))
-    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+@pytest.fixture
+def method(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("method")
 
-    def net(x: torch.Tensor, t: torch.Tensor, condition: None, y: None) -> Output:
-        inputs.append((x, t))
-        return Output(torch.zeros_like(x))
 
-    truth = torch.tensor([[[[1.0, -1.0], [-1.0, -1.0]]]])
-    terms = diffusion.training_losses(
-        net, truth, torch.tensor([30]), eps=torch.randn_like(truth), condition=None
-    )
-    assert_close(terms["loss"], torch.tensor([0.5 + 0.6931472]))
-    level = NoiseLevel(30.0, 0.6, 0.8)
-    prediction = diffusion.denoiser(net, None)(torch.randn_like(truth), level)
-    assert_close(prediction.x0, torch.zeros_like(truth))
-    assert not any(x.any() or t.any() for x, t in inputs)
+def test_members_are_compared_with_each_other_and_with_the_truth(method: ModuleType) -> None:
+    """Masks of 2, 2 and 0 pixels: 1 - Dice is 1/2, 1 and 1 among them, 1/3, 1/3 and 1 with one."""
+    members = torch.tensor([[[1, 1, 0]], [[1, 0, 1]], [[0, 0, 0]]]).bool()
+    truth = torch.tensor([[[1, 0, 0]]]).bool()[0]
+    between, wrong = method.distances(members, truth)
+    assert between == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert wrong == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
+    empty = torch.zeros(2, 1, 3).bool()
+    assert method.distances(empty, empty[0]) == (0.0, 0.0)
+
+
+def test_the_finals_are_chosen_by_validation(method: ModuleType) -> None:
+    def line(recipe: str, stage: str = "screen", **dice: float) -> dict[str, Any]:
+        found = {name.replace("_", " "): {"dice": value} for name, value in dice.items()}
+        return {"recipe": recipe, "stage": stage, "validation": found}
+
+    done = [
+        line("unet", direct=0.99),
+        line("a", **{"direct": 0.7, "1 x 4": 0.9}),
+        line("b", **{"direct": 0.8, "1 x 4": 0.6}),
+        line("c", **{"direct": 0.5, "1 x 4": 0.5}),
+        line("d", "finals", **{"direct": 1.0, "1 x 4": 1.0}),
+        line("x0 mse", **{"1 x 4": 0.95}),
+    ]
+    assert method.best(done, 2) == ["a", "b"]
+
+
+def test_every_recipe_can_be_built_and_asked(method: ModuleType) -> None:
+    for flags in method.recipes().values():
+        net, diffusion = create_model_and_diffusion(
+            **method.NETWORK, **flags, image_size=64, in_ch=4
+        )
+        for asked in method.evaluations(flags).values():
+            make_plan(SamplingOptions(**asked), RunOptions(), diffusion, device=CPU, own=True)
+        assert (diffusion.mask_dropout > 0) == ("direct" in method.evaluations(flags))
+        assert (net.mask_channels, net.in_channels) == (1, 4)
+
+
+def test_the_stored_runs_name_recipes_and_settings(method: ModuleType) -> None:
+    """What the tables are made of: flags as they are now, and the Dice of every test case."""
+    lines = method.read(ROOT / "results/method.jsonl")
+    for line in lines:
+        assert line["flags"] == method.recipes()[line["recipe"]]
+        for found in line.get("test", {}).values():
+            assert sum(found["cases"]) / len(found["cases"]) == pytest.approx(
+                found["dice"], abs=1e-4
+            )
+    assert (ROOT / "results/method.md").read_text(encoding="utf-8") == method.tables(lines)
 
 
 @pytest.mark.slow
