@@ -21,6 +21,7 @@ from guided_diffusion.files import (
     DamagedFile,
     append,
     atomic_write,
+    marked_text,
     read_table,
     require_replaceable,
     set_aside,
@@ -220,7 +221,7 @@ class Record:
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
         if header:
             writer.writeheader()
-        writer.writerows(self.rows[name] for name in names)
+        writer.writerows({**self.rows[name], "name": marked_text(name)} for name in names)
         return text.getvalue()
 
 
