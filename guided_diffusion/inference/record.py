@@ -239,6 +239,8 @@ def _is_whole(row: Mapping[str, str]) -> bool:
 def is_whole_png(path: Path) -> bool:
     """Whether a file is there and begins and ends as a PNG does."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             begins = file.read(8) == b"\x89PNG\r\n\x1a\n"
             file.seek(-12, os.SEEK_END)
