@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from logging import CRITICAL
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import logger
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image, ImageOps
 
@@ -61,7 +64,12 @@ def load_nifti(path: Path, *, shown: Path | None = None) -> tuple[Any, NiftiHead
     Raises what :func:`nifti_header` and nibabel raise.
     """
     header = nifti_header(path, shown=shown)
-    return nib.load(path), header
+    level = logger.level
+    logger.setLevel(CRITICAL + 1)  # nibabel prints what it repairs
+    try:
+        return nib.load(path), header
+    finally:
+        logger.setLevel(level)
 
 
 def decoded_picture(path: Path) -> Image.Image:
@@ -73,10 +81,30 @@ def decoded_picture(path: Path) -> Image.Image:
     with opened_picture(path) as picture:
         if picture.format in ("TIFF", "GIF") and _has_more(path, picture):
             raise UserError(path, "holds several pictures", "Split it into single pictures.")
-        with decoding(path, "picture"):
+        with decoding(path, "picture"), _quiet(picture.format == "TIFF"):
             picture.load()
             upright(picture)
         return picture
+
+
+@contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """Leave out what libtiff, which knows no other way, prints on standard error."""
+    try:
+        kept = os.dup(2) if active else -1
+    except OSError:  # it is closed
+        kept = -1
+    if kept < 0:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _has_more(path: Path, picture: Image.Image) -> bool:

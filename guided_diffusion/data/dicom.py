@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from guided_diffusion.data.decoding import decoding
 from guided_diffusion.data.dicom_grid import Plane, Stack, Vector, require_right_angle
-from guided_diffusion.data.geometry import size_of
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.data.limits import (
     inflated_size,
     most_bytes,

@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import require_file
 from guided_diffusion.options.reading import ReadingOptions
@@ -91,7 +92,7 @@ def require_size(
         ValueError: a negative length, or more than the file can hold.
         UserError: more than the limit.
     """
-    text = " x ".join(map(str, shape))
+    text = size_of(shape)
     if min(shape, default=0) < 0 or not math.isfinite(start) or start < 0:
         raise ValueError(f"its header states {text} values from byte {start:g} on")
     count, size = math.prod(map(int, shape)), (file or path).stat().st_size

@@ -23,7 +23,7 @@ from guided_diffusion.data.decoding import (
     load_nifti,
     opened_picture,
 )
-from guided_diffusion.data.folders import is_nifti
+from guided_diffusion.data.folders import is_nifti, size_of
 from guided_diffusion.data.geometry import (
     Affine,
     Grid,
@@ -32,7 +32,6 @@ from guided_diffusion.data.geometry import (
     place,
     plane_affine,
     require_view,
-    size_of,
     spatial,
 )
 from guided_diffusion.data.limits import nifti_header

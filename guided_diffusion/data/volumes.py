@@ -35,6 +35,7 @@ from guided_diffusion.data.datasets import (
     mask_files,
 )
 from guided_diffusion.data.decoding import decoding, load_nifti
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.data.geometry import (
     Affine,
     Grid,
@@ -43,7 +44,6 @@ from guided_diffusion.data.geometry import (
     place,
     plane_affine,
     require_view,
-    size_of,
     spatial,
 )
 from guided_diffusion.data.intensity import Levels, measure, normalised
