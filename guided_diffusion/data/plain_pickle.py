@@ -44,6 +44,13 @@ def _scalar(dtype: object, content: object) -> Any:
     return np.frombuffer(content, dtype)[0]
 
 
+def _frombuffer(content: object, dtype: object, shape: Any, order: Any) -> Any:
+    """Make an array from its bytes, as protocol 5 writes them."""
+    if not isinstance(content, bytes | bytearray) or not isinstance(dtype, np.dtype):
+        raise pickle.UnpicklingError("an array has no bytes")
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
 def _encode(text: object, encoding: object) -> bytes:
     """Bytes, as protocol 2 and earlier ones write them."""
     if not isinstance(text, str) or encoding != "latin1":
@@ -57,9 +64,13 @@ _CALLED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
 } | {
-    (f"numpy.{core}.multiarray", name): function
+    (f"numpy.{core}.{module}", function.__name__.replace("_scalar", "scalar")): function
     for core in ("core", "_core")
-    for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
+    for module, function in (
+        ("multiarray", _reconstruct),
+        ("multiarray", _scalar),
+        ("numeric", _frombuffer),
+    )
 }
 """The only pairs of module and name, and what is called instead."""
 

@@ -74,8 +74,12 @@ def create(path: Path, *, mode: int = 0o666) -> int:
 
 def _file_itself(path: str, flags: int) -> int:
     """Open a regular file, and neither follow a link nor wait for a pipe."""
-    if Path(path).is_symlink():
-        raise OSError("it is a link, and results are not written through links")
+    with suppress(FileNotFoundError):
+        mode = Path(path).lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise OSError("it is a link, and results are not written through links")
+        if not stat.S_ISREG(mode):
+            raise OSError("it is not a file")
     descriptor = os.open(path, flags | _NO_LINK | _NO_WAIT, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
