@@ -117,6 +117,10 @@ def serve(pipe: Connection) -> None:
 
     import torch
 
+    import guided_diffusion.scoring.compare
+    import guided_diffusion.tools.commands
+    import guided_diffusion.weak.commands  # noqa: F401
+
     torch.set_num_threads(1)
     warnings.simplefilter("default")
     warnings.simplefilter("ignore", ResourceWarning)

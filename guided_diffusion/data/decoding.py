@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -9,14 +10,12 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from logging import CRITICAL
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
-from nibabel.imageglobals import logger
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image, ImageOps
 
@@ -64,10 +63,18 @@ def load_nifti(path: Path, *, shown: Path | None = None) -> tuple[Any, NiftiHead
     Raises what :func:`nifti_header` and nibabel raise.
     """
     header = nifti_header(path, shown=shown)
-    level = logger.level
-    logger.setLevel(CRITICAL + 1)  # nibabel prints what it repairs
-    try:
+    with _unlogged("nibabel.global"):
         return nib.load(path), header
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Leave out what a library logs on standard error beside its exceptions."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
     finally:
         logger.setLevel(level)
 
@@ -133,7 +140,7 @@ def opened_picture(path: Path, *, hint: str = RESTORE) -> Image.Image:
     """
     require_file(path)
     with decoding(path, "picture", hint=hint):
-        with _OPENING:  # pictures have this package's own limit
+        with _OPENING, _unlogged("PIL"):  # pictures have this package's own limit
             theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 picture = Image.open(path, formats=FORMATS)
