@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 import threading
@@ -15,9 +14,10 @@ from textwrap import shorten
 from typing import Any
 
 import nibabel as nib
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from guided_diffusion.data.limits import FORMATS, NiftiHeader, nifti_header, require_picture
 from guided_diffusion.errors import MEMORY_HINT, UserError, memory_problem
@@ -63,16 +63,15 @@ def load_nifti(path: Path, *, shown: Path | None = None) -> tuple[Any, NiftiHead
     Raises what :func:`nifti_header` and nibabel raise.
     """
     header = nifti_header(path, shown=shown)
-    with _unlogged("nibabel.global"):
+    with _unlogged(imageglobals.logger):
         return nib.load(path), header
 
 
 @contextmanager
-def _unlogged(name: str) -> Iterator[None]:
+def _unlogged(logger: Any) -> Iterator[None]:
     """Leave out what a library logs on standard error beside its exceptions."""
-    logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    logger.setLevel(99)
     try:
         yield
     finally:
@@ -140,7 +139,7 @@ def opened_picture(path: Path, *, hint: str = RESTORE) -> Image.Image:
     """
     require_file(path)
     with decoding(path, "picture", hint=hint):
-        with _OPENING, _unlogged("PIL"):  # pictures have this package's own limit
+        with _OPENING, _unlogged(TiffImagePlugin.logger):  # pictures have this package's own limit
             theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 picture = Image.open(path, formats=FORMATS)
