@@ -334,6 +334,10 @@ def test_numbers_of_thousands_of_digits(flag: str, tmp_path: Path) -> None:
     assert done.code == 2 and flag in done.out + done.err
 
 
+def test_an_argument_of_several_lines_is_one_line(tmp_path: Path) -> None:
+    assert "unrecognized arguments" in refused(script("check_data", "--data_dir", tmp_path, "a\nb"))
+
+
 def test_the_flag_reaches_the_readers(tmp_path: Path) -> None:
     inputs.small_pairs(Random(0), tmp_path)
     flags = ["--data_dir", tmp_path, "--cache_dir", "none"]
