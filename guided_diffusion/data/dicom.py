@@ -40,6 +40,8 @@ IN_SPACE = ("CT Image", "MR Image", "Positron Emission Tomography", "PET Image")
 """Names of the objects whose planes have a position by the standard."""
 PACKED = 1100
 """Bytes of pixels that a byte of a compressed file stands for at most."""
+BLANK = 2**24
+"""Bytes of pixels that JPEG 2000 may pack into next to nothing, where all are alike."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
@@ -222,7 +224,7 @@ def _require_bytes(path: Path, header: Any, frames: int) -> None:
         raise ValueError(f"it states {size_of(shape)} pixels")
     stored = header.BitsAllocated // 8
     packed = PACKED if syntax.is_compressed or syntax.is_deflated else 1
-    require_size(path, shape, stored=stored, memory=stored + 16, packed=packed)
+    require_size(path, shape, stored=stored, memory=stored + 16, packed=packed, fine=BLANK)
 
 
 def _require_inflated(path: Path) -> None:

@@ -27,7 +27,7 @@ from guided_diffusion.options.reading import ReadingOptions
 GIB = 2**30
 DEFLATE, LZW, JPEG = 1032, 1400, 1100
 """Bytes that one packed byte stands for at most; of JPEG with as little as one bit for a block."""
-ALWAYS_FINE = 2**24
+ALWAYS_FINE = 2**20
 """Unpacked bytes that no packed file is too short for."""
 MOST_EXTENSIONS = 2**26
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
@@ -74,6 +74,7 @@ def require_size(
     stored: float,
     memory: float,
     packed: float = 1,
+    fine: float = ALWAYS_FINE,
     start: float = 0,
     file: Path | None = None,
 ) -> None:
@@ -85,6 +86,7 @@ def require_size(
         stored: bytes that one value takes in the file, unpacked.
         memory: bytes that one value takes while it is decoded.
         packed: unpacked bytes that one byte of the file stands for at most.
+        fine: unpacked bytes for which no packed file is too short.
         start: bytes before the values.
         file: what is measured, where that is another one than ``path``.
 
@@ -96,7 +98,7 @@ def require_size(
     if min(shape, default=0) < 0 or not math.isfinite(start) or start < 0:
         raise ValueError(f"its header states {text} values from byte {start:g} on")
     count, size = math.prod(map(int, shape)), (file or path).stat().st_size
-    held = size if packed == 1 else max(ALWAYS_FINE, packed * size)
+    held = size if packed == 1 else max(fine, packed * size)
     if start + count * stored > held:
         raise ValueError(f"its header states {text} values, which its {size} bytes cannot hold")
     require_memory(path, count * memory, f"{text} values")
