@@ -16,6 +16,7 @@ from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.options.console import tolerant_console
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
+from guided_diffusion.options.reading import ReadingOptions
 from guided_diffusion.options.segmentation import (
     SAMPLE,
     SCORE,
@@ -217,6 +218,8 @@ class Command(NamedTuple):
 def _command(
     run: Callable[[Flags], None], groups: tuple[type, ...], scripts: str, basic: str, *examples: str
 ) -> Command:
+    if groups is not PHANTOMS:
+        groups = (*groups, ReadingOptions)
     return Command(run, groups, tuple(scripts.split()), basic.split(), examples)
 
 
@@ -326,8 +329,12 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
         )
         if flags.get("about"):
             print(_about())
-        else:
-            command.run(flags)
+            return
+        if ReadingOptions in flags.groups:
+            from guided_diffusion.data.limits import set_limit
+
+            set_limit(flags.group(ReadingOptions).max_read_gib)
+        command.run(flags)
 
 
 def _overview() -> str:

@@ -12,12 +12,14 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -31,6 +33,7 @@ from guided_diffusion.errors import Stopped, UserError, memory_problem
 Net = TypeVar("Net", bound=torch.nn.Module)
 Value = TypeVar("Value")
 _TIMEOUT = timedelta(days=2)
+_LOOPBACK = "127.0.0.1"
 _SHUTDOWN_TIMEOUT = 110
 """Seconds that a process has to save, once the launcher was told to end; SLURM waits for 120."""
 _UNSET_HINT = "Start several processes with torchrun; for one, unset WORLD_SIZE and RANK."
@@ -102,8 +105,32 @@ def setup_dist() -> None:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(dev())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT, **_on_loopback())
         atexit.register(_leave)
+
+
+def _on_loopback() -> dict[str, Any]:
+    """How processes that are all on this machine find each other: no other machine can reach them.
+
+    A launcher's own store is used where it has one; where that listens is the launcher's business.
+    """
+    if _number("LOCAL_WORLD_SIZE", 0) != world_size():
+        return {}
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name else ():
+        os.environ.setdefault(variable, name)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return {}
+    if os.environ["MASTER_ADDR"] not in (_LOOPBACK, "localhost"):
+        return {}
+    port, first = _number("MASTER_PORT", 0), rank() == 0
+    # By itself the store would listen on all addresses of the machine, whatever its own is.
+    listening = socket.create_server((_LOOPBACK, port)).detach() if first else None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        *(_LOOPBACK, port, world_size(), first, _TIMEOUT), master_listen_fd=listening
+    )
+    return {"store": store, "rank": rank(), "world_size": world_size()}
 
 
 def _leave() -> None:
@@ -191,15 +218,27 @@ def launch(multi_gpu: str, command: Sequence[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # the launcher heeds no nohup
-    config = LaunchConfig(
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it listens on all addresses
+    with tempfile.NamedTemporaryFile(prefix="guided-diffusion-") as meeting:
+        _run(_config(len(devices), meeting.name), command)
+
+
+def _config(processes: int, meeting: str) -> LaunchConfig:
+    """Processes on this machine, which meet in a file and listen on the loopback alone."""
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=len(devices),
+        nproc_per_node=processes,
         run_id=uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=meeting,
+        rdzv_configs={"store_type": "file"},
+        local_addr=_LOOPBACK,
         max_restarts=0,
     )
+
+
+def _run(config: LaunchConfig, command: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "guided_diffusion", *command)
     except SignalException as received:

@@ -23,6 +23,7 @@ from guided_diffusion.data.folders import (
     walk,
 )
 from guided_diffusion.errors import UserError, refuse
+from guided_diffusion.files import read_text
 
 _CSV = re.compile(r"ISBI2016_ISIC_(Part1|Part3B)_(Training|Test)_GroundTruth\.csv")
 _PICTURE = re.compile(r"ISIC_(\d+)")
@@ -89,7 +90,7 @@ def _table_entries(table: Path) -> list[Entry]:
 
 def _read_rows(table: Path) -> list[list[str]]:
     try:
-        text = table.read_text(encoding="utf-8-sig")
+        text = read_text(table)
         first = text.partition("\n")[0]
         separator = next((mark for mark in ",;\t" if mark in first), ",")
         rows = csv.reader(text.splitlines(), delimiter=separator)

@@ -9,10 +9,11 @@ are those of OpenAI's logger. Sinks, such as TensorBoard, receive the same numbe
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +24,11 @@ from guided_diffusion.files import (
     CHECKPOINTS_HINT,
     DamagedFile,
     Table,
+    append,
     atomic_write,
     expanded,
     make_folder,
+    marked_text,
     read_table,
     set_aside,
     writing,
@@ -193,8 +196,9 @@ def append_row(path: Path, values: Values) -> None:
     if last is not None and set(texts) <= set(columns):
         step = dict(zip(columns, last, strict=False)).get("step")
         if "step" not in texts or texts["step"] != step:
-            with path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, columns).writerow(texts)
+            line = io.StringIO(newline="")
+            csv.DictWriter(line, columns).writerow(_marked(texts))
+            append(path, line.getvalue(), hint=CHECKPOINTS_HINT, sync=False)
             return
     known = _read_progress(path, [key for key in texts if key == "step"])
     columns, rows = (known.columns, known.rows) if known else ([], [])
@@ -247,12 +251,12 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str
     ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(_marked, rows))
+
+
+def _marked(row: Mapping[str, str]) -> dict[str, str]:
+    return {key: marked_text(text) for key, text in row.items()}
 
 
 def _append_line(path: Path, text: str) -> None:
-    with (
-        writing(path, hint=CHECKPOINTS_HINT),
-        path.open("a", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.write(text + "\n")
+    append(path, f"{text}\n", hint=CHECKPOINTS_HINT, sync=False)

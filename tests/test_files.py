@@ -18,10 +18,15 @@ from helpers import DIFFUSION, NETWORK, ROOT, environment, read_csv, refused, sc
 from helpers import training as train_flags
 from PIL import Image
 
-from guided_diffusion import files
 from guided_diffusion.data.folders import MOST_BYTES, safe_name
 from guided_diffusion.errors import UserError, exit_on_user_error, os_message
-from guided_diffusion.files import atomic_write, make_folder, remove_leftovers, temporary_name
+from guided_diffusion.files import (
+    atomic_write,
+    make_folder,
+    remove_leftovers,
+    temporary_name,
+    write,
+)
 
 # ---------------------------------------------------------------------------------------- paths
 
@@ -205,7 +210,7 @@ def test_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str])
 
 
 def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
-    host, own = files._host(), os.getpid()
+    host, own = write._host(), os.getpid()
     dead = [
         f".part-{host}.999999999.5-case_mask.png",
         f".part-{host}.{own}.1-savedmodel.pt",  # its number was given to this process
@@ -213,7 +218,7 @@ def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -
     ]
     alive = [
         temporary_name("x.png"),
-        f".part-{host}.{os.getppid()}.{files._start_of(os.getppid())}-y.png",
+        f".part-{host}.{os.getppid()}.{write._start_of(os.getppid())}-y.png",
         ".part-0badcafe.999999999.5-case_mask.png",  # of another host
         "decoded-abcdef",
         ".part-notes",

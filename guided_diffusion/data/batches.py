@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from guided_diffusion.data.augment import Augmentation
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.data.folders import size_text
+from guided_diffusion.data.limits import limit, set_limit
 from guided_diffusion.errors import UserError
 
 
@@ -117,7 +119,7 @@ def training_batches(
         batch_sampler=_Positions(order, batch_size, first_step, rank, world_size),
         num_workers=workers,
         collate_fn=_batch_or_error,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_begin_reading, limit()),
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
@@ -180,7 +182,12 @@ GRACE = 120
 """Seconds that a reading process stays after SIGTERM, in which the training process saves."""
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _begin_reading(max_read_gib: float, worker: int) -> None:
+    set_limit(max_read_gib)
+    _leave_signals_to_the_parent()
+
+
+def _leave_signals_to_the_parent() -> None:
     """Outlive a signal that the training process got as well: it saves, then ends its readers.
 
     Where that interrupts it as it receives a tensor, the lost connection is nothing to report.

@@ -8,6 +8,7 @@ end, so nothing can be stale; the operating system keeps as much of it in memory
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -22,9 +23,11 @@ from torch.utils.data import Dataset
 
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.data.frames import ResizedDataset
-from guided_diffusion.files import remove_leftovers, temporary_name
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import create, make_folder, remove_leftovers, temporary_name
 
 GIB = 2**30
+_OWN = re.compile(r"[0-9a-f]{32}(\.nii|\.json)?|\.part-.*|dicom")
 
 
 class CachedDataset(Dataset[Case]):
@@ -81,7 +84,7 @@ class CachedDataset(Dataset[Case]):
         """Write a case, renaming it once it is complete: another process may look for it."""
         part = path.with_name(temporary_name(path.name))
         try:
-            with part.open("wb") as file:
+            with os.fdopen(create(part, mode=0o600), "wb") as file:
                 np.save(file, case.image.numpy())
                 for masks in (case.mask, case.raters):
                     np.save(file, np.zeros(0, np.uint8) if masks is None else _packed(masks))
@@ -90,6 +93,38 @@ class CachedDataset(Dataset[Case]):
             self.most_bytes = 0
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder for copies of patients' data that nobody but this user can look into.
+
+    A folder that is there already and that others can look into gets a private one below it, unless
+    it is this user's and holds nothing but such copies: then it becomes private itself.
+
+    Raises:
+        UserError: it cannot be made or written to, or belongs to another user.
+    """
+    user = getattr(os, "getuid", int)()  # Windows has neither numbers of users nor these modes
+    if os.name == "posix" and path.exists() and not _is_private(path, user):
+        path = path / f"user-{user}"
+    make_folder(path, flag="--cache_dir", mode=0o700)
+    if os.name == "posix" and not _is_private(path, user):
+        problem = "belongs to another user, or others can look into it"
+        raise UserError(f"--cache_dir {path}", problem, "Choose another --cache_dir.")
+    return path
+
+
+def _is_private(path: Path, user: int) -> bool:
+    try:
+        facts = path.stat()
+        if facts.st_uid != user or facts.st_mode & 0o022:
+            return False
+        if facts.st_mode & 0o077 and all(_OWN.fullmatch(entry.name) for entry in path.iterdir()):
+            path.chmod(0o700)
+            return True
+    except OSError:
+        return False
+    return not facts.st_mode & 0o077
 
 
 def temporary_folder(owner: object, directory: Path | None) -> Path:

@@ -27,7 +27,7 @@ MOST = 255
 CAVITY = 4
 BRATS = {"WT": (1, 2, 4, 3), "TC": (1, 4, 3), "ET": (4, 3)}
 ENHANCING = (4, 3)
-_ITEM = re.compile(r"(?:(?P<name>\w[\w-]*)=)?(?P<labels>\d+(?:\+\d+)*)")
+_ITEM = re.compile(r"(?:(?P<name>\w[\w-]*)=)?(?P<labels>\d{1,18}(?:\+\d{1,18})*)")
 
 
 @dataclass(frozen=True)

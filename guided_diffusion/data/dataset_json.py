@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.files import read_text
+
 RECORD = "dataset.json"
 
 
@@ -17,8 +19,9 @@ def json_notes(folder: Path, *, one_class: bool) -> list[str]:
 
     Nothing where the file is absent, or not what those tools write.
     """
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        facts = json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))
+    broken = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+    with suppress(OSError, *broken):
+        facts = json.loads(read_text(folder / RECORD))
         return [*_channels(facts), *(_labels(facts) if one_class else [])]
     return []
 

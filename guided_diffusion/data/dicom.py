@@ -8,21 +8,25 @@ imported here alone (DICOM PS3.3, C.7.6.2 and C.11.1).
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from guided_diffusion.data.decoding import decoding
 from guided_diffusion.data.dicom_grid import Plane, Stack, Vector, require_right_angle
-from guided_diffusion.data.geometry import size_of
-from guided_diffusion.data.readers import unreadable
+from guided_diffusion.data.folders import size_of
+from guided_diffusion.data.limits import (
+    inflated_size,
+    most_bytes,
+    require_memory,
+    require_size,
+)
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import require_file
 
 HEADER_TAGS = [
     *("SOPClassUID", "ImageType", "PatientID", "SeriesInstanceUID", "SeriesNumber"),
@@ -34,13 +38,18 @@ HEADER_TAGS = [
 ]
 IN_SPACE = ("CT Image", "MR Image", "Positron Emission Tomography", "PET Image")
 """Names of the objects whose planes have a position by the standard."""
-MOST_PACKED, LEAST_PACKED = 1000, 2**24
-"""Times the size of a compressed file that its pixels may take, and bytes that are always fine."""
+PACKED = 1100
+"""Bytes of pixels that a byte of a compressed file stands for at most."""
+BLANK = 2**24
+"""Bytes of pixels that JPEG 2000 may pack into next to nothing, where all are alike."""
+DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file has the mark of DICOM behind its preamble; its name does not count."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
@@ -67,7 +76,8 @@ def examine(path: Path) -> Found:
         UserError: it cannot be read, its planes have no place, or pydicom is not installed.
     """
     pydicom = _pydicom(path)
-    with _decoding(path):
+    with decoding(path, "plane of a series"):
+        _require_inflated(path)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=HEADER_TAGS)
         if reason := _left_out(header):
             return Found(left_out=reason)
@@ -124,6 +134,8 @@ def write_nifti(stacked: Stack, path: Path) -> None:
     """
     planes = stacked.planes
     height, width = planes[0].size
+    size = width * height * len(planes) * np.dtype(_type_of(planes)).itemsize
+    require_memory(planes[0].path.parent, size, f"its {len(planes)} planes")
     values = np.empty((width, height, len(planes)), _type_of(planes), order="F")
     by_file: dict[Path, list[int]] = {}
     for index, plane in enumerate(planes):
@@ -155,7 +167,7 @@ def _scaled(stored: npt.NDArray[Any], plane: Plane) -> npt.NDArray[np.float64]:
 def _pixels(path: Path, size: tuple[int, int]) -> npt.NDArray[Any]:
     """Decode the stored values of a file, [frames, rows, columns]."""
     pydicom = _pydicom(path)
-    with _decoding(path):
+    with decoding(path, "plane of a series"):
         stored = np.asarray(pydicom.dcmread(path).pixel_array)
         return stored.reshape(-1, *size)
 
@@ -206,14 +218,23 @@ def _plane(path: Path, header: Any, shared: Any, own: Any, frame: int) -> Plane:
 
 def _require_bytes(path: Path, header: Any, frames: int) -> None:
     """Refuse a size that the file cannot hold, before memory is taken for it."""
-    needed = frames * header.Rows * header.Columns * (header.BitsAllocated // 8)
-    there = path.stat().st_size
     syntax = header.file_meta.TransferSyntaxUID
-    if syntax.is_compressed or syntax.is_deflated:
-        there = max(LEAST_PACKED, MOST_PACKED * there)
-    if not needed or needed > there:
-        stated = size_of((header.Rows, header.Columns, frames))
-        raise ValueError(f"it states {stated} pixels, which its {path.stat().st_size} bytes lack")
+    shape = (int(header.Rows), int(header.Columns), frames)
+    if 0 in shape:
+        raise ValueError(f"it states {size_of(shape)} pixels")
+    stored = header.BitsAllocated // 8
+    packed = PACKED if syntax.is_compressed or syntax.is_deflated else 1
+    require_size(path, shape, stored=stored, memory=stored + 16, packed=packed, fine=BLANK)
+
+
+def _require_inflated(path: Path) -> None:
+    """Refuse a deflated file that unpacks to more than the limit, as all of it is unpacked."""
+    require_file(path)
+    meta = _pydicom(path).filereader.read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID", "") == DEFLATED:
+        with path.open("rb") as file:
+            file.seek(132 + 12 + int(meta.FileMetaInformationGroupLength))
+            require_memory(path, inflated_size(file, most_bytes()), "its deflated content")
 
 
 def _require_decoder(path: Path, header: Any) -> None:
@@ -251,16 +272,3 @@ def _pydicom(path: Path) -> Any:
             "Run python -m pip install 'pydicom>=3,<4'.",
         ) from error
     return pydicom
-
-
-@contextmanager
-def _decoding(path: Path) -> Iterator[None]:
-    """Turn whatever pydicom raises for a damaged file into a :class:`UserError`."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # pydicom has errors of many classes
-        why = shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-        raise unreadable(path, ValueError(why), "plane of a series") from error

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from guided_diffusion.data.cache import temporary_folder
+from guided_diffusion.data.cache import private_folder, temporary_folder
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading
 from guided_diffusion.data.dicom import Found, examine, is_dicom, write_nifti
 from guided_diffusion.data.dicom_grid import stack
@@ -35,7 +35,7 @@ from guided_diffusion.data.folders import (
 from guided_diffusion.data.readers import is_whole
 from guided_diffusion.data.volumes import VolumeDataset
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import atomic_write, make_folder, read_json
+from guided_diffusion.files import atomic_write, make_folder, read_json, require_file
 
 FOLDERS, FILES, NAMES = 64, 10, 2000
 """Folders, files in each, and names in each, that are looked at to recognise the layout."""
@@ -121,7 +121,7 @@ def _find_series(
     images: Path, labels: Path | None, cache_dir: Path | None
 ) -> tuple[list[Series], list[str]]:
     """List the series below a folder, decoded, and how many files of which kind are left out."""
-    kept = make_folder(cache_dir / "dicom", flag="--cache_dir") if cache_dir else _temporary()
+    kept = private_folder(private_folder(cache_dir) / "dicom") if cache_dir else _temporary()
     series: list[Series] = []
     ignored: Counter[str] = Counter()
     for root, names in walk(images):
@@ -166,7 +166,7 @@ def _series_in(root: Path, names: list[str], kept: Path) -> tuple[list[Series], 
     groups, ignored, whole = _examined(files)
     if whole and not groups and not ignored:
         return [], {}
-    make_folder(folder, flag="--cache_dir")
+    make_folder(folder, flag="--cache_dir", mode=0o700)
     (folder / "series.json").unlink(missing_ok=True)
     found = []
     for series, number, group in _numbered(groups):
@@ -175,7 +175,7 @@ def _series_in(root: Path, names: list[str], kept: Path) -> tuple[list[Series], 
     if whole and all(one.nifti for one in found):
         record = [(*one[1:-1], one.nifti and one.nifti.name) for one in found]
         known_text = {"stamp": stamp.hexdigest(), "series": record, "left_out": ignored}
-        with atomic_write(folder / "series.json") as part:
+        with atomic_write(folder / "series.json", mode=0o600) as part:
             part.write_text(json.dumps(known_text), encoding="utf-8")
     return found, ignored
 
@@ -185,7 +185,8 @@ def _decoded(root: Path, number: str, group: list[Found], folder: Path) -> Path 
     path = folder / f"{safe_name(root.resolve().name)}{number}.nii"
     try:
         stacked = stack(root, [plane for one in group for plane in one.planes])
-        with atomic_write(path, hint="Free some space, or choose another --cache_dir.") as part:
+        hint = "Free some space, or choose another --cache_dir."
+        with atomic_write(path, hint=hint, mode=0o600) as part:
             write_nifti(stacked, part)
     except UserError as error:
         refuse(error)
@@ -242,6 +243,7 @@ def _examined(paths: list[Path]) -> tuple[dict[str, list[Found]], dict[str, int]
 
 def _is_marked(path: Path) -> bool:
     """Whether a file is one of DICOM; a :class:`UserError` where only its name says so."""
+    require_file(path)
     marked = is_dicom(path)
     if not marked and path.suffix.lower() in NAMED:
         problem = "is named as a DICOM file, but lacks the mark DICM behind its preamble"

@@ -203,6 +203,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def size_of(lengths: Iterable[int]) -> str:
+    """'240 x 240 x 155' for a message."""
+    return " x ".join(map(str, lengths))
+
+
 def size_text(image: Tensor) -> str:
     """'240 x 224' for a message."""
     return f"{image.shape[-2]} x {image.shape[-1]}"

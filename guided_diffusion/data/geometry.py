@@ -8,7 +8,6 @@ coincide with it. A header that states nothing leaves its array as it lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -25,6 +24,7 @@ from nibabel.orientations import (
     ornt_transform,
 )
 
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.errors import UserError
 
 Affine = npt.NDArray[np.float64]
@@ -35,6 +35,7 @@ PLANES = ("sagittal", "coronal", "axial")
 """The names of the planes, at the position of the axis of LPS that each of them slices."""
 TOLERANCE = 0.1
 """How far the corners of two grids may lie apart, in voxels."""
+FAR = 1e12
 _IDENTITY: Rows = tuple(tuple(float(i == j) for j in range(4)) for i in range(4))
 _STAY: Turn = ((0, 1), (1, 1), (2, 1))
 _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}  # of the codes of NIfTI for metre, mm and micrometre
@@ -158,20 +159,20 @@ def grid_of(nifti: Any) -> Grid:
         shape = shape[:-1]
     if len(shape) == 2:
         shape = (*shape, 1)
-    rows: Rows = tuple(map(tuple, nifti.affine.tolist()))
+    affine = nifti.affine if np.isfinite(nifti.affine).all() else np.eye(4)
+    rows: Rows = tuple(map(tuple, affine.tolist()))
     stated = bool(header["sform_code"] or header["qform_code"]) and rows != _IDENTITY
     if stated:
         rows = _with_normal(rows, shape)
-        with np.errstate(all="ignore"):
-            determinant = np.linalg.det(rows)
-        stated = bool(np.isfinite(determinant) and determinant != 0)
-    return Grid(
-        shape=shape,
-        affine=rows,
-        stated=stated,
-        sizes=tuple(header["pixdim"][1:4].tolist()),
-        unit=_MILLIMETRES.get(int(header["xyzt_units"]) & 7),
-    )
+        stated = _is_sound(np.array(rows))
+    unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7)
+    return Grid(shape, rows, stated, tuple(header["pixdim"][1:4].tolist()), unit)
+
+
+def _is_sound(affine: Affine) -> bool:
+    """Whether a matrix leads into space and back, and is one that a scanner may have."""
+    most, volume = np.abs(affine).max(), abs(np.linalg.det(affine / np.abs(affine).max()))
+    return bool(most < FAR and volume > 0 and np.isfinite(io_orientation(affine)).all())
 
 
 def spatial(grid: Grid) -> Grid:
@@ -232,7 +233,8 @@ def turn_to(grid: Grid, target: Grid) -> Turn | None:
     if not len(grid.shape) == len(target.shape) == 3:
         return None
     if grid.stated and target.stated:
-        return _turn(io_orientation(_relative(grid, target)))
+        orientation = io_orientation(_relative(grid, target))
+        return _turn(orientation) if np.isfinite(orientation).all() else None
     own, other = grid.slicing, target.slicing
     if own is None or other is None or own == other:
         return _STAY
@@ -319,11 +321,6 @@ def mismatch(path: Path, grid: Grid, target: Grid, *, other: Path) -> UserError:
         f"its affine ({codes}) has other {kind} than {other.name} ({wanted}){affines}",
         "Resample all files of a case onto one grid.",
     )
-
-
-def size_of(lengths: Iterable[int]) -> str:
-    """'240 x 240 x 155' for a message."""
-    return " x ".join(map(str, lengths))
 
 
 @lru_cache(maxsize=4096)

@@ -5,25 +5,25 @@ Every file is checked here, once: one that cannot be used is a :class:`UserError
 
 from __future__ import annotations
 
-import math
-import struct
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from guided_diffusion.data.folders import is_nifti
+from guided_diffusion.data.decoding import (
+    UNREADABLE,
+    decoded_picture,
+    decoding,
+    load_nifti,
+    opened_picture,
+)
+from guided_diffusion.data.folders import is_nifti, size_of
 from guided_diffusion.data.geometry import (
     Affine,
     Grid,
@@ -32,25 +32,13 @@ from guided_diffusion.data.geometry import (
     place,
     plane_affine,
     require_view,
-    size_of,
     spatial,
 )
+from guided_diffusion.data.limits import nifti_header
 from guided_diffusion.errors import UserError, refuse
 
 Array = npt.NDArray[np.float32]
 Stored = npt.NDArray[Any]
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-    Image.DecompressionBombError,
-)
-_TAGGED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -82,7 +70,7 @@ def image_channels(paths: Sequence[Path]) -> int:
         try:
             if is_nifti(path):
                 return 1
-            with _opened(path) as picture:
+            with opened_picture(path) as picture:
                 grey = _is_grey(picture)
         except UserError as error:
             errors.append(error)
@@ -97,7 +85,7 @@ def image_channels(paths: Sequence[Path]) -> int:
 def _shows_colour(path: Path) -> bool:
     """Whether a picture of three channels is more than grey, as far as it can be read."""
     try:
-        return not _agree(_levels(path, _decoded(path)))
+        return not _agree(_levels(path, decoded_picture(path)))
     except UserError:
         return False
 
@@ -124,7 +112,7 @@ def read_labels(path: Path, *, like: tuple[Path, Placed] | None = None) -> Store
     """
     if is_nifti(path):
         return StoredLabels(read_nifti_slice(path, like=like)[0])
-    picture = _decoded(path)
+    picture = decoded_picture(path)
     _require_opaque(path, picture)
     greys, indexed = None, picture.mode in ("P", "PA")
     if indexed:
@@ -172,10 +160,10 @@ def read_nifti(
     or holds colours or complex, NaN or infinite values.
     """
     with decoding(shown or path, "NIfTI image of real numbers"), np.errstate(all="ignore"):
-        nifti: Any = nib.load(path)
+        nifti, header = load_nifti(path, shown=shown)
+        if header.dtype.kind not in "biuf":
+            raise ValueError(f"its values are {header.dtype}")
         stored = np.asarray(nifti.dataobj)
-        if stored.dtype.kind not in "biuf":
-            raise ValueError(f"its values are {stored.dtype}")
         grid = grid_of(nifti)
         if channel is not None and len(grid.shape) == 4:
             if channel >= grid.shape[3]:
@@ -213,7 +201,7 @@ def read_nifti_slice(
 def read_grid(path: Path) -> Grid:
     """Read where the voxels of a NIfTI file lie, from the header alone."""
     with decoding(path, "NIfTI image"):
-        return grid_of(nib.load(path))
+        return grid_of(load_nifti(path)[0])
 
 
 def unstated_note(files: Iterable[Path]) -> list[str]:
@@ -231,10 +219,9 @@ def unstated_note(files: Iterable[Path]) -> list[str]:
 def is_whole(path: Path) -> bool:
     """Whether a file is an uncompressed NIfTI volume of the length that its header states."""
     try:
-        voxels: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
-        needed = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
-        return len(voxels.shape) >= 3 and path.stat().st_size >= needed
-    except (*UNREADABLE, AttributeError):
+        header = nifti_header(path)
+        return len(header.shape) >= 3 and path.stat().st_size >= header.end
+    except (UserError, *UNREADABLE):
         return False
 
 
@@ -245,7 +232,7 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
 
 def read_picture(path: Path, *, channels: int) -> Tensor:
     """Decode a picture to float32 [channels, H, W] in [0, 1], as :func:`picture_values` does."""
-    return picture_values(path, _decoded(path), channels=channels)
+    return picture_values(path, decoded_picture(path), channels=channels)
 
 
 def picture_values(source: object, picture: Image.Image, *, channels: int) -> Tensor:
@@ -260,31 +247,6 @@ def picture_values(source: object, picture: Image.Image, *, channels: int) -> Te
     if channels == 3:
         return torch.from_numpy(values).permute(2, 0, 1).contiguous()
     return torch.from_numpy(_one_channel(source, values, "grey ones are read"))[None]
-
-
-def _decoded(path: Path) -> Image.Image:
-    picture = _opened(path)
-    with picture:
-        if picture.format in ("TIFF", "GIF") and getattr(picture, "n_frames", 1) > 1:
-            raise UserError(path, "holds several pictures", "Split it into single pictures.")
-        with decoding(path, "picture"):
-            picture.load()
-            upright(picture)
-        return picture
-
-
-def upright(picture: Image.Image) -> None:
-    """Turn a decoded picture in place as the orientation in its EXIF says, as viewers do."""
-    if not any(key in picture.info for key in _TAGGED):
-        return
-    with warnings.catch_warnings(action="ignore"), suppress(*UNREADABLE, KeyError, TypeError):
-        ImageOps.exif_transpose(picture, in_place=True)  # damaged EXIF states nothing
-
-
-def _opened(path: Path) -> Image.Image:
-    """The picture with its header read."""
-    with decoding(path, "picture"):
-        return Image.open(path)
 
 
 def _is_grey(picture: Image.Image) -> bool:
@@ -309,7 +271,7 @@ def _levels(source: object, picture: Image.Image) -> Array:
             f"has values from {values.min():g} to {values.max():g}, outside of 0 to {white}",
             "Scale the picture, or store it with 8 or 16 bits.",
         )
-    return np.asarray(values / np.float32(white), dtype=np.float32)
+    return np.divide(values, np.float32(white), out=values if values.flags.writeable else None)
 
 
 def _one_channel(source: object, values: Array, rule: str, *, noise: float = 8 / 255) -> Array:
@@ -347,22 +309,3 @@ def _require_finite(source: object, values: Stored) -> None:
             "has NaN or infinite values" if values.size else "has no pixels",
             "Repair the file, or remove the case from the data set.",
         )
-
-
-@contextmanager
-def decoding(path: Path, kind: str) -> Iterator[None]:
-    """Turn an error of the disk or the format into a :class:`UserError` that names ``path``."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise unreadable(path, error, kind) from error
-
-
-def unreadable(path: Path, error: BaseException, kind: str) -> UserError:
-    """The error of a file that cannot be decoded as a ``kind``, with the reason in one line."""
-    why = " ".join(str(error).split()) or type(error).__name__
-    return UserError(
-        path,
-        f"cannot be read as a {kind} ({why})",
-        "Restore it from the source, or remove the case from the data set.",
-    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from guided_diffusion.data.datasets import Entry, SegmentationDataset
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import expanded, nearest_path
+from guided_diffusion.files import expanded, nearest_path, read_text
 
 PARTS = ("training", "validation", "testing")
 _FOLD = re.compile(r"(.+\.json)(?::(\d+))?", re.IGNORECASE)
@@ -35,7 +35,7 @@ def read_split(path: str | Path) -> dict[str, str]:
     if fold := _FOLD.fullmatch(str(file)):
         return _read_fold(Path(fold[1]), fold[2])
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             file,
@@ -57,7 +57,7 @@ def _read_fold(file: Path, fold: str | None) -> dict[str, str]:
     """Read the ids of a fold: a JSON list of objects with the lists ``train`` and ``val``."""
     hint = f"Write --split {file}:0 for the first of nnU-Net's folds."
     try:
-        folds = json.loads(file.read_text(encoding="utf-8-sig"))
+        folds = json.loads(read_text(file))
         if fold is None or int(fold) >= len(folds):
             raise UserError(file, f"has the folds 0 to {len(folds) - 1}", hint)
         chosen = folds[int(fold)]
@@ -69,7 +69,7 @@ def _read_fold(file: Path, fold: str | None) -> dict[str, str]:
     except OSError as error:
         problem = f"the split cannot be read ({error.strerror})"
         raise UserError(file, problem, nearest_path(file, hint)) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         problem = "is no list of nnU-Net's folds with train and val"
         raise UserError(file, problem, hint) from error
     return parts

@@ -8,11 +8,9 @@ by ``splits.pkl``.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from guided_diffusion.data.datasets import AS_STORED, Case, Entry, Reading, SegmentationDataset
+from guided_diffusion.data.decoding import decoding
 from guided_diffusion.data.folders import (
     counted,
     image_files,
@@ -30,7 +29,9 @@ from guided_diffusion.data.folders import (
     subfolder,
 )
 from guided_diffusion.data.frames import Frame
-from guided_diffusion.data.readers import UNREADABLE, decoding, image_channels, unreadable
+from guided_diffusion.data.limits import require_array
+from guided_diffusion.data.plain_pickle import load_plain
+from guided_diffusion.data.readers import image_channels
 from guided_diffusion.errors import UserError, refuse
 
 CLASSES = ("normal", "tumor")
@@ -38,6 +39,7 @@ SPELLINGS = {"normal": ("normal",), "tumor": ("tumor", "tumour")}
 PARTS = {"training": ("training",), "validation": ("validate", "validation")}
 MOST_LABEL = 7
 """Labels above this are background, as in the weak-supervision parent."""
+MOST_NAMES = 10**6
 _PATIENT = re.compile(r"(.*\d.*)_\D*\d+")
 
 
@@ -211,6 +213,8 @@ class SlicedArrays(LabelledImages):
         entries = []
         for path in _found_files(folder / data_folder, wanted):
             volume = _read_array(path)
+            for values in volume:
+                _require_finite(path, values)
             low, high = float(volume[:, 0].min()), float(volume[:, 0].max())
             self.ranges[path] = (low, high) if low < 0 or high > 1 else (0.0, 1.0)
             for z in range(len(volume)):
@@ -236,33 +240,21 @@ class SlicedArrays(LabelledImages):
         return np.isin(np.where(whole > MOST_LABEL, 0, whole), self.positive)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler of plain containers and NumPy arrays; anything else could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Find one of the few classes that a list of file names needs."""
-        harmless = {"_reconstruct", "scalar", "ndarray", "dtype", "OrderedDict", "encode"}
-        if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in harmless:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} could run code")
-
-
 def _split_files(path: Path, fold: int, parts: Sequence[str]) -> list[str]:
     """Read the file names of some parts of a fold."""
-    try:
-        with path.open("rb") as file:
-            splits = _PlainUnpickler(file).load()
-        names = [str(name) for part in parts for name in splits[fold][part]]
-    except IndexError as error:
+    with decoding(path, "pickled list of dictionaries with train, val and test"):
+        splits = load_plain(path)
+        folds = len(splits)
+        chosen = [splits[fold][part] for part in parts] if -folds <= fold < folds else []
+        names = [name for part in chosen if len(part) <= MOST_NAMES for name in part]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("its names are no texts")
+    if not chosen:
         raise UserError(
             "--fold",
-            f"{path} has the folds 0 to {len(splits) - 1}, but not {fold}",
+            f"{path} has the folds 0 to {folds - 1}, but not {fold}",
             "Omit --fold for the first one.",
-        ) from error
-    except (*UNREADABLE, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
-        raise unreadable(
-            path, error, "pickled list of dictionaries with train, val and test"
-        ) from error
+        )
     if not names:
         raise UserError(
             path,
@@ -287,14 +279,21 @@ def _found_files(folder: Path, names: Iterable[str]) -> list[Path]:
 
 def _read_array(path: Path) -> np.ndarray:
     with decoding(path, "NumPy array"):
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    if values.ndim != 4 or values.shape[1] != 2 or not len(values):
-        raise UserError(
-            path,
-            f"its shape is {values.shape}, not [slices, 2, H, W] with images and label maps",
-            "Restore it from the source, or remove it from splits.pkl.",
-        )
-    return values
+        shape = require_array(path)
+        if len(shape) == 4 and shape[1] == 2 and 0 not in shape:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    raise UserError(
+        path,
+        f"its shape is {shape}, not [slices, 2, H, W] with images and label maps",
+        "Restore it from the source, or remove it from splits.pkl.",
+    )
+
+
+def _require_finite(path: Path, values: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        if not np.isfinite(values.astype(np.float32)).all():
+            hint = "Repair the file, or remove it from splits.pkl."
+            raise UserError(path, "has NaN or infinite values", hint)
 
 
 class Pictures(Dataset[Case]):

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guided_diffusion.data.cache import private_folder
 from guided_diffusion.data.datasets import (
     AS_STORED,
     Entry,
@@ -33,6 +34,8 @@ from guided_diffusion.data.datasets import (
     SegmentationDataset,
     mask_files,
 )
+from guided_diffusion.data.decoding import decoding, load_nifti
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.data.geometry import (
     Affine,
     Grid,
@@ -41,23 +44,21 @@ from guided_diffusion.data.geometry import (
     place,
     plane_affine,
     require_view,
-    size_of,
     spatial,
 )
 from guided_diffusion.data.intensity import Levels, measure, normalised
+from guided_diffusion.data.limits import nifti_header
 from guided_diffusion.data.masks import SAMPLE, MaskSet
 from guided_diffusion.data.readers import (
-    UNREADABLE,
     Array,
     StoredLabels,
-    decoding,
     is_whole,
     nifti_shape,
     read_grid,
     read_nifti,
 )
 from guided_diffusion.errors import UserError, refuse
-from guided_diffusion.files import atomic_write, make_folder, read_json
+from guided_diffusion.files import atomic_write, read_json
 
 MEMORY = 2**30
 LABEL_PIXELS = 2**23
@@ -94,7 +95,7 @@ class VolumeStore:
     def __init__(
         self, folder: Path | None, *, most_bytes: int = MEMORY, channel: int | None = None
     ) -> None:
-        self.folder = folder and make_folder(folder, flag="--cache_dir")
+        self.folder = folder and private_folder(folder)
         self.most_bytes = most_bytes
         self.channel = channel
         self._open: OrderedDict[tuple[Path, int], Volume] = OrderedDict()
@@ -170,7 +171,7 @@ class VolumeStore:
         """
         try:
             return self._plane(path, view, position)
-        except UNREADABLE:
+        except (OSError, EOFError, ValueError, UserError):
             self._open.pop((path, view.axis), None)
         with decoding(path, "NIfTI volume"):
             return self._plane(path, view, position)
@@ -283,7 +284,7 @@ def _unpack(
     hint = "Free some space, or choose another --cache_dir."
     if bare != path:
         facts.unlink(missing_ok=True)
-        with atomic_write(bare, hint=hint) as part:
+        with atomic_write(bare, hint=hint, mode=0o600) as part:
             if plain:
                 _gunzip(path, part)
                 values = _read_volume(part, shown=path)
@@ -295,22 +296,27 @@ def _unpack(
 
     known = {"stamp": list(stamp), "levels": measure(values), "source": str(path)}
     known["constant"] = sorted(constant_planes(values))
-    with atomic_write(facts, hint=hint) as part:
+    with atomic_write(facts, hint=hint, mode=0o600) as part:
         part.write_text(json.dumps(known), encoding="utf-8")
     return known
 
 
 def _gunzip(path: Path, target: Path) -> None:
-    """Unpack in pieces; a read error names ``path``, a write error is left to the caller."""
+    """Unpack header and voxels in pieces, and nothing behind them.
+
+    A read error names ``path``, a write error is left to the caller.
+    """
     with ExitStack() as stack:
         with decoding(path, "NIfTI volume"):
+            rest = nifti_header(path).end
             packed = stack.enter_context(gzip.open(path))
         file = stack.enter_context(target.open("wb"))
-        piece = b"?"
-        while piece:
+        while rest > 0:
             with decoding(path, "NIfTI volume"):
-                piece = packed.read(2**20)
+                if not (piece := packed.read(min(rest, 2**20))):
+                    raise EOFError("it ends within its voxels")
             file.write(piece)
+            rest -= len(piece)
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
@@ -332,8 +338,9 @@ def _read_volume(path: Path, channel: int | None = None, *, shown: Path | None =
 
 def _proxy(path: Path) -> Any:
     """Return voxels [H, W, D] that are read from disk when they are sliced."""
-    nifti: Any = nib.load(path)
-    return nifti.dataobj.reshape(nifti.shape[:3])
+    with decoding(path, "NIfTI volume"):
+        nifti, _ = load_nifti(path)
+        return nifti.dataobj.reshape(nifti.shape[:3])
 
 
 def _stamp(path: Path) -> Stamp:

@@ -21,6 +21,7 @@ from guided_diffusion.files import (
     DamagedFile,
     append,
     atomic_write,
+    marked_text,
     read_table,
     require_replaceable,
     set_aside,
@@ -226,7 +227,7 @@ class Record:
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
         if header:
             writer.writeheader()
-        writer.writerows(self.rows[name] for name in names)
+        writer.writerows({**self.rows[name], "name": marked_text(name)} for name in names)
         return text.getvalue()
 
 
@@ -244,6 +245,8 @@ def _is_whole(row: Mapping[str, str]) -> bool:
 def is_whole_png(path: Path) -> bool:
     """Whether a file is there and begins and ends as a PNG does."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             begins = file.read(8) == b"\x89PNG\r\n\x1a\n"
             file.seek(-12, os.SEEK_END)

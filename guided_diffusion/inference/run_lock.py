@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from guided_diffusion.dist_util import all_gather_object, rank
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import make_folder, writing
+from guided_diffusion.files import make_folder, require_file, writing
 
 TRAINING, SAMPLING, SLICING = "training", "sampling", "slicing"
 
@@ -192,6 +192,7 @@ def _create(path: Path, text: bytes) -> bool:
 
 
 def _read(path: Path) -> Found | None:
+    require_file(path)
     try:
         return Found(path.read_bytes(), path.stat().st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):

@@ -21,8 +21,8 @@ import numpy as np
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Entry
+from guided_diffusion.data.decoding import UNREADABLE
 from guided_diffusion.data.geometry import grid_of, nifti_like, place, spatial
-from guided_diffusion.data.readers import UNREADABLE
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, require_replaceable, set_aside
 

@@ -207,7 +207,7 @@ def numbers(flag: str, text: str, kind: type = int) -> list[Any]:
 
 def slice_range(text: str) -> tuple[int | None, int | None]:
     """Read the two ends of ``--slices 80:129``; either may be empty, or count from the end."""
-    match = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", text or ":")
+    match = re.fullmatch(r"\s*(-?\d{1,18})?\s*:\s*(-?\d{1,18})?\s*", text or ":")
     if match is None:
         raise UserError(
             f"--slices {text!r}",

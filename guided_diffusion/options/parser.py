@@ -94,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
             hint = did_you_mean(unknown[1], known, "--help_all lists all flags.")
         else:
             hint = "Put every value behind its flag, and values with blanks in quotes."
-        print(f"error: {message}. {hint}", file=sys.stderr)
+        print(f"error: {' '.join(message.splitlines())}. {hint}", file=sys.stderr)
         sys.exit(2)
 
 

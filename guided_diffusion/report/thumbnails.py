@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from guided_diffusion.data.readers import UNREADABLE
+from guided_diffusion.data.decoding import decoding, opened_picture
 from guided_diffusion.errors import UserError
 from guided_diffusion.report.canvas import HEAT, Floats, Pixels, fitted
 from guided_diffusion.report.pictures import STD, displayed, image_panel
@@ -78,9 +78,10 @@ def _picture(case: CaseFiles, size: tuple[int, int], folder: Path) -> Pixels | N
     try:
         if case.truth.image is not None:
             return displayed(case.truth.image())
-        with Image.open(folder / f"{case.name}_overlay.png") as drawn:
+        path = folder / f"{case.name}_overlay.png"
+        with decoding(path, "picture"), opened_picture(path) as drawn:
             return image_panel(np.asarray(drawn.convert("RGB")), size)
-    except (UserError, *UNREADABLE):
+    except UserError:
         return None
 
 

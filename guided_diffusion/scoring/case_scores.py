@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.data.geometry import size_of
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.data.truths import Truth
 from guided_diffusion.ensemble import FUSIONS
 from guided_diffusion.errors import UserError

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from guided_diffusion.data.folders import size_of
 from guided_diffusion.data.frames import WOLLEB_CROP, WOLLEB_SIZE
-from guided_diffusion.data.geometry import mismatch, size_of, view_on
+from guided_diffusion.data.geometry import mismatch, view_on
 from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
 from guided_diffusion.scoring.predictions import Mask, Source

@@ -11,9 +11,7 @@ the truth, and refused where they do not lie on it.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from guided_diffusion.data.decoding import decoding, opened_picture, upright
 from guided_diffusion.data.folders import PICTURES, is_nifti
 from guided_diffusion.data.geometry import (
     PLANES,
@@ -38,13 +37,12 @@ from guided_diffusion.data.geometry import (
     view_on,
     view_resized,
 )
+from guided_diffusion.data.limits import require_tensors
 from guided_diffusion.data.masks import MaskSet
 from guided_diffusion.data.readers import (
-    UNREADABLE,
     StoredLabels,
     read_grid,
     read_nifti,
-    upright,
 )
 from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
@@ -56,10 +54,7 @@ MEMBER = r"(?P<case>.+)_output(?P<index>\d+)"
 BINARY = r"(?P<case>.+)_mask"
 KINDS = (r"\.(png|jpe?g)", r"\.nii(\.gz)?", "")
 """Endings, best first: a folder is read by the first kind it has; a tensor has none."""
-NO_TENSOR = (
-    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
-    *(AttributeError, IndexError, KeyError, TypeError, ValueError),  # of the unpickler, on any text
-)
+DRAW_AGAIN = "Remove it and sample into this folder again: only this case is drawn."
 SOFT = re.compile(r".+_output(_ens|\d+)(_.+)?\.png", re.IGNORECASE)
 RECORD = "predictions.csv"
 """Written by sampling."""
@@ -82,7 +77,7 @@ class PictureSet:
     def binary(self) -> bool:
         """Whether no value of any picture is above 1; one that cannot be read does not count."""
         for path in self.paths:
-            with suppress(*UNREADABLE), Image.open(path) as picture:
+            with suppress(UserError), decoding(path, "picture"), opened_picture(path) as picture:
                 if _grey(picture).max(initial=0) > 1:
                     return False
         return bool(self.paths)
@@ -311,13 +306,11 @@ def _read_picture(source: Source) -> Mask:
     if source.labels:
         mask = (source.masks or MaskSet([path])).read(path)
         return np.asarray(mask[source.channel].numpy(), dtype=np.float32)
-    try:
-        with Image.open(path) as picture:
-            upright(picture)
-            white = 65535 if picture.mode.startswith("I") else 255
-            levels = _grey(picture)
-    except UNREADABLE as error:
-        raise _unreadable_prediction(path, error, "an image of one mask") from error
+    named = decoding(path, "picture of one mask", hint=DRAW_AGAIN)
+    with named, opened_picture(path, hint=DRAW_AGAIN) as picture:
+        upright(picture)
+        white = 65535 if picture.mode.startswith("I") else 255
+        levels = _grey(picture)
     if source.pictures and source.pictures.binary:
         return levels
     soft: Mask = levels / np.float32(white)
@@ -352,17 +345,17 @@ def read_tensor(path: Path) -> Mask:
 
     The last channel is the mask, clamped to [0, 1], float32 [H, W]. Only tensors are unpickled.
     """
-    try:
+    require_tensors(path)
+    with decoding(path, "tensor with one mask", hint=DRAW_AGAIN):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except NO_TENSOR as error:
-        raise _unreadable_prediction(path, error, "a tensor with one mask") from error
+        if isinstance(loaded, torch.Tensor) and loaded.nbytes > loaded.untyped_storage().nbytes():
+            raise ValueError(f"it states {tuple(loaded.shape)} values, and holds fewer")
     if not isinstance(loaded, torch.Tensor) or loaded.ndim < 2 or not loaded.numel():
         shape = tuple(loaded.shape) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise _unreadable_prediction(path, ValueError(f"it holds {shape}"), "a tensor [..., H, W]")
     mask = loaded.reshape(-1, *loaded.shape[-2:])[-1].float()
     if not torch.isfinite(mask).all():
-        hint = "Remove it and sample into this folder again: only this case is drawn."
-        raise UserError(path, "has NaN or infinite values", hint)
+        raise UserError(path, "has NaN or infinite values", DRAW_AGAIN)
     return np.asarray(mask.clamp(0, 1).numpy(), dtype=np.float32)
 
 
@@ -383,5 +376,4 @@ def _read_nifti(source: Source, axes: int) -> tuple[Mask, Grid]:
 
 def _unreadable_prediction(path: Path, error: BaseException, kind: str) -> UserError:
     why = " ".join(str(error).split())[:200] or type(error).__name__
-    hint = "Remove it and sample into this folder again: only this case is drawn."
-    return UserError(path, f"cannot be read as {kind} ({why})", hint)
+    return UserError(path, f"cannot be read as {kind} ({why})", DRAW_AGAIN)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from guided_diffusion.files import atomic_write, make_folder, require_replaceable
+from guided_diffusion.files import atomic_write, make_folder, marked_text, require_replaceable
 from guided_diffusion.scoring.case_scores import CaseScore, MaskScore
 from guided_diffusion.scoring.patients import PatientScore
 from guided_diffusion.scoring.summary import ClassScores, Summary
@@ -59,7 +59,7 @@ def table_text(
     for scores in zip(*rows.values(), strict=True):
         for name, score in zip(rows, scores, strict=True):
             values = [int(value) if isinstance(value, bool) else value for value in score]
-            writer.writerow([values[0], *_class_column(rows, name), *values[1:]])
+            writer.writerow(_marked([values[0], *_class_column(rows, name), *values[1:]]))
     return text.getvalue()
 
 
@@ -71,7 +71,8 @@ def _masks_text(scores: Mapping[str, ClassScores]) -> str:
     for name, of_class in scores.items():
         for row, masks in zip(of_class.rows, of_class.masks, strict=True):
             for mask, score in masks.items():
-                writer.writerow([row.name, *_class_column(scores, name), mask, *score])
+                values = [row.name, *_class_column(scores, name), mask, *score]
+                writer.writerow(_marked(values))
     return text.getvalue()
 
 
@@ -95,8 +96,13 @@ def _components_text(scores: Mapping[str, ClassScores]) -> str:
             for number, component in enumerate(components, 1):
                 *place, found, inside = component
                 values = [number, *place, found / row.members, inside]
-                writer.writerow([row.name, *_class_column(scores, name), *values])
+                writer.writerow(_marked([row.name, *_class_column(scores, name), *values]))
     return text.getvalue()
+
+
+def _marked(values: Iterable[object]) -> list[object]:
+    """The values of a row, no text of which is a formula."""
+    return [marked_text(value) if isinstance(value, str) else value for value in values]
 
 
 def _class_column(rows: Mapping[str, object], name: str) -> list[str]:

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ from guided_diffusion.data.advice import intensity_advice
 from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_text, readable
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame, auto_frame
+from guided_diffusion.data.limits import limit, set_limit
 from guided_diffusion.data.mask_values import distinct
 from guided_diffusion.data.readers import sample_labels
 from guided_diffusion.errors import UserError, gathering
@@ -189,7 +191,13 @@ def _read_all(facts: _FactsDataset, workers: int) -> Iterator[CaseFacts]:
     """Read all facts in order, in groups of neighbours: slices of a volume stay together."""
     if workers < 0:
         workers = 0 if len(facts) < 200 else min(8, os.cpu_count() or 1)
-    loader = DataLoader(facts, batch_size=GROUP, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        facts,
+        batch_size=GROUP,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=partial(set_limit, limit()),
+    )
     with tqdm(total=len(facts), unit="case", leave=False, disable=None) as progress:
         for group in loader:
             yield from group

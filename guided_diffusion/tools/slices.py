@@ -33,6 +33,7 @@ from guided_diffusion.bratsloader import SEG, open_brats
 from guided_diffusion.data.datasets import Entry, Reading
 from guided_diffusion.data.folders import listing
 from guided_diffusion.data.geometry import Affine, Grid
+from guided_diffusion.data.limits import limit, set_limit
 from guided_diffusion.data.readers import Array
 from guided_diffusion.data.splits import PARTS, read_split
 from guided_diffusion.data.volumes import VolumeDataset
@@ -42,6 +43,7 @@ from guided_diffusion.files import (
     atomic_write,
     make_folder,
     read_json,
+    read_text,
     remove_leftovers,
     set_aside,
     temporary_name,
@@ -174,7 +176,8 @@ def cut_all(
         for job in jobs:
             yield cut(dataset, job, dtype)
         return
-    with ProcessPoolExecutor(workers, initializer=_set_dataset, initargs=(dataset,)) as pool:
+    start = (dataset, limit())
+    with ProcessPoolExecutor(workers, initializer=_set_dataset, initargs=start) as pool:
         futures = [pool.submit(_cut_in_worker, job, dtype) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -186,13 +189,14 @@ def cut_all(
 _dataset: VolumeDataset | None = None
 
 
-def _set_dataset(dataset: VolumeDataset) -> None:
-    """Set the data set of a worker process once, instead of sending it with every job.
+def _set_dataset(dataset: VolumeDataset, max_read_gib: float) -> None:
+    """Set data set and limit of a worker process once, instead of sending it with every job.
 
     The worker ends with the process that started it, also where that is killed.
     """
     global _dataset
     _dataset = dataset
+    set_limit(max_read_gib)
     if parent := multiprocessing.parent_process():
         Thread(target=_end_with, args=(parent,), daemon=True).start()
 
@@ -278,7 +282,7 @@ def _read_or_write_split(
     """
     settings = f"# {_settings(plan)}"
     if path.exists():
-        parts, lines = read_split(path), path.read_text(encoding="utf-8-sig").splitlines()
+        parts, lines = read_split(path), read_text(path).splitlines()
     else:
         parts = divide(patients, train=plan.train, seed=plan.seed)
         lines = [settings, *(f"{patient} {side}" for patient, side in parts.items())]

@@ -472,7 +472,7 @@ def test_many_files_are_listed_once_and_few_are_opened(
     listed, opened = [], []
     scan, open_picture = os.scandir, Image.open
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scan(path))
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_picture(path))
+    monkeypatch.setattr(Image, "open", lambda p, **_: opened.append(p) or open_picture(p))
     assert len(open_dataset(tmp_path / "d")) == 1000
     assert max(Counter(map(str, listed)).values()) <= 2, "once more to look for DICOM or raters"
     assert len(opened) <= 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import read_csv, refused, script, succeeded, torchrun, training
+from helpers import environment, read_csv, refused, script, succeeded, torchrun, training
 from loops import make_loop
 from torch.distributed.launcher.api import LaunchConfig
 from torch.testing import assert_close
@@ -252,6 +253,54 @@ def test_devices_are_counted_among_the_visible_ones(
         launch("1, 0", ["train", "--lr", "1"])
     started = ("-m", "guided_diffusion", "train", "--lr", "1")
     assert left.value.code == 0 and seen == [(chosen, started)]
+
+
+LISTENS = """
+import os, sys, tempfile
+from pathlib import Path
+from torch.distributed.launcher.api import elastic_launch
+from guided_diffusion import dist_util
+
+def listening():
+    own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+           if os.path.exists(f"/proc/self/fd/{fd}")}
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in own:
+                yield local.partition(":")[0]
+
+if "RANK" in os.environ:
+    dist_util.setup_dist()
+    dist_util.barrier()
+    print("listens", *listening(), flush=True)
+    dist_util.barrier()
+else:
+    dist_util.torch.cuda.device_count = lambda: 2
+    dist_util._run = lambda config, _: elastic_launch(config, sys.executable)(__file__)
+    try:
+        dist_util.launch("0,1", [])
+    finally:
+        print("listens", *listening(), flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are listed by Linux alone")
+def test_processes_on_one_machine_listen_on_the_loopback_alone(tmp_path: Path) -> None:
+    program = tmp_path / "listens.py"
+    program.write_text(LISTENS)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("listens")]
+    assert done.returncode == 0 and len(lines) == 3, done.stderr[-3000:]
+    addresses = [address for line in lines for address in line]
+    assert addresses and {*addresses} == {"0100007F"}
 
 
 @pytest.mark.parametrize(
