@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_weights_note
+from guided_diffusion.checkpoint import (
+    adapt_weights,
+    fitting_weights,
+    load_weights,
+    missing_weights_note,
+)
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.datasets import Case
@@ -125,8 +131,13 @@ class Segmenter:
             UserError: weights that do not fit the network, or a plan that the network cannot have.
         """
         process = create_gaussian_diffusion(setup.diffusion, setup.network.version)
-        net = create_model(setup.network, setup.diffusion, setup.classes)
+        make = partial(create_model, setup.network, setup.diffusion, setup.classes)
         trained = setup.trained
+        with torch.device("meta"):
+            outline = make()
+        adapted, _ = adapt_weights(trained.checkpoint, outline)
+        fitting_weights(outline, adapted.choose(setup.options.weights)[0], trained.path)
+        net = make()
         checkpoint, missing = adapt_weights(trained.checkpoint, net)
         weights, which = checkpoint.choose(setup.options.weights)
         load_weights(net, weights, trained.path)

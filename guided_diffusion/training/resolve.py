@@ -24,8 +24,6 @@ from guided_diffusion.checkpoint import (
     load_checkpoint,
     load_weights,
     missing_weights_note,
-    recorded_flags,
-    require_kind,
     with_companions,
 )
 from guided_diffusion.data.advice import intensity_notes, mask_notes
@@ -39,6 +37,7 @@ from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dis
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
+from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import normalise_flags, open_data, open_validation
@@ -151,9 +150,8 @@ def begin(
     setup_dist()
     refuse_second_run(expanded(run.out_dir), TRAINING)
     path, start = checkpoint_to_resume(options, run)
-    if start:
-        require_kind(start, kind, path)
-        trained = recorded_flags(start)
+    if start and path:
+        trained = checked_flags(start, kind, path)
         normalise_flags(flags).refuse_contradictions(trained, path)
         flags = flags.with_resolved(**trained)
     return Beginning(flags, options, run, path, start)
