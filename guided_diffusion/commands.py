@@ -26,9 +26,11 @@ from guided_diffusion.options.segmentation import (
 )
 from guided_diffusion.options.tools import (
     CHECK,
+    EXPORT,
     PHANTOMS,
     SLICES,
     CheckOptions,
+    ExportOptions,
     PhantomOptions,
     SlicingOptions,
 )
@@ -161,6 +163,13 @@ def phantoms(flags: Flags) -> None:
     write_phantoms(flags.group(PhantomOptions))
 
 
+def export(flags: Flags) -> None:
+    """Write the weights of a checkpoint, without its training state, as safetensors or .pt."""
+    from guided_diffusion.tools.commands import run_export
+
+    print(run_export(flags.group(ExportOptions)))
+
+
 def weak_train(flags: Flags) -> None:
     """Train a diffusion model of images that are labelled as a whole."""
     from guided_diffusion.train_util import run_training
@@ -262,6 +271,11 @@ COMMANDS = {
         "out layout patients slices size raters generation split seed",
         "--out phantoms",
         "--out phantoms --layout isic --patients 40 --raters 3",
+    ),
+    "export": _command(
+        *(export, EXPORT, "export_weights"),
+        "model_path out weights",
+        "--model_path results/first --out first.safetensors",
     ),
     "weak-train": _command(
         *(weak_train, TRAIN_IMAGES, "train_tumor_ddfm train_2d_ddfm"),

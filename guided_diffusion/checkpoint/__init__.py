@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from guided_diffusion.checkpoint import portable
+from guided_diffusion.checkpoint.bare import bare_weights, is_weight
 from guided_diffusion.checkpoint.folders import (
     LATEST,
     latest_checkpoint,
@@ -51,11 +51,6 @@ BEST = "bestmodel.pt"
 SEGMENTATION = "a segmentation network, which scripts/segmentation_train.py trains"
 IMAGES = "a diffusion of images, which scripts/train_tumor_ddfm.py trains"
 CLASSIFIER = "a classifier of images, which scripts/classifier_tumor_train.py trains"
-WRAPPERS = ("module", "_orig_mod")
-"""Parts of tensor names that DataParallel, DistributedDataParallel and torch.compile add."""
-RAW = ("model", "state_dict", "model_state_dict")
-AVERAGED = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
-"""Where other training loops keep the last and the averaged weights."""
 ADDED = ("run", "checksums")
 """Parts that older checkpoints lack."""
 __all__ = [
@@ -67,8 +62,10 @@ __all__ = [
     "SEGMENTATION",
     "Weights",
     "adapt_weights",
+    "export_weights",
     "fitting_weights",
     "is_whole",
+    "kind_of",
     "latest_checkpoint",
     "link_as",
     "load_checkpoint",
@@ -114,9 +111,10 @@ class Checkpoint:
 
         Args:
             weights: ``ema`` for the slowest average, or the last weights if there is none; or
-                ``raw`` for the last weights.
+                ``raw`` for the last weights, unless the file has an average alone.
         """
-        if weights == "ema" and self.ema:
+        alone = any(average is self.model for average in self.ema.values())
+        if self.ema and (weights == "ema" or alone):
             rate = max(self.ema, key=lambda rate: float(rate or 0))
             if not self.options:
                 return self.ema[rate], "bare averaged weights"
@@ -144,13 +142,42 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
     path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
     with atomic_write(path, hint=CHECKPOINTS_HINT) as part:
-        content = vars(checkpoint)
-        torch.save({"format": FORMAT, **content, "checksums": checksums(content)}, part)
+        torch.save(_recorded_content(checkpoint), part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
         link_as(path, folder / name)
     for old in drop:
         old.unlink(missing_ok=True)
     return path
+
+
+def _recorded_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    content = vars(checkpoint)
+    return {"format": FORMAT, **content, "checksums": checksums(content)}
+
+
+def export_weights(checkpoint: Checkpoint, weights: str, path: Path) -> None:
+    """Write one set of weights and the options, without what training needs, for use elsewhere.
+
+    Args:
+        checkpoint: of this suite, or bare weights.
+        weights: ``ema`` or ``raw``, as :meth:`Checkpoint.choose` has it.
+        path: of the file, which ends in ``.safetensors`` or in ``.pt``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    chosen, _ = checkpoint.choose(weights)
+    rate = next((rate for rate, average in checkpoint.ema.items() if average is chosen), None)
+    ema = {} if rate is None else {rate: chosen}
+    content = _recorded_content(replace(checkpoint, model=chosen, ema=ema, training={}))
+    own = bool(checkpoint.options)
+    with atomic_write(path) as part:
+        if path.suffix.lower() == portable.SUFFIX:
+            parts = {name: content[name] for name in ("format", "options", "step", "run")}
+            parts["checksums"] = content["checksums"]
+            portable.write(part, chosen, rate=rate, content=parts if own else {})
+        else:
+            torch.save(content if own else chosen, part)
 
 
 def link_as(path: Path, other: Path) -> None:
@@ -175,7 +202,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return _own_checkpoint(content, path)
     if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
         raise _optimiser_instead(path)
-    raw, averaged = _bare_weights(content)
+    raw, averaged = bare_weights(content)
     if raw or averaged:
         ema = {"": {**raw, **averaged}} if averaged else {}  # averages may lack buffers
         return Checkpoint(options={}, step=step_of(path), model=raw or averaged, ema=ema)
@@ -235,7 +262,7 @@ def _inconsistency(checkpoint: Checkpoint) -> str:
     if checkpoint.step < 0:
         return f"its step is {checkpoint.step}"
     for name, weights in {"model": checkpoint.model, **checkpoint.ema}.items():
-        if not isinstance(weights, dict) or not all(map(_is_weight, weights.items())):
+        if not isinstance(weights, dict) or not all(map(is_weight, weights.items())):
             return f"its weights {name!r} are not a dictionary of tensors"
         if lacking := checkpoint.model.keys() ^ weights.keys():
             return f"tensor {min(lacking)} is only in one of its weights 'model' and {name!r}"
@@ -246,30 +273,6 @@ def _inconsistency(checkpoint: Checkpoint) -> str:
         except (TypeError, ValueError):
             return f"its averaged weights have the decay rate {rate!r}"
     return ""
-
-
-def _bare_weights(content: object, depth: int = 3) -> tuple[Weights, Weights]:
-    """Find the last and the averaged weights in nested dictionaries; empty where there are none.
-
-    Tensor names lose what wrappers add to them.
-    """
-    if not isinstance(content, dict) or not content or not depth:
-        return {}, {}
-    if all(map(_is_weight, content.items())):
-        names = content.keys() - {"n_averaged"}  # a count that torch's AveragedModel adds
-        return {_own_name(name): content[name].data for name in content if name in names}, {}
-    raw: Weights = {}
-    averaged: Weights = {}
-    for name in RAW:
-        if not raw:
-            raw, averaged = _bare_weights(content.get(name), depth - 1)
-    for name in AVERAGED:
-        averaged = averaged or next(filter(None, _bare_weights(content.get(name), depth - 1)), {})
-    return raw, averaged
-
-
-def _own_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _optimiser_instead(path: Path) -> UserError:
@@ -293,6 +296,9 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
     ``optsavedmodel{N}.pt`` (or ``opt...``), where N is the number in the weights' own name, and the
     weak-supervision project ``ema_{rate}.pt``. An average in the weights' own file does for every
     rate without a file. What is missing starts anew.
+
+    Raises:
+        UserError: one of these files cannot be read, or holds something else.
     """
     rates, training, number = list(rates), {}, f"{checkpoint.step:06d}"
     ema = {rate: average for average in checkpoint.ema.values() for rate in rates}
@@ -303,12 +309,16 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
                 ema[rate] = load_checkpoint(file).model
     for file in (path.with_name(f"{stem}{number}.pt") for stem in ("optsavedmodel", "opt")):
         if file.exists():
-            training = {"optimizer": _content(file)}
+            training = {"optimizer": _optimiser_state(file)}
     return replace(checkpoint, ema=ema, training=training)
 
 
-def _is_weight(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+def _optimiser_state(path: Path) -> dict[str, Any]:
+    state = _content(path)
+    if isinstance(state, dict) and isinstance(state.get("state"), dict):
+        return state
+    hint = "Remove it to continue from the weights alone, or copy it again from its source."
+    raise UserError(path, "does not hold the state of an optimiser", hint)
 
 
 def _unreadable_checkpoint(path: Path, problem: str) -> UserError:
@@ -332,11 +342,15 @@ def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"version": version_of(checkpoint.model)}
 
 
+def kind_of(checkpoint: Checkpoint) -> str:
+    """Return the kind of a checkpoint; bare weights do not say theirs."""
+    own = CLASSIFIER if "model_type" in checkpoint.options else SEGMENTATION
+    return IMAGES if checkpoint.options.get("of_images") else own
+
+
 def require_kind(checkpoint: Checkpoint, kind: str, path: object) -> None:
-    """Raise a UserError for a checkpoint of another kind; bare weights do not say theirs."""
-    options = checkpoint.options
-    own = CLASSIFIER if "model_type" in options else SEGMENTATION
-    if options and kind != (IMAGES if options.get("of_images") else own):
+    """Raise a UserError for a checkpoint of another kind."""
+    if checkpoint.options and kind != kind_of(checkpoint):
         raise UserError(path, f"is not {kind}", "Correct the path.")
 
 

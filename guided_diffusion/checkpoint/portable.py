@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Any]:
         return weights
     content = json.loads(header[HEADER])
     rate = content.pop("ema")
-    ema = {} if rate is None else {rate: dict(weights)}
+    ema = {} if rate is None else {rate: weights}
     return {**content, "model": weights, "ema": ema, "training": {}}
 
 
@@ -47,8 +47,8 @@ def write(
         rate: the decay of an average; None for last weights.
         content: the other parts of a checkpoint, plain types; empty for bare weights.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     own = {name: value.detach().clone().contiguous() for name, value in weights.items()}
     header = {HEADER: json.dumps({**content, "ema": rate})} if content else {}
-    save_file(own, path, metadata={"format": "pt", **header})
+    path.write_bytes(save(own, metadata={"format": "pt", **header}))

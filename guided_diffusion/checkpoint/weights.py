@@ -136,28 +136,30 @@ def is_whole(value: Tensor) -> bool:
 # ------------------------------------------------------------------------------------ checksums
 
 
-def checksums(state: Mapping[str, Any]) -> dict[str, int]:
-    """Compute the CRC-32 of every tensor in nested dictionaries and lists: type, shape and values.
+def checksums(content: Mapping[str, Any]) -> dict[str, int]:
+    """Compute the CRC-32 of every tensor and every option of a checkpoint's content.
 
-    They are named by their path, as ``model/out.2.bias``.
+    They are named by their path, as ``model/out.2.bias`` and ``options/in_ch``. That of a tensor is
+    over its type, shape and values.
     """
-    return {name: _checksum(value) for name, value in _tensors(state)}
+    tensors = {name: _checksum(value) for name, value in _tensors(content)}
+    options = content.get("options", {}).items()
+    return tensors | {f"options/{name}": zlib.crc32(repr(v).encode()) for name, v in options}
 
 
-def verify(state: Mapping[str, Any], recorded: Mapping[str, int], path: Path) -> None:
-    """Compare tensors with the checksums that were saved with them.
+def verify(content: Mapping[str, Any], recorded: Mapping[str, int], path: Path) -> None:
+    """Compare a checkpoint's content with the checksums that were saved with it.
 
     Raises:
-        UserError: one differs; the message names it.
+        UserError: one differs; the message names the tensor or the option.
     """
-    found = checksums(state)
-    for name in [*found, *recorded]:
+    found = checksums(content)
+    absent = [name for name in recorded if name not in found and not name.startswith("options/")]
+    for name in [*found, *absent]:
         if found.get(name) != recorded.get(name):
-            raise UserError(
-                path,
-                f"is damaged: tensor {name} is not what was saved, its checksum differs",
-                OTHER_FILE,
-            )
+            what = name if name.startswith("options/") else f"tensor {name}"
+            problem = f"is damaged: {what} is not what was saved, its checksum differs"
+            raise UserError(path, problem, OTHER_FILE)
 
 
 def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

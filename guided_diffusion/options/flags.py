@@ -180,9 +180,8 @@ def unfit(entry: Any, value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int | float) and not least <= value <= most:
-        return (
-            f"must be between {least} and {most}" if most < math.inf else f"must be {least} or more"
-        )
+        limits = f"between {least} and {most}"
+        return f"must be {limits if most < math.inf else f'{least} or more'}"
     if isinstance(value, int | float) and value > cap:
         return f"must be at most {cap}"
     return ""
