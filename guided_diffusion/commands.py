@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +33,6 @@ from guided_diffusion.options.tools import (
     CheckOptions,
     ExportOptions,
     PhantomOptions,
-    SlicingOptions,
 )
 from guided_diffusion.options.weak import (
     SAMPLE_IMAGES,
@@ -66,7 +66,7 @@ def sample(flags: Flags) -> None:
 
 def score(flags: Flags) -> None:
     """Score predicted masks against the ground truth."""
-    from guided_diffusion.inference.provenance import describe_run
+    from guided_diffusion.inference.provenance import describe_run, note_run, run_record
     from guided_diffusion.report.report import write_report
     from guided_diffusion.report.thumbnails import CaseLayers
     from guided_diffusion.scoring.compare import compare_folders, comparison_text
@@ -79,11 +79,13 @@ def score(flags: Flags) -> None:
         for folder in options.compare:
             require_writable(folder_of(folder, "--compare"))
         first, second = (_scored(options, folder) for folder in options.compare)
+        note_run(second.folder, run_record(flags, data=options.out_pth))
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
         return
     layers = CaseLayers(options.inp_pth)
     evaluation = _scored(options, options.inp_pth, on_case=layers if options.report else None)
+    note_run(evaluation.folder, run_record(flags, data=options.out_pth))
     written = ["summary.json", "scores.csv"]
     if options.report:
         run = describe_run(evaluation.folder)
@@ -151,7 +153,7 @@ def slices(flags: Flags) -> None:
     from guided_diffusion.tools.commands import run_slicing
 
     _require(flags, "src", "out")
-    for line in run_slicing(flags.group(SlicingOptions)):
+    for line in run_slicing(flags):
         print(line)
 
 
@@ -341,7 +343,19 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
         if flags.get("about"):
             print(_about())
         else:
-            command.run(flags)
+            command.run(_configured(flags, name))
+
+
+def _configured(flags: Flags, name: str) -> Flags:
+    """Add the flags of the file that ``--config`` names; those of the command line win."""
+    given = dict(flags.given)
+    path = given.pop("config", "")
+    if not path:
+        return flags
+    from guided_diffusion.options.config import read_config
+
+    known = read_config(path, name, flags.groups, commands=tuple(COMMANDS))
+    return replace(flags, given={**known, **given})
 
 
 def _overview() -> str:

@@ -110,7 +110,6 @@ def strange_tensor(dice: random.Random, value: Tensor) -> Any:
         lambda v: v[..., None],
         lambda v: v.flatten()[0],
         lambda v: v.tolist(),
-        lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
         lambda v: torch.empty(v.shape, device="meta"),
         lambda v: None,
     ]

@@ -54,17 +54,20 @@ def usable_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) 
     return given
 
 
-def require_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: object) -> None:
-    """Compare weights with a network that is built without memory for its tensors.
+def require_fit(
+    make: Callable[[], nn.Module], sets: Iterable[Mapping[str, Tensor]], path: object
+) -> None:
+    """Compare sets of weights with a network that is built without memory for its tensors.
 
     Raises:
         UserError: a tensor does not fit, or its shape states more numbers than its file has.
     """
     with torch.device("meta"):
         net = make()
-    for name, value in fitting_weights(net, weights, path).items():
-        if not is_whole(value):
-            raise _useless(path, name, NOT_WHOLE)
+    for weights in sets:
+        for name, value in fitting_weights(net, weights, path).items():
+            if not is_whole(value):
+                raise _useless(path, name, NOT_WHOLE)
 
 
 def fitting_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> Weights:

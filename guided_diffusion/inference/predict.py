@@ -19,7 +19,7 @@ from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import run_cases, share_of
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
-from guided_diffusion.inference.provenance import note_sampling
+from guided_diffusion.inference.provenance import note_run, note_sampling, run_record
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import area_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
@@ -29,6 +29,7 @@ from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
+from guided_diffusion.options.segmentation import SampleDataOptions
 from guided_diffusion.report.pictures import write_picture
 from guided_diffusion.report.sinks import VisdomSink, page_of
 
@@ -66,6 +67,11 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    known = setup.trained.flags
+    record = run_record(known, data=known.group(SampleDataOptions).data_dir)
+    if record and setup.trained.checkpoint.run:
+        record["training"] = setup.trained.checkpoint.run
+
     def note() -> None:
         note_sampling(
             out_dir,
@@ -74,6 +80,7 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
             seed=segmenter.plan.seed,
             options={**setup.trained.checkpoint.options, "plane": dataset.plane},
         )
+        note_run(out_dir, record)
 
     return segment(
         segmenter,

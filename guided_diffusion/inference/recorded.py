@@ -62,8 +62,7 @@ def checked_flags(checkpoint: Checkpoint, kind: str, path: Path) -> dict[str, An
     _refuse_unknown(checkpoint.options, kind, path)
     try:
         make = _network_of(known, kind)
-        for weights in (checkpoint.model, *checkpoint.ema.values()):
-            require_fit(make, weights, path)
+        require_fit(make, [checkpoint.model, *checkpoint.ema.values()], path)
     except UserError as error:
         if str(error).startswith(f"{path}: "):
             raise

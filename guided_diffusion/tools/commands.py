@@ -22,9 +22,10 @@ from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.folders import counted
 from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, writing
+from guided_diffusion.inference.provenance import note_run, run_record
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import SLICING, only_run
-from guided_diffusion.options.flags import slice_range
+from guided_diffusion.options.flags import Flags, slice_range
 from guided_diffusion.options.tools import ExportOptions, PhantomOptions, SlicingOptions
 from guided_diffusion.tools import phantom_folders
 from guided_diffusion.tools.phantom_layouts import PICTURES, VOLUMES, write_layout
@@ -40,12 +41,13 @@ SIZES = {  # layout: pixels per side, slices per patient
 }
 
 
-def run_slicing(options: SlicingOptions) -> Iterator[str]:
+def run_slicing(flags: Flags) -> Iterator[str]:
     """Cut what is not cut yet, with progress by volume, and yield the messages to print.
 
     Raises:
         UserError: volumes or settings that cannot be used, or another slicing into the folder.
     """
+    options = flags.group(SlicingOptions)
     reading = Reading(
         modalities=find_modalities(options.modalities),
         slices=slice_range(options.slices),
@@ -59,6 +61,7 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
     with only_run(out, SLICING, flag="--out"):
         jobs = plan_jobs(dataset, out, plan)
         sweep(out)
+        note_run(out, run_record(flags, data=options.src))
         yield from dataset.notes
         workers = options.workers or os.cpu_count() or 1
         counts = cut_all(dataset, jobs, dtype=plan.dtype, workers=workers)

@@ -38,6 +38,7 @@ class CheckpointManager:
         averages: of the parameters, by their ``--ema_rate``.
         schedule_sampler: with its history.
         recorded: the flags that a checkpoint records.
+        run: what would repeat the run.
         keep: how many numbered checkpoints stay; 0 for all.
         after_save: called in the background once a checkpoint is written.
         own: the numbered checkpoints of this run.
@@ -51,6 +52,7 @@ class CheckpointManager:
     averages: Mapping[str, ExponentialAverage]
     schedule_sampler: ScheduleSampler
     recorded: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
     keep: int = 0
     after_save: Callable[[], object] = bool
     own: list[Path] = field(default_factory=list, init=False)
@@ -84,6 +86,7 @@ class CheckpointManager:
                 model=plain(self.net.state_dict()),
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
                 training=map_tensors(lambda tensor: tensor.detach().clone(), training),
+                run=self.run,
             )
             reading = side_stream(next(self.net.parameters()).device)
             drop = self._surplus(path) if numbered else []

@@ -149,7 +149,7 @@ def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> Class
 def _placed(make: Callable[[], Net], trained: Trained, weights: str, flags: Flags) -> Net:
     """Fill a network with the chosen weights, and bring it to its device for inference."""
     chosen, _ = trained.checkpoint.choose(weights)
-    require_fit(make, chosen, trained.path)
+    require_fit(make, [chosen], trained.path)
     net = make()
     load_weights(net, chosen, trained.path)
     return place_model(net, dev(flags.get("gpu_dev", "0"))).eval().requires_grad_(False)
