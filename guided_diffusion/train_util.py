@@ -109,9 +109,9 @@ class TrainLoop:
         self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
     ) -> None:
         """Continue from a checkpoint: see :meth:`CheckpointManager.restore`."""
+        self.checkpoints.restore(checkpoint, path=path, missing=missing)
         self.step = checkpoint.step
         self.best = BestScore(checkpoint.training.get("best", {}))
-        self.checkpoints.restore(checkpoint, path=path, missing=missing)
         self._set_rate()
 
     def run_loop(self) -> Path:

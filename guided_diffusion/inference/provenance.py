@@ -291,7 +291,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def other_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Say in what a run differs from the one that it continues; empty if in nothing."""
+    """Say in what a run differs from the one that it continues; empty if in nothing known."""
     changes = []
     one, other = (_settings(record) for record in (before, after))
     for name in one.keys() & other.keys():
@@ -304,11 +304,14 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """All that the weights of a run may depend on, by name."""
     parts = {name: _mapping(record.get(name)) for name in ("given", "other", "versions", "data")}
     flags = {**parts["other"], **parts["given"]}
-    return {
-        **{name: value for name, value in flags.items() if name not in CHANGING},
-        **{name: record[name] for name in ("threads", "processes") if name in record},
+    further = {
+        **{name: record.get(name) for name in ("threads", "processes")},
         "torch": parts["versions"].get("torch"),
         "files of the data": parts["data"].get("listing"),
+    }
+    return {
+        **{name: value for name, value in flags.items() if name not in CHANGING},
+        **{name: value for name, value in further.items() if value is not None},
     }
 
 
