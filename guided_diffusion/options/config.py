@@ -18,6 +18,7 @@ from guided_diffusion.options.flags import KINDS, choices_hint, unfit
 from guided_diffusion.options.parser import str2bool
 
 MOST_BYTES = 2**20
+MOST_BRACKETS = 1000  # a parser's time grows with the square of their depth
 GIVEN = "given"
 NOTHING = ("null", "Null", "NULL", "~")
 
@@ -66,7 +67,10 @@ def _content(path: str) -> dict[str, Any]:
             raise UserError("--config", f"there is no file {path}", hint)
         if file.stat().st_size > MOST_BYTES:
             raise UserError(path, "is too large for a file of flags", hint)
-        found = yaml.load(file.read_text("utf-8-sig"), yaml.BaseLoader)  # texts, no objects
+        text = file.read_text("utf-8-sig")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:
+            raise UserError(path, "is too deep for a file of flags", hint)
+        found = yaml.load(text, yaml.BaseLoader)  # texts, no objects
     except (yaml.YAMLError, RecursionError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(path, f"is not YAML ({why})", hint) from error
