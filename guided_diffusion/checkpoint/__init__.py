@@ -28,6 +28,7 @@ from guided_diffusion.checkpoint.folders import (
     numbered_checkpoints,
     step_of,
 )
+from guided_diffusion.checkpoint.portable import FORMAT
 from guided_diffusion.checkpoint.weights import (
     OTHER_FILE,
     Weights,
@@ -46,7 +47,6 @@ from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write
 from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
-FORMAT = "guided_diffusion checkpoint 1"
 BEST = "bestmodel.pt"
 SEGMENTATION = "a segmentation network, which scripts/segmentation_train.py trains"
 IMAGES = "a diffusion of images, which scripts/train_tumor_ddfm.py trains"

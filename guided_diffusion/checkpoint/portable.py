@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+FORMAT = "guided_diffusion checkpoint 1"
 SUFFIX = ".safetensors"
 HEADER = "guided_diffusion"
 
@@ -31,6 +32,8 @@ def read(path: Path) -> dict[str, Any]:
     if HEADER not in header:
         return weights
     content = json.loads(header[HEADER])
+    if content["format"] != FORMAT:
+        raise ValueError("the header is of another format")
     rate = content.pop("ema")
     ema = {} if rate is None else {rate: weights}
     return {**content, "model": weights, "ema": ema, "training": {}}

@@ -7,7 +7,7 @@ has finished are kept. Slices of volumes are put together again by :mod:`volume_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
             seed=segmenter.plan.seed,
             options={**setup.trained.checkpoint.options, "plane": dataset.plane},
         )
-        note_run(out_dir, record)
 
     return segment(
         segmenter,
@@ -90,6 +89,7 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
         num_samples=options.num_samples,
         debug=options.debug,
         note=note,
+        run=record,
     )
 
 
@@ -102,6 +102,7 @@ def segment(
     num_samples: int = 0,
     debug: bool = False,
     note: Callable[[], object] = bool,
+    run: Mapping[str, Any] = {},
 ) -> list[str]:
     """Segment a data set into a result folder and return the names of its cases.
 
@@ -112,7 +113,8 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         debug: also write a strip of all channels and masks of each case.
-        note: called by the first process before anything is drawn, to record the run.
+        note: called by the first process before anything is drawn, to record the settings.
+        run: what would repeat the run, recorded if there is anything left to draw.
 
     Raises:
         UserError: some cases failed; all others are finished.
@@ -134,6 +136,8 @@ def segment(
         for index, entry in enumerate(entries)
         if not record.finished(entry.name) or (entry.volume and not volumes.holds(entry))
     ]
+    if todo:
+        note_run(out_dir, run)
     record.begin([names[index] for index in todo], of=len(entries))
     mine = share_of(todo, entries)
     others = {entries[i].volume for i in todo} if rank() == 0 else {e.volume for e in entries}
