@@ -31,6 +31,7 @@ from guided_diffusion.options.tools import (
     PHANTOMS,
     SLICES,
     CheckOptions,
+    ConfigOptions,
     ExportOptions,
     PhantomOptions,
 )
@@ -166,7 +167,7 @@ def phantoms(flags: Flags) -> None:
 
 
 def export(flags: Flags) -> None:
-    """Write the weights of a checkpoint, without its training state, as safetensors or .pt."""
+    """Write the weights of a checkpoint alone, as safetensors or .pt."""
     from guided_diffusion.tools.commands import run_export
 
     print(run_export(flags.group(ExportOptions)))
@@ -228,7 +229,7 @@ class Command(NamedTuple):
 def _command(
     run: Callable[[Flags], None], groups: tuple[type, ...], scripts: str, basic: str, *examples: str
 ) -> Command:
-    return Command(run, groups, tuple(scripts.split()), basic.split(), examples)
+    return Command(run, (*groups, ConfigOptions), tuple(scripts.split()), basic.split(), examples)
 
 
 _FIRST = "--data_dir data/training --out_dir results/first"
@@ -278,6 +279,7 @@ COMMANDS = {
         *(export, EXPORT, "export_weights"),
         "model_path out weights",
         "--model_path results/first --out first.safetensors",
+        "--model_path results/first --weights raw --out first.pt",
     ),
     "weak-train": _command(
         *(weak_train, TRAIN_IMAGES, "train_tumor_ddfm train_2d_ddfm"),
@@ -350,12 +352,12 @@ def _configured(flags: Flags, name: str) -> Flags:
     """Add the flags of the file that ``--config`` names; those of the command line win."""
     given = dict(flags.given)
     path = given.pop("config", "")
-    if not path:
-        return flags
-    from guided_diffusion.options.config import read_config
+    groups = tuple(group for group in flags.groups if group is not ConfigOptions)
+    if path:
+        from guided_diffusion.options.config import read_config
 
-    known = read_config(path, name, flags.groups, commands=tuple(COMMANDS))
-    return replace(flags, given={**known, **given})
+        given = {**read_config(path, name, groups, commands=tuple(COMMANDS)), **given}
+    return replace(flags, groups=groups, given=given)
 
 
 def _overview() -> str:

@@ -1,4 +1,4 @@
-"""Write the weights of a checkpoint, without its training state, as safetensors or .pt."""
+"""Write the weights of a checkpoint alone, as safetensors or .pt."""
 
 import sys
 from pathlib import Path

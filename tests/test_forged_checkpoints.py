@@ -221,7 +221,7 @@ def forge(seed: int, true: Path, path: Path) -> bool:
 @pytest.mark.parametrize(
     "seeds",
     [
-        range(QUICK),
+        pytest.param(range(QUICK), marks=pytest.mark.slow),
         pytest.param(range(QUICK, ALL), marks=[pytest.mark.long, pytest.mark.slow]),
     ],
     ids=["quick", "all"],

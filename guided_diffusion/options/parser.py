@@ -67,8 +67,6 @@ def parse(
     about = parser.add_argument_group("help")
     about.add_argument("-h", "--help", action="help", help="show the basic flags")
     about.add_argument("--help_all", action="help", help="show all flags")
-    config = "read flags from a YAML file, such as a run's config.yaml; given flags win"
-    about.add_argument("--config", metavar="FILE", help=config)
     about.add_argument("--about", action="store_true", help="show version, torch and device")
     given, unknown = parser.parse_known_args(words)
     if unknown:

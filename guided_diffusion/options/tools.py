@@ -105,6 +105,15 @@ class ExportOptions:
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
 
 
+@dataclass(frozen=True)
+class ConfigOptions:
+    """A file of flags."""
+
+    config: str = flag(
+        "", "YAML file to read flags from, such as a run's config.yaml; those given here win"
+    )
+
+
 CHECK = (DataOptions, CheckOptions)
 SLICES = (SlicingOptions,)
 PHANTOMS = (PhantomOptions,)
