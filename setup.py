@@ -37,6 +37,8 @@ setup(
         "scipy>=1.11,<2",
         "pillow>=10.1",
         "tqdm>=4.65,<5",
+        "safetensors>=0.4.3,<1",
+        "pyyaml>=6,<7",
     ],
     extras_require={
         "dicom": ["pydicom>=3,<4"],

@@ -16,8 +16,9 @@ Every flag of every command, made by `docs/cli.py` from the code. `guided-diffus
 `python scripts/segmentation_train.py` are the same; so are the other pairs. Flags are accepted with
 `-` for `_`, and may be shortened as long as they stay unique. Truth values are written `True` or
 `False`. Flags marked *no effect* are accepted because the published commands have them. **Bold**
-flags are those that `-h` shows. Every command also has `--help_all`, which shows all flags, and
-`--about`, which prints the version, torch and the device. [Migration](migration.md) has the
+flags are those that `-h` shows. Every command also has `--help_all`, which shows all flags,
+`--about`, which prints the version, torch and the device, and `--config FILE`, which
+[reads flags from a YAML file](training.md#repeating-a-run). [Migration](migration.md) has the
 differences from the published commands.
 """
 

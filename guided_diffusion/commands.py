@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,11 +28,13 @@ from guided_diffusion.options.segmentation import (
 )
 from guided_diffusion.options.tools import (
     CHECK,
+    EXPORT,
     PHANTOMS,
     SLICES,
     CheckOptions,
+    ConfigOptions,
+    ExportOptions,
     PhantomOptions,
-    SlicingOptions,
 )
 from guided_diffusion.options.weak import (
     SAMPLE_IMAGES,
@@ -65,7 +68,7 @@ def sample(flags: Flags) -> None:
 
 def score(flags: Flags) -> None:
     """Score predicted masks against the ground truth."""
-    from guided_diffusion.inference.provenance import describe_run
+    from guided_diffusion.inference.provenance import describe_run, note_run, run_record
     from guided_diffusion.report.report import write_report
     from guided_diffusion.report.thumbnails import CaseLayers
     from guided_diffusion.scoring.compare import compare_folders, comparison_text
@@ -78,11 +81,13 @@ def score(flags: Flags) -> None:
         for folder in options.compare:
             require_writable(folder_of(folder, "--compare"))
         first, second = (_scored(options, folder) for folder in options.compare)
+        note_run(second.folder, run_record(flags, data=options.out_pth))
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
         return
     layers = CaseLayers(options.inp_pth)
     evaluation = _scored(options, options.inp_pth, on_case=layers if options.report else None)
+    note_run(evaluation.folder, run_record(flags, data=options.out_pth))
     written = ["summary.json", "scores.csv"]
     if options.report:
         run = describe_run(evaluation.folder)
@@ -150,7 +155,7 @@ def slices(flags: Flags) -> None:
     from guided_diffusion.tools.commands import run_slicing
 
     _require(flags, "src", "out")
-    for line in run_slicing(flags.group(SlicingOptions)):
+    for line in run_slicing(flags):
         print(line)
 
 
@@ -160,6 +165,13 @@ def phantoms(flags: Flags) -> None:
 
     _require(flags, "out")
     write_phantoms(flags.group(PhantomOptions))
+
+
+def export(flags: Flags) -> None:
+    """Write the weights of a checkpoint alone, as safetensors or .pt."""
+    from guided_diffusion.tools.commands import run_export
+
+    print(run_export(flags.group(ExportOptions)))
 
 
 def weak_train(flags: Flags) -> None:
@@ -218,8 +230,8 @@ class Command(NamedTuple):
 def _command(
     run: Callable[[Flags], None], groups: tuple[type, ...], scripts: str, basic: str, *examples: str
 ) -> Command:
-    if groups is not PHANTOMS:
-        groups = (*groups, ReadingOptions)
+    reading = () if groups is PHANTOMS else (ReadingOptions,)
+    groups = (*groups, *reading, ConfigOptions)
     return Command(run, groups, tuple(scripts.split()), basic.split(), examples)
 
 
@@ -265,6 +277,12 @@ COMMANDS = {
         "out layout patients slices size raters generation split seed",
         "--out phantoms",
         "--out phantoms --layout isic --patients 40 --raters 3",
+    ),
+    "export": _command(
+        *(export, EXPORT, "export_weights"),
+        "model_path out weights",
+        "--model_path results/first --out first.safetensors",
+        "--model_path results/first --weights raw --out first.pt",
     ),
     "weak-train": _command(
         *(weak_train, TRAIN_IMAGES, "train_tumor_ddfm train_2d_ddfm"),
@@ -330,11 +348,24 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
         if flags.get("about"):
             print(_about())
             return
+        flags = _configured(flags, name)
         if ReadingOptions in flags.groups:
             from guided_diffusion.data.limits import set_limit
 
             set_limit(flags.group(ReadingOptions).max_read_gib)
         command.run(flags)
+
+
+def _configured(flags: Flags, name: str) -> Flags:
+    """Add the flags of the file that ``--config`` names; those of the command line win."""
+    given = dict(flags.given)
+    path = given.pop("config", "")
+    groups = tuple(group for group in flags.groups if group is not ConfigOptions)
+    if path:
+        from guided_diffusion.options.config import read_config
+
+        given = {**read_config(path, name, groups, commands=tuple(COMMANDS)), **given}
+    return replace(flags, groups=groups, given=given)
 
 
 def _overview() -> str:

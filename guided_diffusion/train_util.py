@@ -72,9 +72,8 @@ class TrainLoop:
         self.schedule_sampler = create_named_schedule_sampler(
             options.schedule_sampler, len(self.diffusion.kept)
         )
-        self.step = self.start = 0
+        self.step = self.start = self.bad_steps = 0
         self.last_step = last_step(options)  # 0 for never
-        self.bad_steps = 0
         self.best = BestScore()
         self.stop = StopSignal()
 
@@ -100,6 +99,7 @@ class TrainLoop:
             averages=self.averages,
             schedule_sampler=self.schedule_sampler,
             recorded=setup.recorded,
+            run=setup.record,
             keep=options.keep,
             after_save=setup.after_save,
         )
@@ -109,9 +109,9 @@ class TrainLoop:
         self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
     ) -> None:
         """Continue from a checkpoint: see :meth:`CheckpointManager.restore`."""
+        self.checkpoints.restore(checkpoint, path=path, missing=missing)
         self.step = checkpoint.step
         self.best = BestScore(checkpoint.training.get("best", {}))
-        self.checkpoints.restore(checkpoint, path=path, missing=missing)
         self._set_rate()
 
     def run_loop(self) -> Path:
@@ -381,7 +381,7 @@ def _run(setup: TrainSetup) -> Path:
     if setup.alias and rank() == 0:
         remove_leftovers(setup.alias.parent)
     logger.rewind(loop.step, new=setup.start is None and setup.options.resume != "auto")
-    for note in setup.notes:
+    for note in setup.announce():
         logger.log(note)
     logger.log(
         f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, "

@@ -56,7 +56,7 @@ def untimed(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {
         name: content
         for name, content in contents(folder).items()
-        if ".damaged" not in name and not name.endswith((".csv", "sampling.json"))
+        if ".damaged" not in name and not name.endswith((".csv", "sampling.json", "config.yaml"))
     }
     rows = read_csv(folder / "predictions.csv")
     return files | {"rows": [{**row, "seconds": ""} for row in rows]}

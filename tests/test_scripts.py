@@ -82,7 +82,8 @@ def test_what_sampling_writes(sampled: Path) -> None:
     volumes = ("output_ens", "mask", "uncertainty")
     names = {f"{case}_{kind}.png" for case in TEST_CASES for kind in pictures}
     names |= {f"{case}_{kind}.nii.gz" for case in TEST_CASES for kind in volumes}
-    assert contents(sampled).keys() == names | {"predictions.csv", "sampling.json"}
+    records = {"predictions.csv", "sampling.json", "config.yaml"}
+    assert contents(sampled).keys() == names | records
     note = json.loads((sampled / "sampling.json").read_text("utf-8"))
     assert (note["seed"], note["options"]["image_size"]) == (10, 16)
     assert note["command"].startswith("python scripts/segmentation_sample.py --model_path ")
@@ -104,6 +105,7 @@ def test_volumes_have_the_grid_of_their_input(sampled: Path, brats: Path) -> Non
 def test_scoring(sampled: Path, brats: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sampled, tmp_path / "masks")
     before = contents(folder)
+    del before["config.yaml"]  # scoring adds its section
     said = succeeded(
         script("segmentation_env", "--inp_pth", folder, "--out_pth", brats / "testing")
     )
@@ -140,7 +142,7 @@ def test_isic_from_pictures_to_scores(isic: Path, tmp_path: Path) -> None:
     assert "2 ISIC cases, 3 channels" in said
     kinds = ("output_ens", "mask", "uncertainty", "overlay", "output0", "output1")
     assert contents(masks).keys() == {
-        *("predictions.csv", "sampling.json"),
+        *("predictions.csv", "sampling.json", "config.yaml"),
         *(f"{case}_{kind}.png" for case in ("0000004", "0000005") for kind in kinds),
     }
     said = succeeded(script("segmentation_env", "--inp_pth", masks, "--out_pth", isic))
@@ -216,7 +218,7 @@ def test_a_second_run_keeps_and_other_settings_redraw(
         assert "1 case of other settings" in said, change
     after = contents(tmp_path)
     assert after.keys() == before.keys()
-    rewritten = {"predictions.csv", "sampling.json"}  # seconds, and the date
+    rewritten = {"predictions.csv", "sampling.json", "config.yaml"}  # seconds, and the date
     assert all(after[name] == before[name] for name in after.keys() - rewritten)
 
 
@@ -654,7 +656,9 @@ def test_images_with_other_channels_than_the_network(
 
     own = load_checkpoint(trained / LATEST)
     options = {**own.options, "in_ch": 4, "modalities": ""}
-    path = save_checkpoint(tmp_path, Checkpoint(options, own.step, own.model))
+    stem = "input_blocks.0.0.weight"
+    model = {**own.model, stem: own.model[stem][:, 1:].contiguous()}
+    path = save_checkpoint(tmp_path, Checkpoint(options, own.step, model))
     error = refused(sample(path, brats / "testing", tmp_path / "out", *FEW))
     assert "4 input channels" in error and "needs 5: 4 of the images" in error
     assert not (tmp_path / "out").exists()
@@ -668,7 +672,9 @@ def test_a_bad_case_does_not_affect_the_good_ones(
     path.write_bytes(gzip.compress(b"no image"))
     error = refused(sample(trained, data, tmp_path / "out", *FEW, "--batch_size", 2))
     assert path.name in error
-    written = contents(tmp_path / "out").keys() - {"predictions.csv", "sampling.json"}
+    written = contents(tmp_path / "out").keys() - {
+        *("predictions.csv", "sampling.json", "config.yaml")
+    }
     assert written and all(name.startswith("000005_") for name in written)
     assert not [name for name in written if "part" in name]
 

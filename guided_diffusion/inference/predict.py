@@ -7,7 +7,7 @@ has finished are kept. Slices of volumes are put together again by :mod:`volume_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import run_cases, share_of
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
-from guided_diffusion.inference.provenance import note_sampling
+from guided_diffusion.inference.provenance import note_run, note_sampling, run_record
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import class_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
@@ -29,6 +29,7 @@ from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.inference.trajectory import Trajectory
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
+from guided_diffusion.options.segmentation import SampleDataOptions
 from guided_diffusion.report.pictures import write_picture
 from guided_diffusion.report.sinks import VisdomSink, page_of
 
@@ -67,13 +68,18 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
     text = f"{segmenter.fingerprint} {read_as(dataset)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    first = setup.networks[0].trained
+    record = run_record(first.flags, data=first.flags.group(SampleDataOptions).data_dir)
+    if record and first.checkpoint.run:
+        record["training"] = first.checkpoint.run
+
     def note() -> None:
         note_sampling(
             out_dir,
             fingerprint,
             model=str(segmenter),
             seed=segmenter.plan.seed,
-            options={**setup.networks[0].trained.checkpoint.options, "plane": dataset.plane},
+            options={**first.checkpoint.options, "plane": dataset.plane},
         )
 
     return segment(
@@ -84,6 +90,7 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
         num_samples=options.num_samples,
         debug=options.debug,
         note=note,
+        run=record,
     )
 
 
@@ -96,6 +103,7 @@ def segment(
     num_samples: int = 0,
     debug: bool = False,
     note: Callable[[], object] = bool,
+    run: Mapping[str, Any] = {},
 ) -> list[str]:
     """Segment a data set into a result folder and return the names of its cases.
 
@@ -106,7 +114,8 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         debug: also write a strip of all channels and masks of each case.
-        note: called by the first process before anything is drawn, to record the run.
+        note: called by the first process before anything is drawn, to record the settings.
+        run: what would repeat the run, recorded if there is anything left to draw.
 
     Raises:
         UserError: some cases failed; all others are finished.
@@ -129,6 +138,8 @@ def segment(
         for index, entry in enumerate(entries)
         if not record.finished(entry.name) or (entry.volume and not volumes.holds(entry))
     ]
+    if todo:
+        note_run(out_dir, run)
     record.begin([names[index] for index in todo], of=len(entries))
     mine = share_of(todo, entries)
     others = {entries[i].volume for i in todo} if rank() == 0 else {e.volume for e in entries}

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guided_diffusion.checkpoint import adapt_weights, load_weights, missing_weights_note
+from guided_diffusion.checkpoint import (
+    adapt_weights,
+    fitting_weights,
+    load_weights,
+    missing_weights_note,
+)
 from guided_diffusion.data.batches import collate
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.datasets import Case
@@ -323,8 +328,13 @@ class Segmenter:
 def _build(one: NetworkSetup, setup: SampleSetup, *, batch_size: int) -> TrainedNetwork:
     """Build one network of a set-up; its batch is at most ``batch_size``, if that is not 0."""
     process = create_gaussian_diffusion(one.diffusion, one.network.version, setup.classes)
-    net = create_model(one.network, one.diffusion, setup.classes)
+    make = partial(create_model, one.network, one.diffusion, setup.classes)
     trained = one.trained
+    with torch.device("meta"):
+        outline = make()
+    adapted, _ = adapt_weights(trained.checkpoint, outline)
+    fitting_weights(outline, adapted.choose(one.options.weights)[0], trained.path)
+    net = make()
     checkpoint, missing = adapt_weights(trained.checkpoint, net)
     weights, which = checkpoint.choose(one.options.weights)
     load_weights(net, weights, trained.path)

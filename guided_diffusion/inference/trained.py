@@ -15,11 +15,10 @@ from guided_diffusion.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    recorded_flags,
-    require_kind,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
+from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.layouts import normalise_flags
 from guided_diffusion.options.flags import Flags
 
@@ -53,8 +52,7 @@ def load_trained(
     """
     found = latest_checkpoint(path, flag=flag)
     checkpoint = load_checkpoint(found)
-    require_kind(checkpoint, kind, found)
-    flags, trained = normalise_flags(flags), recorded_flags(checkpoint)
+    flags, trained = normalise_flags(flags), checked_flags(checkpoint, kind, found)
     passing, steps = ("diffusion_steps", "timestep_respacing"), flags.get("trained_steps", 0)
     if checkpoint.options:
         trained["trained_steps"] = trained["diffusion_steps"] if steps else 0

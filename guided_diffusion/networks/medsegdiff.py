@@ -153,7 +153,7 @@ class HighwayUNet(UNetModel):
             if name not in weights and name.startswith(_ONCE_RANDOM):
                 constant = name.startswith(_SECOND_OF_GATES) and name.endswith(".bias")
                 adapted[name] = torch.full_like(value, float(constant))
-            elif name in weights and name.endswith(".complex_weight"):
+            elif name.endswith(".complex_weight") and weights[name].shape[3:] == (2,):
                 size = (value.shape[1], 2 * (value.shape[2] - 1))
                 adapted[name] = interpolate_spectrum(weights[name], size)
         return adapted

@@ -120,22 +120,11 @@ class Flags:
         chosen = {e.name: values[e.name] for e in _fields(kind) if e.name in values}
         for entry in _fields(kind):
             value = chosen.get(entry.name, entry.default)
-            least, most, choices = (entry.metadata[key] for key in ("least", "most", "choices"))
-            if choices and value not in choices:
-                hint = f"Use {', '.join(map(repr, choices))}."
-                raise UserError(f"--{entry.name}", f"{value!r} is not a choice", hint)
-            if isinstance(value, float) and not math.isfinite(value):
-                problem = "must be a finite number"
-            elif isinstance(value, int | float) and not least <= value <= most:
-                limits = f"between {least} and {most}" if most < math.inf else f"{least} or more"
-                problem = f"must be {limits}"
-            elif isinstance(value, int | float) and value > entry.metadata["cap"]:
-                problem = f"must be at most {entry.metadata['cap']}"
-            else:
-                continue
-            raise UserError(
-                f"--{entry.name} {value}", problem, f"Omit it for the default, {entry.default}."
-            )
+            if problem := unfit(entry, value):
+                choices = entry.metadata["choices"]
+                what = f"--{entry.name}" if choices else f"--{entry.name} {value}"
+                hint = f"Omit it for the default, {entry.default}."
+                raise UserError(what, problem, choices_hint(choices) if choices else hint)
         return kind(**chosen)
 
     def with_given(self, **values: Any) -> Flags:
@@ -181,6 +170,34 @@ def _converted(value: Any, kind: Any) -> Any:
     if kind is str and not (is_text or isinstance(value, Integral)):
         raise TypeError
     return operator.index(value) if kind is int else kind(value)
+
+
+def unfit(entry: Any, value: Any) -> str:
+    """Say which choice or limit of its flag a value breaks; empty if none."""
+    least, most, cap = (entry.metadata[key] for key in ("least", "most", "cap"))
+    if (choices := entry.metadata["choices"]) and value not in choices:
+        return f"{value!r} is not a choice"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, int | float) and not least <= value <= most:
+        limits = f"between {least} and {most}"
+        return f"must be {limits if most < math.inf else f'{least} or more'}"
+    if isinstance(value, int | float) and value > cap:
+        return f"must be at most {cap}"
+    return ""
+
+
+def choices_hint(choices: Sequence[str]) -> str:
+    """Say what a flag with choices takes."""
+    return f"Use {', '.join(map(repr, choices))}."
+
+
+def mistyped(group: type, entry: Any, value: Any) -> str:
+    """Say that a recorded value is not of its flag's type; empty if it is."""
+    kind = get_type_hints(group)[entry.name]
+    if type(value) is kind or (kind is float and type(value) is int):
+        return ""
+    return f"{value!r} is not {KINDS.get(kind, 'a list of texts')}"
 
 
 def recorded(*options: Any) -> dict[str, Any]:

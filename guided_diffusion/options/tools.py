@@ -92,6 +92,25 @@ class PhantomOptions:
     split: float = flag(0.8, "share of patients for training", least=0, most=1)
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which weights are written, and where."""
+
+    model_path: str = flag("", "checkpoint, or the folder that holds savedmodel.pt")
+    out: str = flag("", "file to write, such as model.safetensors or model.pt")
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+
+
+@dataclass(frozen=True)
+class ConfigOptions:
+    """A file of flags."""
+
+    config: str = flag(
+        "", "YAML file to read flags from, such as a run's config.yaml; those given here win"
+    )
+
+
 CHECK = (DataOptions, CheckOptions)
 SLICES = (SlicingOptions,)
 PHANTOMS = (PhantomOptions,)
+EXPORT = (ExportOptions,)

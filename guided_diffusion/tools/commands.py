@@ -11,13 +11,22 @@ from typing import Any
 from tqdm import tqdm
 
 from guided_diffusion.bratsloader import find_modalities
+from guided_diffusion.checkpoint import (
+    export_weights,
+    kind_of,
+    latest_checkpoint,
+    load_checkpoint,
+)
+from guided_diffusion.checkpoint.portable import SUFFIX
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.folders import counted
 from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, writing
+from guided_diffusion.inference.provenance import note_run, run_record
+from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import SLICING, only_run
-from guided_diffusion.options.flags import slice_range
-from guided_diffusion.options.tools import PhantomOptions, SlicingOptions
+from guided_diffusion.options.flags import Flags, slice_range
+from guided_diffusion.options.tools import ExportOptions, PhantomOptions, SlicingOptions
 from guided_diffusion.tools import phantom_folders
 from guided_diffusion.tools.phantom_layouts import PICTURES, VOLUMES, write_layout
 from guided_diffusion.tools.slices import SlicingPlan, cut_all, open_volumes, plan_jobs, sweep
@@ -32,12 +41,13 @@ SIZES = {  # layout: pixels per side, slices per patient
 }
 
 
-def run_slicing(options: SlicingOptions) -> Iterator[str]:
+def run_slicing(flags: Flags) -> Iterator[str]:
     """Cut what is not cut yet, with progress by volume, and yield the messages to print.
 
     Raises:
         UserError: volumes or settings that cannot be used, or another slicing into the folder.
     """
+    options = flags.group(SlicingOptions)
     reading = Reading(
         modalities=find_modalities(options.modalities),
         slices=slice_range(options.slices),
@@ -51,6 +61,7 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
     with only_run(out, SLICING, flag="--out"):
         jobs = plan_jobs(dataset, out, plan)
         sweep(out)
+        note_run(out, run_record(flags, data=options.src))
         yield from dataset.notes
         workers = options.workers or os.cpu_count() or 1
         counts = cut_all(dataset, jobs, dtype=plan.dtype, workers=workers)
@@ -59,6 +70,28 @@ def run_slicing(options: SlicingOptions) -> Iterator[str]:
         f"{counted(written, 'slice')} of {counted(len(jobs), 'volume')} written, "
         f"{len(dataset) - written} were there; who is in which part: {out / 'split.txt'}"
     )
+
+
+def run_export(options: ExportOptions) -> str:
+    """Write one set of weights of a checkpoint, and return the message to print.
+
+    Raises:
+        UserError: no checkpoint that can be used, or a file that cannot be written.
+    """
+    out = expanded(options.out, flag="--out")
+    if out.suffix.lower() not in (SUFFIX, ".pt"):
+        what = f"--out {options.out}".strip()
+        raise UserError(what, "does not end in .safetensors or .pt", "Name such a file.")
+    path = latest_checkpoint(options.model_path)
+    checkpoint = load_checkpoint(path)
+    if checkpoint.options:
+        checked_flags(checkpoint, kind_of(checkpoint), path)
+    if os.path.lexists(out):
+        raise UserError(f"--out {out}", "exists", "Name another file; none is replaced.")
+    make_folder(out.parent, flag="--out")
+    export_weights(checkpoint, options.weights, out)
+    size = out.stat().st_size / 2**20
+    return f"{checkpoint.choose(options.weights)[1]} of {path} in {out}, {size:.1f} MiB"
 
 
 def write_phantoms(options: PhantomOptions) -> None:

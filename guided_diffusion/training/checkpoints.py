@@ -17,11 +17,13 @@ from guided_diffusion.checkpoint import (
     numbered_checkpoints,
     save_checkpoint,
     step_of,
+    usable_weights,
 )
 from guided_diffusion.dist_util import barrier, rank, side_stream
 from guided_diffusion.files import Background
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.training.ema import ExponentialAverage, plain
+from guided_diffusion.training.restored import refuse_unfit
 
 
 @dataclass(eq=False)
@@ -38,6 +40,7 @@ class CheckpointManager:
         averages: of the parameters, by their ``--ema_rate``.
         schedule_sampler: with its history.
         recorded: the flags that a checkpoint records.
+        run: what would repeat the run.
         keep: how many numbered checkpoints stay; 0 for all.
         after_save: called in the background once a checkpoint is written.
         own: the numbered checkpoints of this run.
@@ -51,6 +54,7 @@ class CheckpointManager:
     averages: Mapping[str, ExponentialAverage]
     schedule_sampler: ScheduleSampler
     recorded: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
     keep: int = 0
     after_save: Callable[[], object] = bool
     own: list[Path] = field(default_factory=list, init=False)
@@ -90,6 +94,7 @@ class CheckpointManager:
                 model=plain(self.net.state_dict()),
                 ema={rate: average.state_dict() for rate, average in self.averages.items()},
                 training=map_tensors(lambda tensor: tensor.detach().clone(), training),
+                run=self.run,
             )
             reading = side_stream(next(self.net.parameters()).device)
             drop = self._surplus(path) if numbered else []
@@ -118,29 +123,37 @@ class CheckpointManager:
             checkpoint: the state.
             path: its file; in the run's folder, numbered files up to its step belong to the run.
             missing: parameters that its optimiser did not have; their moments start from zero.
+
+        Raises:
+            UserError: its averages or its training state do not belong to this run.
         """
+        names, parameters = zip(*self.net.named_parameters(), strict=True)
+        known = [index for index, name in enumerate(names) if name not in missing]
+        state, own = checkpoint.training, self.schedule_sampler.state_dict()
+        refuse_unfit(state, [parameters[index] for index in known], own, path or "the checkpoint")
+        averages = {
+            rate: usable_weights(self.net, checkpoint.ema[rate], path or "the checkpoint")
+            for rate in self.averages
+            if rate in checkpoint.ema
+        }
         if path and path.resolve().parent == self.folder.resolve():
             files = numbered_checkpoints(self.folder)
             self.own = [file for file in files if step_of(file) <= checkpoint.step]
         for rate, average in self.averages.items():
-            average.load(checkpoint.ema.get(rate, checkpoint.model))
+            average.load(averages.get(rate, checkpoint.model))
         if new := [rate for rate in self.averages if rate not in checkpoint.ema]:
             logger.log(
                 f"--ema_rate {','.join(new)}: the checkpoint has no such average, it starts from "
                 "the present weights"
             )
-        state = checkpoint.training
         if state.get("scaler"):  # empty where nothing was scaled
             self.scaler.load_state_dict(state["scaler"])
-        own = self.schedule_sampler.state_dict()
         history = state.get("schedule_sampler", own)
         if history.keys() == own.keys():
             self.schedule_sampler.load_state_dict(history)
         else:
             logger.log("--schedule_sampler is not the checkpoint's: its history starts anew")
         if state:
-            names, parameters = zip(*self.net.named_parameters(), strict=True)
-            known = [index for index, name in enumerate(names) if name not in missing]
             moments = fitted_moments(state["optimizer"]["state"], parameters, known)
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 

@@ -24,8 +24,6 @@ from guided_diffusion.checkpoint import (
     load_checkpoint,
     load_weights,
     missing_weights_note,
-    recorded_flags,
-    require_kind,
     with_companions,
 )
 from guided_diffusion.data.advice import intensity_notes, mask_notes
@@ -39,6 +37,8 @@ from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dis
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
+from guided_diffusion.inference.provenance import note_run, other_settings, run_record
+from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import normalise_flags, open_data, open_validation
@@ -95,6 +95,7 @@ class TrainSetup:
         alias: a second name for the latest checkpoint.
         sinks: live displays of the run.
         notes: messages to log before it starts.
+        record: what would repeat the run; empty in all processes but the first.
     """
 
     net: torch.nn.Module
@@ -115,6 +116,15 @@ class TrainSetup:
     alias: Path | None = None
     sinks: Sequence[VisdomSink | TensorBoardSink] = ()
     notes: Sequence[str] = ()
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def announce(self) -> list[str]:
+        """Write the record of the run, and return what is to be said before it starts."""
+        if not self.record:
+            return list(self.notes)
+        note_run(expanded(self.run.out_dir), self.record)
+        changes = other_settings(self.start.run, self.record) if self.start else ""
+        return [*self.notes, *([f"continued with other settings: {changes}"] if changes else [])]
 
     def after_save(self) -> None:
         """Draw the curves, and give the latest checkpoint its second name, if it has one."""
@@ -154,9 +164,8 @@ def begin(
     setup_dist()
     refuse_second_run(expanded(run.out_dir), TRAINING)
     path, start = checkpoint_to_resume(options, run)
-    if start:
-        require_kind(start, kind, path)
-        trained = recorded_flags(start)
+    if start and path:
+        trained = checked_flags(start, kind, path)
         if "dropout" in flags.given:  # it may change on the way
             trained.pop("dropout", None)
         normalise_flags(flags).refuse_contradictions(trained, path)
@@ -209,19 +218,21 @@ def resolve_training(flags: Flags) -> TrainSetup:
     resized = ResizedDataset(dataset, frame)
     foreground, foreground_notes = resolve_foreground(dataset, frame, options)
     cached = CachedDataset(resized, most_bytes=round(options.cache_gib * GIB))
+    kept = {
+        **recorded(network, replace(options_of_diffusion, coarse_loss=process.coarse_loss)),
+        "crop": crop,
+        "mask_labels": str(dataset.classes or ""),
+        "rater_choice": options.rater_choice,
+        **read_as(dataset),
+    }
     return TrainSetup(
         net=place_model(net, device, compile=run.compile),
         diffusion=process,
         dataset=cached,
         options=options,
         run=run,
-        recorded={
-            **recorded(network, replace(options_of_diffusion, coarse_loss=process.coarse_loss)),
-            "crop": crop,
-            "mask_labels": str(dataset.classes or ""),
-            "rater_choice": options.rater_choice,
-            **read_as(dataset),
-        },
+        recorded=kept,
+        record=run_record(flags, data=data.data_dir, values=kept, gpu_dev=run.gpu_dev),
         data=str(dataset),
         watch=watch,
         start=start,

@@ -17,6 +17,7 @@ from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import atomic_write, expanded, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.plan import sampling_levels
+from guided_diffusion.inference.provenance import note_run, run_record
 from guided_diffusion.inference.resolve import chosen_steps
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.options.flags import Flags
@@ -75,6 +76,7 @@ def _draw_images(flags: Flags, folder: Path) -> None:
     respacing = flags.given.get("timestep_respacing", "")
     levels = sampling_levels(model.diffusion, sampler, wanted, respacing=respacing)
     out_dir = make_folder(expanded(run.out_dir), flag="--save_dir")
+    note_run(out_dir, run_record(flags, gpu_dev=run.gpu_dev))
     logger.log(f"{model.source}; {counted(options.num_samples, 'image')} by {sampler}")
 
     names = [f"image{i:05d}" for i in range(options.num_samples)]
@@ -177,6 +179,7 @@ def segment_weakly(flags: Flags) -> None:
         )
     folder = expanded(options.results_dir or Path(run.out_dir) / method)
     with only_run(folder, SAMPLING, flag="--results_dir"):
+        note_run(folder, run_record(flags, data=str(dataset.directory), gpu_dev=run.gpu_dev))
         segment_images(segmenter, dataset, folder)
         for line in score_masks(dataset, folder):
             logger.log(line)

@@ -7,7 +7,9 @@ the flags say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from guided_diffusion.checkpoint import (
     Weights,
     latest_checkpoint,
     load_weights,
+    require_fit,
 )
 from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
@@ -114,9 +117,9 @@ def load_image_model(
     network = known.group(ImageNetworkOptions)
     options = known.group(ImageDiffusionOptions)
     process = create_gaussian_diffusion(options)
-    net = create_model(network, options, of_images=True)
+    make = partial(create_model, network, options, of_images=True)
     return ImageModel(
-        net=_placed(net, trained, weights, flags),
+        net=_placed(make, trained, weights, flags),
         diffusion=process,
         clip=process.mask_range if clip else None,
         source=f"{path}: {trained.checkpoint.choose(weights)[1]}",
@@ -136,16 +139,19 @@ def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> Class
         known = known.with_resolved(**_shapes_of_classifier(trained.checkpoint.model, path))
     options = known.group(ClassifierOptions)
     return ClassifierModel(
-        net=_placed(create_classifier(**vars(options)), trained, weights, flags),
+        net=_placed(partial(create_classifier, **vars(options)), trained, weights, flags),
         diffusion=create_gaussian_diffusion(known.group(ImageDiffusionOptions)),
         image_size=options.image_size,
         source=f"{path}: {trained.checkpoint.choose(weights)[1]}",
     )
 
 
-def _placed(net: Net, trained: Trained, weights: str, flags: Flags) -> Net:
+def _placed(make: Callable[[], Net], trained: Trained, weights: str, flags: Flags) -> Net:
     """Fill a network with the chosen weights, and bring it to its device for inference."""
-    load_weights(net, trained.checkpoint.choose(weights)[0], trained.path)
+    chosen, _ = trained.checkpoint.choose(weights)
+    require_fit(make, [chosen], trained.path)
+    net = make()
+    load_weights(net, chosen, trained.path)
     return place_model(net, dev(flags.get("gpu_dev", "0"))).eval().requires_grad_(False)
 
 

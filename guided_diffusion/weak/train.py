@@ -29,6 +29,7 @@ from guided_diffusion.dist_util import dev, place_model, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.inference.provenance import run_record
 from guided_diffusion.options.flags import Flags, recorded
 from guided_diffusion.options.segmentation import WatchOptions, dead_flags
 from guided_diffusion.options.weak import (
@@ -234,6 +235,12 @@ def _set_up(
         load_weights(net, start.model, begun.path)
     positive = sum(dataset.labels.values())
     return TrainSetup(
+        record=run_record(
+            begun.flags,
+            data=begun.flags.group(SourceOptions).src_dir,
+            values=rest["recorded"],
+            gpu_dev=run.gpu_dev,
+        ),
         net=place_model(net, dev(run.gpu_dev)),
         dataset=pictures,
         options=options,

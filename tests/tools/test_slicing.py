@@ -139,7 +139,7 @@ def test_a_split_that_names_volumes_gets_the_numbers_of_their_slices(tmp_path: P
     assert split.read_text("utf-8").splitlines() == [head, *rows[:0:-1], "004 testing  # 001b"]
     after = contents(out)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"split.txt", "volumes.json"}
+    assert changed == {"split.txt", "volumes.json", "config.yaml"}
     assert BRATSDataset(out / "testing").patients == ["001", "004"]
 
 

@@ -100,7 +100,7 @@ def test_validation_does_not_change_a_run(brats: Path, trained: Path, tmp_path: 
     succeeded(script("segmentation_train", *command, "--max_steps", 4, "--resume", "auto"))
     one, other = load_checkpoint(trained / LATEST), load_checkpoint(tmp_path / "run" / LATEST)
     assert other.training.pop("best")["step"] >= 1
-    assert equal(vars(one), vars(other))
+    assert equal({**vars(one), "run": {}}, {**vars(other), "run": {}})
 
 
 def test_the_files_of_validation(brats: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """Checkpoint files that describe themselves, and the import of bare weights.
 
 A checkpoint holds options, weights, averaged weights and training state as tensors and plain types,
-so that loading it executes no code. It appears whole or not at all. Bare weights, a dictionary of
-tensors as Diffusion-based-Segmentation and MedSegDiff save it, are read as well, also those that
-other training loops put into a dictionary; what a published file lacks is completed
-(:func:`adapt_weights`).
+so that loading it executes no code, and a checksum of every tensor. It appears whole or not at all.
+Bare weights, a dictionary of tensors as Diffusion-based-Segmentation and MedSegDiff save it, are
+read as well, also those that other training loops put into a dictionary; what a published file
+lacks is completed (:func:`adapt_weights`). Either may be a ``.safetensors`` file.
 """
 
 from __future__ import annotations
@@ -12,32 +12,75 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from guided_diffusion.checkpoint import portable
+from guided_diffusion.checkpoint.bare import bare_weights, is_weight
+from guided_diffusion.checkpoint.folders import (
+    LATEST,
+    latest_checkpoint,
+    numbered_checkpoints,
+    step_of,
+)
+from guided_diffusion.checkpoint.portable import FORMAT
+from guided_diffusion.checkpoint.weights import (
+    OTHER_FILE,
+    Weights,
+    checksums,
+    fitting_weights,
+    is_whole,
+    load_weights,
+    require_fit,
+    usable_weights,
+    verify,
+    version_of,
+)
 from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, expanded, nearest_path
+from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write
 from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
-FORMAT = "guided_diffusion checkpoint 1"
-LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
 SEGMENTATION = "a segmentation network, which scripts/segmentation_train.py trains"
 IMAGES = "a diffusion of images, which scripts/train_tumor_ddfm.py trains"
 CLASSIFIER = "a classifier of images, which scripts/classifier_tumor_train.py trains"
-Weights = dict[str, Tensor]
-WRAPPERS = ("module", "_orig_mod")
-"""Parts of tensor names that DataParallel, DistributedDataParallel and torch.compile add."""
-RAW = ("model", "state_dict", "model_state_dict")
-AVERAGED = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
-"""Where other training loops keep the last and the averaged weights."""
+ADDED = ("run", "checksums")
+"""Parts that older checkpoints lack."""
+__all__ = [
+    "BEST",
+    "CLASSIFIER",
+    "Checkpoint",
+    "IMAGES",
+    "LATEST",
+    "SEGMENTATION",
+    "Weights",
+    "adapt_weights",
+    "export_weights",
+    "fitting_weights",
+    "is_whole",
+    "kind_of",
+    "latest_checkpoint",
+    "link_as",
+    "load_checkpoint",
+    "load_weights",
+    "missing_weights_note",
+    "numbered_checkpoints",
+    "recorded_flags",
+    "require_fit",
+    "require_kind",
+    "save_checkpoint",
+    "step_of",
+    "usable_weights",
+    "version_of",
+    "with_companions",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +95,8 @@ class Checkpoint:
         ema: averaged weights by their decay rate as text, which is empty where bare weights do not
             say it.
         training: what the training loop needs to resume; empty for bare weights.
+        run: what would repeat the run that wrote it, as its ``config.yaml`` says; empty in older
+            checkpoints and for bare weights.
     """
 
     options: dict[str, Any]
@@ -59,15 +104,17 @@ class Checkpoint:
     model: Weights
     ema: dict[str, Weights] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
     def choose(self, weights: str) -> tuple[Weights, str]:
         """Return the weights to sample with, and a phrase that names them.
 
         Args:
             weights: ``ema`` for the slowest average, or the last weights if there is none; or
-                ``raw`` for the last weights.
+                ``raw`` for the last weights, unless the file has an average alone.
         """
-        if weights == "ema" and self.ema:
+        alone = any(average is self.model for average in self.ema.values())
+        if self.ema and (weights == "ema" or alone):
             rate = max(self.ema, key=lambda rate: float(rate or 0))
             if not self.options:
                 return self.ema[rate], "bare averaged weights"
@@ -95,7 +142,7 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
     path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
     with atomic_write(path, hint=CHECKPOINTS_HINT) as part:
-        torch.save({"format": FORMAT, **vars(checkpoint)}, part)
+        torch.save(_recorded_content(checkpoint), part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
         link_as(path, folder / name)
     for old in drop:
@@ -103,9 +150,34 @@ def save_checkpoint(
     return path
 
 
-def numbered_checkpoints(folder: Path) -> list[Path]:
-    """List the ``savedmodelNNNNNN.pt`` of a folder, ordered by step."""
-    return sorted(folder.glob("savedmodel[0-9]*.pt"), key=step_of)
+def _recorded_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    content = vars(checkpoint)
+    return {"format": FORMAT, **content, "checksums": checksums(content)}
+
+
+def export_weights(checkpoint: Checkpoint, weights: str, path: Path) -> None:
+    """Write one set of weights and the options, without what training needs, for use elsewhere.
+
+    Args:
+        checkpoint: of this suite, or bare weights.
+        weights: ``ema`` or ``raw``, as :meth:`Checkpoint.choose` has it.
+        path: of the file, which ends in ``.safetensors`` or in ``.pt``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    chosen, _ = checkpoint.choose(weights)
+    rate = next((rate for rate, average in checkpoint.ema.items() if average is chosen), None)
+    ema = {} if rate is None else {rate: chosen}
+    content = _recorded_content(replace(checkpoint, model=chosen, ema=ema, training={}))
+    own = bool(checkpoint.options)
+    with atomic_write(path) as part:
+        if path.suffix.lower() == portable.SUFFIX:
+            parts = {name: content[name] for name in ("format", "options", "step", "run")}
+            parts["checksums"] = content["checksums"]
+            portable.write(part, chosen, rate=rate, content=parts if own else {})
+        else:
+            torch.save(content if own else chosen, part)
 
 
 def link_as(path: Path, other: Path) -> None:
@@ -118,34 +190,6 @@ def link_as(path: Path, other: Path) -> None:
             shutil.copyfile(path, part)
 
 
-def step_of(path: Path) -> int:
-    """Read the step from a file name: the number between the last ``model`` and the dot, or 0."""
-    number = str(path).rpartition("model")[2].partition(".")[0]
-    return int(number) if number.isdecimal() else 0
-
-
-def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
-    """Find the checkpoint that a path names: a file, or the latest one in a folder.
-
-    Raises:
-        UserError: there is none; ``flag`` names the path in the message.
-    """
-    file = expanded(path, flag=flag)
-    if file.is_dir():
-        numbered = numbered_checkpoints(file)
-        file = (file / LATEST) if (file / LATEST).exists() or not numbered else numbered[-1]
-    if not file.is_file():
-        raise UserError(
-            flag,
-            f"there is no file {file}" if str(path) else "no path given",
-            nearest_path(
-                expanded(path, flag=flag),
-                f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
-            ),
-        )
-    return file
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint or bare weights onto the CPU, without executing code from the file.
 
@@ -153,25 +197,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: the file is damaged, is not a checkpoint, or holds more than tensors and plain
             types.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about the protocol of other pickles
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # other files can fail in any way
-        raise _unreadable_checkpoint(path, _why(error)) from error
+    content = _content(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        names = [part.name for part in fields(Checkpoint)]
-        kinds = [int if name == "step" else dict for name in names]
-        if content.keys() == {"format", *names} and all(
-            map(isinstance, map(content.get, names), kinds)
-        ):
-            del content["format"]
-            return Checkpoint(**content)
-        problem = f"its parts are not those of a checkpoint, {', '.join(names)}"
-        raise _unreadable_checkpoint(path, problem)
+        return _own_checkpoint(content, path)
     if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
         raise _optimiser_instead(path)
-    raw, averaged = _bare_weights(content)
+    raw, averaged = bare_weights(content)
     if raw or averaged:
         ema = {"": {**raw, **averaged}} if averaged else {}  # averages may lack buffers
         return Checkpoint(options={}, step=step_of(path), model=raw or averaged, ema=ema)
@@ -179,28 +210,69 @@ def load_checkpoint(path: Path) -> Checkpoint:
     raise _unreadable_checkpoint(path, f"the {kind} in it is not a dictionary of tensors")
 
 
-def _bare_weights(content: object, depth: int = 3) -> tuple[Weights, Weights]:
-    """Find the last and the averaged weights in nested dictionaries; empty where there are none.
+def _content(path: Path) -> Any:
+    """Read tensors and plain types from a file."""
+    try:
+        if path.suffix.lower() == portable.SUFFIX:
+            return portable.read(path)
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # torch warns about the protocol of other pickles
+            if file.read(4) == b"PK\3\4":
+                _require_intact(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # other files can fail in any way
+        raise _unreadable_checkpoint(path, _why(error)) from error
 
-    Tensor names lose what wrappers add to them.
+
+def _require_intact(path: Path) -> None:
+    """Raise an error where an archive is compressed, or all that is not a tensor has changed.
+
+    torch never compresses and compares no checksums. What a compressed part would take is unknown.
     """
-    if not isinstance(content, dict) or not content or not depth:
-        return {}, {}
-    if all(map(_is_weight, content.items())):
-        names = content.keys() - {"n_averaged"}  # a count that torch's AveragedModel adds
-        return {_own_name(name): content[name].data for name in content if name in names}, {}
-    raw: Weights = {}
-    averaged: Weights = {}
-    for name in RAW:
-        if not raw:
-            raw, averaged = _bare_weights(content.get(name), depth - 1)
-    for name in AVERAGED:
-        averaged = averaged or next(filter(None, _bare_weights(content.get(name), depth - 1)), {})
-    return raw, averaged
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise RuntimeError("its parts are compressed")
+            if part.filename.endswith(".pkl"):
+                archive.read(part)
 
 
-def _own_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def _own_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
+    """Check the parts of a checkpoint of this suite, and its checksums."""
+    kinds = {part.name: int if part.name == "step" else dict for part in fields(Checkpoint)}
+    needed = kinds.keys() - ADDED
+    content = {"run": {}, "checksums": {}} | content
+    whole = content.keys() == {"format", "checksums", *kinds}
+    if not (whole and all(type(content[name]) is kinds[name] for name in kinds)):
+        problem = f"its parts are not those of a checkpoint, {', '.join(sorted(needed))}"
+        raise _unreadable_checkpoint(path, problem)
+    checkpoint = Checkpoint(**{name: content[name] for name in kinds})
+    if problem := _inconsistency(checkpoint):
+        raise _unreadable_checkpoint(path, problem)
+    if content["checksums"]:
+        try:
+            verify(vars(checkpoint), content["checksums"], path)
+        except (AttributeError, ValueError, RuntimeError, TypeError) as error:
+            raise _unreadable_checkpoint(path, _why(error)) from error
+    return checkpoint
+
+
+def _inconsistency(checkpoint: Checkpoint) -> str:
+    """Say in what the parts of a checkpoint contradict each other; empty if in nothing."""
+    if checkpoint.step < 0:
+        return f"its step is {checkpoint.step}"
+    for name, weights in {"model": checkpoint.model, **checkpoint.ema}.items():
+        if not isinstance(weights, dict) or not all(map(is_weight, weights.items())):
+            return f"its weights {name!r} are not a dictionary of tensors"
+        if lacking := checkpoint.model.keys() ^ weights.keys():
+            return f"tensor {min(lacking)} is only in one of its weights 'model' and {name!r}"
+    for rate in checkpoint.ema:
+        try:
+            if not 0 <= float(rate) <= 1:
+                raise ValueError
+        except (TypeError, ValueError):
+            return f"its averaged weights have the decay rate {rate!r}"
+    return ""
 
 
 def _optimiser_instead(path: Path) -> UserError:
@@ -224,6 +296,9 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
     ``optsavedmodel{N}.pt`` (or ``opt...``), where N is the number in the weights' own name, and the
     weak-supervision project ``ema_{rate}.pt``. An average in the weights' own file does for every
     rate without a file. What is missing starts anew.
+
+    Raises:
+        UserError: one of these files cannot be read, or holds something else.
     """
     rates, training, number = list(rates), {}, f"{checkpoint.step:06d}"
     ema = {rate: average for average in checkpoint.ema.values() for rate in rates}
@@ -234,22 +309,20 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
                 ema[rate] = load_checkpoint(file).model
     for file in (path.with_name(f"{stem}{number}.pt") for stem in ("optsavedmodel", "opt")):
         if file.exists():
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            training = {"optimizer": state}
+            training = {"optimizer": _optimiser_state(file)}
     return replace(checkpoint, ema=ema, training=training)
 
 
-def _is_weight(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+def _optimiser_state(path: Path) -> dict[str, Any]:
+    state = _content(path)
+    if isinstance(state, dict) and isinstance(state.get("state"), dict):
+        return state
+    hint = "Remove it to continue from the weights alone, or copy it again from its source."
+    raise UserError(path, "does not hold the state of an optimiser", hint)
 
 
 def _unreadable_checkpoint(path: Path, problem: str) -> UserError:
-    return UserError(
-        path,
-        problem,
-        "Use a checkpoint of this suite or a dictionary of tensors, such as an earlier checkpoint "
-        "of the run, or copy the file again from its source.",
-    )
+    return UserError(path, problem, OTHER_FILE)
 
 
 def _why(error: Exception) -> str:
@@ -262,52 +335,6 @@ def _why(error: Exception) -> str:
     return "is damaged or not a checkpoint"
 
 
-def version_of(weights: Iterable[str]) -> str:
-    """Infer the ``--version`` of bare weights from the names of their tensors."""
-    marks = {"2": "ss_former.", "1": "hwm.ffparser.", "new": "hwm."}
-    names = list(weights)
-    for version, mark in marks.items():
-        if any(name.startswith(mark) for name in names):
-            return version
-    has_time = any(name.startswith("time_embed.") for name in names)
-    return "unet" if "input_blocks.0.0.weight" in names and not has_time else "plain"
-
-
-def load_weights(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
-    """Load weights into a network whose tensors they have to match in name and shape.
-
-    Two tensors may be larger, and only their first channels are used: an output layer that also has
-    variance channels, which the parent projects always store, and a label embedding of more classes
-    than the network has.
-
-    Raises:
-        UserError: a tensor differs; the message names the first one and both shapes.
-    """
-    own = net.state_dict()
-    given = {name: _cut(name, value, own) for name, value in weights.items()}
-    for name in [*own, *given]:
-        in_file, in_net = (
-            f"has shape {tuple(side[name].shape)}" if name in side else "is absent"
-            for side in (given, own)
-        )
-        if in_file != in_net:
-            raise UserError(
-                path,
-                f"tensor {name} {in_file}, but in the network that the flags describe it {in_net}",
-                "Give the flags that the weights were trained with (--num_channels, "
-                "--num_res_blocks, --attention_resolutions, --learn_sigma, ...).",
-            )
-    net.load_state_dict(given)
-
-
-def _cut(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    if name in ("out.2.weight", "out.2.bias") and name in own and len(value) == 2 * len(own[name]):
-        return value[: len(own[name])]
-    if name == "label_emb.weight" and name in own:
-        return value[: len(own[name])]
-    return value
-
-
 def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     """The flags of training that a checkpoint records; bare weights show their version only."""
     if checkpoint.options:
@@ -315,11 +342,15 @@ def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"version": version_of(checkpoint.model)}
 
 
+def kind_of(checkpoint: Checkpoint) -> str:
+    """Return the kind of a checkpoint; bare weights do not say theirs."""
+    own = CLASSIFIER if "model_type" in checkpoint.options else SEGMENTATION
+    return IMAGES if checkpoint.options.get("of_images") else own
+
+
 def require_kind(checkpoint: Checkpoint, kind: str, path: object) -> None:
-    """Raise a UserError for a checkpoint of another kind; bare weights do not say theirs."""
-    options = checkpoint.options
-    own = CLASSIFIER if "model_type" in options else SEGMENTATION
-    if options and kind != (IMAGES if options.get("of_images") else own):
+    """Raise a UserError for a checkpoint of another kind."""
+    if checkpoint.options and kind != kind_of(checkpoint):
         raise UserError(path, f"is not {kind}", "Correct the path.")
 
 
