@@ -243,7 +243,8 @@ def _own_checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     needed = kinds.keys() - ADDED
     content = {"run": {}, "checksums": {}} | content
     whole = content.keys() == {"format", "checksums", *kinds}
-    if not (whole and all(type(content[name]) is kinds[name] for name in kinds)):
+    fitting = whole and all(isinstance(content[name], kind) for name, kind in kinds.items())
+    if not fitting or isinstance(content["step"], bool):
         problem = f"its parts are not those of a checkpoint, {', '.join(sorted(needed))}"
         raise _unreadable_checkpoint(path, problem)
     checkpoint = Checkpoint(**{name: content[name] for name in kinds})
