@@ -8,7 +8,7 @@ train the best ones, the parents' settings and the U-Net longer, on all sets and
 how far members spread is chosen on validation cases, and the test cases are scored once. The
 *evaluations* look at one network of the winner: samplers, counts of evaluations, sizes of ensembles
 and mask guidance. Every finished run is a line of ``results/method.jsonl`` and is not repeated;
-``results/method.md`` is written from the lines.
+``results/method.md`` is written from the lines, and with ``--plot`` a picture.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def evaluations(recipe: Json) -> dict[str, Json]:
     """The ways in which networks of a recipe are asked, by name: flags of sampling."""
     if recipe.get("version") == "unet":
         return {"direct": {"sampler": "direct", "num_ensemble": 1}}
-    found = {f"{n} x 4": {"sampler": "ddim", "steps": n, "num_ensemble": 4} for n in (1, 5, 10)}
+    found: dict[str, Json] = {
+        f"{n} x 4": {"sampler": "ddim", "steps": n, "num_ensemble": 4} for n in (1, 5, 10)
+    }
     if recipe.get("mask_dropout"):
         found = {"direct": {"sampler": "direct", "num_ensemble": 1}} | found
         found["5 x 4, w = 1.5"] = found["5 x 4"] | {"mask_guidance": 1.5}
@@ -175,6 +177,8 @@ def main() -> None:
             print(brief(line), flush=True)
     text = tables(read(arguments.out))
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    if arguments.plot:
+        draw(read(arguments.out), arguments.plot)
     print(text)
 
 
@@ -194,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3, help="falls linearly to 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
+    parser.add_argument("--plot", type=Path, help="PNG to draw from the lines (needs matplotlib)")
     parser.add_argument("--commit", default="", help="of the code; empty: what git says")
     return parser.parse_args()
 
@@ -468,7 +473,7 @@ HEAD = "| Dice | member | spread/skill | rank correlation | ECE | NLL | Brier | 
 
 def brief(line: Json) -> str:
     """The Dice of a run's answers."""
-    found = line.get("test", line["validation"])
+    found = line.get("test") or line["validation"]
     return ", ".join(f"{name} {value['dice']:.4f}" for name, value in list(found.items())[:8])
 
 
@@ -506,8 +511,10 @@ def table(title: str, lines: Sequence[Json], part: str) -> str:
         for asked in own[0][part]:
             found = [line[part][asked] for line in own if asked in line[part]]
             cells = [mean_text([value[key] for value in found]) for key in COLUMNS]
+            alone = all(line["jobs"] == 1 for line in own)  # else the device was shared
             seconds = np.mean([value["seconds_a_case"] for value in found])
-            text.append(f"| {recipe} | {asked} | {' | '.join(cells)} | {seconds:.4f} |")
+            cells.append(f"{seconds:.4f}" if alone else "")
+            text.append(f"| {recipe} | {asked} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 
@@ -545,6 +552,54 @@ def differences(lines: Sequence[Json]) -> str:
                 f"{found.high:+.4f} |"
             )
     return "\n".join(text) + "\n"
+
+
+def draw(done: Sequence[Json], path: Path) -> None:
+    """Draw Dice against evaluations, and what mask guidance does to Dice and spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [line for line in done if line["stage"] == "finals"]
+    names = list(dict.fromkeys(line["set"] for line in lines))
+    figure, axes = pyplot.subplots(1, len(names) + 1, figsize=(4 * len(names) + 4, 3.6))
+    for axis, name in zip(axes, names, strict=False):
+        own = [line for line in lines if line["set"] == name]
+        for number, recipe in enumerate(dict.fromkeys(line["recipe"] for line in own)):
+            color = f"C{number}"
+            tests = [line["test"] for line in own if line["recipe"] == recipe]
+            walks = [n for n in (1, 5, 10, 50) if f"{n} x 4" in tests[0]]
+            if walks:
+                values = [[test[f"{n} x 4"]["dice"] for n in walks] for test in tests]
+                axis.plot(walks, np.mean(values, axis=0), "o-", color=color, label=recipe)
+            if "direct" in tests[0]:
+                value = np.mean([test["direct"]["dice"] for test in tests])
+                if recipe == UNET:
+                    axis.axhline(value, color="black", label="plain U-Net")
+                else:
+                    axis.axhline(value, color=color, linestyle="--", label=f"{recipe}, direct")
+        axis.set(title=name, xlabel="evaluations (DDIM, 4 members)", xscale="log")
+        axis.set_xticks([1, 5, 10, 50], ["1", "5", "10", "50"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("Dice of the fused mask, test cases")
+    axes[0].legend(fontsize=7)
+    for line in (line for line in done if line["stage"] == "evaluations"):
+        found = line["validation"]
+        points = [(1.0, found["ddim, 5 x 8"])]
+        points += [
+            (float(name.partition("w = ")[2]), value)
+            for name, value in found.items()
+            if name.startswith("ddim, 5 x 8, w")
+        ]
+        points.sort(key=lambda point: point[0])
+        for key, label in (("dice", "Dice, fused"), ("spread_skill", "spread/skill")):
+            axes[-1].plot([w for w, _ in points], [v[key] for _, v in points], "o-", label=label)
+        axes[-1].axhline(1, color="gray", linewidth=0.8)
+        axes[-1].set(title=f"{line['set']}, validation", xlabel="mask guidance (5 evaluations)")
+        axes[-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
