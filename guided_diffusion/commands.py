@@ -158,7 +158,7 @@ def phantoms(flags: Flags) -> None:
     from guided_diffusion.tools.commands import write_phantoms
 
     _require(flags, "out")
-    write_phantoms(flags.group(PhantomOptions))
+    print(write_phantoms(flags.group(PhantomOptions)))
 
 
 def weak_train(flags: Flags) -> None:
