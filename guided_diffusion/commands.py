@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def train(flags: Flags) -> None:
-    """Train a diffusion model that segments images."""
+    """Train a diffusion model that segments images, or a U-Net (--version unet)."""
     from guided_diffusion.train_util import run_training
     from guided_diffusion.training.resolve import resolve_training
 
