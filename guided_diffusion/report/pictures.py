@@ -201,7 +201,7 @@ class _Case(NamedTuple):
     picture: Floats  # [h, w, 3] in [0, 1]
     truth: Floats | None  # [h, w], smoothed, contour at 0.5
     fused: Floats
-    outline: Floats  # [h, w], of fused >= 0.5, smoothed: a soft mask may lie at 0.5 over whole areas
+    outline: Floats  # [h, w], of fused >= 0.5, smoothed; fused may lie at 0.5 over whole areas
     uncertainty: Floats  # [h, w] in [0, 1]
     scale: float  # of the enlargement
 
