@@ -41,7 +41,7 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset
 from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.data.splits import narrowed
 from guided_diffusion.dist_util import describe, dev, place_model
-from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.errors import UserError, exit_on_user_error
 from guided_diffusion.inference.plan import make_plan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
@@ -159,6 +159,9 @@ def main() -> None:
     for name in arguments.sets:
         if (arguments.data / SETS[name][0]).exists():
             DATA[name] = load(arguments.data, name, arguments.size, arguments.cases)
+    if not DATA:
+        wanted = ", ".join(SETS[name][0] for name in arguments.sets)
+        raise UserError(f"--data {arguments.data}", f"holds none of {wanted}", "Name their folder.")
     for group in (("screen",), ("evaluations", "finals")):  # the screen chooses who goes on
         done = read(arguments.out)
         jobs = [

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def train(flags: Flags) -> None:
-    """Train a diffusion model that segments images."""
+    """Train a diffusion model that segments images, or a U-Net (--version unet)."""
     from guided_diffusion.train_util import run_training
     from guided_diffusion.training.resolve import resolve_training
 
@@ -164,7 +164,7 @@ def phantoms(flags: Flags) -> None:
     from guided_diffusion.tools.commands import write_phantoms
 
     _require(flags, "out")
-    write_phantoms(flags.group(PhantomOptions))
+    print(write_phantoms(flags.group(PhantomOptions)))
 
 
 def export(flags: Flags) -> None:

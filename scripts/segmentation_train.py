@@ -1,4 +1,4 @@
-"""Train a diffusion model that segments images."""
+"""Train a diffusion model that segments images, or a U-Net (--version unet)."""
 
 import sys
 from pathlib import Path

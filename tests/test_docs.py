@@ -65,6 +65,7 @@ SHRINK = {
     "classifier_tumor_sample.py": "--num_samples 2 --steps 2",
     "image_p_seg.py": "--num_samples 2 --steps 2 --noises 1",
     "steps.py": "--cases 2 --settings ddim:2 dpm_solver++:2",
+    "method.py": "--sets brats --stages screen --recipes unet --screen_steps 1 --size 32 --cases 2",
     "versions.py": "--budget 0.1 --seeds 1 --methods plain --cases 1 --steps 1",
 }
 PUBLIC = {  # data sets of docs/data.md, and the layouts of phantoms that stand for them
@@ -153,6 +154,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for side in ("training", "testing"):
         (place / "data" / side).symlink_to(ROOT / "data" / side)
     phantom_folders.write_isic(place / "data" / "ISIC", 0, patients=6, size=48)
+    (place / "data" / "brats15_2d").symlink_to(ROOT / "data")  # for benchmarks/method.py
     for name, layout in PUBLIC.items():
         write_layout(layout, place / name, 0, patients=4, slices=12, size=24, training=0.5)
     write_arrays(place / "data" / "synapse")

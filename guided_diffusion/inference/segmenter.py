@@ -159,7 +159,7 @@ class Segmenter:
         return (
             f"{'; '.join(weights)} on {describe(self.device)}, {plan.precision}; "
             f"{', '.join(draws)}, "
-            f"{coarse}fused by {plan.fusion}, seed {plan.seed}"
+            f"{coarse}{_fusion_text(plan)}, seed {plan.seed}"
         )
 
     @property
@@ -373,3 +373,11 @@ def _drawing_text(plan: SamplingPlan) -> str:
         f"{counted(plan.members, 'mask')} a case by {plan.sampler}{ways}, "
         f"{counted(plan.evaluations, 'evaluation')} each{guided}"
     )
+
+
+def _fusion_text(plan: SamplingPlan) -> str:
+    """'fused by mean, mask temperature 0.8', and what is done to the fused mask."""
+    tempered = plan.mask_temperature != 1
+    temperature = f", mask temperature {plan.mask_temperature:.3g}" if tempered else ""
+    largest = ", largest component" if plan.largest else ""
+    return f"fused by {plan.fusion}{temperature}{largest}{', holes filled' * plan.fill_holes}"

@@ -221,7 +221,7 @@ class SamplingOptions:
     clip_denoised: bool = flag(True, "clip the predicted clean mask at every evaluation")
     fusion: str = flag(
         "mean",
-        "fusion of masks; squared_mean: MedSegDiff's staple",
+        "fusion of masks; direct: mask of --sampler direct; squared_mean: MedSegDiff's staple",
         choices=("mean", "vote", "staple", "expected_dice", "direct", "squared_mean"),
     )
     mask_temperature: float = flag(

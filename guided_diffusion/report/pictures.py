@@ -201,6 +201,7 @@ class _Case(NamedTuple):
     picture: Floats  # [h, w, 3] in [0, 1]
     truth: Floats | None  # [h, w], smoothed, contour at 0.5
     fused: Floats
+    outline: Floats  # [h, w], of fused >= 0.5, smoothed; fused may lie at 0.5 over whole areas
     uncertainty: Floats  # [h, w] in [0, 1]
     scale: float  # of the enlargement
 
@@ -225,6 +226,7 @@ class _Case(NamedTuple):
             picture=enlarge(shown, size),
             truth=None if truth is None else enlarge_mask(np.asarray(truth), size),
             fused=enlarge_mask(soft, size),
+            outline=enlarge_mask(metrics.binarise(soft), size),
             uncertainty=np.clip(enlarge(np.asarray(uncertainty, np.float32), size), 0, 1),
             scale=size[0] / width,
         )
@@ -239,7 +241,7 @@ class _Case(NamedTuple):
 
     def with_fused(self) -> Floats:
         tinted = blend(self.picture, TINT, 0.45 * self.fused)
-        outlined = draw_line(tinted, self.fused, FUSED)
+        outlined = draw_line(tinted, self.outline, FUSED)
         return outlined if self.truth is None else draw_line(outlined, self.truth, TRUTH, width=1.7)
 
     def with_uncertainty(self) -> Floats:

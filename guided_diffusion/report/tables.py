@@ -82,7 +82,7 @@ def class_tables(name: str, part: Summary) -> str:
             f"Masks of the ensemble{of_class}, cases with a lesion",
             (
                 *("", "Dice", "IoU", "Sensitivity"),
-                *(_label("hd95", part["distances"], METRIC_LABELS), "cases with HD95"),
+                *(_label("hd95", part["distances"], METRIC_LABELS), "with HD95"),
             ),
             _mask_rows(part),
         )

@@ -94,8 +94,8 @@ def run_export(options: ExportOptions) -> str:
     return f"{checkpoint.choose(options.weights)[1]} of {path} in {out}, {size:.1f} MiB"
 
 
-def write_phantoms(options: PhantomOptions) -> None:
-    """Write phantoms, with progress by patient.
+def write_phantoms(options: PhantomOptions) -> str:
+    """Write phantoms, with progress by patient, and return what to print.
 
     Raises:
         UserError: a folder in use, or flags that the layout has no use for.
@@ -115,6 +115,8 @@ def write_phantoms(options: PhantomOptions) -> None:
     hint = "Free some space, empty the folder and run the command again."
     with writing(out, hint=hint):
         _write_layout(options, out)
+    folders = ", ".join(sorted(path.name for path in out.iterdir() if path.is_dir()))
+    return f"{counted(options.patients, 'patient')} written to {out}: {folders}"
 
 
 def _write_layout(options: PhantomOptions, out: Path) -> None:

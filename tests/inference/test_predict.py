@@ -219,6 +219,14 @@ def test_a_mask_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> N
     assert "fp32" in str(error.value) and not list(tmp_path.glob("*.png"))
 
 
+def test_what_is_done_to_the_fused_mask_is_said() -> None:
+    plain = str(make_segmenter())
+    assert plain.endswith(", fused by mean, seed 10")
+    said = str(make_segmenter(mask_temperature=0.77127, largest=8, fill_holes=True))
+    added = ", mask temperature 0.771, largest component, holes filled"
+    assert said == plain.replace("fused by mean", f"fused by mean{added}")
+
+
 def test_temperature_scales_the_noise_a_mask_starts_from() -> None:
     starts = {}
     for temperature in (0.0, 1.0, 2.0):

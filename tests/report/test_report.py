@@ -13,7 +13,7 @@ from helpers import script, succeeded
 from PIL import Image
 
 from guided_diffusion.report import charts, report, thumbnails
-from guided_diffusion.report.canvas import soft_png
+from guided_diffusion.report.canvas import FUSED, soft_png
 from guided_diffusion.report.pictures import image_panel, overlay
 from guided_diffusion.report.report import choose_pictured, page, write_report
 from guided_diffusion.report.thumbnails import SIDE, CaseLayers, layers, outline
@@ -192,6 +192,19 @@ def test_the_image_is_cut_out_of_an_overlay(height, width, labelled):
     )
     assert not panel[..., 1:].any()
     assert image_panel(drawn[:60], (height, width)) is None
+
+
+@pytest.mark.parametrize(("cleaned", "usual"), [(127 / 255, 0.1), (0.5, 0.9)])
+def test_what_is_not_the_edge_of_a_mask_has_no_outline(cleaned, usual):
+    """Removed components lie just below one half, filled holes at it, over their whole area."""
+
+    def line(value):
+        fused = disc(18) * 0.9 if usual == 0.9 else np.zeros((48, 48))
+        fused[20:28, 20:28] = value
+        drawn = overlay(np.full((3, 48, 48), 0.4), None, fused, fused * 0, name="x")
+        return (np.abs(drawn.astype(int) - FUSED).max(axis=-1) < 30).sum()
+
+    assert line(cleaned) == line(usual)
 
 
 @pytest.mark.parametrize(

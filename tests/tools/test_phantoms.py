@@ -340,11 +340,12 @@ def test_script_refuses_a_folder_in_use(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_script_writes_beside_a_readme(tmp_path):
+def test_script_writes_beside_a_readme(tmp_path, capsys):
     (tmp_path / "README.md").touch()
     flags = ["--out", str(tmp_path), "--patients", "1", "--slices", "2", "--split", "1"]
     run(*flags)
     assert len(list((tmp_path / "training").iterdir())) == 2
+    assert capsys.readouterr().out == f"1 patient written to {tmp_path}: training\n"
 
 
 @pytest.mark.parametrize("flags", [["--split", "1.5"], ["--patients", "0"], ["--seed", "-1"]])
