@@ -90,6 +90,10 @@ def recipes() -> dict[str, Json]:
     ):
         own = {"mask_loss": loss, "input_scale": b, "mask_dropout": q}
         found[f"{loss} b={b:g} q={q:g}"] = (X0 if loss == "mse" else {}) | own
+    for q, n in ((0.25, 0.25), (0.35, 0.35)):
+        found[f"dice_ce b=0.2 q={q:g} n={n:g}"] = {
+            **{"mask_loss": "dice_ce", "input_scale": 0.2, "mask_dropout": q, "noise_share": n}
+        }
     return found
 
 

@@ -80,6 +80,8 @@ class GaussianDiffusion:
             ``predict_xstart``, and the network predicts logits.
         mask_dropout: the share of training draws in which the noisy mask is withheld; 1 for a
             network that never sees one.
+        noise_share: the share of training draws at the last timestep, besides those that fall
+            there by chance.
         exclusive: the K classes exclude each other.
     """
 
@@ -96,6 +98,7 @@ class GaussianDiffusion:
     coarse_loss: str = "none"
     mask_loss: str = "mse"
     mask_dropout: float = 0.0
+    noise_share: float = 0.0
     exclusive: bool = False
 
     def to_range(self, mask: Tensor) -> Tensor:

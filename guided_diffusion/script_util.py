@@ -195,6 +195,7 @@ def create_gaussian_diffusion(
         coarse_loss=_coarse_loss(options.coarse_loss, version),
         mask_loss=options.mask_loss,
         mask_dropout=options.mask_dropout,
+        noise_share=options.noise_share,
         exclusive=classes is not None and classes.exclusive,
     )
 

@@ -378,6 +378,8 @@ def test_guidance_of_the_squared_error_mixes_clean_masks() -> None:
         ({"mask_dropout": 1.0}, ["--mask_dropout 1", "--version unet"]),
         ({"mask_dropout": 0.5}, ["--mask_dropout 0.5", "--predict_xstart True"]),
         ({"mask_dropout": 1.5}, ["--mask_dropout 1.5", "between 0 and 1"]),
+        ({"mask_dropout": 0.5, "noise_share": 0.5}, ["--mask_dropout 0.5 --noise_share 0.5"]),
+        ({"noise_share": 1.0}, ["--noise_share 1", "no draw"]),
         ({"input_scale": 0.0}, ["--input_scale 0.0"]),
         ({"mask_loss": "dice"}, ["--mask_loss", "'dice_ce'"]),
         ({"version": "unet", "coarse_loss": "mse"}, ["--coarse_loss mse", "unet"]),

@@ -187,7 +187,7 @@ def _fitted_temperature(loaded: Sequence[Trained]) -> float:
     if not isinstance(fitted, float):
         raise UserError(
             "--mask_temperature 0",
-            f"{trained.path} holds no temperature, since its training had no validation",
+            f"{trained.path} holds no temperature: none was fitted, as without validation",
             "Train with --val_dir, or omit --mask_temperature.",
         )
     return fitted

@@ -79,6 +79,13 @@ class DiffusionOptions:
         least=0,
         most=1,
     )
+    noise_share: float = flag(
+        0.0,
+        "share of training draws at the last timestep, where the mask is pure noise, so that one "
+        "evaluation from noise gives a good mask, as in 0.3",
+        least=0,
+        most=1,
+    )
     input_scale: float = flag(
         1.0,
         "factor of the mask before it is noised; below 1, as in 0.2, less of it is left at every "

@@ -39,10 +39,12 @@ def objective(options: DiffusionOptions, version: str) -> DiffusionOptions:
     if options.use_kl:
         hint = "The bound has its own weights: omit one of the two."
         _refuse_both(options, "min_snr_gamma", "--use_kl True", hint)
-    if dropout == 1 and not is_unet:
+    if dropout + options.noise_share >= 1 and not is_unet:
+        given = f"--mask_dropout {dropout:g}"
+        given += f" --noise_share {options.noise_share:g}" if options.noise_share else ""
         raise UserError(
-            "--mask_dropout 1",
-            "would withhold the noisy mask in every draw, which leaves no diffusion to train",
+            given,
+            "would leave no draw in which the network sees a noisy mask that tells something",
             "Use --mask_dropout 0.5, or --version unet for a plain U-Net.",
         )
     if is_unet or loss != "mse":
@@ -54,7 +56,8 @@ def objective(options: DiffusionOptions, version: str) -> DiffusionOptions:
             "noise to predict",
             "Add --predict_xstart True, or --mask_loss bce or dice_ce.",
         )
-    return replace(options, mask_loss=loss, mask_dropout=dropout)
+    share = 0.0 if is_unet else options.noise_share
+    return replace(options, mask_loss=loss, mask_dropout=dropout, noise_share=share)
 
 
 def resolve_objective(flags: Flags, version: str) -> DiffusionOptions:

@@ -73,6 +73,7 @@ class ImageDiffusionOptions(DiffusionOptions):
     )
     mask_loss: str = flag("mse", "loss; images have mse alone", choices=("mse",))
     mask_dropout: float = flag(0.0, "of segmentation only", least=0, most=0)
+    noise_share: float = flag(0.0, "of segmentation only", least=0, most=0)
     input_scale: float = flag(
         1.0, "factor of the image before it is noised, as in 0.5", least=1e-3, most=1e3
     )

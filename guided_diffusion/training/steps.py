@@ -49,7 +49,8 @@ def draw(
     Args:
         sampler: draws the positions.
         diffusion: its ``mask_dropout`` is the share of rows, in expectation, in which the noisy
-            mask is withheld; with 1 no noise is drawn.
+            mask is withheld, with 1 no noise is drawn; its ``noise_share`` that of rows at the last
+            timestep.
         shape: [B, K, H, W] of this process's rows.
         seed: of the run.
         step: steps that were taken before.
@@ -57,9 +58,11 @@ def draw(
     own, count, first = mix(seed, step), shape[0] * world_size(), shape[0] * rank()
     torch.manual_seed(own)
     positions, weights = sampler.sample(count)
-    dropout = diffusion.mask_dropout
-    withheld = torch.rand(count) < dropout if dropout else torch.zeros(count).bool()
-    weights = weights.masked_fill(withheld, 1.0)
+    dropout, share = diffusion.mask_dropout, diffusion.mask_dropout + diffusion.noise_share
+    chance = torch.rand(count) if share else torch.ones(count)
+    withheld, chosen = chance < dropout, chance < share
+    weights = weights.masked_fill(chosen, 1.0)
+    positions = positions.masked_fill(chosen & ~withheld, len(diffusion.kept) - 1)
     eps = torch.zeros(shape)
     if dropout < 1:
         eps = MemberNoise([mix(own, first + row) for row in range(shape[0])])(eps)

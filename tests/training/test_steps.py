@@ -25,12 +25,13 @@ from guided_diffusion.training.steps import Draw, draw
 TIMES = (3, 10, 40)
 
 
-def process(mask_dropout: float = 0.0) -> GaussianDiffusion:
+def process(mask_dropout: float = 0.0, noise_share: float = 0.0) -> GaussianDiffusion:
     return GaussianDiffusion(
         NoiseSchedule.named("linear", 50),
         timesteps=TIMES,
         predict_xstart=True,
         mask_dropout=mask_dropout,
+        noise_share=noise_share,
     )
 
 
@@ -48,13 +49,15 @@ def drawn(
     rank: int = 0,
     world: int = 1,
     mask_dropout: float = 0.5,
+    noise_share: float = 0.0,
     step: int = 7,
     sampler: ScheduleSampler | None = None,
 ) -> Draw:
     monkeypatch.setattr(steps, "rank", lambda: rank)
     monkeypatch.setattr(steps, "world_size", lambda: world)
     shape = torch.Size((rows, 2, 4, 4))
-    return draw(sampler or learned(), process(mask_dropout), shape, 1, step)
+    diffusion = process(mask_dropout, noise_share)
+    return draw(sampler or learned(), diffusion, shape, 1, step)
 
 
 @pytest.mark.parametrize("mask_dropout", [0.0, 0.5])
@@ -118,6 +121,21 @@ def test_the_share_of_rows_without_a_noisy_mask(
     positions = torch.cat([one.positions for one in many]).double()
     apart = torch.corrcoef(torch.stack([positions, withheld.double()]))[0, 1]
     assert not 0 < share < 1 or abs(apart.item()) < 4 / len(withheld) ** 0.5, "times are as ever"
+
+
+def test_the_share_of_rows_at_the_last_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.2 withheld, 0.5 at the last of three timesteps, and a third of the other 0.3."""
+    monkeypatch.setattr(steps, "MemberNoise", lambda _: torch.zeros_like)
+    sampler = UniformSampler(3)
+    many = [
+        drawn(monkeypatch, 100, mask_dropout=0.2, noise_share=0.5, step=step, sampler=sampler)
+        for step in range(40)
+    ]
+    withheld, t = (torch.cat([getattr(one, name) for one in many]) for name in ("withheld", "t"))
+    assert withheld.double().mean().item() == pytest.approx(0.2, abs=0.03)
+    last = t[~withheld] == t.max()
+    assert last.double().mean().item() == pytest.approx((0.5 + 0.1) / 0.8, abs=0.03)
+    assert set(t.tolist()) == set(t[withheld].tolist()), "withheld rows keep the times they drew"
 
 
 def test_nothing_is_drawn_for_a_network_that_never_sees_a_noisy_mask(
