@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -132,7 +133,7 @@ def _clip_probability(probability: Floats) -> Floats:
     return np.minimum(np.maximum(probability, 1 - _CLOSE_TO_ONE), _CLOSE_TO_ONE)
 
 
-def expected_dice(members: Tensor) -> Tensor:
+def expected_dice(members: Tensor, *, exclusive: bool = False) -> Tensor:
     """Cut the mean where its mean Dice with the members is highest: [E, ..., H, W] -> [..., H, W].
 
     ``members`` are float in [0, 1]. Each image of the leading dimensions has its own threshold on
@@ -141,13 +142,19 @@ def expected_dice(members: Tensor) -> Tensor:
 
     The result is a soft mask in [0, 1] that is at least 0.5 where the mean reaches the threshold.
     Pixels between the threshold and 0.5 are set to the level of their side, as :func:`with_mask`
-    does; all others keep the mean, which a shift of the log-odds would take from every pixel.
+    does; all others keep the mean, which a shift of the log-odds would take from every pixel. Where
+    the axis before H, W is of ``exclusive`` classes, a pixel that several of them reach belongs to
+    the one with the highest mean, the first of equals.
     """
     soft, size = mean(members), members.shape[-2:].numel()
     images = members.reshape(len(members), -1, size).unbind(dim=1)
     means = soft.reshape(-1, size)
     chosen = torch.stack([_best_level_set(*pair) for pair in zip(means, images, strict=True)])
-    return with_mask(soft, chosen.reshape(soft.shape))
+    mask = chosen.reshape(soft.shape)
+    if exclusive:
+        best = soft.where(mask, -1.0).argmax(dim=-3, keepdim=True)
+        mask &= best == torch.arange(soft.shape[-3], device=soft.device)[:, None, None]
+    return with_mask(soft, mask)
 
 
 def _best_level_set(soft: Tensor, members: Tensor) -> Tensor:
@@ -190,11 +197,16 @@ FUSIONS: dict[str, Fusion] = {
 }
 
 
+def fusion(name: str, *, exclusive: bool = False) -> Fusion:
+    """Return a rule by its name, for members [E, K, H, W] of ``exclusive`` classes or others."""
+    return partial(expected_dice, exclusive=exclusive) if name == "expected_dice" else FUSIONS[name]
+
+
 def temper(soft: Tensor, temperature: float) -> Tensor:
     """Divide the log-odds of a soft mask, float [...] in [0, 1], by a temperature above 0.
 
     Guo et al. (2017), section 4.2. Above 1 it becomes less certain, below 1 more certain; 0, 0.5
-    and 1 stay, so the mask at 0.5 does not change.
+    and 1 stay, so the mask at 0.5 changes by rounding alone.
     """
     return torch.sigmoid(soft.logit() / temperature)
 

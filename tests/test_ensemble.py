@@ -17,6 +17,7 @@ from guided_diffusion.ensemble import (
     entropy,
     expected_dice,
     fit_temperature,
+    fusion,
     mean,
     staple,
     temper,
@@ -227,6 +228,25 @@ def test_expected_dice_has_a_threshold_for_each_image():
     members = torch.tensor([spread, same], dtype=torch.float32).transpose(0, 1)[:, :, None]
     expected = torch.tensor([[[0.5, 0.5, 0.5, 0]], [[1.0, 0, 0, 0]]])
     torch.testing.assert_close(expected_dice(members), expected)
+
+
+def test_expected_dice_gives_a_pixel_to_one_of_the_classes_that_exclude_each_other():
+    """Ten members: the first pixel is of class 1 in three of them, of class 2 in four.
+
+    Both thresholds lie below these shares, and the likelier class gets the pixel.
+    """
+    members = torch.zeros(10, 2, 1, 7)
+    for k, at, first, last in ((0, 0, 0, 3), (1, 0, 3, 7), (0, 1, 3, 6), (0, 2, 6, 9)):
+        members[first:last, k, 0, at] = 1
+    for k, at, first, last in ((1, 3, 7, 10), (1, 4, 0, 3), (0, 5, 9, 10)):
+        members[first:last, k, 0, at] = 1
+    apart = expected_dice(members)
+    assert (apart[:, 0, 0] == 0.5).all(), "each class alone would take it"
+    fused = expected_dice(members, exclusive=True)
+    assert fused[:, 0, 0].tolist() == pytest.approx([0.3, 0.5])
+    torch.testing.assert_close(fused[..., 1:], apart[..., 1:])
+    torch.testing.assert_close(fusion("expected_dice", exclusive=True)(members), fused)
+    torch.testing.assert_close(fusion("expected_dice")(members), apart)
 
 
 def test_a_soft_mask_is_moved_as_little_as_needed():

@@ -31,7 +31,7 @@ from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.geometry import place
 from guided_diffusion.data.readers import read_grid
 from guided_diffusion.dist_util import compiling, describe, dev, place_model
-from guided_diffusion.ensemble import FUSIONS, UNCERTAINTIES, blend_coarse, mean, temper
+from guided_diffusion.ensemble import UNCERTAINTIES, blend_coarse, fusion, mean
 from guided_diffusion.errors import UserError, memory_problem, python_names
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.drawing import (
@@ -54,7 +54,7 @@ from guided_diffusion.nn import AttentionBlock, Dropout
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
 from guided_diffusion.schedule import NoiseLevel
-from guided_diffusion.scoring.components import clean_soft
+from guided_diffusion.scoring.components import clean_soft, temper_soft
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, parameter_count
 from guided_diffusion.unet import UNetModel
 
@@ -222,10 +222,10 @@ class Segmenter:
         """Bring what was drawn for a case, without the axis B, to its size, and fuse.
 
         Raises:
-            UserError: a member that is not finite.
+            UserError: a member, or the answer without a noisy mask, that is not finite.
         """
         plan, (members, coarse, direct) = self.plan, drawn
-        if not members.isfinite().all():
+        if not all(part.isfinite().all() for part in (members, direct) if part is not None):
             raise UserError(
                 case.name,
                 f"the drawn masks are not finite in {plan.precision}",
@@ -240,11 +240,12 @@ class Segmenter:
         if coarse is not None and plan.coarse != "none":
             zero = float(self.diffusion.from_range(torch.zeros(())))
             sources = blend_coarse(sources, coarse, plan.coarse, zero=zero)
-        fuse = mean if plan.fusion == "direct" else FUSIONS[plan.fusion]
+        exclusive = self.classes is not None and self.classes.exclusive
+        fuse = mean if plan.fusion == "direct" else fusion(plan.fusion, exclusive=exclusive)
         own = restored(members)
         fused = fuse(own if sources is members else restored(sources))
         if plan.mask_temperature != 1:
-            fused = temper(fused, plan.mask_temperature)
+            fused = temper_soft(fused, self.classes, plan.mask_temperature)
         if plan.largest or plan.fill_holes:
             largest, fill_holes = plan.largest, plan.fill_holes
             fused = clean_soft(fused, self.classes, largest=largest, fill_holes=fill_holes)
@@ -310,7 +311,7 @@ class Segmenter:
                     raise
             # The error is gone by now, and with it the memory of what it interrupted.
             lower = halved(self.plan, batch, problem, device=self.device)
-            self._replan(partial(replace, batch_size=lower.batch_size))
+            self._replan(partial(_with_batch, most=lower.batch_size))
             self.halved = True
         return joined(done)
 
@@ -323,6 +324,10 @@ class Segmenter:
         """Change the plan of every network."""
         self.plan = change(self.plan)
         self.others = tuple(other._replace(plan=change(other.plan)) for other in self.others)
+
+
+def _with_batch(plan: SamplingPlan, *, most: int) -> SamplingPlan:
+    return replace(plan, batch_size=min(plan.batch_size, most))
 
 
 def _build(one: NetworkSetup, setup: SampleSetup, *, batch_size: int) -> TrainedNetwork:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import size_of
 from guided_diffusion.data.truths import Truth
-from guided_diffusion.ensemble import FUSIONS
+from guided_diffusion.ensemble import FUSIONS, fusion
 from guided_diffusion.errors import UserError
 from guided_diffusion.scoring import metrics, surface
 from guided_diffusion.scoring.calibration import (
@@ -180,9 +180,10 @@ def load_case(
     drawn = np.stack([soft, *([at_size(c, size, cropped=cropped) for c in m] for m in members)])[1:]
     kept, found = len(drawn), _cut(soft, classes)
     cut = np.stack([found, *(_cut(member, classes) for member in drawn)])[1:]
+    exclusive = classes is not None and classes.exclusive
     fusions = {
-        name: _cut(rule(torch.from_numpy(drawn)).numpy(), classes)
-        for name, rule in FUSIONS.items()
+        name: _cut(fusion(name, exclusive=exclusive)(torch.from_numpy(drawn)).numpy(), classes)
+        for name in FUSIONS
         if fuse and kept > 1
     }
     return [

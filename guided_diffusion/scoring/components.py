@@ -1,4 +1,7 @@
-"""Connected components of masks: how many members contain each, and which are kept."""
+"""Connected components of masks: how many members contain each, and which are kept.
+
+Beside them, what changes a soft mask without changing its mask.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from guided_diffusion.data.classes import Classes
-from guided_diffusion.ensemble import with_mask
+from guided_diffusion.ensemble import temper, with_mask
 
 Binary = NDArray[np.bool_]
 STRUCTURES = {number: ndimage.generate_binary_structure(2, number // 4) for number in (4, 8)}
@@ -89,6 +92,24 @@ def clean(mask: Binary, *, largest: int = 0, fill_holes: bool = False) -> Binary
         if count:
             mask = np.asarray(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]))
     return np.asarray(ndimage.binary_fill_holes(mask)) if fill_holes else mask
+
+
+def temper_soft(soft: Tensor, classes: Classes | None, temperature: float) -> Tensor:
+    """Temper a soft mask without changing its mask, nor that of its 8-bit file.
+
+    ``soft`` is float [H, W] in [0, 1], or [K, H, W] of declared classes. Where rounding makes two
+    classes that exclude each other equally likely, or lifts a pixel to one half, it is moved as
+    little as needed.
+    """
+
+    def masks(values: Tensor) -> Tensor:
+        return values >= 0.5 if classes is None else torch.from_numpy(classes.masks(values.numpy()))
+
+    found, tempered = masks(soft), temper(soft, temperature)
+    moved = masks((255 * tempered + 0.5).floor() / 255) != found
+    if classes is not None:
+        moved = moved.any(dim=0)
+    return torch.where(moved, with_mask(tempered, found), tempered)
 
 
 def clean_soft(

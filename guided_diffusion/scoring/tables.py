@@ -40,6 +40,8 @@ def write_tables(folder: Path, scores: Mapping[str, ClassScores], summary: Summa
     write_text(folder / "masks.csv", _masks_text(scores))
     if any(row.members > 1 for of_class in scores.values() for row in of_class.rows):
         write_text(folder / "components.csv", _components_text(scores))
+    else:
+        _remove_components(folder / "components.csv")
     if any(of_class.patients for of_class in scores.values()):
         patients = {name: of_class.patients for name, of_class in scores.items()}
         write_text(folder / "patients.csv", table_text(patients, PatientScore._fields))
@@ -103,6 +105,13 @@ def _components_text(scores: Mapping[str, ClassScores]) -> str:
 def _marked(values: Iterable[object]) -> list[object]:
     """The values of a row, no text of which is a formula."""
     return [marked_text(value) if isinstance(value, str) else value for value in values]
+
+
+def _remove_components(path: Path) -> None:
+    """Remove the components of masks that had several members; files of others stay."""
+    end = ",".join(COMPONENT_FIELDS)
+    if path.exists() and path.read_bytes().split(b"\n", 1)[0].endswith(end.encode()):
+        path.unlink()
 
 
 def _class_column(rows: Mapping[str, object], name: str) -> list[str]:

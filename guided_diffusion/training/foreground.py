@@ -81,4 +81,7 @@ def _has_lesion(
         mask = dataset.read_mask(entry)
     elif rater_choice == "majority":
         mask = majority(mask, dataset.classes)
+    if mask is not None and dataset.classes is not None:
+        # A class that has the label 0 is no lesion: every case would have one.
+        mask = mask[..., [0 not in labels for labels in dataset.classes.labels], :, :]
     return mask is not None and bool(mask.any()) and bool(frame.fit_mask(mask).any())

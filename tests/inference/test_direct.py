@@ -17,7 +17,10 @@ from torch.testing import assert_close
 from guided_diffusion import Segmenter
 from guided_diffusion.checkpoint import LATEST, load_checkpoint, version_of
 from guided_diffusion.data.classes import find_classes
+from guided_diffusion.data.datasets import Case
 from guided_diffusion.data.frames import Frame
+from guided_diffusion.ensemble import expected_dice
+from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import Prediction
 from guided_diffusion.inference.drawing import Draws
 from guided_diffusion.inference.plan import make_plan
@@ -324,3 +327,28 @@ def test_guidance_mixes_the_logits_of_one_evaluation() -> None:
     guided = odds(drawn(random_segmenter(steps=1, mask_guidance=1.5)).members)
     assert_close(guided, direct + 1.5 * (given - direct), rtol=1e-3, atol=1e-3)
     assert (given - direct).abs().max() > 0.1
+
+
+def test_classes_that_exclude_each_other_have_the_likelier_one_by_expected_dice() -> None:
+    segmenter = random_segmenter(classes="1,2", fusion="expected_dice")
+    members = torch.zeros(10, 2, 16, 16)
+    members[:3, 0, 0, 0] = members[3:6, 0, 0, 1] = members[6:9, 0, 0, 2] = 1
+    members[3:7, 1, 0, 0] = members[7:, 1, 0, 3] = members[:3, 1, 0, 4] = 1
+    result = segmenter.finish(Case(torch.zeros(1, 16, 16), None, "a"), Draws(members))
+    assert (expected_dice(members)[:, 0, 0] == 0.5).all(), "each class alone would take it"
+    assert result.labels[0, :5].tolist() == [2, 1, 1, 2, 2]
+
+
+def test_a_direct_answer_that_is_not_finite_is_reported() -> None:
+    case, members = Case(torch.zeros(1, 16, 16), None, "a"), torch.rand(3, 1, 16, 16)
+    direct = torch.full((1, 16, 16), torch.nan)
+    with pytest.raises(UserError, match="a: the drawn masks are not finite in fp32"):
+        random_segmenter(fusion="direct").finish(case, Draws(members, direct=direct))
+
+
+def test_a_temperature_keeps_the_likeliest_of_classes_that_exclude_each_other() -> None:
+    members = torch.zeros(1, 2, 16, 16)
+    members[0, :, 0, 0] = torch.tensor([0.99, 0.999])
+    segmenter = random_segmenter(classes="1,2", mask_temperature=0.1)
+    result = segmenter.finish(Case(torch.zeros(1, 16, 16), None, "a"), Draws(members))
+    assert result.labels[0, 0] == 2

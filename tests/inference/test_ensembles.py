@@ -112,6 +112,20 @@ def test_where_memory_runs_out_all_networks_draw_less_at_a_time(quiet: None) -> 
     assert {one.plan.batch_size for one in both.networks} == {1}
 
 
+def test_no_network_draws_more_at_a_time_where_memory_runs_out_for_another(quiet: None) -> None:
+    both = segmenter((0, 1), batch_size=6)
+    other = both.others[0]
+    both.others = (other._replace(plan=replace(other.plan, batch_size=2)),)
+
+    def full(net: object, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 3:
+            raise RuntimeError("out of memory")
+
+    both.net.register_forward_pre_hook(full)
+    both.draw(images(), NAMES)
+    assert [one.plan.batch_size for one in both.networks] == [3, 2]
+
+
 # ------------------------------------------------------------------------------ flips
 
 

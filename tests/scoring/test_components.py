@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from guided_diffusion.data.classes import find_classes
-from guided_diffusion.scoring.components import Component, clean, clean_soft, find_components
+from guided_diffusion.ensemble import temper
+from guided_diffusion.report.canvas import soft_png
+from guided_diffusion.scoring.components import (
+    Component,
+    clean,
+    clean_soft,
+    find_components,
+    temper_soft,
+)
 
 
 def picture(text):
@@ -77,3 +85,22 @@ def test_a_component_that_is_removed_goes_to_no_other_class():
     found = classes.masks(cleaned.numpy())
     assert found[0].tolist() == [[True, True, False, False, False]]
     assert found[1].tolist() == [[False, False, False, True, False]]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.3, 3, 100])
+def test_a_temperature_changes_no_mask_in_memory_nor_in_a_file(temperature):
+    """0.9, 0.99 and 0.999 are all nearly 1 at a low temperature: the last one still wins."""
+    below = np.nextafter(np.float32(0.5), np.float32(0))
+    soft = torch.tensor([[[0.9, 0.3, below]], [[0.99, 0.6, 0.2]], [[0.999, 0.59, 0.5]]])
+    classes = find_classes("1,2,4")
+    tempered = temper_soft(soft, classes, temperature)
+    for values in (tempered.numpy(), soft_png(tempered) / 255):
+        assert classes.masks(values).tolist() == classes.masks(soft.numpy()).tolist()
+        assert classes.label_map(values).tolist() == [[4, 2, 4]]
+    alone = temper_soft(soft[0], None, temperature)
+    assert (alone >= 0.5).tolist() == (soft_png(alone) >= 128).tolist() == [[True, False, False]]
+
+
+def test_a_temperature_where_no_two_classes_are_close():
+    soft = torch.tensor([[0.0, 0.1, 0.5, 0.9, 1.0]])
+    torch.testing.assert_close(temper_soft(soft, None, 2), temper(soft, 2), rtol=0, atol=0)

@@ -185,6 +185,21 @@ def test_calibration_and_uncertainty_of_a_folder_by_hand(tmp_path):
     assert "hand over for a mean Dice of the rest: 50 % for 0.8, 50 %" in summary_text(summary)
 
 
+def test_components_of_earlier_masks_do_not_stay(tmp_path):
+    """The folder was sampled anew with one member; a table of the user's own is left alone."""
+    files = {f"a_output{end}.png": SQUARE for end in ("_ens", "0", "1")}
+    pair = folder(tmp_path, files, {"a": SQUARE})
+    table = pair[0] / "components.csv"
+    evaluate(*pair)
+    assert len(read_csv(table)) == 1
+    (pair[0] / "a_output1.png").unlink()
+    evaluate(*pair)
+    assert not table.exists()
+    table.write_text("name,pixels\na,3\n")
+    evaluate(*pair)
+    assert table.read_text() == "name,pixels\na,3\n"
+
+
 def test_intervals_and_thirds_by_size(tmp_path):
     truths = {f"{k}": EMPTY.copy() for k in range(9)}
     for k, truth in enumerate(truths.values()):

@@ -18,6 +18,8 @@ from PIL import Image
 
 from guided_diffusion.checkpoint import load_checkpoint
 from guided_diffusion.data.batches import Foreground, training_batches
+from guided_diffusion.data.classes import find_classes
+from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.volumes import VolumeDataset, VolumeStore
 from guided_diffusion.errors import UserError
@@ -136,6 +138,15 @@ def test_what_counts_is_the_mask_that_is_trained_on(tmp_path: Path) -> None:
     dataset = open_dataset(folder)
     assert find_lesions(dataset, Frame(32)) == [0, 1]
     assert find_lesions(dataset, Frame(8)) == find_lesions(dataset, Frame(16, crop=8)) == [0]
+
+
+def test_a_class_of_the_label_0_is_no_lesion(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path, [1, 4])
+    for file in (folder / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(file)) // 255).save(file)
+    for classes, expected in (("0,1", [1, 4]), ("0,x=2", [])):
+        reading = Reading(classes=find_classes(classes))
+        assert find_lesions(open_dataset(folder, reading=reading), Frame(16)) == expected
 
 
 def test_raters_count_as_they_are_trained_on(tmp_path: Path) -> None:
