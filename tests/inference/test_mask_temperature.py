@@ -19,7 +19,7 @@ from guided_diffusion.training.validation import Validation
 
 
 def soft_and_truth(temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Probabilities with log-odds ``temperature`` times too large, and truths drawn by true ones."""
+    """Probabilities whose log-odds are ``temperature`` times too large, and the truths."""
     noise = torch.Generator().manual_seed(seed)
     log_odds = 2 * torch.randn(1, 64, 64, generator=noise)
     truth = torch.rand(1, 64, 64, generator=noise) < log_odds.sigmoid()
