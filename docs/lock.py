@@ -1,4 +1,4 @@
-"""Write requirements-dev.lock.txt, what the tests need, with hashes: python docs/lock.py [WHEEL ...]
+"""Write requirements-dev.lock.txt, what tests need, with hashes: python docs/lock.py [WHEEL ...]
 
 It needs uv (python -m pip install uv). Versions already in the file are kept while
 requirements-dev.txt admits them. Of torch only CPU builds are listed: the given wheels, and those

@@ -66,7 +66,7 @@ def test_every_locked_package_has_hashes_and_no_address() -> None:
 
 def test_ranges_admit_what_is_pinned_and_begin_with_what_was_tried() -> None:
     pinned = {canonicalize_name(pin.name): pin for pin in required()}
-    tried = dict(re.findall(r"([a-z-]+)\s([\d.]+\d)\b", SETUP.split("Of older ones")[0]))
+    tried = dict(re.findall(r"\b([a-z-]+)\s([\d.]+\d)\b", SETUP.split("Of older ones")[0]))
     for wanted in ranges():
         if wanted.name in pinned:
             assert version_of(pinned[wanted.name]) in wanted.specifier

@@ -66,9 +66,7 @@ def test_empty_flags_and_the_value_of_both_empty():
     assert metrics.dice(both, empty=0.0) == metrics.iou(both, empty=0.0) == 0.0
     assert math.isnan(metrics.sensitivity(both, empty=NAN))
     assert metrics.dice(truth_only, empty=0.5) == 0.0
-    half = Confusion(
-        tp=1, fp=1, fn=1, tn=1
-    )  # neither is empty where a sum, not a difference, counts
+    half = Confusion(tp=1, fp=1, fn=1, tn=1)
     assert not half.empty_truth and not half.empty_prediction
 
 
