@@ -659,6 +659,14 @@ def test_without_eta_ddim_draws_nothing_and_the_step_to_the_clean_mask_never_doe
         sampler(gaussian, x, LINEAR.levels([300]), randn_like=refuse)
 
 
+def test_levels_are_those_of_order_two_and_of_order_one_alike_for_both_methods():
+    for options in ({}, {"skip_type": "logSNR"}):
+        single = partial(solver_levels, LINEAR, 6, method="singlestep", **options)
+        assert single() == single(order=2)
+        assert single(order=1) == solver_levels(LINEAR, 6, order=1, **options)
+    assert single(order=1) != single(order=2) != single(order=3)
+
+
 def test_direct_is_one_evaluation_of_zeros_at_the_first_level():
     levels, seen = LINEAR.levels([999]), []
 

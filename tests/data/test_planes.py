@@ -76,6 +76,9 @@ def test_planes_of_all_orientations_lie_alike(affine: np.ndarray, plane: str) ->
             shown = np.take(head(), index, axis=sliced)
             np.testing.assert_array_equal(view.turn(raw), shown)
             np.testing.assert_array_equal(view.turn_back(shown), raw)
+            stack = np.stack([raw, raw + 1, raw + 2])
+            np.testing.assert_array_equal(view.turn(stack)[1], shown + 1)
+            np.testing.assert_array_equal(view.turn_back(view.turn(stack)), stack)
             assert view.is_plain == np.array_equal(raw, shown)
             at = np.insert([3.0, 4.0], sliced, index)
             np.testing.assert_allclose(
@@ -104,6 +107,8 @@ def test_slices_of_all_orientations_are_shown_and_restored(axis: int) -> None:
 def test_axes_of_length_1_behind_the_third_do_not_count() -> None:
     for stated, shape in (
         ((3, 4), (3, 4, 1)),
+        ((3, 1, 1), (3, 1, 1)),
+        ((3, 4, 5, 1), (3, 4, 5)),
         ((3, 4, 5, 1, 1), (3, 4, 5)),
         ((3, 4, 1, 1), (3, 4, 1)),
         ((3, 4, 5, 2), (3, 4, 5, 2)),
@@ -113,6 +118,12 @@ def test_axes_of_length_1_behind_the_third_do_not_count() -> None:
     channels = grid_of(nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.uint8), LPS))
     assert spatial(channels).shape == (3, 4, 5) and spatial(grid(head())) == grid(head())
     assert channels.slicing is None and channels.lengths == (3, 4, 5, 2)
+    more = grid_of(nib.Nifti1Image(np.zeros((3, 1, 5, 2, 2), np.uint8), LPS))
+    assert more.slicing is None and spatial(more) == more
+    for shape, slicing, lengths in (((1, 4, 5), 0, (4, 5)), ((3, 1, 5), 1, (3, 5))):
+        thin = grid_of(nib.Nifti1Image(np.zeros(shape, np.uint8), LPS))
+        assert (thin.slicing, thin.lengths) == (slicing, lengths)
+    assert str(thin) == "[-2 0 0 23; 0 -2.5 0 31; 0 0 4 -7]"
     one = grid_of(nib.Nifti1Image(np.zeros((1, 4, 1), np.uint8), LPS))
     assert one.slicing == 2 and one.lengths == (1, 4)
     with pytest.raises(ValueError, match="no grid of voxels"):
@@ -134,12 +145,17 @@ def test_units_of_length(unit: str, factor: float) -> None:
     millimetres = stored(head())
     millimetres.header.set_xyzt_units("mm")
     assert view_on(grid_of(smaller), place(grid_of(millimetres))) is not None
+    assert view_on(grid_of(millimetres), place(grid_of(smaller))) is not None
 
 
 def test_a_header_that_states_nothing() -> None:
     unknown = grid_of(bare(head(), SIZES))
     assert not unknown.stated and place(unknown).view.is_plain
-    assert spacing(place(unknown)) == SIZES
+    assert spacing(place(unknown)) == SIZES == unknown.sizes
+    image = stored(head())
+    image.set_qform(LPS, 1)
+    image.set_sform(None, 0)
+    assert grid_of(image).stated
     assert not grid_of(nib.Nifti1Image(head(), np.eye(4))).stated
     for bad in (0.0, np.nan):
         affine = LPS.copy()
@@ -153,11 +169,16 @@ def test_a_header_that_states_nothing() -> None:
         assert view_on(unknown, place(other)) is not None
         assert view_on(grid_of(bare(head()[:, :, :5])), place(other)) is None
     assert view_on(grid(head(), LPS, "RAS"), place(unknown)) == as_it_lies(unknown)
+    turned = place(grid(head(), LPS, "RAI"))
+    assert view_on(unknown, turned) == turned.view and turned.view.flips == (True, True)
     sideways = grid_of(bare(head()[:, :, :1].transpose(2, 0, 1)))
     flat = place(grid(head()[:, :, :1]))
     view = view_on(sideways, flat)
     assert view is not None and (view.axis, view.depth, view.is_plain) == (0, 1, True)
     assert turn_to(sideways, flat.grid) == ((2, 1), (0, 1), (1, 1))
+    assert turn_to(flat.grid, sideways) == ((1, 1), (2, 1), (0, 1))
+    for pair in ((unknown, flat.grid), (grid_of(bare(head()[:1])), unknown)):
+        assert turn_to(*pair) == ((0, 1), (1, 1), (2, 1))
 
 
 def test_a_slice_cut_from_a_volume_that_states_nothing_is_not_turned() -> None:
@@ -205,8 +226,21 @@ def test_planes_of_another_size_cover_the_case(factor: float, limit: float) -> N
     assert view_resized(grid(values[..., :5], scaled(by=(*by[:2], 1.2))), target) is None
     assert view_resized(grid(head()), target) is None
     assert view_resized(grid_of(bare(values)), target) == as_it_lies(grid_of(bare(values)))
+    unknown = place(grid_of(bare(head())))
+    assert view_resized(grid(values), unknown) == as_it_lies(grid(values))
     four = grid_of(nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.uint8), LPS))
     assert view_resized(four, target) is None and view_on(four, target) is None
+
+
+@pytest.mark.parametrize("start", [0, -1], ids=["near edge", "far edge"])
+@pytest.mark.parametrize(("excess", "covers"), [(0.16, True), (0.19, False)])
+def test_both_edges_of_planes_of_another_size_count(
+    start: int, excess: float, covers: bool
+) -> None:
+    """One edge fits, the other is 12 times the excess away: up to 2.1 voxels of the case do."""
+    coarse = scaled(by=(2 * (1 + excess), 2, 1), shift=start * 12 * excess)
+    label = grid(np.zeros((6, 5, 6), np.uint8), coarse)
+    assert (view_resized(label, place(grid(head()))) is not None) == covers
 
 
 def test_arrays_as_they_lie() -> None:
@@ -264,5 +298,8 @@ def test_a_slice_without_thickness_gets_a_normal_of_length_1() -> None:
     found = grid_of(with_sform(head()[..., :1], affine))
     normal = found.matrix[:3, 2]
     assert found.stated and np.linalg.norm(normal) == pytest.approx(1)
+    np.testing.assert_array_equal(grid(head()[..., :1]).matrix, LPS)
     assert normal @ found.matrix[:3, :2] == pytest.approx([0, 0], abs=1e-6)
     assert not grid_of(with_sform(head(), affine)).stated
+    affine[:3, 1] = affine[:3, 0]
+    assert not grid_of(with_sform(head()[..., :1], affine)).stated
