@@ -71,6 +71,7 @@ def test_planes_of_all_orientations_lie_alike(affine: np.ndarray, plane: str) ->
         assert view_on(grid_of(image), target) == view
         assert view.depth == SHAPE[sliced]
         assert spacing(placed) == pytest.approx((*others, SIZES[sliced]))
+        np.testing.assert_array_equal(plane_affine(placed), plane_affine(placed, 0))
         for index in (0, 1, SHAPE[sliced] - 1):
             raw = np.take(array, view.position(index), axis=view.axis)
             shown = np.take(head(), index, axis=sliced)
@@ -156,12 +157,13 @@ def test_a_header_that_states_nothing() -> None:
     image.set_qform(LPS, 1)
     image.set_sform(None, 0)
     assert grid_of(image).stated
+    assert spacing(place(grid_of(with_sform(head(), LPS)))) == SIZES  # not pixdim, which says 1
     assert not grid_of(nib.Nifti1Image(head(), np.eye(4))).stated
     for bad in (0.0, np.nan):
         affine = LPS.copy()
         affine[0, 0] = bad
         assert not grid_of(with_sform(head(), affine)).stated
-    for size in (0.0, np.nan):
+    for size in (0.0, np.nan, np.inf):
         image = bare(head(), SIZES)
         image.header["pixdim"][2] = size
         assert spacing(place(grid_of(image))) is None
@@ -264,12 +266,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     )
     assert "other axes or spacing" in said(head(), scaled(by=(1, 1.1, 1)))
     assert "other axes or spacing" in said(head(), oblique())
+    for by in ((1, 1, 1.1), (1.04, 1, 1)):
+        assert "other axes or spacing" in said(head(), scaled(by=by))
+    assert "other orientation or origin" in said(head(), scaled(by=(1.004, 1, 1), shift=5))
     flat = mismatch(label, grid(head()[:11, :, :1]), grid(head()[..., :1]), other=image)
     assert "its size is 11 x 10, but that of image.nii is 12 x 10; the affines are [-2 0" in str(
         flat
     )
     unknown = mismatch(label, grid_of(bare(head()[:11])), target.grid, other=image)
     assert "its grid is 11 x 10 x 6, but" in str(unknown) and "affines" not in str(unknown)
+    nowhere = mismatch(label, grid(head()[:11]), grid_of(bare(head())), other=image)
+    assert "affines" not in str(nowhere)
     four = grid_of(nib.Nifti1Image(np.zeros((12, 10, 6, 2), np.uint8), LPS))
     assert "its grid is 12 x 10 x 6 x 2, but" in str(
         mismatch(label, four, target.grid, other=image)
