@@ -29,7 +29,7 @@ coverage: $(VENV)/ready-to-test
 	$(PY) -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 lock: $(VENV)/ready-to-test
-	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(PY) docs/lock.py
 
 $(VENV)/ready: requirements.txt
