@@ -180,6 +180,10 @@ def test_parent_scores_cut_the_truth_above_each_threshold():
     assert (iou, dice) == pytest.approx((2 / 5, 2 / 5), abs=1e-4)
 
 
+def test_parents_score_at_256_pixels():
+    assert metrics.PARENT_SIZE == 256
+
+
 def test_parent_scores_of_empty_masks():
     assert metrics.parent_scores(EMPTY, EMPTY) == (1.0, 1.0)
     iou, dice = metrics.parent_scores(EMPTY, FULL)
