@@ -1,4 +1,6 @@
 # make demo: train, sample and score on the example in data/.   make test: all checks and tests.
+# make test LOCKED=1: with the very files of requirements-dev.lock.txt.   make lock: write that list anew.
+# make coverage: which lines of the package the tests run.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
@@ -8,7 +10,7 @@ DEMO_FLAGS = --crop wolleb --image_size 64 --num_channels 32 --channel_mult 1,2,
 	--attention_resolutions 8 --num_heads 1 --predict_xstart True --mask_range=-1,1 \
 	--batch_size 8 --lr 1e-3 --ema_rate 0.99 --max_steps 500
 
-.PHONY: demo test check clean
+.PHONY: demo test check coverage lock clean
 
 demo: $(VENV)/ready
 	$(PY) scripts/segmentation_train.py --data_dir data/training --out_dir $(OUT) $(DEMO_FLAGS)
@@ -23,11 +25,18 @@ check: $(VENV)/ready-to-test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+coverage: $(VENV)/ready-to-test
+	$(PY) -m pytest -n auto --cov --cov-report=term:skip-covered --cov-fail-under=95
+
+lock: $(VENV)/ready-to-test
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(PY) docs/lock.py
+
 $(VENV)/ready: requirements.txt
-	$(call install,requirements.txt)
+	$(call install,-r requirements.txt)
 
 $(VENV)/ready-to-test: requirements.txt requirements-dev.txt
-	$(call install,requirements-dev.txt)
+	$(call install,$(if $(LOCKED),--require-hashes -r requirements-dev.lock.txt,-r requirements-dev.txt))
 	touch $(VENV)/ready
 
 # One line says which Python is used; an old one is refused before anything is installed.
@@ -35,7 +44,7 @@ define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	print("$(PYTHON) is Python %d.%d (3.11 or newer is needed)" % v[:2]); sys.exit(v < (3, 11))'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r $(1)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(1)
 	touch $@
 endef
 

@@ -1,4 +1,11 @@
-"""Package metadata; the versions that were tested stand in requirements.txt."""
+"""Package metadata. The newest versions that were tested stand in requirements.txt.
+
+The lower bounds are the oldest versions with which tests were run, together and with Python 3.11:
+torch 2.6.0, numpy 1.26.0, nibabel 5.3.0, scikit-image 0.24.0, scipy 1.11.1, pillow 10.3.0, tqdm
+4.65.0, pydicom 3.0.1, matplotlib 3.8.0 and tensorboard 2.14.0. Of older ones, torch cannot compile
+the networks and runs code from some files of weights, pillow ends in a traceback at a link that
+points to itself, and pydicom 3.0.0 asks a server for example files.
+"""
 
 from pathlib import Path
 
@@ -30,20 +37,20 @@ setup(
     package_data={"guided_diffusion": ["py.typed"], "guided_diffusion.report": ["report.html"]},
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.__main__:main"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "numpy>=1.26,<3",
         "nibabel>=5.3,<6",
         "scikit-image>=0.24,<1",
-        "scipy>=1.11,<2",
-        "pillow>=10.1",
+        "scipy>=1.11.1,<2",
+        "pillow>=10.3",
         "tqdm>=4.65,<5",
         "safetensors>=0.4.3,<1",
         "pyyaml>=6,<7",
     ],
     extras_require={
-        "dicom": ["pydicom>=3,<4"],
+        "dicom": ["pydicom>=3.0.1,<4"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.14"],
-        "visdom": ["visdom==0.2.4", "tornado>=6.2,<6.6"],
+        "visdom": ["visdom>=0.2.4"],
     },
 )

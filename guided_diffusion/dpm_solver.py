@@ -148,10 +148,7 @@ def solver_levels(
         grid = _grid(schedule, evaluations, skip_type)
         return [*grid[:-1], CLEAN] if to_clean else grid
 
-    inner_evaluations = evaluations - to_clean
-    if inner_evaluations == 0:
-        return [_grid(schedule, 1, skip_type)[0], CLEAN]
-    levels = _singlestep_levels(schedule, inner_evaluations, order, skip_type)
+    levels = _singlestep_levels(schedule, evaluations - to_clean, order, skip_type)
     return [*levels, CLEAN] if to_clean else levels
 
 

@@ -3,7 +3,7 @@
 ``sampler(denoise, x, levels)`` takes a model, noise at the first level, and the levels to step
 through, and returns the mask at the last one. Options are keywords. :data:`SAMPLERS` lists them
 all, with DDPM, DDIM and UniPC from here and the solvers of ``dpm_solver``. :class:`MemberNoise`
-draws the noise of each ensemble member from its seed, so that masks do not depend on the batch.
+draws the noise of each ensemble member from its seed, so that it does not depend on the batch.
 """
 
 from __future__ import annotations

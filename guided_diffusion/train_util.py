@@ -2,7 +2,7 @@
 
 Nothing random outlives a step. What the loop draws at step n (images, times, noise, dropout)
 follows from the seed and n alone, so a resumed run repeats the uninterrupted one bit for bit on a
-CPU, whatever the number of reading processes.
+CPU with the same number of threads, whatever the number of reading processes.
 """
 
 from __future__ import annotations

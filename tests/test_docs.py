@@ -82,7 +82,7 @@ PUBLIC = {  # data sets of docs/data.md, and the layouts of phantoms that stand 
 TORCHRUN = r"(?:srun )?torchrun (?:--\S+ )+(?=scripts/)"
 FRONT_END = r"guided-diffusion |python -m guided_diffusion "
 RUN_ELSEWHERE = (  # by make, by the test of the installed wheel, or by a cluster
-    r"make( demo| test| check|$)",
+    r"make( demo| test| check| coverage| lock| clean|$)",
     r"python3 -m venv \.venv$",
     r"\. \.venv/bin/activate$",
     r"python -m (pip install|ruff|mypy|pytest)\b",

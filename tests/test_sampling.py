@@ -5,6 +5,7 @@ every starting point, which every sampler has to reach.
 """
 
 import math
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,16 @@ from guided_diffusion.dpm_solver import (
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from guided_diffusion.nn import Output
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, ddim, ddpm, unipc
+from guided_diffusion.sampling import (
+    SAMPLERS,
+    STOCHASTIC,
+    MemberNoise,
+    _weights,
+    ddim,
+    ddpm,
+    direct,
+    unipc,
+)
 from guided_diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -589,3 +599,105 @@ def test_a_level_has_unit_variance():
     assert NoiseLevel(3, 0.6, 0.8).log_snr == pytest.approx(math.log(0.75))
     for level in solver_levels(LINEAR, 7, order=3, method="singlestep", skip_type="logSNR"):
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1, rel=1e-12)
+
+
+# what callers rely on
+
+
+@pytest.mark.parametrize("sampler", [unipc, multistep, singlestep, multistep_sde])
+def test_the_order_is_two_unless_another_is_asked_for(sampler):
+    levels, x = even_levels(-2, 3, 12), normals(2, 1, 2, 2)
+
+    def run(**options):
+        noise = {"randn_like": torch.ones_like} if sampler is multistep_sde else {}
+        return sampler(
+            lambda x, level: Prediction(torch.tanh(2 * x)), x, levels, **noise, **options
+        )
+
+    assert torch.equal(run(), run(order=2))
+    assert (run() - run(order=1)).abs().max() > 1e-4
+    assert sampler is multistep_sde or (run() - run(order=3)).abs().max() > 1e-6
+    if sampler is multistep_sde:
+        assert torch.equal(run(order=3), run(order=2))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rule"), [(unipc, "_update"), (multistep, "_differences")], ids=["unipc", "dpm"]
+)
+@pytest.mark.parametrize(
+    ("steps", "order", "expected"),
+    [
+        (9, 3, [1, 2, 3, 3, 3, 3, 3, 2, 1]),
+        (9, 2, [1, 2, 2, 2, 2, 2, 2, 2, 1]),
+        (10, 3, [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]),
+        (2, 3, [1, 1]),
+    ],
+)
+def test_the_order_falls_at_the_end_of_fewer_than_ten_steps(
+    sampler, rule, steps, order, expected, monkeypatch
+):
+    module, used = sys.modules[sampler.__module__], []
+    original = getattr(module, rule)
+
+    def recorded(*values):
+        if len(values) < 4:  # not the corrector, which is given the new value as well
+            used.append(len(values[0] if rule == "_differences" else values[1]))
+        return original(*values)
+
+    monkeypatch.setattr(module, rule, recorded)
+    sampler(gaussian, normals(1, 1, 1, 1), even_levels(-2, 3, steps), order=order)
+    assert used == expected
+
+
+def test_without_eta_ddim_draws_nothing_and_the_step_to_the_clean_mask_never_does():
+    def refuse(x):
+        raise AssertionError("noise was drawn")
+
+    x = normals(1, 1, 2, 2)
+    ddim(gaussian, x, LINEAR.levels([999, 500, 0]), randn_like=refuse)
+    for sampler in (partial(ddim, eta=1.0), ddpm, multistep_sde):
+        sampler(gaussian, x, LINEAR.levels([300]), randn_like=refuse)
+
+
+def test_levels_are_those_of_order_two_and_of_order_one_alike_for_both_methods():
+    for options in ({}, {"skip_type": "logSNR"}):
+        single = partial(solver_levels, LINEAR, 6, method="singlestep", **options)
+        assert single() == single(order=2)
+        assert single(order=1) == solver_levels(LINEAR, 6, order=1, **options)
+    assert single(order=1) != single(order=2) != single(order=3)
+
+
+def test_direct_is_one_evaluation_of_zeros_at_the_first_level():
+    levels, seen = LINEAR.levels([999]), []
+
+    def denoise(x, level):
+        seen.append((x, level))
+        return Prediction(x + 0.25)
+
+    end = direct(denoise, normals(2, 1, 3, 4), levels)
+    ((x, level),) = seen
+    assert level == levels[0] and torch.equal(x, torch.zeros_like(x))
+    assert torch.equal(end, torch.full((2, 1, 3, 4), 0.25).double())
+
+
+def test_unipc_weights_meet_the_order_conditions():
+    assert _weights([], -0.3) == []
+    assert _weights([-0.7], -0.3) == [0.5]
+    nodes, k = [-0.8, 1.0], -0.3  # sum of w r^(i - 1) is i! phi_(i + 1)(k) / phi_1(k)
+    phi_1 = (math.exp(k) - 1) / k
+    phi_2 = (phi_1 - 1) / k
+    phi_3 = (phi_2 - 1 / 2) / k
+    weights = _weights(nodes, k)
+    assert sum(weights) == pytest.approx(phi_2 / phi_1)
+    assert np.dot(weights, nodes) == pytest.approx(2 * phi_3 / phi_1)
+
+
+def test_noise_has_one_stream_for_each_row():
+    noise = MemberNoise([3, 2**63 - 1])
+    x = torch.zeros(2, 3, 4, 5, dtype=torch.float64)
+    first, second = noise(x), noise(x)
+    assert first.shape == x.shape and first.dtype == x.dtype
+    for row, seed in enumerate((3, 2**63 - 1)):
+        generator = torch.Generator().manual_seed(seed)
+        for drawn in (first, second):
+            assert torch.equal(drawn[row], torch.randn(3, 4, 5, generator=generator).double())

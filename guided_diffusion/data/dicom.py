@@ -269,6 +269,6 @@ def _pydicom(path: Path) -> Any:
         raise UserError(
             path,
             "is a DICOM file, and pydicom, which reads them, is not installed",
-            "Run python -m pip install 'pydicom>=3,<4'.",
+            "Run python -m pip install 'pydicom>=3.0.1,<4'.",
         ) from error
     return pydicom

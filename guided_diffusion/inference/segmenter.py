@@ -1,6 +1,7 @@
 """Trained networks, mostly one, that turn images into ensembles of masks.
 
-Mask i of case c depends on the seed, c and i alone, for any batch size, order or device.
+The noise of mask i of case c depends on the seed, c and i alone, for any batch size, order or
+device; its values differ by rounding alone.
 """
 
 from __future__ import annotations

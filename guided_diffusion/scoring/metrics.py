@@ -158,8 +158,6 @@ def parent_scores(prediction: ArrayLike, truth: ArrayLike) -> tuple[float, float
     the caller resizes both. Raises ValueError when the shapes differ.
     """
     soft, true = np.asarray(prediction, dtype=np.float32), np.asarray(truth, dtype=np.float32)
-    _same_shape(soft, true)
-
     peak = soft.max(initial=0.0)
     soft = soft / peak if peak > 0 else np.zeros_like(soft)
     pairs = [_parent_pair(soft, true, np.float32(tau)) for tau in PARENT_THRESHOLDS]

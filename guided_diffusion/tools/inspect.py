@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -134,7 +135,7 @@ def _facts_of(case: Case, fitted: Case, labels: Sequence[float]) -> CaseFacts:
 
 
 def _fractions(mask: Tensor) -> tuple[float, ...]:
-    return tuple(float(channel.float().mean()) for channel in mask)
+    return tuple(float(channel.mean(dtype=torch.float64)) for channel in mask)
 
 
 def look_at(

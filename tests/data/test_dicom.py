@@ -321,7 +321,7 @@ def test_without_pydicom_one_line_says_how_to_install_it(
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", fake)
-    assert "python -m pip install 'pydicom>=3,<4'" in refusal(tmp_path)
+    assert "python -m pip install 'pydicom>=3.0.1,<4'" in refusal(tmp_path)
 
 
 def labelled(folder: Path, where: str, name: str) -> Path:

@@ -131,6 +131,19 @@ def test_dice_table_by_hand():
     assert table == pytest.approx(np.array(expected))
 
 
+def test_counts_beyond_what_float32_can_tell_apart():
+    one = np.ones((1, 4097, 4097), dtype=bool)
+    other = one.copy()
+    other[0, 0, 0] = False
+    pixels = one.size
+    assert dice_table(one, other) == 2 * (pixels - 1) / (2 * pixels - 1)
+    soft = torch.from_numpy(np.concatenate([one, other])).float()
+    assert disagreement(soft) == pytest.approx(1 / (2 * pixels - 1), rel=1e-6)
+    tally = Tally.of(one[0], other[0])
+    assert tally.counts.sum(axis=0).tolist() == [pixels, pixels - 1]
+    assert expected_disagreement(one[0] / 2) == 0.5
+
+
 def test_energy_distance_by_hand():
     """One member, one rater: twice 1 - IoU. Two against one: 2 (d1 + d2) / 2 - d12 / 2."""
     assert energy_distance(FULL[None], LEFT[None]) == pytest.approx(2 * (1 - 1 / 2))

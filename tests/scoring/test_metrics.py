@@ -66,6 +66,8 @@ def test_empty_flags_and_the_value_of_both_empty():
     assert metrics.dice(both, empty=0.0) == metrics.iou(both, empty=0.0) == 0.0
     assert math.isnan(metrics.sensitivity(both, empty=NAN))
     assert metrics.dice(truth_only, empty=0.5) == 0.0
+    half = Confusion(tp=1, fp=1, fn=1, tn=1)
+    assert not half.empty_truth and not half.empty_prediction
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,20 @@ def test_dice_is_symmetric_bounded_and_the_harmonic_mean(counts):
         assert dice == pytest.approx(harmonic)
 
 
+def test_what_is_undefined_is_left_open_in_tables():
+    known = metrics.known_ratios(confusion(PARTIAL, EMPTY))
+    assert [known[key] for key in ("dice", "precision", "sensitivity")] == [0.0, 0.0, None]
+    assert set(metrics.known_ratios(confusion(EMPTY, EMPTY), rule="skip").values()) == {None}
+
+
+def test_pixels_are_counted_beyond_what_float32_can_tell_apart():
+    truth = np.ones((4097, 4097), dtype=bool)
+    truth[0, 0] = False
+    counts = confusion(np.ones_like(truth), truth)
+    assert counts == Confusion(tp=4097**2 - 1, fp=1, fn=0, tn=0)
+    assert metrics.volume_difference(counts) == 1 / (4097**2 - 1)
+
+
 def test_binarise_takes_half_as_foreground():
     assert metrics.binarise([0.0, 0.499, 0.5, 1.0]).tolist() == [False, False, True, True]
     assert metrics.binarise([127 / 255, 128 / 255]).tolist() == [False, True]
@@ -156,6 +172,16 @@ def test_parent_scores_by_hand():
     iou, dice = metrics.parent_scores(prediction, truth)
     assert iou == pytest.approx((2 * 2 / 3 + 2 * 1 / 3 + 1 / 2) / 5, abs=1e-5)
     assert dice == pytest.approx((2 * 4 / 5 + 2 * 2 / 4 + 2 / 3) / 5, abs=1e-4)
+
+
+def test_parent_scores_cut_the_truth_above_each_threshold():
+    # 0.5 is not above 0.5: of five thresholds two find the truth, three an empty one.
+    iou, dice = metrics.parent_scores([[1.0]], [[0.5]])
+    assert (iou, dice) == pytest.approx((2 / 5, 2 / 5), abs=1e-4)
+
+
+def test_parents_score_at_256_pixels():
+    assert metrics.PARENT_SIZE == 256
 
 
 def test_parent_scores_of_empty_masks():

@@ -163,6 +163,8 @@ def test_symmetric_bounded_and_as_by_brute_force(bits, spacing):
 
 def test_what_cannot_be_measured():
     mask = np.ones((3, 4), dtype=bool)
+    for pair in ((mask, ~mask), (~mask, mask), (~mask, ~mask)):
+        assert surface_distances(*pair) is None
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(4, 3\)"):
         surface_distances(mask, mask.T)
     for spacing in ((1,), (1, 0), (1, float("nan"))):

@@ -17,6 +17,7 @@ from guided_diffusion.options.network import NetworkOptions
 from guided_diffusion.options.tools import CheckOptions
 from guided_diffusion.report.canvas import TRUTH
 from guided_diffusion.report.pictures import Tile, contact_sheet
+from guided_diffusion.tools.inspect import _fractions
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -35,6 +36,14 @@ def write(folder: Path, stem: str, *, side: int = 10, seed: int | None = None) -
     mask = np.zeros((40, 60), np.uint8)
     mask[5 : 5 + side, 5 : 5 + side] = 255
     save(folder / f"masks/{stem}.png", mask)
+
+
+def test_the_foreground_is_counted_beyond_what_float32_can_tell_apart() -> None:
+    mask = torch.ones(1, 4097, 4097, dtype=torch.bool)
+    mask[0, 0, 0] = False
+    (share,) = _fractions(mask)
+    assert 1 - share == pytest.approx(1 / 4097**2, rel=1e-6)
+    assert _fractions(torch.tensor([[[0.0, 1.0]]])) == (0.5,)
 
 
 @pytest.fixture
