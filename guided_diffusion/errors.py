@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 
@@ -116,14 +117,43 @@ class Stopped(KeyboardInterrupt):
         super().__init__(self.name)
 
 
-def stop(number: int, frame: object) -> None:
-    """Handle a signal: raise :class:`Stopped` at once."""
+def stop(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: raise :class:`Stopped` at once, or as soon as it is safe."""
     stopped = Stopped(number)
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
         # Torch would swallow the exception as it loads NumPy. No work was begun: just end.
         _tell(stopped)
         os._exit(stopped.code)
-    raise stopped
+    if not postponed(number, frame):
+        raise stopped
+
+
+_postponements: dict[int, int] = {}
+
+
+def postponed(number: int, frame: FrameType | None) -> bool:
+    """Send a signal again a little later if it came inside ``logging`` or an import.
+
+    An exception there may leave a lock of Python's own held, for which other threads, such as the
+    writer of a checkpoint, would wait for ever. After five seconds it is not postponed again.
+    """
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if module == "logging" or frame.f_code.co_filename.startswith("<frozen importlib"):
+            break
+        frame = frame.f_back
+    count = _postponements.pop(number, 0)
+    if frame is None or count >= 100:
+        return False
+    _postponements[number] = count + 1
+    _send_later(number)
+    return True
+
+
+def _send_later(number: int) -> None:
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _tell(stopped: Stopped) -> None:
@@ -136,13 +166,11 @@ def _send_again(unraisable: sys.UnraisableHookArgs) -> None:
     if not isinstance(stopped, Stopped):
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.05, os.kill, (os.getpid(), stopped.code - 128))
-    again.daemon = True
-    again.start()
+    _send_later(stopped.code - 128)
 
 
 @contextmanager
-def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Give SIGTERM, SIGHUP and Ctrl-C a handler inside this context.
 
     A SIGHUP that is ignored, as under ``nohup``, stays ignored. Threads other than the main one

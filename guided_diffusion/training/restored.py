@@ -105,6 +105,9 @@ def _is_history(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> bool:
 def _is_best(state: Mapping[str, Any]) -> bool:
     """Whether a best validation has its score first, and when it was."""
     rest = {name: value for name, value in state.items() if name != "owed"}
+    fitted = rest.pop("mask_temperature", 1.0)
+    if type(fitted) is not float or not 0 < fitted < math.inf:
+        return False
     if not rest:
         return True
     name, score = next(iter(rest.items()))

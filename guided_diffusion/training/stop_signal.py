@@ -6,8 +6,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-from guided_diffusion.errors import Stopped, handling_signals
+from guided_diffusion.errors import Stopped, handling_signals, postponed
 
 ECHO = 5.0
 """Seconds in which a repeated signal counts as the first one: launchers forward the signal that
@@ -55,10 +56,10 @@ class StopSignal:
         finally:
             self._urgent = False
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         repeated = now - self._first.setdefault(number, now) >= self.echo
         stopped = Stopped(number)
         self.wanted, self.code = stopped.name, stopped.code
-        if repeated or self._urgent:
+        if (repeated or self._urgent) and not postponed(number, frame):
             raise stopped

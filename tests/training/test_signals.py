@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -27,7 +28,13 @@ from guided_diffusion import logger
 from guided_diffusion.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from guided_diffusion.data.batches import Batch
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.errors import Stopped, UserError, exit_on_user_error
+from guided_diffusion.errors import (
+    Stopped,
+    UserError,
+    exit_on_user_error,
+    handling_signals,
+    stop,
+)
 from guided_diffusion.inference import cases, predict
 from guided_diffusion.training import checkpoints
 from guided_diffusion.training.stop_signal import StopSignal
@@ -503,3 +510,34 @@ def test_nothing_is_lost_by_kills_at_random_moments() -> None:
 def test_nothing_is_lost_by_kills_and_signals_at_random_moments() -> None:
     lines, faults = survive(kills=70, signals=70, every=5, seed=1)
     assert not faults, "\n".join(lines)
+
+
+def test_no_lock_of_python_s_own_stays_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal inside logging, or an import, ends the command only after it."""
+    finished: list[str] = []
+
+    class Interrupted(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            finished.append("logging")
+
+    (tmp_path / "interrupted_module.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.01)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = logging.Logger("own")
+    own.addHandler(Interrupted())
+
+    def imported() -> None:
+        __import__("interrupted_module")
+        finished.append("import")
+
+    for act in (lambda: own.error("x"), imported):
+        with handling_signals(stop), pytest.raises(Stopped):
+            act()
+            time.sleep(5)
+    assert finished == ["logging", "import"]
+    monkeypatch.delitem(sys.modules, "interrupted_module")

@@ -36,7 +36,7 @@ from guided_diffusion.checkpoint import (
     with_companions,
 )
 from guided_diffusion.errors import Stopped, UserError, handling_signals, stop
-from guided_diffusion.files import Background, atomic_write
+from guided_diffusion.files import Background, atomic_write, write
 from guided_diffusion.training.estimates import training_gib
 
 # ------------------------------------------------------------------------------ kill -9
@@ -149,8 +149,13 @@ def test_a_full_disk_at_the_end_is_not_missed(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
 @pytest.mark.parametrize("name", ["log.txt", "progress.json"])
-def test_a_full_disk_for_the_log_is_reported(name: str, brats: Path, tmp_path: Path) -> None:
-    (tmp_path / name).symlink_to("/dev/full")
+def test_a_full_disk_for_the_log_is_reported(
+    name: str, brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str, flags: int) -> int:
+        return os.open("/dev/full" if Path(path).name == name else path, flags, 0o666)
+
+    monkeypatch.setattr(write, "_file_itself", full)
     error = refused(script("segmentation_train", *training(brats, tmp_path), "--max_steps", 4))
     assert f"{tmp_path / name}: cannot be written" in error and "No space left" in error
     assert "earlier checkpoints are intact" in error
@@ -218,7 +223,12 @@ def test_the_memory_of_training_while_a_checkpoint_is_written(
         return sum(storages.values())
 
     gate, before = threading.Event(), held()
-    monkeypatch.setattr(torch, "save", lambda *_: gate.wait(30))
+
+    def waiting(*_: object) -> None:
+        gate.wait(30)
+        raise OSError
+
+    monkeypatch.setattr(torch, "save", waiting)
     loop = make_loop(tmp_path, ema_rate=rates, num_channels=64)
     loop.run_step(batch_of(1))
     loop.save()

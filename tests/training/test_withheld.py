@@ -40,6 +40,7 @@ def test_a_resumed_run_is_bit_equal(objective: dict[str, Any], brats: Path, tmp_
     idle = "--schedule_sampler has no effect with --version unet"
     assert (idle in said) == (objective is UNET)
     one, other = (vars(load_checkpoint(path / LATEST)) for path in (whole, halves))
+    assert one.pop("run") != other.pop("run"), "the command differs"
     assert equal(one, other)
     row = read_csv(whole / "progress.csv")[-1]
     assert float(row["ce"]) > 0 and 0 < float(row["dice"]) < 1
