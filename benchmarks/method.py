@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from versions import ends_with_newline, read
 
 from guided_diffusion import logger
 from guided_diffusion.data.augment import Augmentation
@@ -176,8 +177,8 @@ def main() -> None:
             if not any(all(line.get(key) == value for key, value in job.items()) for line in done)
         ]
         for line in results(jobs, arguments):
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with arguments.out.open("a+", encoding="utf-8") as file:
+                file.write(f"{'' if ends_with_newline(file) else chr(10)}{json.dumps(line)}\n")
             print(
                 f"{line['stage']}, {line['set']}, {line['recipe']}, seed {line['seed']}: ", end=""
             )
@@ -208,17 +209,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG to draw from the lines (needs matplotlib)")
     parser.add_argument("--commit", default="", help="of the code; empty: what git says")
     return parser.parse_args()
-
-
-def read(path: Path) -> list[Json]:
-    """Read the finished runs; an incomplete line is skipped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def results(jobs: Sequence[Json], arguments: argparse.Namespace) -> Iterator[Json]:

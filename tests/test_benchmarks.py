@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_the_stored_runs_name_recipes_and_settings(method: ModuleType) -> None:
                 found["dice"], abs=1e-4
             )
     assert (ROOT / "results/method.md").read_text(encoding="utf-8") == method.tables(lines)
+
+
+def test_a_run_after_a_torn_line_has_a_line_of_its_own(
+    method: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (ROOT / "results/method.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    out = tmp_path / "method.jsonl"
+    out.write_text(whole + '\n{"stage": "scr', encoding="utf-8")
+    (tmp_path / "isbi2016_256/Train").mkdir(parents=True)
+    monkeypatch.setattr(method, "load", lambda *_: None)
+    monkeypatch.setattr(method, "results", lambda *_: [json.loads(whole)])
+    words = ["--data", tmp_path, "--out", out, "--sets", "isic", "--stages", "screen"]
+    monkeypatch.setattr(sys, "argv", ["method.py", *map(str, words)])
+    monkeypatch.setattr(method, "DATA", {})
+    method.main()
+    assert len(method.read(out)) >= 2
 
 
 @pytest.mark.slow
