@@ -7,8 +7,10 @@ DIR holds ``isbi2016_256``, ``kvasir_256`` and ``brats15_2d``; what is missing i
 train the best ones, the parents' settings and the U-Net longer, on all sets and with several seeds;
 how far members spread is chosen on validation cases, and the test cases are scored once. The
 *evaluations* look at one network of the winner: samplers, counts of evaluations, sizes of ensembles
-and mask guidance. Every finished run is a line of ``results/method.jsonl`` and is not repeated;
-``results/method.md`` is written from the lines, and with ``--plot`` a picture.
+and mask guidance. The *members* ask every network of the winner for masks that spread as they
+err, the *ensembles* all seeds of the winner, and of the U-Net, together. Every finished run is a
+line of ``results/method.jsonl`` and is not repeated; ``results/method.md`` is written
+from the lines, and with ``--plot`` a picture.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from guided_diffusion.data.frames import Frame, ResizedDataset
 from guided_diffusion.data.splits import narrowed
 from guided_diffusion.dist_util import describe, dev, place_model
 from guided_diffusion.errors import UserError, exit_on_user_error
+from guided_diffusion.inference.drawing import TrainedNetwork
 from guided_diffusion.inference.plan import make_plan
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import open_dataset
@@ -53,6 +56,7 @@ from guided_diffusion.scoring.calibration import (
     calibration_error,
     negative_log_likelihood,
     rank_correlation,
+    reliability,
     spread_skill,
 )
 from guided_diffusion.scoring.intervals import compare
@@ -167,7 +171,8 @@ def main() -> None:
     if not DATA:
         wanted = ", ".join(SETS[name][0] for name in arguments.sets)
         raise UserError(f"--data {arguments.data}", f"holds none of {wanted}", "Name their folder.")
-    for group in (("screen",), ("evaluations", "finals")):  # the screen chooses who goes on
+    # The screen chooses who goes on; the ensembles find the weights of the members.
+    for group in (("screen",), ("evaluations", "finals", "members"), ("ensembles",)):
         done = read(arguments.out)
         jobs = [
             job
@@ -205,6 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=0, help="to score at most; 0: all")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3, help="falls linearly to 0")
+    parser.add_argument("--weights", type=Path, help="folder that keeps the trained weights")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
     parser.add_argument("--plot", type=Path, help="PNG to draw from the lines (needs matplotlib)")
     parser.add_argument("--commit", default="", help="of the code; empty: what git says")
@@ -235,9 +241,9 @@ def results(jobs: Sequence[Json], arguments: argparse.Namespace) -> Iterator[Jso
 
 
 def job_of(
-    arguments: argparse.Namespace, stage: str, name: str, recipe: str, seed: int, steps: int
+    arguments: argparse.Namespace, stage: str, name: str, recipe: str, seed: int | str, steps: int
 ) -> Json:
-    """What identifies a run."""
+    """What identifies a run; of an ensemble, the seeds joined by '+'."""
     return {
         "stage": stage,
         "set": name,
@@ -288,7 +294,29 @@ def walks(arguments: argparse.Namespace, done: Sequence[Json]) -> Iterator[Json]
         yield job_of(arguments, "evaluations", first, recipe, arguments.seeds[0], arguments.steps)
 
 
-STAGES = {"screen": screen, "finals": finals, "evaluations": walks}
+def members(arguments: argparse.Namespace, done: Sequence[Json]) -> Iterator[Json]:
+    """The networks of the best recipe, one by one."""
+    for recipe in best(done, 1):
+        for name in DATA:
+            for seed in arguments.seeds:
+                yield job_of(arguments, "members", name, recipe, seed, arguments.steps)
+
+
+def ensembles(arguments: argparse.Namespace, done: Sequence[Json]) -> Iterator[Json]:
+    """The networks of the best recipe, and U-Nets, all seeds together."""
+    together = "+".join(map(str, arguments.seeds))
+    for name in DATA:
+        for recipe in (*best(done, 1), UNET):
+            yield job_of(arguments, "ensembles", name, recipe, together, arguments.steps)
+
+
+STAGES = {
+    "screen": screen,
+    "finals": finals,
+    "evaluations": walks,
+    "members": members,
+    "ensembles": ensembles,
+}
 
 
 def run(job: Json, arguments: argparse.Namespace) -> Json:
@@ -297,7 +325,7 @@ def run(job: Json, arguments: argparse.Namespace) -> Json:
     data, recipe = DATA[job["set"]], recipes()[job["recipe"]]
     device = dev("0")
     started = time.perf_counter()
-    segmenter = trained(job, data, recipe, device)
+    segmenter = together(job, arguments, data, recipe, device)
     line = {
         **job,
         "flags": recipe,
@@ -311,6 +339,14 @@ def run(job: Json, arguments: argparse.Namespace) -> Json:
     asked = evaluations(recipe)
     if job["stage"] == "evaluations":
         line["validation"] = scores(segmenter, data.validation, grid())
+        return line
+    if job["stage"] in ("members", "ensembles"):
+        asked = ways_to_spread(recipe, networks=1 + len(segmenter.others))
+        line["validation"] = scores(segmenter, data.validation, asked)
+        line["chosen"] = spreading(line["validation"]) if len(asked) > 1 else next(iter(asked))
+        first = [name for name in asked if name in ("direct", "1 x 8", "1 x 4")]
+        asked = {name: asked[name] for name in first} | {"chosen": asked[line["chosen"]]}
+        line["test"] = scores(segmenter, data.testing, asked, keep=True)
         return line
     line["validation"] = scores(segmenter, data.validation, asked)
     if job["stage"] == "finals":
@@ -337,12 +373,42 @@ def commit() -> str:
     return said.stdout.strip() or "unknown"
 
 
-def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmenter:
-    """Train a network; its averaged weights draw."""
+def together(
+    job: Json, arguments: argparse.Namespace, data: Data, recipe: Json, device: torch.device
+) -> Segmenter:
+    """The networks of the seeds of a job, as one; their weights are kept if that is asked for."""
+    found: list[Segmenter] = []
+    for seed in str(job["seed"]).split("+"):
+        own = job | {"seed": int(seed)}
+        name = "-".join(str(own[key]) for key in ("set", "recipe", "seed", "size", "steps"))
+        file = arguments.weights / f"{name}.pt" if arguments.weights else None
+        if file and file.exists():
+            found.append(segmenter_of(own, data, recipe, device))
+            found[-1].net.load_state_dict(torch.load(file, map_location=device))
+            continue
+        found.append(trained(own, data, recipe, device))
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(found[-1].net.state_dict(), file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+    found[0].others = tuple(TrainedNetwork(one.net, one.diffusion, one.plan) for one in found[1:])
+    return found[0]
+
+
+def segmenter_of(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmenter:
+    """A network of a recipe, not trained yet."""
     torch.manual_seed(job["seed"])
     net, diffusion = create_model_and_diffusion(
         **NETWORK, **recipe, image_size=job["size"], in_ch=data.channels + 1
     )
+    plan = make_plan(SamplingOptions(steps=1), RunOptions(), diffusion, device=device, own=True)
+    net = place_model(net, device)
+    return Segmenter(net, diffusion, frame=Frame(job["size"]), plan=plan)
+
+
+def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmenter:
+    """Train a network; its averaged weights draw."""
+    segmenter = segmenter_of(job, data, recipe, device)
     options = TrainingOptions(
         batch_size=job["batch_size"],
         lr=job["lr"],
@@ -353,8 +419,8 @@ def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmen
     )
     folder = Path(os.devnull)  # nothing is saved
     setup = TrainSetup(
-        net=place_model(net, device),
-        diffusion=diffusion,
+        net=segmenter.net,
+        diffusion=segmenter.diffusion,
         dataset=Listed(data.training),
         options=options,
         run=RunOptions(out_dir=str(folder), seed=job["seed"]),
@@ -367,9 +433,8 @@ def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmen
         loop.run_step(next(batches))
         if loop.step % 100 == 0:
             loop.log.means(loop.parameters)
-    net.load_state_dict(loop.averages["0.99"].state_dict())
-    plan = make_plan(SamplingOptions(steps=1), RunOptions(), diffusion, device=device, own=True)
-    return Segmenter(net, diffusion, frame=Frame(job["size"]), plan=plan)
+    segmenter.net.load_state_dict(loop.averages["0.99"].state_dict())
+    return segmenter
 
 
 def scores(
@@ -385,17 +450,19 @@ def score(segmenter: Segmenter, cases: Sequence[Case], flags: Json, *, keep: boo
     segmenter.plan = make_plan(
         options, RunOptions(), segmenter.diffusion, device=segmenter.device, own=True
     )
+    segmenter.others = tuple(one._replace(plan=segmenter.plan) for one in segmenter.others)
     images = torch.stack([segmenter.frame.fit_image(case.image) for case in cases])
     started = time.perf_counter()
     drawn = segmenter.draw_with_coarse(images, [case.name for case in cases])
     seconds = time.perf_counter() - started
-    dice, spread, error, tally = [], [], [], Tally.empty()
+    dice, spread, error, doubt, tally = [], [], [], [], Tally.empty()
     for index, case in enumerate(cases):
         assert case.mask is not None
         result = segmenter.finish(case, drawn.case(index))
         truth = case.mask[0] >= 0.5
         dice.append(score_of(case, result).dice)
         tally = tally.plus(Tally.of(result.fused.numpy(), truth.numpy()))
+        doubt.append(doubted(result.fused))
         between, wrong = distances(result.members >= 0.5, truth)
         spread.append(between)
         error.append(wrong)
@@ -411,8 +478,31 @@ def score(segmenter: Segmenter, cases: Sequence[Case], flags: Json, *, keep: boo
         "nll": round(negative_log_likelihood(tally), 5),
         "brier": round(brier_score(tally), 5),
         "seconds_a_case": round(seconds / len(cases), 5),
-        **({"cases": [round(value, 4) for value in dice]} if keep else {}),
+        **(kept(dice, spread, doubt, tally, several=several) if keep else {}),
     }
+
+
+def kept(
+    dice: list[float], spread: list[float], doubt: list[float], tally: Tally, *, several: bool
+) -> Json:
+    """What figures are drawn from: scores of every case, and the reliability curve."""
+
+    def rounded(values: list[float]) -> list[float]:
+        return [round(value, 4) for value in values]
+
+    curve = [
+        (bin.pixels, round(bin.probability, 4), round(bin.frequency, 4))
+        for bin in reliability(tally)
+    ]
+    found = {"cases": rounded(dice), "doubt": rounded(doubt), "reliability": curve}
+    return found | ({"spread": rounded(spread)} if several else {})
+
+
+def doubted(fused: Tensor) -> float:
+    """How doubtful a soft mask is: 1 - the Dice that is expected of its threshold at 0.5."""
+    mask = fused >= 0.5
+    size = float(mask.sum() + fused.sum())
+    return 1 - 2 * float(fused[mask].sum()) / size if size else 0.0
 
 
 def distances(members: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -434,6 +524,43 @@ def guidance(segmenter: Segmenter, cases: Sequence[Case]) -> float:
         return abs(score(segmenter, cases, flags, keep=False)["spread_skill"] - 1)
 
     return min(GUIDANCE, key=gap)
+
+
+def ways_to_spread(recipe: Json, networks: int) -> dict[str, Json]:
+    """The ways to ask networks for members that differ as they err: flags of sampling."""
+    found: dict[str, Json] = {"direct": {"sampler": "direct", "num_ensemble": 1}}
+    if recipe.get("version") == "unet":
+        return found
+    each = 8 if networks == 1 else 4
+    found[f"1 x {each}"] = {"sampler": "ddim", "steps": 1, "num_ensemble": each}
+    fast: Json = {"sampler": "unipc", "order": 3, "skip_type": "time_quadratic"}
+    for name, own, counts in (
+        ("unipc 3, time_quadratic", fast, (2, 5)),
+        ("dpm_solver++", {"sampler": "dpm_solver++"}, (3, 5)),
+    ):
+        for n in counts:
+            for w in (1.0, 1.25, 1.5):
+                found[f"{name}, {n} x {each}, w = {w:g}"] = {
+                    **own,
+                    **{"steps": n, "num_ensemble": each, "mask_guidance": w},
+                }
+    return found
+
+
+def spreading(found: dict[str, Json], most: float = 0.1) -> str:
+    """Choose members by validation: the best fused Dice of those that spread as they err.
+
+    Where none has a ratio of spread and error within ``most`` of 1, the one whose ratio is nearest.
+    """
+    gaps = {
+        name: abs(value["spread_skill"] - 1)
+        for name, value in found.items()
+        if value["spread_skill"] is not None
+    }
+    near = [name for name, gap in gaps.items() if gap <= most]
+    if near:
+        return max(near, key=lambda name: float(found[name]["dice"]))
+    return min(gaps, key=lambda name: gaps[name])
 
 
 def grid() -> dict[str, Json]:
@@ -481,6 +608,8 @@ def tables(done: Sequence[Json]) -> str:
         ("screen", "validation"),
         ("finals", "test"),
         ("evaluations", "validation"),
+        ("members", "test"),
+        ("ensembles", "test"),
     ):
         lines = [line for line in done if line["stage"] == stage]
         for name in dict.fromkeys(line["set"] for line in lines):
