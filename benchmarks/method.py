@@ -8,9 +8,9 @@ train the best ones, the parents' settings and the U-Net longer, on all sets and
 how far members spread is chosen on validation cases, and the test cases are scored once. The
 *evaluations* look at one network of the winner: samplers, counts of evaluations, sizes of ensembles
 and mask guidance. The *members* ask every network of the winner for masks that spread as they
-err, the *ensembles* all seeds of the winner, and of the U-Net, together. Every finished run is a
+err, beside the U-Net, and the *ensembles* all seeds of either together. Every finished run is a
 line of ``results/method.jsonl`` and is not repeated; ``results/method.md`` is written
-from the lines, and with ``--plot`` a picture.
+from the lines; ``figures.py`` draws them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from method_tables import PARENTS, UNET, Json, tables
 from torch import Tensor
 from torch.utils.data import Dataset
 from versions import ends_with_newline, read
@@ -59,13 +59,11 @@ from guided_diffusion.scoring.calibration import (
     reliability,
     spread_skill,
 )
-from guided_diffusion.scoring.intervals import compare
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.validation import score_of
 
-Json = dict[str, Any]
 SPLITS = Path(__file__).parent / "splits"
 SETS = {
     "isic": ("isbi2016_256/Train", "isbi2016_256/Test"),
@@ -80,7 +78,6 @@ NETWORK: Json = {
     "num_heads": 1,
 }
 X0: Json = {"predict_xstart": True, "mask_range": "-1,1"}
-UNET, PARENTS = "unet", "parents"
 GUIDANCE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 
 
@@ -190,8 +187,6 @@ def main() -> None:
             print(brief(line), flush=True)
     text = tables(read(arguments.out))
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    if arguments.plot:
-        draw(read(arguments.out), arguments.plot)
     print(text)
 
 
@@ -212,7 +207,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="falls linearly to 0")
     parser.add_argument("--weights", type=Path, help="folder that keeps the trained weights")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
-    parser.add_argument("--plot", type=Path, help="PNG to draw from the lines (needs matplotlib)")
     parser.add_argument("--commit", default="", help="of the code; empty: what git says")
     return parser.parse_args()
 
@@ -295,8 +289,8 @@ def walks(arguments: argparse.Namespace, done: Sequence[Json]) -> Iterator[Json]
 
 
 def members(arguments: argparse.Namespace, done: Sequence[Json]) -> Iterator[Json]:
-    """The networks of the best recipe, one by one."""
-    for recipe in best(done, 1):
+    """The networks of the best recipe, and U-Nets, one by one."""
+    for recipe in (*best(done, 1), UNET):
         for name in DATA:
             for seed in arguments.seeds:
                 yield job_of(arguments, "members", name, recipe, seed, arguments.steps)
@@ -589,143 +583,10 @@ def grid() -> dict[str, Json]:
     return found
 
 
-# The tables.
-
-COLUMNS = ("dice", "member_dice", "spread_skill", "error_rank_correlation", "ece", "nll", "brier")
-HEAD = "| Dice | member | spread/skill | rank correlation | ECE | NLL | Brier | s/case |"
-
-
 def brief(line: Json) -> str:
     """The Dice of a run's answers."""
     found = line.get("test") or line["validation"]
     return ", ".join(f"{name} {value['dice']:.4f}" for name, value in list(found.items())[:8])
-
-
-def tables(done: Sequence[Json]) -> str:
-    """Write all runs as Markdown."""
-    parts = ["# Objectives compared\n\n```bash\npython benchmarks/method.py --data DIR\n```\n"]
-    for stage, part in (
-        ("screen", "validation"),
-        ("finals", "test"),
-        ("evaluations", "validation"),
-        ("members", "test"),
-        ("ensembles", "test"),
-    ):
-        lines = [line for line in done if line["stage"] == stage]
-        for name in dict.fromkeys(line["set"] for line in lines):
-            own = [line for line in lines if line["set"] == name]
-            parts.append(table(f"{stage}, {name}: {part} cases", own, part))
-            if stage == "finals":
-                parts.append(differences(own))
-    return "\n".join(parts)
-
-
-def table(title: str, lines: Sequence[Json], part: str) -> str:
-    """Write the means over seeds of some runs."""
-    first = lines[0]
-    devices = ", ".join(sorted({f"{line['device']}, torch {line['torch']}" for line in lines}))
-    text = [
-        f"## {title}\n",
-        f"{first['size']} px, {first['steps']} steps of {first['batch_size']}, learning rate "
-        f"{first['lr']:g} falling to 0, {len({line['seed'] for line in lines})} seeds. {devices}; "
-        f"commit {', '.join(sorted({line['commit'] for line in lines}))}.\n",
-        "| recipe | asked " + HEAD,
-        "|---" * 10 + "|",
-    ]
-    for recipe in dict.fromkeys(line["recipe"] for line in lines):
-        own = [line for line in lines if line["recipe"] == recipe]
-        for asked in own[0][part]:
-            found = [line[part][asked] for line in own if asked in line[part]]
-            cells = [mean_text([value[key] for value in found]) for key in COLUMNS]
-            alone = all(line["jobs"] == 1 for line in own)  # else the device was shared
-            seconds = np.mean([value["seconds_a_case"] for value in found])
-            cells.append(f"{seconds:.4f}" if alone else "")
-            text.append(f"| {recipe} | {asked} | {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
-
-
-def mean_text(values: Sequence[float | None]) -> str:
-    """The mean over seeds, with their standard deviation if there are several."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    spread = f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.4f}{spread}"
-
-
-def differences(lines: Sequence[Json]) -> str:
-    """Compare every recipe's answers with the U-Net's, case by case, seeds averaged."""
-
-    def by_case(recipe: str, asked: str) -> np.ndarray:
-        own = [line for line in lines if line["recipe"] == recipe]
-        return np.mean([line["test"][asked]["cases"] for line in own], axis=0)
-
-    if not any(line["recipe"] == UNET for line in lines):
-        return ""
-    base = by_case(UNET, "direct")
-    text = [
-        "Dice minus that of the U-Net, of the same test cases with seeds averaged, and its 95 % "
-        "bootstrap interval:\n",
-        "| recipe | asked | difference | from | to |",
-        "|---" * 5 + "|",
-    ]
-    for recipe in dict.fromkeys(line["recipe"] for line in lines):
-        asked_of = next(line for line in lines if line["recipe"] == recipe)["test"]
-        for asked in asked_of if recipe != UNET else ():
-            found = compare(base, by_case(recipe, asked))
-            text.append(
-                f"| {recipe} | {asked} | {found.difference:+.4f} | {found.low:+.4f} | "
-                f"{found.high:+.4f} |"
-            )
-    return "\n".join(text) + "\n"
-
-
-def draw(done: Sequence[Json], path: Path) -> None:
-    """Draw Dice against evaluations, and what mask guidance does to Dice and spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [line for line in done if line["stage"] == "finals"]
-    names = list(dict.fromkeys(line["set"] for line in lines))
-    figure, axes = pyplot.subplots(1, len(names) + 1, figsize=(4 * len(names) + 4, 3.6))
-    for axis, name in zip(axes, names, strict=False):
-        own = [line for line in lines if line["set"] == name]
-        for number, recipe in enumerate(dict.fromkeys(line["recipe"] for line in own)):
-            color = f"C{number}"
-            tests = [line["test"] for line in own if line["recipe"] == recipe]
-            walks = [n for n in (1, 5, 10, 50) if f"{n} x 4" in tests[0]]
-            if walks:
-                values = [[test[f"{n} x 4"]["dice"] for n in walks] for test in tests]
-                axis.plot(walks, np.mean(values, axis=0), "o-", color=color, label=recipe)
-            if "direct" in tests[0]:
-                value = np.mean([test["direct"]["dice"] for test in tests])
-                if recipe == UNET:
-                    axis.axhline(value, color="black", label="plain U-Net")
-                else:
-                    axis.axhline(value, color=color, linestyle="--", label=f"{recipe}, direct")
-        axis.set(title=name, xlabel="evaluations (DDIM, 4 members)", xscale="log")
-        axis.set_xticks([1, 5, 10, 50], ["1", "5", "10", "50"])
-        axis.minorticks_off()
-    axes[0].set_ylabel("Dice of the fused mask, test cases")
-    axes[0].legend(fontsize=7)
-    for line in (line for line in done if line["stage"] == "evaluations"):
-        found = line["validation"]
-        points = [(1.0, found["ddim, 5 x 8"])]
-        points += [
-            (float(name.partition("w = ")[2]), value)
-            for name, value in found.items()
-            if name.startswith("ddim, 5 x 8, w")
-        ]
-        points.sort(key=lambda point: point[0])
-        for key, label in (("dice", "Dice, fused"), ("spread_skill", "spread/skill")):
-            axes[-1].plot([w for w, _ in points], [v[key] for _, v in points], "o-", label=label)
-        axes[-1].axhline(1, color="gray", linewidth=0.8)
-        axes[-1].set(title=f"{line['set']}, validation", xlabel="mask guidance (5 evaluations)")
-        axes[-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
