@@ -1,4 +1,7 @@
-"""Write docs/cli.md, the list of every flag of every command: python docs/cli.py"""
+"""Write docs/cli.md, the list of every flag, and the presets in docs/recipes.md.
+
+python docs/cli.py
+"""
 
 import sys
 from dataclasses import fields
@@ -8,8 +11,11 @@ from typing import Any, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion.commands import COMMANDS, Command
+from guided_diffusion.options.presets import PRESETS, flag_text
 
 PAGE = Path(__file__).with_name("cli.md")
+RECIPES = Path(__file__).with_name("recipes.md")
+BEGIN, END = "<!-- presets: made by docs/cli.py -->\n", "<!-- end of the presets -->\n"
 HEAD = """# Command line
 
 Every flag of every command, made by `docs/cli.py` from the code. `guided-diffusion train` and
@@ -58,5 +64,24 @@ def row(group: type, entry: Any, basic: list[str]) -> str:
     return f"| {flag} | {kind} | {default} | {meaning.replace('|', chr(92) + '|')} |\n"
 
 
+def recipes(page: str) -> str:
+    """The page of recipes with its tables of presets made anew."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + presets() + END + rest.partition(END)[2]
+
+
+def presets() -> str:
+    """Two tables: what presets are for, and what they set for each command."""
+    text = "\n| preset | purpose | source |\n|---|---|---|\n"
+    for name, preset in PRESETS.items():
+        text += f"| `{name}` | {preset.purpose} | {preset.source} |\n"
+    text += "\n| preset | command | settings |\n|---|---|---|\n"
+    for name, preset in PRESETS.items():
+        for command, values in preset.parts.items():
+            text += f"| {name} | {command} | `{flag_text(values)}` |\n"
+    return text + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    RECIPES.write_text(recipes(RECIPES.read_text("utf-8")), encoding="utf-8")

@@ -17,6 +17,7 @@ from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.options.console import tolerant_console
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
+from guided_diffusion.options.presets import naming_preset, with_preset
 from guided_diffusion.options.reading import ReadingOptions
 from guided_diffusion.options.segmentation import (
     SAMPLE,
@@ -242,15 +243,15 @@ _WEAK = "--src_dir data/weak --save_dir results/weak"
 COMMANDS = {
     "train": _command(
         *(train, TRAIN, "segmentation_train"),
-        "data_dir out_dir mask_labels image_size num_channels batch_size lr max_steps "
+        "preset data_dir out_dir mask_labels image_size num_channels batch_size lr max_steps "
         "save_interval val_dir resume augment num_workers multi_gpu",
         f"{_FIRST} {_SMALL}",
         f"{_FIRST} --resume auto --max_steps 1000",
     ),
     "sample": _command(
         *(sample, SAMPLE, "segmentation_sample"),
-        "model_path data_dir out_dir num_ensemble dpm_solver sampler steps fusion uncertainty "
-        "num_samples batch_size seed multi_gpu",
+        "preset model_path data_dir out_dir num_ensemble dpm_solver sampler steps fusion "
+        "uncertainty num_samples batch_size seed multi_gpu",
         "--model_path results/first --data_dir data/testing --dpm_solver True --steps 10",
         "--model_path results/first --sampler ddim --steps 50 --num_ensemble 10",
     ),
@@ -286,14 +287,15 @@ COMMANDS = {
     ),
     "weak-train": _command(
         *(weak_train, TRAIN_IMAGES, "train_tumor_ddfm train_2d_ddfm"),
-        "src_dir out_dir class_cond image_size num_channels batch_size lr max_steps save_interval "
-        "resume",
+        "preset src_dir out_dir class_cond image_size num_channels batch_size lr max_steps "
+        "save_interval resume",
         f"{_WEAK} --class_cond True",
         f"{_WEAK} --class_cond True --resume auto",
     ),
     "weak-classifier": _command(
         *(weak_classifier, TRAIN_CLASSIFIER, "classifier_tumor_train classifier_train"),
-        "src_dir out_dir model_type image_size classifier_width batch_size lr max_steps held_out",
+        "preset src_dir out_dir model_type image_size classifier_width batch_size lr max_steps "
+        "held_out",
         _WEAK,
         f"{_WEAK} --model_type resnet50",
     ),
@@ -306,7 +308,7 @@ COMMANDS = {
     ),
     "weak-segment": _command(
         *(weak_segment, SEGMENT_WEAKLY, "image_p_seg"),
-        "src_dir out_dir method level steps guided num_samples results_dir",
+        "preset src_dir out_dir method level steps guided num_samples results_dir",
         _WEAK,
         f"{_WEAK} --method gradcam",
     ),
@@ -353,11 +355,12 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
             from guided_diffusion.data.limits import set_limit
 
             set_limit(flags.group(ReadingOptions).max_read_gib)
-        command.run(flags)
+        with naming_preset(flags):
+            command.run(flags)
 
 
 def _configured(flags: Flags, name: str) -> Flags:
-    """Add the flags of the file that ``--config`` names; those of the command line win."""
+    """Add the flags of ``--config`` and those of ``--preset``; the command line's win over both."""
     given = dict(flags.given)
     path = given.pop("config", "")
     groups = tuple(group for group in flags.groups if group is not ConfigOptions)
@@ -365,21 +368,15 @@ def _configured(flags: Flags, name: str) -> Flags:
         from guided_diffusion.options.config import read_config
 
         given = {**read_config(path, name, groups, commands=tuple(COMMANDS)), **given}
-    return replace(flags, groups=groups, given=given)
+    return with_preset(replace(flags, groups=groups, given=given), name)
 
 
 def _overview() -> str:
     """The commands, a line each."""
     lines = [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: guided-diffusion COMMAND [flags]",
-            "",
-            *lines,
-            "",
-            "guided-diffusion COMMAND -h shows the flags; --about shows version, torch and device.",
-        ]
-    )
+    usage = "usage: guided-diffusion COMMAND [flags]"
+    more = "guided-diffusion COMMAND -h shows the flags; --about shows version, torch and device."
+    return "\n".join([usage, "", *lines, "", more])
 
 
 def _about() -> str:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import script
 
-from guided_diffusion.layouts import LAYOUTS
+from guided_diffusion.layouts import LAYOUTS, open_dataset
 from guided_diffusion.tools import phantom_folders
 from guided_diffusion.tools.phantom_layouts import write_layout
 
@@ -147,18 +147,27 @@ def run(line: str) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder that looks like a clone, with the data and models that the pages speak of."""
     place = tmp_path_factory.mktemp("clone")
-    folders = [ROOT / name for name in ("scripts", "guided_diffusion", "benchmarks", "Makefile")]
+    folders = [ROOT / name for name in ("scripts", "guided_diffusion", "Makefile")]
     for path in (*folders, *ROOT.glob("requirements*.txt")):
         (place / path.name).symlink_to(path)
+    (place / "benchmarks" / "splits").mkdir(parents=True)
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        (place / "benchmarks" / path.name).symlink_to(path)
     (place / "data").mkdir()
     for side in ("training", "testing"):
         (place / "data" / side).symlink_to(ROOT / "data" / side)
     phantom_folders.write_isic(place / "data" / "ISIC", 0, patients=6, size=48)
-    (place / "data" / "brats15_2d").symlink_to(ROOT / "data")  # for benchmarks/method.py
+    (place / "data" / "brats15_2d").symlink_to(ROOT / "data")
+    volumes = {"patients": 4, "slices": 90, "size": 24, "training": 1.0}
+    phantom_folders.write_brats_volumes(place / "data" / "BraTS20", 0, **volumes)
+    phantom_folders.write_weak(place / "data" / "brats_flair", 0, patients=6, size=32)
+    for folder in ("kvasir/train", "kvasir/val", "mine"):
+        write_layout("custom", place / "data" / folder, 0, patients=5, slices=1, size=24)
     for name, layout in PUBLIC.items():
         write_layout(layout, place / name, 0, patients=4, slices=12, size=24, training=0.5)
     write_arrays(place / "data" / "synapse")
     write_split(place / "split.txt")
+    write_recipe_splits(place)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -187,6 +196,21 @@ def write_split(path: Path) -> None:
     path.write_text("".join(f"{patient:03d} {part}\n" for patient, part in enumerate(parts, 1)))
 
 
+def write_recipe_splits(place: Path) -> None:
+    """Divide the phantoms as the recipes divide the data sets that they stand for."""
+    for file, folder in (
+        ("benchmarks/splits/isic.txt", "data/ISIC/Train"),
+        ("benchmarks/splits/kvasir.txt", "data/kvasir/train"),
+        ("data/BraTS20/split.txt", "data/BraTS20"),
+    ):
+        dataset = open_dataset(place / folder)
+        names = sorted({entry.volume or entry.name for entry in dataset.entries})
+        parts = ["training", "validation", "testing"]
+        lines = [f"{name} {parts[number % 3]}\n" for number, name in enumerate(names)]
+        (place / file).write_text("".join(lines))
+    (place / "benchmarks/splits/brats.txt").symlink_to(ROOT / "benchmarks/splits/brats.txt")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(
     page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,7 +231,7 @@ def test_the_commands_of_a_page_run(
             elif is_command(line):
                 run(re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line))
     if page == README:
-        assert names["result"].members.shape == (5, 80, 80)
+        assert names["result"].members.shape == (8, 80, 80)
 
 
 def test_nothing_else_is_printed_as_a_command() -> None:

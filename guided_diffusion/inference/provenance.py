@@ -171,7 +171,7 @@ def run_record(
         return {}
     entries = {entry.name: entry for group in flags.groups[::-1] for entry in fields(group)}
     found = {
-        name: _plain(flags.resolved.get(name, values.get(name, entry.default)))
+        name: _plain({**flags.preset, **values, **flags.resolved}.get(name, entry.default))
         for name, entry in entries.items()
         if name not in flags.given
     }

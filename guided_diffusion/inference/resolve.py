@@ -21,6 +21,7 @@ from guided_diffusion.layouts import open_data
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.objective import resolve_objective
+from guided_diffusion.options.presets import preset_notes, suggest_preset
 from guided_diffusion.options.segmentation import (
     RunOptions,
     SampleDataOptions,
@@ -88,10 +89,17 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
     Raises:
         UserError: flags, checkpoints and data that do not belong together.
     """
-    options, run = flags.group(SamplingOptions), run_options(flags, RunOptions)
+    run = run_options(flags, RunOptions)
     flag = "--model_path" if model is None else "path"
-    loaded = load_agreeing(options.model_path if model is None else model, flags, flag=flag)
+    path = flags.group(SamplingOptions).model_path if model is None else model
+    loaded = load_agreeing(path, flags, flag=flag)
     known = loaded[0].flags
+    versions = {one.flags.get("version") for one in loaded}
+    preset = preset_notes(known) + suggest_preset(flags, loaded[0].checkpoint.run, SamplingOptions)
+    if flags.preset and versions == {"unet"}:
+        flags = replace(flags, preset={})
+        preset = ["--preset has no effect: it concerns a diffusion, not a plain U-Net"]
+    options = flags.group(SamplingOptions)
     dataset = None
     if model is None:
         dataset = open_data(known.group(SampleDataOptions), part="testing", test=True)
@@ -100,7 +108,6 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
         steps=chosen_steps(flags, options.steps),
         mask_temperature=options.mask_temperature or _fitted_temperature(loaded),
     )
-    versions = {one.flags.get("version") for one in loaded}
     networks = []
     for one in loaded:
         network = (
@@ -125,7 +132,7 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
         frame=_common_frame(dataset, networks),
         normalise="none" if normalise == "auto" else normalise,
         dataset=dataset,
-        notes=(*_dead_for_all(flags, networks), *(dataset.notes if dataset else ())),
+        notes=(*preset, *_dead_for_all(flags, networks), *(dataset.notes if dataset else ())),
     )
 
 

@@ -53,6 +53,7 @@ from guided_diffusion.inference.resolve import NetworkSetup, SampleSetup, resolv
 from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.nn import AttentionBlock, Dropout
 from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.presets import with_preset
 from guided_diffusion.options.segmentation import ONLY_OF_FOLDERS, SAMPLE
 from guided_diffusion.schedule import NoiseLevel
 from guided_diffusion.scoring.components import clean_soft, temper_soft
@@ -113,7 +114,7 @@ class Segmenter:
             UserError: no checkpoint there, an unknown flag or value, or one that contradicts the
                 checkpoint.
         """
-        given = Flags.of(SAMPLE, without=ONLY_OF_FOLDERS, **flags)
+        given = with_preset(Flags.of(SAMPLE, without=ONLY_OF_FOLDERS, **flags), "sample")
         model = [*map(str, path)] if isinstance(path, (list, tuple)) else str(path)
         return cls.from_setup(resolve_sampling(given, model=model))
 

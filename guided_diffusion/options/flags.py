@@ -74,12 +74,14 @@ class Flags:
         given: what the user gave, by name.
         resolved: what a checkpoint or the data decided, by name; it wins over ``given``.
         command: the command's name and its arguments, to start it again in other processes.
+        preset: what a preset sets in place of defaults, by name; all others win over it.
     """
 
     groups: tuple[type, ...] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
     command: tuple[str, ...] = ()
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, groups: Sequence[type], *, without: Collection[str] = (), **values: Any) -> Flags:
@@ -107,8 +109,8 @@ class Flags:
         return cls(tuple(groups), given)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a flag's value if it was given or resolved, else ``default``."""
-        return self.resolved.get(name, self.given.get(name, default))
+        """Return a flag's value if it was given, resolved or preset, else ``default``."""
+        return {**self.preset, **self.given, **self.resolved}.get(name, default)
 
     def group(self, kind: type[Group]) -> Group:
         """Make the options of one group; other flags are passed over.
@@ -116,7 +118,7 @@ class Flags:
         Raises:
             UserError: a value outside the flag's choices or limits, or a number that is not finite.
         """
-        values = {**self.given, **self.resolved}
+        values = {**self.preset, **self.given, **self.resolved}
         chosen = {e.name: values[e.name] for e in _fields(kind) if e.name in values}
         for entry in _fields(kind):
             value = chosen.get(entry.name, entry.default)

@@ -20,6 +20,7 @@ from guided_diffusion.options.network import (
     DiffusionOptions,
     NetworkOptions,
 )
+from guided_diffusion.options.presets import PresetOptions
 
 DPM_SOLVERS = ("dpm_solver", "dpm_solver++")
 SOLVERS = (*DPM_SOLVERS, "sde_dpm_solver++", "unipc")
@@ -331,8 +332,14 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
     "val_steps": ("version", DIFFUSING),
 }
 """Flags that have an effect only for some values of another flag: which flag, which values."""
-TRAIN = (DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, WatchOptions, RunOptions)
-SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, RunOptions)
+TRAIN = (
+    *(PresetOptions, DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, WatchOptions),
+    RunOptions,
+)
+SAMPLE = (
+    *(PresetOptions, SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions),
+    RunOptions,
+)
 SCORE = (ScoringOptions,)
 ONLY_OF_FOLDERS = (
     *("data_dir", "data_name", "split", "slices", "blank_slices", "cache_dir"),

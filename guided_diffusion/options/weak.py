@@ -19,6 +19,7 @@ from guided_diffusion.options.network import (
     DiffusionOptions,
     NetworkOptions,
 )
+from guided_diffusion.options.presets import PresetOptions
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 
 METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "gradcam", "otsu")
@@ -273,6 +274,7 @@ class UnusedOptions:
 
 
 TRAIN_IMAGES = (
+    PresetOptions,
     SourceOptions,
     ImageNetworkOptions,
     ImageDiffusionOptions,
@@ -280,6 +282,7 @@ TRAIN_IMAGES = (
     WeakRunOptions,
 )
 TRAIN_CLASSIFIER = (
+    PresetOptions,
     SourceOptions,
     ClassifierOptions,
     ImageDiffusionOptions,
@@ -294,6 +297,7 @@ SAMPLE_IMAGES = (
     WeakRunOptions,
 )
 SEGMENT_WEAKLY = (
+    PresetOptions,
     WeakOptions,
     SourceOptions,
     ImageNetworkOptions,

@@ -44,6 +44,7 @@ from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import normalise_flags, open_data, open_validation
 from guided_diffusion.options.flags import Flags, numbers, recorded
 from guided_diffusion.options.objective import resolve_objective
+from guided_diffusion.options.presets import preset_notes, refuse_other_preset
 from guided_diffusion.options.segmentation import (
     DataOptions,
     RunOptions,
@@ -169,6 +170,7 @@ def begin(
         if "dropout" in flags.given:  # it may change on the way
             trained.pop("dropout", None)
         normalise_flags(flags).refuse_contradictions(trained, path)
+        refuse_other_preset(flags, trained, path)
         flags = flags.with_resolved(**trained)
     return Beginning(flags, options, run, path, start)
 
@@ -244,8 +246,9 @@ def resolve_training(flags: Flags) -> TrainSetup:
         notes=[
             *([missing_weights_note(missing, training=True)] if missing else []),
             *overwriting_notes(run, start),
+            *preset_notes(given),
             *dead_flags(given, vars(network)),
-            *(attention_notes(network) if "attention_resolutions" in given.given else []),
+            *(attention_notes(network) if given.get("attention_resolutions") else []),
             *dataset.notes,
             *rater_notes(dataset, options, chosen="rater_choice" in given.given),
             *([cached.note] if cached.note else []),

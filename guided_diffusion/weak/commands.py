@@ -21,6 +21,7 @@ from guided_diffusion.inference.provenance import note_run, run_record
 from guided_diffusion.inference.resolve import chosen_steps
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.presets import preset_notes
 from guided_diffusion.options.segmentation import SamplingOptions, dead_flags
 from guided_diffusion.options.weak import (
     ImageSamplingOptions,
@@ -149,7 +150,7 @@ def segment_weakly(flags: Flags) -> None:
     method = options.method or ("cg-cdm" if options.guided else "cdm")
     options = replace(options, method=method, guided=options.guided or method == "cg-cdm")
     logger.configure()
-    for note in dead_flags(flags):
+    for note in [*preset_notes(flags), *dead_flags(flags)]:
         logger.log(note)
     dataset = open_labelled(flags.group(SourceOptions), options.part)
     model = classifier = None

@@ -31,6 +31,7 @@ from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.provenance import run_record
 from guided_diffusion.options.flags import Flags, recorded
+from guided_diffusion.options.presets import preset_notes
 from guided_diffusion.options.segmentation import WatchOptions, dead_flags
 from guided_diffusion.options.weak import (
     ClassifierOptions,
@@ -250,6 +251,7 @@ def _set_up(
         path=begun.path,
         notes=[
             *overwriting_notes(run, start),
+            *preset_notes(begun.flags),
             *notes,
             *dataset.notes,
             *intensity_notes(dataset),
