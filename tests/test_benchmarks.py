@@ -159,3 +159,81 @@ def test_the_device_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
     for _, rate, times, *_ in table:
         assert float(times) == pytest.approx(float(rate) / first, abs=0.01)
     assert sum(line.startswith(("| plain", "| --use_checkpoint")) for line in lines) == 4
+
+
+def run_of(recipe: str, seed: int | str, cases: Sequence[float], **more: Any) -> dict[str, Any]:
+    """A line of the finals on the BraTS slices, with one answer."""
+    answer = {"cases": [*cases], "dice": sum(cases) / len(cases)}
+    return {"stage": "finals", "set": "brats", "recipe": recipe, "seed": seed, **more} | {
+        "test": {"direct": answer}
+    }
+
+
+def test_differences_are_those_of_the_seeds_that_both_have(method: ModuleType) -> None:
+    """The U-Net's third seed, of 0, has no partner; patients a and b differ by 0.2 and 0.1."""
+    tables = importlib.import_module("method_tables")
+    lines = [
+        *(run_of("unet", seed, [0.5, 0.5, 0.6]) for seed in (1, 2)),
+        run_of("unet", 3, [0.0, 0.0, 0.0]),
+        run_of("ours", 1, [0.6, 0.8, 0.7]),
+        run_of("ours", 2, [0.6, 0.8, 0.7]),
+    ]
+    text = tables.differences(lines, ["a", "a", "b"])
+    assert "| patient a | patient b |" in text
+    (row,) = [row for row in text.splitlines() if row.startswith("| ours")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:4] == ["ours", "1, 2", "direct", "+0.1667"]
+    assert cells[4:] == ["+0.1000", "+0.2000", "+0.2000", "+0.1000"]
+    assert len(tables.patients("brats")) == 126 and tables.patients("isic") is None
+
+
+def test_members_are_chosen_among_those_that_spread_as_they_err(method: ModuleType) -> None:
+    found = {
+        "direct": {"spread_skill": None, "dice": 0.9},
+        "alike": {"spread_skill": 0.5, "dice": 0.89},
+        "fitting": {"spread_skill": 1.08, "dice": 0.87},
+        "nearer, but worse": {"spread_skill": 1.0, "dice": 0.8},
+    }
+    assert method.spreading(found) == "fitting"
+    assert method.spreading({name: found[name] for name in ("direct", "alike")}) == "alike"
+
+
+def test_figures_show_what_the_stored_runs_say(method: ModuleType) -> None:
+    figures = importlib.import_module("figures")
+    curve = [(10, 0.01, 0.1), (30, 0.99, 0.9)]
+    sums = figures.as_sums(curve)
+    assert sums[0] == pytest.approx([10, 0.1, 1.0]) and sums[-1] == pytest.approx([30, 29.7, 27])
+    assert sums.sum() == pytest.approx(10 + 0.1 + 1 + 30 + 29.7 + 27)
+
+    lines = method.read(ROOT / "results/method.jsonl")
+    finals = [line for line in lines if line["stage"] == "finals"]
+    drawn = figures.evaluations(lines)
+    level = figures.dice_of(finals, "isic", "unet", "direct")
+    assert f"| unet | 3 | direct | {level:.4f} ± " in method.tables(finals)
+    shown = [list(line.get_ydata()) for line in drawn.axes[0].lines]
+    assert [level, level] in shown
+
+
+@pytest.mark.slow
+def test_trainings_at_full_size_continue_in_their_next_turn(
+    method: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_size = importlib.import_module("full_size")
+    (tmp_path / "brats15_2d").symlink_to(ROOT / "data")
+    small = ("--image_size", "32", "--num_channels", "32", "--channel_mult", "1,2")
+    small += ("--attention_resolutions", "16", "--num_res_blocks", "1", "--batch_size", "2")
+
+    def run(steps: int, cases: int) -> str:
+        words = ("--data", tmp_path, "--out", tmp_path / "out", "--presets", "wolleb")
+        words += ("--runs", tmp_path / "runs.jsonl", "--cases", cases, "--max_steps", steps)
+        monkeypatch.setattr(sys, "argv", ["full_size.py", *map(str, words), "--flags", *small])
+        full_size.main()
+        return (tmp_path / "runs.md").read_text(encoding="utf-8")
+
+    assert "| brats | wolleb | 1 | " in run(1, cases=0)
+    assert "| brats | wolleb | 3 | " in run(3, cases=1)
+    first, second = full_size.read(tmp_path / "runs.jsonl")
+    assert (first["steps"], second["steps"], second["step"]) == (1, 2, 3)
+    assert 0 <= second["dice"] <= 1
+    run(3, cases=1)
+    assert len(full_size.read(tmp_path / "runs.jsonl")) == 2
