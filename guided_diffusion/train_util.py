@@ -45,13 +45,17 @@ from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.estimates import memory_guarded
+from guided_diffusion.training.forecast import TimeForecast, announce_need
 from guided_diffusion.training.reading import BatchReader
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.steps import (
+    GRAPHS,
     StepInputs,
+    clip_gradient,
     last_step,
     learning_rate,
+    not_finite,
     prepare_step,
     refuse_graphs,
 )
@@ -86,6 +90,7 @@ class TrainLoop:
         )
         self.step = self.start = self.bad_steps = 0
         self.last_step = last_step(options)  # 0 for never
+        self.fitting = 0  # images that are expected to fit at a time, once that is known
         self.best = BestScore()
         self.stop = StopSignal()
 
@@ -96,8 +101,8 @@ class TrainLoop:
             weight_decay=options.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        fp16_on_cuda = run.precision == "fp16" and device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16_on_cuda)
+        scaled = precision == "fp16" and device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.averages = {
             rate: ExponentialAverage(net, float(rate)) for rate in options.ema_rate.split(",")
         }
@@ -143,9 +148,10 @@ class TrainLoop:
                 f"the processes would continue from different steps, {starts}",
                 "Use a folder on a file system that all nodes share.",
             )
-        batches = self.reader.begin(self.setup, self.step)
         self.start = start = self.step
         total, patience = self.last_step, self.setup.watch.patience
+        batches = self.reader.begin(self.setup, start)
+        forecast = TimeForecast(start, total, self.device)
         bar = tqdm(initial=start, total=total or None, unit="step", disable=rank() > 0 or None)
         error, failed = None, False
         with closing(batches), self.checkpoints, self.stop as stop:
@@ -167,6 +173,9 @@ class TrainLoop:
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
+                    if text := forecast.after(self.step):
+                        with progress.external_write_mode(sys.stdout):
+                            logger.log(text)
                     if self._due(self.options.log_interval) or self.step == total:
                         progress.set_postfix(loss=f"{loss:.4f}")
                         self._write_log(progress)
@@ -200,8 +209,9 @@ class TrainLoop:
 
     def _memory_guarded(self, *, save: bool) -> AbstractContextManager[None]:
         """Report that memory ran out; of several processes the others may wait, so none saves."""
-        rescue = self._rescue if save else self._free
-        return memory_guarded(self.options, self.step, self.device, rescue)
+        rescue, known = self._rescue if save else self._free, (self.options, self.step, self.device)
+        graphs = self.run.compile in GRAPHS
+        return memory_guarded(*known, rescue, fitting=self.fitting, graphs=graphs)
 
     def _free(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -235,7 +245,7 @@ class TrainLoop:
         if self.step + 1 != self.last_step:
             self.reader.read_ahead(self.step + 1)
         if self._usable(norm, batch):  # waits for the device
-            self._clip(norm)
+            clip_gradient(self.parameters, norm, self.options.grad_clip)
             self.scaler.step(self.optimizer)
             for average in self.averages.values():
                 average.update(self.step)
@@ -279,12 +289,6 @@ class TrainLoop:
             self.schedule_sampler.update(all_gather(drawn.positions), all_gather(seen))
         return total
 
-    def _clip(self, norm: Tensor) -> None:
-        """Shrink a gradient of this norm to the largest that is allowed."""
-        if self.options.grad_clip:
-            shrink = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
-
     def _usable(self, norm: Tensor, batch: Batch) -> bool:
         """Return whether the gradient is finite; count the steps in a row for which it is not.
 
@@ -299,13 +303,7 @@ class TrainLoop:
         self.bad_steps += 1
         if self.bad_steps >= self.options.max_bad_steps:
             cases = ", ".join(chain(*all_gather_object(batch.names)))
-            raise UserError(
-                f"step {self.step}",
-                f"the gradient was not finite {self.bad_steps} times in a row, last for the cases "
-                f"{cases}",
-                "Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py looks at "
-                "the images. The last checkpoint is intact.",
-            )
+            raise not_finite(self.step, self.bad_steps, cases)
         return False
 
     def save(self, *, best: bool = False, numbered: bool = True) -> Path:
@@ -380,13 +378,14 @@ def _run(setup: TrainSetup) -> Path:
     if setup.alias and rank() == 0:
         remove_leftovers(setup.alias.parent)
     logger.rewind(loop.step, new=setup.start is None and setup.options.resume != "auto")
-    device = device_notes(loop.run.precision, loop.device, tf32=loop.run.tf32)
-    for note in [*setup.announce(), *device]:
+    precision, device = loop.run.precision, loop.device
+    for note in [*setup.announce(), *device_notes(precision, device, tf32=loop.run.tf32)]:
         logger.log(note)
     logger.log(
-        f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, "
-        f"{loop.run.precision}; steps {loop.step} to {loop.last_step or 'no end'}"
+        f"{setup.data}; {parameter_count(setup.net)} on {describe(device)}, {precision}; "
+        f"steps {loop.step} to {loop.last_step or 'no end'}"
     )
+    loop.fitting = announce_need(loop.net, loop.options, precision, device)
     try:
         path = loop.run_loop()
     finally:

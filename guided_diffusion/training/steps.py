@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.sampling import MemberNoise
+
+GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that use CUDA graphs."""
 
 
 class Draw(NamedTuple):
@@ -154,13 +157,30 @@ def refuse_graphs(mode: str, options: TrainingOptions, *, cuda: bool) -> None:
     Raises:
         UserError: ``mode`` of torch.compile has graphs, and ``--microbatch`` divides the batch.
     """
-    if cuda and mode in ("reduce-overhead", "max-autotune") and options.microbatch > 0:
+    if cuda and mode in GRAPHS and options.microbatch > 0:
         raise UserError(
             f"--compile {mode}",
             f"does not work with --microbatch {options.microbatch}: a replayed CUDA graph "
             "overwrites the gradients that are added up",
             "Use --compile default, or omit --microbatch.",
         )
+
+
+def clip_gradient(parameters: Sequence[Tensor], norm: Tensor, largest: float) -> None:
+    """Shrink a gradient of this norm to the largest that is allowed; 0 allows any."""
+    if largest:
+        shrink = (largest / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], shrink)
+
+
+def not_finite(step: int, times: int, cases: str) -> UserError:
+    """Make the error for a run whose gradient was not finite so many times in a row."""
+    return UserError(
+        f"step {step}",
+        f"the gradient was not finite {times} times in a row, last for the cases {cases}",
+        "Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py looks at the "
+        "images. The last checkpoint is intact.",
+    )
 
 
 def learning_rate(options: TrainingOptions, step: int) -> float:
