@@ -13,13 +13,14 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sampling
 import torch
 import training
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,6 +164,17 @@ def trained(arguments: argparse.Namespace, device: torch.device, flops: float, r
     call: Callable[[], object] = bool
     print("| training, bf16 | batch | images per second | share of the matrix rate | GiB |")
     print("|---|---|---|---|---|")
+    one = argparse.Namespace(**vars(arguments) | {"batch_size": 1})
+    net, diffusion = training.build(one)
+    parents = training.parents_step(net.to(device), diffusion, data, one)
+    result = measured(parents, device, arguments.repeats)
+    share = 3 * flops / result.seconds / rate
+    print(
+        f"| the parents' procedure, fp32 | 1 | {1 / result.seconds:.2f} | {share:.1%} "
+        f"| {result.gib:.2f} |",
+        flush=True,
+    )
+    del parents, net
     for mode in arguments.compile:
         for checkpointed in (False, True):
             for batch in arguments.batches:
@@ -186,18 +198,37 @@ def trained(arguments: argparse.Namespace, device: torch.device, flops: float, r
     print_profile(call, device)
 
 
+def kernel_times(entries: Iterable[Any]) -> dict[str, float]:
+    """Return the microseconds of each kernel.
+
+    The profiler lists a kernel's time with the operation that launched it and with ranges that
+    were named around it, too; those are left out.
+    """
+    return {
+        entry.key: entry.self_device_time_total
+        for entry in entries
+        if entry.device_type == DeviceType.CUDA and not entry.is_user_annotation
+    }
+
+
+def cpu_times(entries: Iterable[Any]) -> dict[str, float]:
+    """Return the microseconds of each operation on the CPU."""
+    return {entry.key: entry.self_cpu_time_total for entry in entries}
+
+
 def print_profile(call: Callable[[], object], device: torch.device) -> None:
     """Print the operations on which the last row of a table spends its time."""
     cuda = device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=kinds) as seen:
+        started = time.perf_counter()
         call()
         training.synchronise(device)
-    spent = {
-        entry.key: entry.self_device_time_total if cuda else entry.self_cpu_time_total
-        for entry in seen.key_averages()
-    }
+        wall = time.perf_counter() - started
+    spent = kernel_times(seen.key_averages()) if cuda else cpu_times(seen.key_averages())
     total = sum(spent.values())
+    if cuda:
+        print(f"\nthe device is busy for {total / wall / 1e6:.1%} of the time, profiled")
     print("\n| operation of the last row | share of time |\n|---|---|")
     for name in sorted(spent, key=spent.__getitem__, reverse=True)[:12]:
         print(f"| `{name[:90]}` | {spent[name] / total:.1%} |")

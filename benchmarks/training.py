@@ -149,10 +149,12 @@ def our_loop(
 
 
 def our_step(loop: TrainLoop) -> Callable[[], None]:
-    batches = training_batches(loop.setup.dataset, loop.options.batch_size, seed=0)
+    loop.reader.begin(loop.setup, 0)
 
     def step() -> None:
-        loop.run_step(next(batches))
+        batch, _ = loop.reader.next(loop.step)
+        assert batch is not None
+        loop.run_step(batch)
         if loop.step % 100 == 0:
             loop.log.means(loop.parameters)
 

@@ -50,6 +50,11 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def local_world_size() -> int:
+    """Return the number of these processes on this machine."""
+    return _number("LOCAL_WORLD_SIZE", world_size())
+
+
 def _number(variable: str, otherwise: int) -> int:
     """Read a launcher's variable; unset and empty are the same.
 

@@ -240,14 +240,15 @@ class GaussianDiffusion:
         told = t
         if withheld is not None and bool(withheld.any()):
             told = torch.where(withheld, self.last, t)
-            x_t = x_t.masked_fill(withheld.to(x0.device)[:, None, None, None], 0)
+            x_t = x_t.masked_fill(withheld.to(x0.device, non_blocking=True)[:, None, None, None], 0)
         scaled_t = told * self.scale_timestep(1.0) if self.rescale_timesteps else told
-        output = net(x_t, scaled_t.to(x0.device), condition, y)
+        output = net(x_t, scaled_t.to(x0.device, non_blocking=True), condition, y)
         terms = self._diffusion_terms(output.raw.to(x0.dtype), x0, x_t, told, eps)
         if output.coarse is None:
             return terms
         coarse, mask = output.coarse.to(x0.dtype), self.from_range(x0)
-        return terms | COARSE_LOSSES[self.coarse_loss](coarse, mask, t.to(x0.device))
+        there = t.to(x0.device, non_blocking=True)
+        return terms | COARSE_LOSSES[self.coarse_loss](coarse, mask, there)
 
     def _diffusion_terms(
         self, raw: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
@@ -263,7 +264,9 @@ class GaussianDiffusion:
             return {"loss": vb * len(self.kept), "vb": vb}
 
         mse = _mean_per_sample((value - self._target(x0, t, eps)) ** 2)
-        loss = mse * self._weight(t).to(mse) if self.min_snr_gamma else mse
+        loss = mse
+        if self.min_snr_gamma:
+            loss = mse * self._weight(t).to(mse, non_blocking=True)
         if not self.learn_sigma:
             return {"loss": loss, "mse": mse}
 
@@ -331,7 +334,7 @@ class GaussianDiffusion:
         true_mean = clean_weight * x0 + noisy_weight * x_t
         kl = _mean_per_sample(normal_kl(true_mean, low, mean, log_var))
         nll = _mean_per_sample(-discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_var))
-        first = (t == self.kept[0]).to(x0.device)
+        first = (t == self.kept[0]).to(x0.device, non_blocking=True)
         return torch.where(first, nll, kl) / math.log(2)
 
     def _log_variance_bounds(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -34,16 +34,25 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """Options that all blocks of one network share; 0 ``emb_channels``: no embedded timestep."""
+    """Options that all blocks of one network share; 0 ``emb_channels``: no embedded timestep.
+
+    Of a network's levels, ``use_checkpoint`` concerns the ``checkpoint_levels`` finest.
+    """
 
     emb_channels: int
     dropout: float = 0.0
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     use_checkpoint: bool = False
+    checkpoint_levels: int = 1000
     num_heads: int = 1
     num_head_channels: int = -1
     use_new_attention_order: bool = False
+
+    def at_level(self, level: int) -> BlockStyle:
+        """Return the options of the blocks at a level; 0 is the finest."""
+        active = self.use_checkpoint and level < self.checkpoint_levels
+        return replace(self, use_checkpoint=active)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -308,17 +317,16 @@ def contracting_path(
     blocks: list[nn.Module] = [TimestepEmbedSequential(stem)]
     channels = [widths[0]]
     for level, width in enumerate(widths):
+        own = style.at_level(level)
         for _ in range(num_res_blocks):
-            layers: list[nn.Module] = [ResBlock(channels[-1], width, style)]
+            layers: list[nn.Module] = [ResBlock(channels[-1], width, own)]
             if 2**level in attention_ds:
-                layers.append(AttentionBlock(width, style))
+                layers.append(AttentionBlock(width, own))
             blocks.append(TimestepEmbedSequential(*layers))
             channels.append(width)
         if level < len(widths) - 1:
             halving = (
-                ResBlock(width, width, style, "down")
-                if style.resblock_updown
-                else Downsample(width)
+                ResBlock(width, width, own, "down") if style.resblock_updown else Downsample(width)
             )
             blocks.append(TimestepEmbedSequential(halving))
             channels.append(width)

@@ -39,6 +39,8 @@ NETWORKS: dict[str, Callable[..., UNetModel]] = {
     "2": SpectrumUNet,
 }
 """The network class of each ``--version``."""
+CHECKPOINT_LEVELS = {"none": 0, "fine": 2, "all": 1000}
+"""The number of levels that ``--checkpoint_levels`` means, the finest first."""
 _COARSE_LOSS = {"plain": "none", "unet": "none", "1": "mse", "new": "mse", "2": "dice_ce"}
 _CHANNEL_MULT = {
     32: (1, 2, 2, 2),
@@ -90,6 +92,7 @@ def create_model(
         )
     if network.version == "unet" and network.class_cond:
         raise UserError("--class_cond True", "cannot be combined with --version unet", "Omit it.")
+    levels = _checkpoint_levels(network)
     mask_channels = network.in_ch if of_images else count_masks(classes)
     multipliers, attention_ds = channel_multipliers(network), _attention_ds(network)
     for level, factor in enumerate(multipliers):
@@ -106,7 +109,8 @@ def create_model(
         dropout=network.dropout,
         channel_mult=multipliers,
         num_classes=NUM_CLASSES if network.class_cond else None,
-        use_checkpoint=network.use_checkpoint,
+        use_checkpoint=levels > 0,
+        checkpoint_levels=levels,
         num_heads=network.num_heads,
         num_head_channels=network.num_head_channels,
         num_heads_upsample=network.num_heads_upsample,
@@ -115,6 +119,18 @@ def create_model(
         use_new_attention_order=network.use_new_attention_order,
         **({"ss_blocks": network.ss_blocks} if network.version == "2" else {}),
     )
+
+
+def _checkpoint_levels(network: NetworkOptions) -> int:
+    """Return how many levels recompute their activations; ``--use_checkpoint`` means all."""
+    named = network.checkpoint_levels
+    if network.use_checkpoint and named not in ("", "all"):
+        raise UserError(
+            f"--checkpoint_levels {named}",
+            "contradicts --use_checkpoint True, which means --checkpoint_levels all",
+            "Omit --use_checkpoint.",
+        )
+    return CHECKPOINT_LEVELS[named or ("all" if network.use_checkpoint else "none")]
 
 
 def create_classifier(**flags: Any) -> EncoderUNetModel | ResNet50:

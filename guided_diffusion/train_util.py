@@ -8,8 +8,9 @@ CPU with the same number of threads, whatever the number of reading processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +21,7 @@ from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import Checkpoint
-from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import Batch, training_batches
+from guided_diffusion.data.batches import Batch
 from guided_diffusion.dist_util import (
     all_gather,
     all_gather_object,
@@ -38,15 +38,27 @@ from guided_diffusion.dist_util import (
 )
 from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.files import expanded, remove_leftovers
+from guided_diffusion.inference.precision import device_notes, resolve_precision, set_up_kernels
 from guided_diffusion.inference.run_lock import TRAINING, only_run
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.estimates import memory_guarded
+from guided_diffusion.training.forecast import TimeForecast, announce_need
+from guided_diffusion.training.reading import BatchReader
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.step_log import StepLog
-from guided_diffusion.training.steps import draw, last_step, learning_rate
+from guided_diffusion.training.steps import (
+    GRAPHS,
+    StepInputs,
+    clip_gradient,
+    last_step,
+    learning_rate,
+    not_finite,
+    prepare_step,
+    refuse_graphs,
+)
 from guided_diffusion.training.stop_signal import StopSignal
 from guided_diffusion.training.validation import BestScore
 from guided_diffusion.unet import EncodeAndPredict, UNetModel
@@ -68,25 +80,29 @@ class TrainLoop:
         self.model = wrap_ddp(net if setup.losses else EncodeAndPredict(cast(UNetModel, net)))
         self.diffusion = setup.diffusion
         self.options = options = setup.options
-        self.run = run = setup.run
+        self.device = device = next(net.parameters()).device
+        precision = resolve_precision(setup.run.precision, device)
+        self.run = run = replace(setup.run, precision=precision)
+        refuse_graphs(run.compile, options, cuda=device.type == "cuda")
+        set_up_kernels(device, tf32=run.tf32, one_size=True)
         self.schedule_sampler = create_named_schedule_sampler(
             options.schedule_sampler, len(self.diffusion.kept)
         )
         self.step = self.start = self.bad_steps = 0
         self.last_step = last_step(options)  # 0 for never
+        self.fitting = 0  # images that are expected to fit at a time, once that is known
         self.best = BestScore()
         self.stop = StopSignal()
 
-        self.device = next(net.parameters()).device
         self.parameters = list(net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=options.lr,
             weight_decay=options.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=device.type in ("cpu", "cuda"),
         )
-        fp16_on_cuda = run.precision == "fp16" and self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16_on_cuda)
+        scaled = precision == "fp16" and device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.averages = {
             rate: ExponentialAverage(net, float(rate)) for rate in options.ema_rate.split(",")
         }
@@ -103,6 +119,7 @@ class TrainLoop:
             keep=options.keep,
             after_save=setup.after_save,
         )
+        self.reader = BatchReader(self._prepare, options, device, self.stop)
         self._set_rate()
 
     def restore(
@@ -131,20 +148,10 @@ class TrainLoop:
                 f"the processes would continue from different steps, {starts}",
                 "Use a folder on a file system that all nodes share.",
             )
-        batches = training_batches(
-            self.setup.dataset,
-            self.options.batch_size,
-            seed=self.run.seed,
-            first_step=self.step,
-            workers=self.options.num_workers,
-            augmentation=Augmentation() if self.options.augment else None,
-            rater_choice=self.options.rater_choice,
-            foreground=self.setup.foreground,
-            rank=rank(),
-            world_size=world_size(),
-        )
         self.start = start = self.step
         total, patience = self.last_step, self.setup.watch.patience
+        batches = self.reader.begin(self.setup, start)
+        forecast = TimeForecast(start, total, self.device)
         bar = tqdm(initial=start, total=total or None, unit="step", disable=rank() > 0 or None)
         error, failed = None, False
         with closing(batches), self.checkpoints, self.stop as stop:
@@ -152,7 +159,7 @@ class TrainLoop:
                 if self.best.owed and self._validate(progress, owed=True):
                     self.save(best=True, numbered=False)
                 while not total or self.step < total:
-                    batch, error = self._read(batches)
+                    batch, error = self.reader.next(self.step)
                     if any_rank(batch is None) or batch is None:
                         failed = any_rank(error is not None)
                         break
@@ -166,6 +173,9 @@ class TrainLoop:
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
                     progress.update()
+                    if text := forecast.after(self.step):
+                        with progress.external_write_mode(sys.stdout):
+                            logger.log(text)
                     if self._due(self.options.log_interval) or self.step == total:
                         progress.set_postfix(loss=f"{loss:.4f}")
                         self._write_log(progress)
@@ -186,20 +196,22 @@ class TrainLoop:
                 raise error
             return path
 
-    def _read(self, batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
-        """Read the next batch: none after a signal; none, and the error, if it cannot be read."""
-        try:
-            with self.stop.at_once(), self._memory_guarded(save=False):
-                return next(batches), None
-        except Stopped:
-            return None, None
-        except UserError as error:
-            return None, error
+    def _prepare(self, batch: Batch, step: int) -> StepInputs:
+        return prepare_step(
+            batch,
+            self.setup.prepare_batch,
+            self.schedule_sampler,
+            self.diffusion,
+            seed=self.run.seed,
+            step=step,
+            device=self.device,
+        )
 
     def _memory_guarded(self, *, save: bool) -> AbstractContextManager[None]:
         """Report that memory ran out; of several processes the others may wait, so none saves."""
-        rescue = self._rescue if save else self._free
-        return memory_guarded(self.options, self.step, self.device, rescue)
+        rescue, known = self._rescue if save else self._free, (self.options, self.step, self.device)
+        graphs = self.run.compile in GRAPHS
+        return memory_guarded(*known, rescue, fitting=self.fitting, graphs=graphs)
 
     def _free(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,8 +242,10 @@ class TrainLoop:
         norm = self.log.gradient(self.parameters)
         for buffer, old in zip(self.net.buffers(), before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
-        if self._usable(norm, batch):
-            self._clip(norm)
+        if self.step + 1 != self.last_step:
+            self.reader.read_ahead(self.step + 1)
+        if self._usable(norm, batch):  # waits for the device
+            clip_gradient(self.parameters, norm, self.options.grad_clip)
             self.scaler.step(self.optimizer)
             for average in self.averages.values():
                 average.update(self.step)
@@ -243,33 +257,28 @@ class TrainLoop:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Accumulate the gradient of the whole batch by microbatches; return its mean loss."""
-        prepared = self.setup.prepare_batch(batch)
-        condition = prepared.condition.to(self.device, non_blocking=True)
-        x0 = self.diffusion.to_range(prepared.x0.to(self.device, non_blocking=True))
-        y = None if prepared.y is None else prepared.y.to(self.device, non_blocking=True)
-        drawn = draw(self.schedule_sampler, self.diffusion, x0.shape, self.run.seed, self.step)
-        eps = drawn.eps.to(self.device, non_blocking=True)
+        inputs = self.reader.inputs(batch, self.step)
+        x0, y, drawn = inputs.x0, inputs.y, inputs.drawn
 
         total, losses = torch.zeros((), device=self.device), list[Tensor]()
         size = self.options.microbatch if self.options.microbatch > 0 else len(x0)
-        parts = torch.arange(len(x0)).split(size)
         scored_by = self.setup.losses or self.diffusion.training_losses
-        for rows in parts:
-            chosen = rows.to(self.device)
-            last = rows is parts[-1]
-            with autocast(self.device, self.run.precision), no_sync(self.model, not last):
-                terms = scored_by(
-                    self.model,
-                    x0[chosen],
-                    drawn.t[rows],
-                    eps=eps[chosen],
-                    condition=condition[chosen],
-                    y=None if y is None else y[chosen],
-                    withheld=drawn.withheld[rows],
-                )
-                loss = (terms["loss"] * drawn.weights[rows].to(self.device)).sum() / len(x0)
-                if "coarse" in terms:
-                    loss = loss + terms["coarse"].sum() / len(x0)
+        for first in range(0, len(x0), size):
+            rows = slice(first, first + size)
+            with no_sync(self.model, first + size < len(x0)):
+                with autocast(self.device, self.run.precision):
+                    terms = scored_by(
+                        self.model,
+                        x0[rows],
+                        drawn.t[rows],
+                        eps=drawn.eps[rows],
+                        condition=inputs.condition[rows],
+                        y=None if y is None else y[rows],
+                        withheld=drawn.withheld[rows],
+                    )
+                    loss = (terms["loss"] * drawn.weights[rows]).sum() / len(x0)
+                    if "coarse" in terms:
+                        loss = loss + terms["coarse"].sum() / len(x0)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             terms = {name: values.detach() for name, values in terms.items()}
@@ -279,12 +288,6 @@ class TrainLoop:
             seen = torch.cat(losses).masked_fill(drawn.withheld.to(self.device), torch.nan)
             self.schedule_sampler.update(all_gather(drawn.positions), all_gather(seen))
         return total
-
-    def _clip(self, norm: Tensor) -> None:
-        """Shrink a gradient of this norm to the largest that is allowed."""
-        if self.options.grad_clip:
-            shrink = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
 
     def _usable(self, norm: Tensor, batch: Batch) -> bool:
         """Return whether the gradient is finite; count the steps in a row for which it is not.
@@ -300,13 +303,7 @@ class TrainLoop:
         self.bad_steps += 1
         if self.bad_steps >= self.options.max_bad_steps:
             cases = ", ".join(chain(*all_gather_object(batch.names)))
-            raise UserError(
-                f"step {self.step}",
-                f"the gradient was not finite {self.bad_steps} times in a row, last for the cases "
-                f"{cases}",
-                "Lower --lr, use --grad_clip 1 or --precision fp32; scripts/check_data.py looks at "
-                "the images. The last checkpoint is intact.",
-            )
+            raise not_finite(self.step, self.bad_steps, cases)
         return False
 
     def save(self, *, best: bool = False, numbered: bool = True) -> Path:
@@ -381,12 +378,14 @@ def _run(setup: TrainSetup) -> Path:
     if setup.alias and rank() == 0:
         remove_leftovers(setup.alias.parent)
     logger.rewind(loop.step, new=setup.start is None and setup.options.resume != "auto")
-    for note in setup.announce():
+    precision, device = loop.run.precision, loop.device
+    for note in [*setup.announce(), *device_notes(precision, device, tf32=loop.run.tf32)]:
         logger.log(note)
     logger.log(
-        f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, "
-        f"{setup.run.precision}; steps {loop.step} to {loop.last_step or 'no end'}"
+        f"{setup.data}; {parameter_count(setup.net)} on {describe(device)}, {precision}; "
+        f"steps {loop.step} to {loop.last_step or 'no end'}"
     )
+    loop.fitting = announce_need(loop.net, loop.options, precision, device)
     try:
         path = loop.run_loop()
     finally:

@@ -69,6 +69,8 @@ class UNetModel(nn.Module):
         mask_channels: K, the last of the input channels.
         channel_mult: width of each level in units of ``model_channels``.
         num_classes: number of class labels, for a class-conditional network.
+        use_checkpoint: recompute activations in the backward pass, to save memory.
+        checkpoint_levels: of so many levels, the finest first.
         num_heads_upsample: attention heads of the expanding path; -1 for ``num_heads``.
         diffuses: the network sees a noisy mask and the timestep; see :class:`DirectUNet`.
 
@@ -89,6 +91,7 @@ class UNetModel(nn.Module):
         mask_channels: int = 1,
         num_classes: int | None = None,
         use_checkpoint: bool = False,
+        checkpoint_levels: int = 1000,
         num_heads: int = 1,
         num_head_channels: int = -1,
         num_heads_upsample: int = -1,
@@ -105,7 +108,6 @@ class UNetModel(nn.Module):
         self.mask_channels = mask_channels
         self.num_classes = num_classes
         self.num_res_blocks = num_res_blocks
-        self.use_checkpoint = use_checkpoint
         self.widths = widths = [int(mult * model_channels) for mult in channel_mult]
 
         # Options of all blocks; the expanding path may have another number of heads.
@@ -115,10 +117,12 @@ class UNetModel(nn.Module):
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,
             use_checkpoint=use_checkpoint,
+            checkpoint_levels=checkpoint_levels,
             num_heads=num_heads,
             num_head_channels=num_head_channels,
             use_new_attention_order=use_new_attention_order,
         )
+        self.style = style
         decoder_style = (
             style if num_heads_upsample == -1 else replace(style, num_heads=num_heads_upsample)
         )
@@ -137,7 +141,7 @@ class UNetModel(nn.Module):
             attention_resolutions,
             style,
         )
-        self.middle_block = middle_block(widths[-1], style)
+        self.middle_block = middle_block(widths[-1], style.at_level(len(widths) - 1))
         self.output_blocks = _expanding_path(
             skips, widths, num_res_blocks, attention_resolutions, decoder_style
         )
@@ -255,16 +259,15 @@ def _expanding_path(
     channels = widths[-1]
     blocks = []
     for level, width in reversed(list(enumerate(widths))):
+        own = style.at_level(level)
         for position in range(num_res_blocks + 1):
-            layers: list[nn.Module] = [ResBlock(channels + remaining.pop(), width, style)]
+            layers: list[nn.Module] = [ResBlock(channels + remaining.pop(), width, own)]
             channels = width
             if 2**level in attention_ds:
-                layers.append(AttentionBlock(width, style))
+                layers.append(AttentionBlock(width, own))
             if level and position == num_res_blocks:
                 layers.append(
-                    ResBlock(width, width, style, "up")
-                    if style.resblock_updown
-                    else Upsample(width)
+                    ResBlock(width, width, own, "up") if own.resblock_updown else Upsample(width)
                 )
             blocks.append(TimestepEmbedSequential(*layers))
     return nn.ModuleList(blocks)

@@ -55,6 +55,7 @@ def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) ->
     flags = {key: options.pop(key) for key in list(options) if key in own}
     channels_last, rest = options.pop("channels_last", False), options.pop("rest", {})
     steps = options.pop("diffusion_steps", 100)
+    precision = options.pop("precision", "fp32")
     net, diffusion = create_model_and_diffusion(**{**DISC_FLAGS, **flags}, diffusion_steps=steps)
     generator = torch.Generator().manual_seed(0)
     for parameter in net.parameters():
@@ -64,7 +65,7 @@ def make_loop(out_dir: Path, *, size: int = 6, seed: int = 1, **options: Any) ->
     settings = TrainingOptions(
         **{"batch_size": 4, "lr": 1e-3, "ema_rate": "0.9,0.99", "log_interval": 1, **options}
     )
-    run = RunOptions(out_dir=str(out_dir), seed=seed)
+    run = RunOptions(out_dir=str(out_dir), seed=seed, precision=precision)
     return TrainLoop(TrainSetup(net, diffusion, Discs(size), settings, run, **rest))
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,7 +150,9 @@ def test_the_device_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
     monkeypatch.setattr(sys, "argv", ["device.py", *flags])
     device.main()
     lines = capsys.readouterr().out.splitlines()
-    table = [line.split(" | ") for line in lines if "| ours" in line or "| the parents'" in line]
+    assert sum(line.startswith("| the parents' procedure, fp32 | 1 |") for line in lines) == 1
+    rows = [line for line in lines if "| ours" in line or "| the parents' procedure, batch" in line]
+    table = [line.split(" | ") for line in rows]
     assert [row[0].removeprefix("| ") for row in table] == [
         "the parents' procedure, batch 1, fp32",
         *("ours, fp32", "ours, bf16"),
@@ -237,3 +239,31 @@ def test_trainings_at_full_size_continue_in_their_next_turn(
     assert 0 <= second["dice"] <= 1
     run(3, cases=1)
     assert len(full_size.read(tmp_path / "runs.jsonl")) == 2
+
+
+def test_the_profile_counts_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the profiler lists them: a kernel, the operation that launched it, a range around both."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    device = importlib.import_module("device")
+    kinds = torch.autograd.DeviceType
+
+    def entry(key: str, kind: Any, named: bool = False) -> Any:
+        return SimpleNamespace(
+            key=key, device_type=kind, is_user_annotation=named, self_device_time_total=5.0
+        )
+
+    listed = [entry("aten::conv2d", kinds.CPU), entry("gemm_kernel", kinds.CUDA)]
+    listed += [entry("Optimizer.step", kinds.CUDA, named=True), entry("copy", kinds.CUDA)]
+    assert device.kernel_times(listed) == {"gemm_kernel": 5.0, "copy": 5.0}
+
+
+def test_the_table_of_memory(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    memory = importlib.import_module("memory")
+    words = ["memory.py", "--sizes", "32", "--versions", "plain", "--precision", "bf16"]
+    monkeypatch.setattr(sys, "argv", words)
+    memory.main()
+    said = capsys.readouterr().out
+    assert "simulated" in said or torch.cuda.is_available()
+    values = [float(line.split(" | ")[2].rstrip(" |")) for line in said.splitlines()[4:]]
+    assert len(values) == 3 and values == sorted(values, reverse=True) and values[0] > 0

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import loops
 import pytest
 import torch
 from helpers import NETWORK, ROOT
@@ -21,12 +23,16 @@ from guided_diffusion.checkpoint import load_checkpoint, load_weights
 from guided_diffusion.data.batches import Batch
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.dist_util import autocast, describe, dev, place_model
+from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import make_plan
+from guided_diffusion.inference.precision import resolve_precision
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training.cost import image_cost
 from guided_diffusion.training.resolve import TrainSetup
+from guided_diffusion.training.steps import reading_processes
 from guided_diffusion.unet import UNetModel
 
 pytestmark = [
@@ -73,7 +79,7 @@ def batch() -> Batch:
 
 def make_loop(device: torch.device, folder: Path, **flags: Any) -> TrainLoop:
     """A loop whose network, noise and batch are the same on every device."""
-    run = {k: flags.pop(k) for k in ("precision", "compile") if k in flags}
+    run = {k: flags.pop(k) for k in ("precision", "compile", "tf32") if k in flags}
     net, diffusion = random_network(device, **flags)
     if run.get("compile"):
         place_model(net, device, compile=run["compile"])
@@ -192,6 +198,121 @@ def test_a_resumed_run_continues_with_the_same_optimiser(tmp_path: Path, quiet: 
     near(again.run_step(batch()), loop.run_step(batch()), "fp32")
     for one, other in zip(again.parameters, loop.parameters, strict=True):
         near(one.detach(), other.detach(), "fp32")
+
+
+def test_auto_is_what_the_device_computes_itself(tmp_path: Path) -> None:
+    native = torch.cuda.get_device_capability(CUDA)[0] >= 8
+    assert resolve_precision("auto", CUDA) == ("bf16" if native else "fp32")
+    for tf32 in (False, True):
+        loop = make_loop(CUDA, tmp_path, precision="auto", tf32=tf32)
+        assert torch.backends.cudnn.allow_tf32 is tf32 and torch.backends.cudnn.benchmark
+        assert float(loop.run_step(batch())) > 0
+
+
+def test_without_tf32_convolutions_are_those_of_the_cpu(tmp_path: Path) -> None:
+    losses = []
+    for device in (CPU, CUDA):
+        losses.append(make_loop(device, tmp_path, tf32=False).forward_backward(batch()))
+    assert_close(losses[1].cpu(), losses[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"mask_loss": "dice_ce", "mask_dropout": 0.5}, {"learn_sigma": True}]
+)
+def test_a_step_waits_for_the_device_once(flags: dict[str, Any], tmp_path: Path) -> None:
+    """In its loss nowhere; torch raises an error where a call would wait."""
+    loop = make_loop(CUDA, tmp_path, **flags)
+    for _ in range(2):
+        loop.run_step(batch())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.forward_backward(batch())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_is_read_ahead_by_other_processes_changes_no_step(tmp_path: Path, quiet: None) -> None:
+    weights = []
+    for workers in (0, -1):
+        loop = loops.make_loop(tmp_path, max_steps=6, num_workers=workers, dropout=0.3)
+        loop = make_on_cuda(loop, workers)
+        loop.run_loop()
+        weights.append(torch.cat([p.detach().flatten() for p in loop.parameters]))
+    near(weights[1], weights[0], "fp32")
+
+
+def make_on_cuda(loop: TrainLoop, workers: int) -> TrainLoop:
+    """The loop over discs with its network on the device."""
+    assert (reading_processes(workers, CUDA) > 0) == (workers != 0)
+    return TrainLoop(replace(loop.setup, net=place_model(loop.setup.net, CUDA)))
+
+
+@pytest.mark.parametrize("version", ["plain", "new", "1", "2"])
+def test_recomputed_levels_have_the_same_gradient_and_less_memory(version: str) -> None:
+    gradients, peaks = [], []
+    for levels in ("none", "fine", "all"):
+        flags = {"image_size": 128, "channel_mult": "1,1,2,2", "version": version}
+        net, _ = random_network(CUDA, **flags, checkpoint_levels=levels)
+        image, x = torch.ones(4, 1, 128, 128, device=CUDA), torch.ones(4, 1, 128, 128, device=CUDA)
+        for _ in range(2):
+            net.zero_grad()
+            torch.manual_seed(0)
+            torch.cuda.reset_peak_memory_stats(CUDA)
+            net(x, torch.ones(4, device=CUDA), net.encode(image)).raw.square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated(CUDA))
+        found = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
+    near(gradients[1], gradients[0], "fp32")
+    near(gradients[2], gradients[0], "fp32")
+    assert peaks[2] < peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize("version", ["plain", "2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_simulated_memory_is_near_the_measured_one(version: str, precision: str) -> None:
+    flags = {"image_size": 256, "num_channels": 64, "channel_mult": "1,1,2,2", "version": version}
+    net, _ = random_network(CUDA, **flags)
+    expected = image_cost(net).gib_in(precision)
+    image, x = (torch.ones(4, 1, 256, 256, device=CUDA) for _ in range(2))
+    for _ in range(2):
+        net.zero_grad(set_to_none=False)
+        before = torch.cuda.memory_allocated(CUDA)
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        with autocast(CUDA, precision):
+            out = net(x, torch.ones(4, device=CUDA), net.encode(image))
+        out.raw.float().square().mean().backward()
+        del out
+    measured = (torch.cuda.max_memory_allocated(CUDA) - before) / 4 / 2**30
+    assert expected == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("levels", ["fine", "all"])
+def test_compiled_training_recomputes_levels(mode: str, levels: str, tmp_path: Path) -> None:
+    plain, other = (
+        make_loop(CUDA, tmp_path, compile=how, checkpoint_levels=saved)
+        for how, saved in (("", "none"), (mode, levels))
+    )
+    for _ in range(4):
+        near(other.run_step(batch()), plain.run_step(batch()), "fp32")
+
+
+def test_cuda_graphs_refuse_accumulated_gradients(tmp_path: Path) -> None:
+    loop = make_loop(CUDA, tmp_path)
+    options = replace(loop.options, microbatch=2)
+    for mode in ("reduce-overhead", "max-autotune"):
+        run = replace(loop.setup.run, compile=mode)
+        with pytest.raises(UserError, match="--microbatch 2"):
+            TrainLoop(replace(loop.setup, options=options, run=run))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_microbatches_have_the_gradient_of_the_batch(tmp_path: Path) -> None:
+    whole, parts = (make_loop(CUDA, tmp_path, compile="default") for _ in range(2))
+    parts.options = replace(parts.options, microbatch=2)
+    for _ in range(3):
+        near(parts.run_step(batch()), whole.run_step(batch()), "fp32")
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.script_util import create_model
 from guided_diffusion.training import estimates
 
+CPU = torch.device("cpu")
 FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. "
 
 
@@ -151,16 +152,17 @@ def test_what_fits_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse(3 * fitting)
 
 
-def test_the_estimate_is_what_autograd_keeps() -> None:
-    small = NetworkOptions(image_size=32, num_channels=32, channel_mult="1,2", num_heads=1)
-    with torch.device("meta"):
-        one, two = (
-            estimates.activations_gib(create_model(flags, DiffusionOptions()))
-            for flags in (small, replace(small, image_size=64))
-        )
-    assert two == pytest.approx(4 * one, rel=0.1)
-    width = 4 * 32 * 32**2 / 2**30  # one map of the first level
-    assert 20 * width < one < 200 * width
+def test_a_step_that_is_too_large_names_what_would_fit() -> None:
+    def hint(batch: int, **known: Any) -> str:
+        options = TrainingOptions(batch_size=batch)
+        error = estimates.step_too_large("full", options, step=0, device=CPU, **known)
+        return str(error).split("GiB. ")[1]
+
+    assert hint(16).startswith("Use --microbatch 8 for the same gradient")
+    assert hint(16, fitting=5).startswith("Use --microbatch 5 for the same gradient")
+    assert hint(16, fitting=40).startswith("Use --microbatch 8 ")
+    assert hint(16, fitting=5, graphs=True) == "Use --batch_size 5, or --checkpoint_levels all."
+    assert hint(1).startswith("Use --checkpoint_levels all, --precision auto, or a smaller --image")
 
 
 class Full:

@@ -495,7 +495,7 @@ BAD_TRAINING: dict[str, Mistake] = {
     "endless rate": (lambda b, r, t: ["--lr", "inf"], ("--lr", "inf", "finite")),
     "negative decay": (lambda b, r, t: ["--weight_decay", -1], ("--weight_decay", "-1")),
     "dropout": (lambda b, r, t: ["--dropout", 2], ("--dropout", "2")),
-    "workers": (lambda b, r, t: ["--num_workers", -1], ("--num_workers", "-1")),
+    "workers": (lambda b, r, t: ["--num_workers", -2], ("--num_workers", "-2")),
     "no device": (lambda b, r, t: ["--gpu_dev", "abc"], ("--gpu_dev", "'abc'", "an index from 0")),
     "two precisions": (
         lambda b, r, t: ["--precision", "bf16", "--use_fp16", True],

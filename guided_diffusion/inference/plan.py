@@ -14,6 +14,7 @@ from guided_diffusion.dist_util import describe, total_gib
 from guided_diffusion.dpm_solver import solver_levels
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.inference.precision import resolve_precision
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.schedule import NoiseLevel
@@ -195,7 +196,7 @@ def make_plan(
         measure=options.uncertainty,
         seed=run.seed,
         batch_size=options.batch_size or (8 if device.type == "cpu" else 32),
-        precision=run.precision,
+        precision=resolve_precision(run.precision, device),
         compile=run.compile,
         temperature=options.temperature,
         coarse=options.coarse,

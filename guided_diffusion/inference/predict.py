@@ -18,6 +18,7 @@ from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import run_cases, share_of
+from guided_diffusion.inference.precision import device_notes
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
 from guided_diffusion.inference.provenance import note_run, note_sampling, run_record
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
@@ -45,7 +46,8 @@ def run_sampling(setup: SampleSetup) -> None:
     sinks = [VisdomSink(options.visdom, environment=page_of(run))] if options.visdom else []
     logger.configure(quiet=rank() > 0, sinks=sinks if rank() == 0 else [])
     segmenter = Segmenter.from_setup(setup)
-    for line in [*setup.notes, str(dataset), str(segmenter)]:
+    device = device_notes(segmenter.plan.precision, segmenter.device, tf32=run.tf32)
+    for line in [*setup.notes, *device, str(dataset), str(segmenter)]:
         logger.log(line)
     out_dir = expanded(run.out_dir)
     with only_run(out_dir, SAMPLING):

@@ -49,6 +49,7 @@ from guided_diffusion.inference.plan import (
     make_plan,
     within_memory,
 )
+from guided_diffusion.inference.precision import set_up_kernels
 from guided_diffusion.inference.resolve import NetworkSetup, SampleSetup, resolve_sampling
 from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.nn import AttentionBlock, Dropout
@@ -368,6 +369,7 @@ def _build(one: NetworkSetup, setup: SampleSetup, *, batch_size: int) -> Trained
         source += f", taken as trained on {len(process.schedule)} steps (--trained_steps)"
     if missing:
         source += f"; {missing_weights_note(missing)}"
+    set_up_kernels(device, tf32=setup.run.tf32, one_size=not setup.frame.crop)
     net = place_model(net, device, compile=plan.compile)
     return TrainedNetwork(net, process, plan, source)
 

@@ -74,21 +74,28 @@ class ConditionUNet(nn.Module):
         in_channels: channels of the image.
         mask_channels: K.
         widths: channels of each level, finest first; multiples of 32.
-        use_checkpoint: recompute activations to save memory.
+        checkpoint_levels: so many of the finest levels recompute activations to save memory.
     """
 
     def __init__(
-        self, in_channels: int, mask_channels: int, widths: Sequence[int], *, use_checkpoint: bool
+        self,
+        in_channels: int,
+        mask_channels: int,
+        widths: Sequence[int],
+        *,
+        checkpoint_levels: int = 0,
     ) -> None:
         super().__init__()
         channels = [in_channels, *widths]
         self.contracting = nn.ModuleList(
-            ConvBlock(i, o, use_checkpoint) for i, o in pairwise(channels)
+            ConvBlock(i, o, level < checkpoint_levels)
+            for level, (i, o) in enumerate(pairwise(channels))
         )
         self.halving = nn.ModuleList(Downsample(width) for width in widths[:-1])
         self.doubling = nn.ModuleList(Upsample(width) for width in widths[:0:-1])
         self.expanding = nn.ModuleList(
-            ConvBlock(deep + fine, fine, use_checkpoint) for deep, fine in pairwise(widths[::-1])
+            ConvBlock(widths[level + 1] + widths[level], widths[level], level < checkpoint_levels)
+            for level in reversed(range(len(widths) - 1))
         )
         self.out = nn.Conv2d(widths[0], mask_channels, 1)
 
@@ -193,7 +200,7 @@ class SpectrumUNet(UNetModel):
             self.in_channels - self.mask_channels,
             self.mask_channels,
             self.widths,
-            use_checkpoint=self.use_checkpoint,
+            checkpoint_levels=self.style.checkpoint_levels if self.style.use_checkpoint else 0,
         )
         self.spatial_attention = UncertainSpatialAttention(self.widths[0])
         self.ss_former = nn.ModuleList(
@@ -224,8 +231,9 @@ class SpectrumUNet(UNetModel):
         first = constrain(self.enter(x, condition), condition.gate)
         skips = self.contract(first, emb)
 
+        recompute = self.style.at_level(len(self.widths) - 1).use_checkpoint
         deepest, joined = skips[-1], condition.deepest
         for block in self.ss_former:
-            joined = maybe_checkpoint(self.use_checkpoint, block, joined, deepest, emb)
+            joined = maybe_checkpoint(recompute, block, joined, deepest, emb)
         raw = self.expand(deepest + self.join(joined), skips, emb)
         return Output(raw, condition.coarse)

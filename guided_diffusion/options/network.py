@@ -40,7 +40,14 @@ class NetworkOptions:
     class_cond: bool = flag(False, "condition on a class label (not in segmentation)")
     ss_blocks: int = flag(2, "SS-Former blocks of version 2", least=1, cap=100)
     dropout: float = flag(0.0, "dropout probability inside residual blocks", least=0, most=1)
-    use_checkpoint: bool = flag(False, "recompute activations to save memory", run=True)
+    use_checkpoint: bool = flag(False, "the same as --checkpoint_levels all", run=True)
+    checkpoint_levels: str = flag(
+        "",
+        "levels whose activations are recomputed to save memory: fine, the two finest, which have "
+        "most of them; empty: by use_checkpoint",
+        choices=("", "all", "fine", "none"),
+        run=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,13 @@ class RunOptions:
     multi_gpu: str = flag("", "CUDA devices to share the work, as in 0,1,2")
     use_fp16: bool = flag(False, "the same as --precision fp16")
     precision: str = flag(
-        "fp32", "arithmetic of the network's layers", choices=("fp32", "bf16", "fp16")
+        "fp32",
+        "arithmetic of the network's layers; auto: bf16 where the device computes it itself (CUDA "
+        "from capability 8, processors with AVX512-BF16 or AMX), else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    tf32: bool = flag(
+        True, "CUDA: fp32 convolutions in TF32, 10 bits of mantissa; matrix products never are"
     )
     compile: str = flag(
         "",
@@ -132,7 +138,11 @@ class TrainingOptions:
         "", "auto: continue from the latest checkpoint in out_dir, if any", choices=("", "auto")
     )
     num_workers: int = flag(
-        0, "processes that read data; 0: the training process itself", least=0, cap=MOST_PROCESSES
+        -1,
+        "processes that read data; 0: the training process itself; -1: up to 4 beside a CUDA "
+        "device, else 0",
+        least=-1,
+        cap=MOST_PROCESSES,
     )
     augment: bool = flag(False, "flip, rotate, scale and brighten training cases at random")
     rater_choice: str = flag(

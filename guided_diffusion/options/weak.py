@@ -125,9 +125,10 @@ class ImageTrainingOptions(TrainingOptions):
     log_interval: int = flag(10, "steps between two lines of the log", least=1)
     save_interval: int = flag(1000, "steps between two checkpoints", least=1)
     num_workers: int = flag(
-        0,
-        "processes that read data; 0: the training process itself",
-        least=0,
+        -1,
+        "processes that read data; 0: the training process itself; -1: up to 4 beside a CUDA "
+        "device, else 0",
+        least=-1,
         cap=MOST_PROCESSES,
         alias="--workers",
     )

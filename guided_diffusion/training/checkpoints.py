@@ -82,6 +82,7 @@ class CheckpointManager:
         """
         path = self.folder / (f"savedmodel{step:06d}.pt" if numbered else BEST)
         if rank() == 0:
+            self.wait()  # before the state is copied, so that there is one copy at a time
             training = {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),

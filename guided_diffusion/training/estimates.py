@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from traceback import clear_frames
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from guided_diffusion import logger
 from guided_diffusion.data.classes import Classes
@@ -20,7 +17,8 @@ from guided_diffusion.options.flags import numbers
 from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.script_util import channel_multipliers, create_model, parameter_count
-from guided_diffusion.unet import EncodeAndPredict, UNetModel
+from guided_diffusion.training.cost import image_cost
+from guided_diffusion.unet import UNetModel
 
 LARGE_GIB = 8.0
 """Training that holds more than this, activations aside, is announced before it is built."""
@@ -86,7 +84,7 @@ def refuse_large_batch(
     usual_most = 1600 * net.model_channels * size**2 / 2**30
     if micro * usual_most + batch * read < free:
         return
-    image = activations_gib(net)
+    image = image_cost(net).gib
     if micro * image / 2 + batch * read <= free:
         return
     has = f"{describe(device)} has {total_gib(device):.1f} GiB"
@@ -109,9 +107,23 @@ def refuse_large_batch(
 
 @contextmanager
 def memory_guarded(
-    options: TrainingOptions, step: int, device: torch.device, free: Callable[[], object]
+    options: TrainingOptions,
+    step: int,
+    device: torch.device,
+    free: Callable[[], object],
+    *,
+    fitting: int = 0,
+    graphs: bool = False,
 ) -> Iterator[None]:
     """Report that memory ran out inside this context, after calling ``free``.
+
+    Args:
+        options: of the loop.
+        step: steps that were taken before.
+        device: that trains.
+        free: called first.
+        fitting: images that are expected to fit at a time; 0 where that is not known.
+        graphs: ``--microbatch`` is refused, as CUDA graphs are used.
 
     Raises:
         UserError: memory ran out.
@@ -126,57 +138,44 @@ def memory_guarded(
         clear_frames(error.__traceback__)  # frees the memory of what was interrupted
     with suppress(RuntimeError, MemoryError):
         free()
-    raise step_too_large(problem, options, step=step, device=device)
+    raise step_too_large(problem, options, step=step, device=device, fitting=fitting, graphs=graphs)
 
 
 def step_too_large(
-    problem: str, options: TrainingOptions, *, step: int, device: torch.device
+    problem: str,
+    options: TrainingOptions,
+    *,
+    step: int,
+    device: torch.device,
+    fitting: int = 0,
+    graphs: bool = False,
 ) -> UserError:
-    """Make the error for a training step in which memory ran out."""
+    """Make the error for a training step in which memory ran out: see :func:`memory_guarded`."""
     batch = options.batch_size
     size = min(batch, options.microbatch) if options.microbatch > 0 else batch
     return UserError(
         f"--batch_size {batch}",
         f"{problem} in step {step + 1}, {counted(size, 'image')} at a time; {describe(device)} has "
         f"{total_gib(device):.1f} GiB",
-        f"Use --microbatch {size // 2} for the same gradient, or a smaller --batch_size."
-        if size > 1
-        else "Use a smaller --image_size or --num_channels, or --use_checkpoint True.",
+        _smaller_step(size, fitting if 0 < fitting < size else size // 2, graphs),
+    )
+
+
+def _smaller_step(size: int, fitting: int, graphs: bool) -> str:
+    """Say what would need less memory than ``size`` images at a time."""
+    thrifty = "--checkpoint_levels all"
+    if size == 1:
+        return f"Use {thrifty}, --precision auto, or a smaller --image_size or --num_channels."
+    if graphs:
+        return f"Use --batch_size {fitting}, or {thrifty}."
+    return (
+        f"Use --microbatch {fitting} for the same gradient, {thrifty}, or a smaller --batch_size."
     )
 
 
 def gib_text(gib: float) -> str:
     """Write a number of GiB for people, small ones in MiB."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB"
-
-
-def activations_gib(net: UNetModel) -> float:
-    """What a network on the meta device keeps of one image for its gradient, in GiB of float32.
-
-    Matrices between the pixels of a map are left out: attention need not keep them. Infinite where
-    a single tensor has more bytes than can be counted.
-    """
-    own = {value.untyped_storage()._cdata for value in (*net.parameters(), *net.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        between_pixels = value.ndim > 2 and min(value.shape[-2:]) > net.image_size
-        if storage._cdata not in own and not between_pixels:
-            kept[storage._cdata] = storage
-        return value
-
-    shape = (net.image_size, net.image_size)
-    diffused, condition = net.mask_channels, net.in_channels - net.mask_channels
-    try:
-        with torch.device("meta"), saved_tensors_hooks(note, lambda value: value):
-            x, image = torch.empty(1, diffused, *shape), torch.empty(1, condition, *shape)
-            EncodeAndPredict(net)(x, torch.zeros(1), image)
-    except RuntimeError as error:
-        if memory_problem(error):
-            return math.inf
-        raise
-    return sum(storage.nbytes() for storage in kept.values()) / 2**30
 
 
 def attention_notes(network: NetworkOptions) -> list[str]:

@@ -63,6 +63,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training.estimates import attention_notes, check_size
 from guided_diffusion.training.foreground import resolve_foreground
+from guided_diffusion.training.steps import refuse_graphs
 from guided_diffusion.training.validation import (
     Validate,
     make_validation,
@@ -295,15 +296,7 @@ def training_options(flags: Flags, kind: type[Training]) -> Training:
             "decay rates lie between 0 and 1, separated by commas",
             "Omit it for 0.9999.",
         )
-    mode = flags.get("compile")
-    graphs = mode in ("reduce-overhead", "max-autotune")
-    if graphs and options.microbatch > 0 and torch.cuda.is_available():
-        raise UserError(
-            f"--compile {mode}",
-            f"does not work with --microbatch {options.microbatch}: a replayed CUDA graph "
-            "overwrites the gradients that are added up",
-            "Use --compile default, or omit --microbatch.",
-        )
+    refuse_graphs(flags.get("compile", ""), options, cuda=torch.cuda.is_available())
     if options.lr_anneal_steps and "max_steps" not in flags.given:
         return replace(options, max_steps=options.lr_anneal_steps)
     return options

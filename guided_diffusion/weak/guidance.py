@@ -90,7 +90,8 @@ def classification_losses(
         withheld: Tensor | None = None,
     ) -> dict[str, Tensor]:
         x_t = diffusion.schedule.add_noise(x0, t, eps) if noised else x0
-        timesteps = (t if noised else 0 * t).to(x0.device) * diffusion.scale_timestep(1.0)
+        timesteps = (t if noised else 0 * t).to(x0.device, non_blocking=True)
+        timesteps = timesteps * diffusion.scale_timestep(1.0)
         logits = net(x_t, timesteps).float()
         return {
             "loss": functional.cross_entropy(logits, y, reduction="none"),

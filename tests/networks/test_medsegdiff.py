@@ -354,16 +354,17 @@ def test_filters_are_interpolated_in_single_precision():
 @pytest.mark.parametrize("version", VERSIONS)
 def test_checkpointing_changes_memory_only(version):
     results = []
-    for use_checkpoint in (False, True):
-        net = small(version, use_checkpoint=use_checkpoint).train()
+    for levels in ("none", "fine", "all"):
+        net = small(version, checkpoint_levels=levels).train()
         torch.manual_seed(0)
         output = predict(net, *inputs())
         (output.raw.square().mean() + output.coarse.square().mean()).backward()
         results.append(
             (output.raw.detach(), [p.grad for p in net.parameters()], dict(net.named_buffers()))
         )
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
-    torch.testing.assert_close(results[1][1:], results[0][1:])
+    for saving in results[1:]:
+        torch.testing.assert_close(saving[0], results[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(saving[1:], results[0][1:])
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -240,7 +240,7 @@ def test_the_diffusion_loss_reaches_the_condition_network():
 
 @pytest.mark.parametrize("widths", [(32,), (32, 64), (32, 64, 32)])
 def test_the_condition_network_has_the_levels_of_the_diffusion_network(widths):
-    net = ConditionUNet(3, 2, widths, use_checkpoint=False)
+    net = ConditionUNet(3, 2, widths)
     output = net(normals(1, 3, 16, 8))
     halvings = 2 ** (len(widths) - 1)
     assert output.last.shape == (1, 32, 16, 8)

@@ -245,11 +245,23 @@ def test_every_parameter_gets_a_gradient(flags):
 
 
 @pytest.mark.parametrize("updown", [False, True])
-def test_checkpointing_changes_memory_only(updown):
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"use_checkpoint": True}, 6),
+        ({"checkpoint_levels": "all"}, 6),
+        ({"use_checkpoint": True, "checkpoint_levels": "all"}, 6),
+        ({"checkpoint_levels": "fine"}, 5),
+        ({"checkpoint_levels": "none"}, 3),
+    ],
+)
+def test_checkpointing_changes_memory_only(flags, expected, updown):
     results = []
-    for use_checkpoint in (False, True):
-        net, calls = small(use_checkpoint=use_checkpoint, resblock_updown=updown).train(), []
-        for block in (net.input_blocks[1][0].in_layers[2], net.middle_block[1].norm):
+    for chosen in ({}, flags):
+        wide = {"channel_mult": "1,1,2", "resblock_updown": updown}
+        net, calls = small(**wide, **chosen).train(), []
+        first, second = net.input_blocks[1][0], net.output_blocks[-1][0]
+        for block in (first.in_layers[2], second.out_layers[0], net.middle_block[1].norm):
             block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         raw = predict(net, *INPUTS).raw
         raw.square().mean().backward()
@@ -257,7 +269,13 @@ def test_checkpointing_changes_memory_only(updown):
     (plain, gradients, calls), (saving, same, recalls) = results
     torch.testing.assert_close(saving, plain, rtol=0, atol=0)
     torch.testing.assert_close(same, gradients)
-    assert (calls, recalls) == (2, 4), "the blocks ran again for their gradients"
+    assert (calls, recalls) == (3, expected), "blocks of these levels ran again"
+
+
+def test_levels_to_checkpoint_that_contradict_the_parents_flag_are_refused():
+    for levels in ("fine", "none"):
+        with pytest.raises(UserError, match=f"--checkpoint_levels {levels}: contradicts"):
+            small(use_checkpoint=True, checkpoint_levels=levels)
 
 
 # building blocks

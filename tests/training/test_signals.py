@@ -289,7 +289,7 @@ def test_a_signal_interrupts_the_reading_of_a_batch(tmp_path: Path) -> None:
 
     loop = make_loop(tmp_path, max_steps=5)
     loop.setup = replace(loop.setup, dataset=Slow())
-    assert load_checkpoint(loop.run_loop()).step == 2
+    assert load_checkpoint(loop.run_loop()).step == 3, "the step that read ahead is finished"
 
 
 def test_a_case_that_cannot_be_read_ends_a_run_that_has_saved(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_case_that_cannot_be_read_ends_a_run_that_has_saved(tmp_path: Path) ->
     loop.setup = replace(loop.setup, dataset=Gone())
     with pytest.raises(UserError, match="is gone"):
         loop.run_loop()
-    assert load_checkpoint(tmp_path / LATEST).step == 2
+    assert load_checkpoint(tmp_path / LATEST).step == 3, "the step that read ahead is finished"
 
 
 def test_a_checkpoint_is_written_before_an_error_leaves_the_run(
