@@ -34,7 +34,6 @@ from guided_diffusion.dist_util import (
     no_sync,
     rank,
     world_size,
-    wrap_ddp,
 )
 from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.files import expanded, remove_leftovers
@@ -45,6 +44,7 @@ from guided_diffusion.training.checkpoints import CheckpointManager
 from guided_diffusion.training.ema import ExponentialAverage
 from guided_diffusion.training.estimates import memory_guarded
 from guided_diffusion.training.resolve import TrainSetup
+from guided_diffusion.training.sharded import own_parts, replicate, share_buffers, whole_average
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.steps import draw, last_step, learning_rate
 from guided_diffusion.training.stop_signal import StopSignal
@@ -65,7 +65,7 @@ class TrainLoop:
     def __init__(self, setup: TrainSetup) -> None:
         self.setup = setup
         self.net = net = setup.net
-        self.model = wrap_ddp(net if setup.losses else EncodeAndPredict(cast(UNetModel, net)))
+        self.model = replicate(net if setup.losses else EncodeAndPredict(cast(UNetModel, net)))
         self.diffusion = setup.diffusion
         self.options = options = setup.options
         self.run = run = setup.run
@@ -275,6 +275,7 @@ class TrainLoop:
             terms = {name: values.detach() for name, values in terms.items()}
             losses.append(terms["loss"])
             self.log.losses(drawn.t[rows], terms, drawn.withheld[rows])
+        share_buffers(self.net)
         if self.schedule_sampler.learns:  # NaN is skipped
             seen = torch.cat(losses).masked_fill(drawn.withheld.to(self.device), torch.nan)
             self.schedule_sampler.update(all_gather(drawn.positions), all_gather(seen))
@@ -284,7 +285,8 @@ class TrainLoop:
         """Shrink a gradient of this norm to the largest that is allowed."""
         if self.options.grad_clip:
             shrink = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], shrink)
+            gradients = own_parts(p.grad for p in self.parameters if p.grad is not None)
+            torch._foreach_mul_(gradients, shrink)
 
     def _usable(self, norm: Tensor, batch: Batch) -> bool:
         """Return whether the gradient is finite; count the steps in a row for which it is not.
@@ -327,10 +329,10 @@ class TrainLoop:
         if not (owed or self._due(interval) or self.step == self.last_step):
             return False
         slowest = self.averages[max(self.averages, key=float)]
-        score = None
+        weights, score = whole_average(slowest, wanted=setup.validate is not None), None
         try:
             with self._memory_guarded(save=True), self.stop.at_once(setup.validate is not None):
-                score = setup.validate and setup.validate(slowest.state_dict(), self.step)
+                score = setup.validate and setup.validate(weights, self.step)
         except Stopped:
             self.best.owe()
         if score is None:

@@ -39,6 +39,7 @@ from guided_diffusion.checkpoint.folders import (
 )
 from guided_diffusion.checkpoint.portable import FORMAT
 from guided_diffusion.checkpoint.saving import export_weights, link_as, save_checkpoint
+from guided_diffusion.checkpoint.sharded import SHARDED, joined, opened, without_values
 from guided_diffusion.checkpoint.weights import (
     OTHER_FILE,
     Weights,
@@ -75,6 +76,7 @@ __all__ = [
     "load_weights",
     "missing_weights_note",
     "numbered_checkpoints",
+    "read_content",
     "recorded_flags",
     "require_fit",
     "require_kind",
@@ -83,17 +85,31 @@ __all__ = [
     "usable_weights",
     "version_of",
     "with_companions",
+    "without_values",
 ]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, training: bool = True, on_disk: bool = False) -> Checkpoint:
     """Read a checkpoint or bare weights onto the CPU, without executing code from the file.
+
+    Args:
+        path: of the file.
+        training: read from shards what only training needs, too; otherwise it is left out.
+        on_disk: tensors stay where they are until they are used, so that several processes can open
+            a large file; those in shards have no values (:func:`without_values`).
 
     Raises:
         UserError: the file is damaged, is not a checkpoint, or holds more than tensors and plain
             types.
     """
-    content = _content(path)
+    content = read_content(path, on_disk=on_disk)
+    if isinstance(content, dict) and content.get("format") == SHARDED:
+        try:
+            content = opened(content, path) if on_disk else joined(content, path, training=training)
+        except UserError:
+            raise
+        except Exception as error:  # the file may say anything
+            raise _unreadable_checkpoint(path, _why(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return _own_checkpoint(content, path)
     if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
@@ -106,8 +122,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     raise _unreadable_checkpoint(path, f"the {kind} in it is not a dictionary of tensors")
 
 
-def _content(path: Path) -> Any:
-    """Read tensors and plain types from a file."""
+def read_content(path: Path, *, on_disk: bool = False) -> Any:
+    """Read tensors and plain types from a file; with ``on_disk``, tensors are mapped if possible.
+
+    Raises:
+        UserError: it cannot be read, or holds anything else.
+    """
     try:
         if path.suffix.lower() == portable.SUFFIX:
             return portable.read(path)
@@ -115,6 +135,7 @@ def _content(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns about the protocol of other pickles
             if file.read(4) == b"PK\3\4":
                 _require_intact(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # other files can fail in any way
         raise _unreadable_checkpoint(path, _why(error)) from error
@@ -211,7 +232,7 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
 
 
 def _optimiser_state(path: Path) -> dict[str, Any]:
-    state = _content(path)
+    state = read_content(path)
     if isinstance(state, dict) and isinstance(state.get("state"), dict):
         return state
     hint = "Remove it to continue from the weights alone, or copy it again from its source."

@@ -14,8 +14,9 @@ from guided_diffusion.checkpoint import portable
 from guided_diffusion.checkpoint.content import Checkpoint
 from guided_diffusion.checkpoint.folders import BEST, LATEST
 from guided_diffusion.checkpoint.portable import FORMAT
+from guided_diffusion.checkpoint.sharded import ShardSet, remove_unnamed, write_shards
 from guided_diffusion.checkpoint.weights import checksums
-from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write
+from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, writing
 
 
 def save_checkpoint(
@@ -25,24 +26,34 @@ def save_checkpoint(
     drop: Iterable[Path] = (),
     best: bool = False,
     numbered: bool = True,
+    shards: ShardSet | None = None,
 ) -> Path:
     """Write ``savedmodelNNNNNN.pt`` and link ``savedmodel.pt`` to it; each appears whole.
 
     Older ones in ``drop`` are deleted once it is written. With ``best``, ``bestmodel.pt`` is linked
-    to it as well; if it is not ``numbered``, only ``bestmodel.pt`` is written.
+    to it as well; if it is not ``numbered``, only ``bestmodel.pt`` is written. Where tensors are
+    sharded, each process calls this, for its ``shards``, and the first writes the file.
 
     Raises:
         UserError: the folder cannot be written; earlier checkpoints are unchanged.
     """
+    path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
+    if shards:
+        with writing(path, hint=CHECKPOINTS_HINT):
+            content = write_shards(folder, vars(checkpoint), shards)
+        if not shards.first:
+            return path
+    else:
+        content = _recorded_content(checkpoint)
     for partial in folder.glob(".part-*model*.pt"):  # left by a killed process
         partial.unlink(missing_ok=True)
-    path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
     with atomic_write(path, hint=CHECKPOINTS_HINT) as part:
-        torch.save(_recorded_content(checkpoint), part)
+        torch.save(content, part)
     for name in [LATEST] * numbered + [BEST] * (best and numbered):
         link_as(path, folder / name)
     for old in drop:
         old.unlink(missing_ok=True)
+    remove_unnamed(folder)
     return path
 
 
