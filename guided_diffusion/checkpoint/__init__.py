@@ -38,9 +38,15 @@ from guided_diffusion.checkpoint.folders import (
     step_of,
 )
 from guided_diffusion.checkpoint.portable import FORMAT
-from guided_diffusion.checkpoint.saving import export_weights, link_as, save_checkpoint
+from guided_diffusion.checkpoint.saving import (
+    export_checkpoint,
+    export_weights,
+    link_as,
+    save_checkpoint,
+)
 from guided_diffusion.checkpoint.sharded import SHARDED, joined, opened, without_values
 from guided_diffusion.checkpoint.weights import (
+    NOT_WHOLE,
     OTHER_FILE,
     Weights,
     fitting_weights,
@@ -66,6 +72,7 @@ __all__ = [
     "SEGMENTATION",
     "Weights",
     "adapt_weights",
+    "export_checkpoint",
     "export_weights",
     "fitting_weights",
     "is_whole",
@@ -94,7 +101,7 @@ def load_checkpoint(path: Path, *, training: bool = True, on_disk: bool = False)
 
     Args:
         path: of the file.
-        training: read from shards what only training needs, too; otherwise it is left out.
+        training: read the optimiser's moments from shards, too; otherwise they are left out.
         on_disk: tensors stay where they are until they are used, so that several processes can open
             a large file; those in shards have no values (:func:`without_values`).
 
@@ -110,8 +117,12 @@ def load_checkpoint(path: Path, *, training: bool = True, on_disk: bool = False)
             raise
         except Exception as error:  # the file may say anything
             raise _unreadable_checkpoint(path, _why(error)) from error
-    if isinstance(content, dict) and content.get("format") == FORMAT:
         return _own_checkpoint(content, path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        own = _own_checkpoint(content, path)
+        if without_values({"model": own.model, "ema": own.ema}):
+            raise _unreadable_checkpoint(path, f"a tensor {NOT_WHOLE}")
+        return own
     if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
         raise _optimiser_instead(path)
     raw, averaged = bare_weights(content)

@@ -87,6 +87,16 @@ def export_weights(checkpoint: Checkpoint, weights: str, path: Path) -> None:
             torch.save(content if own else chosen, part)
 
 
+def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a whole checkpoint as one file, such as one that was in shards.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with atomic_write(path) as part:
+        torch.save(_recorded_content(checkpoint), part)
+
+
 def link_as(path: Path, other: Path) -> None:
     """Give a finished checkpoint a second name: a hard link where possible, else a copy."""
     with atomic_write(other, hint=CHECKPOINTS_HINT) as part:

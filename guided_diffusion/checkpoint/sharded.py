@@ -304,7 +304,7 @@ def joined(content: Mapping[str, Any], path: Path, *, training: bool = True) -> 
     Args:
         content: of the file that names the shards.
         path: of that file.
-        training: read what training needs, too; otherwise it is left out.
+        training: read the optimiser's moments, too; otherwise they are left out.
 
     Raises:
         UserError: a shard is missing, damaged or of another run.
@@ -314,7 +314,8 @@ def joined(content: Mapping[str, Any], path: Path, *, training: bool = True) -> 
     if name := damage(content, path):
         raise _foreign(path, _folder(content, path), name)
     if not training:
-        whole["training"] = {}
+        kept = {name: part for name, part in whole["training"].items() if name != "optimizer"}
+        whole["training"] = kept
     shards = {name: value for name, value in named_tensors(whole) if value.is_meta}
     targets = {name: torch.empty_like(value, device="cpu") for name, value in shards.items()}
     read_shards(content, path, targets)
