@@ -204,6 +204,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
     sharded = check_size(
         network, options_of_diffusion, options, classes=dataset.classes, device=device
     )
+    undivided = options.fsdp == "on" and not sharded
     torch.manual_seed(run.seed)
     missing: list[str] = []
     if sharded:
@@ -256,6 +257,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
         notes=[
             *([missing_weights_note(missing, training=True)] if missing else []),
             *overwriting_notes(run, start),
+            *(["--fsdp on has no effect: there is one process"] if undivided else []),
             *dead_flags(given, vars(network)),
             *(attention_notes(network) if "attention_resolutions" in given.given else []),
             *dataset.notes,

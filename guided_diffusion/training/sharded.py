@@ -74,21 +74,18 @@ def _count(module: nn.Module) -> int:
 
 
 def shard_network(make: Callable[[], nn.Module], device: torch.device, *, new: bool) -> nn.Module:
-    """Build a network of which each process holds a part.
+    """Build a network of whose blocks each process holds a part; :func:`replicate` does the rest.
 
     The first process alone draws the weights of a ``new`` one, in main memory, so that they are
     those of a single process with the same seed; otherwise they are left to be filled.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     with torch.device("meta"):
         net = make()
     for block in blocks(net):
         fully_shard(block)
-    fully_shard(net)
-    if hasattr(net, "encode"):
-        register_fsdp_forward_method(net, "encode")
     net.to_empty(device=device)
     if new:
         weights = make().state_dict() if rank() == 0 else {}
@@ -98,8 +95,13 @@ def shard_network(make: Callable[[], nn.Module], device: torch.device, *, new: b
 
 
 def replicate(module: nn.Module) -> nn.Module:
-    """Let processes train one network: a sharded one does, others are copied to each."""
-    return module if is_sharded([*module.parameters()]) else wrap_ddp(module)
+    """Let processes train one network, what is called in a step: in parts, or each a copy of it."""
+    if not is_sharded([*module.parameters()]):
+        return wrap_ddp(module)
+    from torch.distributed.fsdp import fully_shard  # takes a second, and few need it
+
+    fully_shard(module)
+    return module
 
 
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
