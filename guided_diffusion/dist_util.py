@@ -8,6 +8,7 @@ samplers take device and dtype from their tensors.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import math
 import os
@@ -103,7 +104,7 @@ def setup_dist() -> None:
     its threads sometimes abort the interpreter after the work is done, and the exit code is lost.
 
     Raises:
-        UserError: the environment describes no group.
+        UserError: the environment describes no group, or its processes run different code.
     """
     check_launcher()
     if world_size() > 1 and not dist.is_initialized():
@@ -113,6 +114,27 @@ def setup_dist() -> None:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT, **_on_loopback())
         atexit.register(_leave)
+        _refuse_mixed_code()
+
+
+def _refuse_mixed_code() -> None:
+    """Raise a UserError where processes differ in the code of this package or in torch."""
+    first, *rest = all_gather_object(code_digest())
+    for number, (code, version) in enumerate(rest, 1):
+        problem = f"has torch {version}, process 0 has {first[1]}"
+        if code != first[0]:
+            problem = "runs another version of this package's code than process 0"
+        if (code, version) != first:
+            raise UserError(f"process {number}", problem, "Use one installation on all nodes.")
+
+
+def code_digest() -> tuple[str, str]:
+    """Digest the code of this package; and the version of torch."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest(), torch.__version__
 
 
 def _on_loopback() -> dict[str, Any]:

@@ -34,7 +34,6 @@ from guided_diffusion.dist_util import (
     no_sync,
     rank,
     world_size,
-    wrap_ddp,
 )
 from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.files import expanded, remove_leftovers
@@ -48,6 +47,7 @@ from guided_diffusion.training.estimates import memory_guarded
 from guided_diffusion.training.forecast import TimeForecast, announce_need
 from guided_diffusion.training.reading import BatchReader
 from guided_diffusion.training.resolve import TrainSetup
+from guided_diffusion.training.sharded import replicate, share_buffers, whole_average
 from guided_diffusion.training.step_log import StepLog
 from guided_diffusion.training.steps import (
     GRAPHS,
@@ -77,7 +77,7 @@ class TrainLoop:
     def __init__(self, setup: TrainSetup) -> None:
         self.setup = setup
         self.net = net = setup.net
-        self.model = wrap_ddp(net if setup.losses else EncodeAndPredict(cast(UNetModel, net)))
+        self.model = replicate(net if setup.losses else EncodeAndPredict(cast(UNetModel, net)))
         self.diffusion = setup.diffusion
         self.options = options = setup.options
         self.device = device = next(net.parameters()).device
@@ -284,6 +284,7 @@ class TrainLoop:
             terms = {name: values.detach() for name, values in terms.items()}
             losses.append(terms["loss"])
             self.log.losses(drawn.t[rows], terms, drawn.withheld[rows])
+        share_buffers(self.net)
         if self.schedule_sampler.learns:  # NaN is skipped
             seen = torch.cat(losses).masked_fill(drawn.withheld.to(self.device), torch.nan)
             self.schedule_sampler.update(all_gather(drawn.positions), all_gather(seen))
@@ -324,10 +325,10 @@ class TrainLoop:
         if not (owed or self._due(interval) or self.step == self.last_step):
             return False
         slowest = self.averages[max(self.averages, key=float)]
-        score = None
+        weights, score = whole_average(slowest, wanted=setup.validate is not None), None
         try:
             with self._memory_guarded(save=True), self.stop.at_once(setup.validate is not None):
-                score = setup.validate and setup.validate(slowest.state_dict(), self.step)
+                score = setup.validate and setup.validate(weights, self.step)
         except Stopped:
             self.best.owe()
         if score is None:

@@ -86,7 +86,9 @@ def process(name: str, *arguments: object, group: bool = False) -> subprocess.Po
     )
 
 
-def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    count: int, *arguments: object, timeout: float = 100
+) -> subprocess.CompletedProcess[str]:
     """Run a file in several processes, as torchrun does, from the repository's root."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     return subprocess.run(
@@ -95,7 +97,7 @@ def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout,
         check=False,
     )
 

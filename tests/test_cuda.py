@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import loops
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import NETWORK, ROOT
 from torch import Tensor
 from torch.testing import assert_close
@@ -32,6 +34,7 @@ from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.cost import image_cost
 from guided_diffusion.training.resolve import TrainSetup
+from guided_diffusion.training.sharded import shard_network, whole_average
 from guided_diffusion.training.steps import reading_processes
 from guided_diffusion.unet import UNetModel
 
@@ -313,6 +316,72 @@ def test_compiled_microbatches_have_the_gradient_of_the_batch(tmp_path: Path) ->
     parts.options = replace(parts.options, microbatch=2)
     for _ in range(3):
         near(parts.run_step(batch()), whole.run_step(batch()), "fp32")
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, as torchrun would make it."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_divided_network_trains_as_one_in_one_piece(
+    precision: str, tmp_path: Path, quiet: None, group: None
+) -> None:
+    """With one process it holds every part; its shards are read back whole."""
+
+    def make() -> UNetModel:
+        torch.manual_seed(0)
+        net, _ = create_model_and_diffusion(**FLAGS)
+        for parameter in net.parameters():
+            if not parameter.is_meta and not parameter.any():
+                parameter.data.normal_(std=0.02)
+        return net
+
+    _, diffusion = create_model_and_diffusion(**FLAGS)
+    settings = TrainingOptions(batch_size=4, lr=1e-3, ema_rate="0.9", grad_clip=1, microbatch=2)
+    run = RunOptions(out_dir=str(tmp_path), precision=precision)
+    whole, divided = make().to(CUDA), shard_network(make, CUDA, new=True)
+    loops = []
+    for net in (whole, divided):
+        loops.append(TrainLoop(TrainSetup(net, diffusion, [], settings, run)))  # type: ignore
+        for _ in range(3):
+            loops[-1].run_step(batch())
+    norms = [torch.stack(loop.log.grad_norms) for loop in loops]
+    near(norms[1], norms[0], precision)
+    path = loops[1].save()
+    loops[1].checkpoints.wait()
+    saved = load_checkpoint(path)
+    for name, value in loops[1].net.named_parameters():
+        assert torch.equal(saved.model[name], value.full_tensor().cpu())  # type: ignore
+    (average,) = loops[1].averages.values()
+    assert whole_average(average, wanted=True).keys() == saved.ema["0.9"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_network_divided_between_two_devices_continues(
+    precision: str, brats: Path, tmp_path: Path
+) -> None:
+    """Over nccl: trained, continued and sampled with."""
+
+    def run(*words: object, script: str = "segmentation_train") -> str:
+        start = [sys.executable, f"scripts/{script}.py", "--multi_gpu", "0,1"]
+        command = [*start, *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    flags = ("--data_dir", brats / "training", "--out_dir", tmp_path, *NETWORK, "--fsdp", "on")
+    more = ("--batch_size", 2, "--save_interval", 2, "--precision", precision)
+    assert "divided among 2 processes" in run(*flags, *more, "--max_steps", 2)
+    assert "at step 2" in run(*flags, *more, "--max_steps", 4, "--resume", "auto")
+    masks = ("--data_dir", brats / "testing", "--model_path", tmp_path, "--out_dir", tmp_path)
+    run(*masks, "--dpm_solver", True, "--steps", 3, script="segmentation_sample")
 
 
 @pytest.mark.slow

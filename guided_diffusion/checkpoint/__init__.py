@@ -10,11 +10,10 @@ lacks is completed (:func:`adapt_weights`). Either may be a ``.safetensors`` fil
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,34 @@ import torch
 
 from guided_diffusion.checkpoint import portable
 from guided_diffusion.checkpoint.bare import bare_weights, is_weight
+from guided_diffusion.checkpoint.content import (
+    CLASSIFIER,
+    IMAGES,
+    SEGMENTATION,
+    Checkpoint,
+    kind_of,
+    recorded_flags,
+    require_kind,
+)
 from guided_diffusion.checkpoint.folders import (
+    BEST,
     LATEST,
     latest_checkpoint,
     numbered_checkpoints,
     step_of,
 )
 from guided_diffusion.checkpoint.portable import FORMAT
+from guided_diffusion.checkpoint.saving import (
+    export_checkpoint,
+    export_weights,
+    link_as,
+    save_checkpoint,
+)
+from guided_diffusion.checkpoint.sharded import SHARDED, joined, opened, without_values
 from guided_diffusion.checkpoint.weights import (
+    NOT_WHOLE,
     OTHER_FILE,
     Weights,
-    checksums,
     fitting_weights,
     is_whole,
     load_weights,
@@ -43,14 +59,8 @@ from guided_diffusion.checkpoint.weights import (
 )
 from guided_diffusion.data.folders import listing
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write
-from guided_diffusion.options.segmentation import LATER
 from guided_diffusion.unet import UNetModel
 
-BEST = "bestmodel.pt"
-SEGMENTATION = "a segmentation network, which scripts/segmentation_train.py trains"
-IMAGES = "a diffusion of images, which scripts/train_tumor_ddfm.py trains"
-CLASSIFIER = "a classifier of images, which scripts/classifier_tumor_train.py trains"
 ADDED = ("run", "checksums")
 """Parts that older checkpoints lack."""
 __all__ = [
@@ -62,6 +72,7 @@ __all__ = [
     "SEGMENTATION",
     "Weights",
     "adapt_weights",
+    "export_checkpoint",
     "export_weights",
     "fitting_weights",
     "is_whole",
@@ -72,6 +83,7 @@ __all__ = [
     "load_weights",
     "missing_weights_note",
     "numbered_checkpoints",
+    "read_content",
     "recorded_flags",
     "require_fit",
     "require_kind",
@@ -80,126 +92,37 @@ __all__ = [
     "usable_weights",
     "version_of",
     "with_companions",
+    "without_values",
 ]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint file holds.
-
-    Attributes:
-        options: the flags that describe network, diffusion and data, by name; empty for bare
-            weights.
-        step: training steps taken.
-        model: the last weights, by tensor name.
-        ema: averaged weights by their decay rate as text, which is empty where bare weights do not
-            say it.
-        training: what the training loop needs to resume; empty for bare weights.
-        run: what would repeat the run that wrote it, as its ``config.yaml`` says; empty in older
-            checkpoints and for bare weights.
-    """
-
-    options: dict[str, Any]
-    step: int
-    model: Weights
-    ema: dict[str, Weights] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    run: dict[str, Any] = field(default_factory=dict)
-
-    def choose(self, weights: str) -> tuple[Weights, str]:
-        """Return the weights to sample with, and a phrase that names them.
-
-        Args:
-            weights: ``ema`` for the slowest average, or the last weights if there is none; or
-                ``raw`` for the last weights, unless the file has an average alone.
-        """
-        alone = any(average is self.model for average in self.ema.values())
-        if self.ema and (weights == "ema" or alone):
-            rate = max(self.ema, key=lambda rate: float(rate or 0))
-            if not self.options:
-                return self.ema[rate], "bare averaged weights"
-            return self.ema[rate], f"averaged weights (EMA {rate}) of step {self.step}"
-        return self.model, f"last weights of step {self.step}" if self.options else "bare weights"
-
-
-def save_checkpoint(
-    folder: Path,
-    checkpoint: Checkpoint,
-    *,
-    drop: Iterable[Path] = (),
-    best: bool = False,
-    numbered: bool = True,
-) -> Path:
-    """Write ``savedmodelNNNNNN.pt`` and link ``savedmodel.pt`` to it; each appears whole.
-
-    Older ones in ``drop`` are deleted once it is written. With ``best``, ``bestmodel.pt`` is linked
-    to it as well; if it is not ``numbered``, only ``bestmodel.pt`` is written.
-
-    Raises:
-        UserError: the folder cannot be written; earlier checkpoints are unchanged.
-    """
-    for partial in folder.glob(".part-*model*.pt"):  # left by a killed process
-        partial.unlink(missing_ok=True)
-    path = folder / (f"savedmodel{checkpoint.step:06d}.pt" if numbered else BEST)
-    with atomic_write(path, hint=CHECKPOINTS_HINT) as part:
-        torch.save(_recorded_content(checkpoint), part)
-    for name in [LATEST] * numbered + [BEST] * (best and numbered):
-        link_as(path, folder / name)
-    for old in drop:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def _recorded_content(checkpoint: Checkpoint) -> dict[str, Any]:
-    content = vars(checkpoint)
-    return {"format": FORMAT, **content, "checksums": checksums(content)}
-
-
-def export_weights(checkpoint: Checkpoint, weights: str, path: Path) -> None:
-    """Write one set of weights and the options, without what training needs, for use elsewhere.
+def load_checkpoint(path: Path, *, training: bool = True, on_disk: bool = False) -> Checkpoint:
+    """Read a checkpoint or bare weights onto the CPU, without executing code from the file.
 
     Args:
-        checkpoint: of this suite, or bare weights.
-        weights: ``ema`` or ``raw``, as :meth:`Checkpoint.choose` has it.
-        path: of the file, which ends in ``.safetensors`` or in ``.pt``.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    chosen, _ = checkpoint.choose(weights)
-    rate = next((rate for rate, average in checkpoint.ema.items() if average is chosen), None)
-    ema = {} if rate is None else {rate: chosen}
-    content = _recorded_content(replace(checkpoint, model=chosen, ema=ema, training={}))
-    own = bool(checkpoint.options)
-    with atomic_write(path) as part:
-        if path.suffix.lower() == portable.SUFFIX:
-            parts = {name: content[name] for name in ("format", "options", "step", "run")}
-            parts["checksums"] = content["checksums"]
-            portable.write(part, chosen, rate=rate, content=parts if own else {})
-        else:
-            torch.save(content if own else chosen, part)
-
-
-def link_as(path: Path, other: Path) -> None:
-    """Give a finished checkpoint a second name: a hard link where possible, else a copy."""
-    with atomic_write(other, hint=CHECKPOINTS_HINT) as part:
-        part.unlink(missing_ok=True)
-        try:
-            part.hardlink_to(path)
-        except OSError:
-            shutil.copyfile(path, part)
-
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint or bare weights onto the CPU, without executing code from the file.
+        path: of the file.
+        training: read the optimiser's moments from shards, too; otherwise they are left out.
+        on_disk: tensors stay where they are until they are used, so that several processes can open
+            a large file; those in shards have no values (:func:`without_values`).
 
     Raises:
         UserError: the file is damaged, is not a checkpoint, or holds more than tensors and plain
             types.
     """
-    content = _content(path)
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    content = read_content(path, on_disk=on_disk)
+    if isinstance(content, dict) and content.get("format") == SHARDED:
+        try:
+            content = opened(content, path) if on_disk else joined(content, path, training=training)
+        except UserError:
+            raise
+        except Exception as error:  # the file may say anything
+            raise _unreadable_checkpoint(path, _why(error)) from error
         return _own_checkpoint(content, path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        own = _own_checkpoint(content, path)
+        if without_values({"model": own.model, "ema": own.ema}):
+            raise _unreadable_checkpoint(path, f"a tensor {NOT_WHOLE}")
+        return own
     if isinstance(content, dict) and content.keys() >= {"state", "param_groups"}:
         raise _optimiser_instead(path)
     raw, averaged = bare_weights(content)
@@ -210,8 +133,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     raise _unreadable_checkpoint(path, f"the {kind} in it is not a dictionary of tensors")
 
 
-def _content(path: Path) -> Any:
-    """Read tensors and plain types from a file."""
+def read_content(path: Path, *, on_disk: bool = False) -> Any:
+    """Read tensors and plain types from a file; with ``on_disk``, tensors are mapped if possible.
+
+    Raises:
+        UserError: it cannot be read, or holds anything else.
+    """
     try:
         if path.suffix.lower() == portable.SUFFIX:
             return portable.read(path)
@@ -219,6 +146,7 @@ def _content(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns about the protocol of other pickles
             if file.read(4) == b"PK\3\4":
                 _require_intact(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # other files can fail in any way
         raise _unreadable_checkpoint(path, _why(error)) from error
@@ -315,7 +243,7 @@ def with_companions(checkpoint: Checkpoint, path: Path, rates: Iterable[str]) ->
 
 
 def _optimiser_state(path: Path) -> dict[str, Any]:
-    state = _content(path)
+    state = read_content(path)
     if isinstance(state, dict) and isinstance(state.get("state"), dict):
         return state
     hint = "Remove it to continue from the weights alone, or copy it again from its source."
@@ -334,25 +262,6 @@ def _why(error: Exception) -> str:
     if isinstance(error, OSError | RuntimeError) and str(error):
         return f"cannot be read ({str(error).splitlines()[0]})"
     return "is damaged or not a checkpoint"
-
-
-def recorded_flags(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of training that a checkpoint records; bare weights show their version only."""
-    if checkpoint.options:
-        return {**LATER, **checkpoint.options}
-    return {"version": version_of(checkpoint.model)}
-
-
-def kind_of(checkpoint: Checkpoint) -> str:
-    """Return the kind of a checkpoint; bare weights do not say theirs."""
-    own = CLASSIFIER if "model_type" in checkpoint.options else SEGMENTATION
-    return IMAGES if checkpoint.options.get("of_images") else own
-
-
-def require_kind(checkpoint: Checkpoint, kind: str, path: object) -> None:
-    """Raise a UserError for a checkpoint of another kind."""
-    if checkpoint.options and kind != kind_of(checkpoint):
-        raise UserError(path, f"is not {kind}", "Correct the path.")
 
 
 def adapt_weights(

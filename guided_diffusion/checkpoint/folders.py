@@ -9,6 +9,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, nearest_path
 
 LATEST = "savedmodel.pt"
+BEST = "bestmodel.pt"
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:

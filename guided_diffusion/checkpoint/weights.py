@@ -60,6 +60,8 @@ def require_fit(
 ) -> None:
     """Compare sets of weights with a network that is built without memory for its tensors.
 
+    Those that are still in shards have no values yet.
+
     Raises:
         UserError: a tensor does not fit, or its shape states more numbers than its file has.
     """
@@ -67,7 +69,7 @@ def require_fit(
         net = make()
     for weights in sets:
         for name, value in fitting_weights(net, weights, path).items():
-            if not is_whole(value):
+            if not (value.is_meta or is_whole(value)):
                 raise _useless(path, name, NOT_WHOLE)
 
 
@@ -146,7 +148,7 @@ def checksums(content: Mapping[str, Any]) -> dict[str, int]:
     They are named by their path, as ``model/out.2.bias`` and ``options/in_ch``. That of a tensor is
     over its type, shape and values.
     """
-    tensors = {name: _checksum(value) for name, value in _tensors(content)}
+    tensors = {name: _checksum(value) for name, value in named_tensors(content)}
     options = content.get("options", {}).items()
     return tensors | {f"options/{name}": zlib.crc32(repr(v).encode()) for name, v in options}
 
@@ -166,13 +168,31 @@ def verify(content: Mapping[str, Any], recorded: Mapping[str, int], path: Path) 
             raise UserError(path, problem, OTHER_FILE)
 
 
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor of a nested state of dictionaries and lists."""
+    return map_named(lambda _, tensor: function(tensor), value)
+
+
+def map_named(function: Callable[[str, Tensor], Any], value: Any, path: str = "") -> Any:
+    """Apply a function to every tensor of a nested state, and to its path in it."""
+    if isinstance(value, Tensor):
+        return function(path, value)
+    below = f"{path}/" if path else ""
+    if isinstance(value, dict):
+        return {key: map_named(function, part, f"{below}{key}") for key, part in value.items()}
+    if isinstance(value, list):
+        return [map_named(function, part, f"{below}{index}") for index, part in enumerate(value)]
+    return value
+
+
+def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a nested state with its path in it, as ``model/out.2.bias``."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, dict | list | tuple):
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
-            yield from _tensors(part, f"{path}/{key}" if path else str(key))
+            yield from named_tensors(part, f"{path}/{key}" if path else str(key))
 
 
 def _checksum(value: Tensor) -> int:

@@ -51,7 +51,7 @@ def load_trained(
             contradict it.
     """
     found = latest_checkpoint(path, flag=flag)
-    checkpoint = load_checkpoint(found)
+    checkpoint = load_checkpoint(found, training=False)
     flags, trained = normalise_flags(flags), checked_flags(checkpoint, kind, found)
     passing, steps = ("diffusion_steps", "timestep_respacing"), flags.get("trained_steps", 0)
     if checkpoint.options:

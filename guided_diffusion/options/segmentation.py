@@ -161,6 +161,12 @@ class TrainingOptions:
     cache_gib: float = flag(
         2.0, "disk space, in GiB, for decoded training cases of this run", least=0
     )
+    fsdp: str = flag(
+        "auto",
+        "divide the network among the processes (fully_shard), instead of a copy in each; auto: "
+        "where a copy does not fit into a device's memory",
+        choices=("auto", "on", "off"),
+    )
     fp16_scale_growth: float = flag(
         1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
     )

@@ -121,6 +121,7 @@ class ImageTrainingOptions(TrainingOptions):
 
     rater_choice: str = flag("random", "mask", dead="images are trained on, not masks", run=True)
     foreground_share: float = flag(0.0, "share", dead="images are trained on, not masks")
+    fsdp: str = flag("off", "divide the network", dead="each process has a copy")
     batch_size: int = flag(8, "images in one step", least=1)
     log_interval: int = flag(10, "steps between two lines of the log", least=1)
     save_interval: int = flag(1000, "steps between two checkpoints", least=1)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.checkpoint import (
+    export_checkpoint,
     export_weights,
     kind_of,
     latest_checkpoint,
@@ -83,15 +84,24 @@ def run_export(options: ExportOptions) -> str:
         what = f"--out {options.out}".strip()
         raise UserError(what, "does not end in .safetensors or .pt", "Name such a file.")
     path = latest_checkpoint(options.model_path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, training=options.training)
     if checkpoint.options:
         checked_flags(checkpoint, kind_of(checkpoint), path)
     if os.path.lexists(out):
         raise UserError(f"--out {out}", "exists", "Name another file; none is replaced.")
+    if options.training and (out.suffix.lower() == SUFFIX or not checkpoint.training):
+        problem = "needs a name that ends in .pt"
+        if not checkpoint.training:
+            problem = f"is not possible: {path} has nothing that training needs"
+        raise UserError("--training True", problem, "Omit it to write the weights.")
     make_folder(out.parent, flag="--out")
-    export_weights(checkpoint, options.weights, out)
-    size = out.stat().st_size / 2**20
-    return f"{checkpoint.choose(options.weights)[1]} of {path} in {out}, {size:.1f} MiB"
+    what = f"step {checkpoint.step}, to continue from,"
+    if options.training:
+        export_checkpoint(checkpoint, out)
+    else:
+        export_weights(checkpoint, options.weights, out)
+        what = checkpoint.choose(options.weights)[1]
+    return f"{what} of {path} in {out}, {out.stat().st_size / 2**20:.1f} MiB"
 
 
 def write_phantoms(options: PhantomOptions) -> str:

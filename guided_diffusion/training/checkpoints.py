@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint import (
     BEST,
     Checkpoint,
+    fitting_weights,
     numbered_checkpoints,
     save_checkpoint,
     step_of,
     usable_weights,
 )
-from guided_diffusion.dist_util import barrier, rank, side_stream
+from guided_diffusion.checkpoint.sharded import ShardSet, is_sharded, own_part
+from guided_diffusion.checkpoint.weights import map_tensors
+from guided_diffusion.dist_util import all_gather_object, barrier, rank, side_stream
 from guided_diffusion.files import Background
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.training.ema import ExponentialAverage, plain
 from guided_diffusion.training.restored import refuse_unfit
+from guided_diffusion.training.sharded import distribute, own_parts
 
 
 @dataclass(eq=False)
@@ -45,6 +51,7 @@ class CheckpointManager:
         after_save: called in the background once a checkpoint is written.
         own: the numbered checkpoints of this run.
         writer: the background job that writes.
+        group: of all processes, in which they write shards; None for a network in one piece.
     """
 
     folder: Path
@@ -59,6 +66,11 @@ class CheckpointManager:
     after_save: Callable[[], object] = bool
     own: list[Path] = field(default_factory=list, init=False)
     writer: Background = field(default_factory=Background, init=False)
+    group: dist.ProcessGroup | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if is_sharded([*self.net.parameters()]):
+            self.group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -81,7 +93,7 @@ class CheckpointManager:
             UserError: the checkpoint before this one could not be written.
         """
         path = self.folder / (f"savedmodel{step:06d}.pt" if numbered else BEST)
-        if rank() == 0:
+        if rank() == 0 or self.group:
             self.wait()  # before the state is copied, so that there is one copy at a time
             training = {
                 "optimizer": self.optimizer.state_dict(),
@@ -99,13 +111,19 @@ class CheckpointManager:
             )
             reading = side_stream(next(self.net.parameters()).device)
             drop = self._surplus(path) if numbered else []
+            shards = None
+            if self.group:
+                shards = ShardSet(all_gather_object(secrets.token_hex(4))[0], self.group)
 
             def write() -> None:
                 with reading:
                     kept = Checkpoint(**map_tensors(Tensor.cpu, vars(state)))
-                save_checkpoint(self.folder, kept, drop=drop, best=is_best, numbered=numbered)
-                logger.log(f"saved {path}")
-                self.after_save()
+                save_checkpoint(
+                    self.folder, kept, drop=drop, best=is_best, numbered=numbered, shards=shards
+                )
+                if rank() == 0:
+                    logger.log(f"saved {path}")
+                    self.after_save()
 
             self.writer.start(write)
         barrier()
@@ -118,7 +136,7 @@ class CheckpointManager:
     def restore(
         self, checkpoint: Checkpoint, *, path: Path | None = None, missing: Collection[str] = ()
     ) -> None:
-        """Continue from a checkpoint whose weights the network already has.
+        """Continue from a checkpoint whose weights the network already has, if it is not sharded.
 
         Args:
             checkpoint: the state.
@@ -128,12 +146,17 @@ class CheckpointManager:
         Raises:
             UserError: its averages or its training state do not belong to this run.
         """
+        usable = usable_weights
+        if self.group and path:
+            checkpoint, usable = distribute(checkpoint, self.net, path), fitting_weights
         names, parameters = zip(*self.net.named_parameters(), strict=True)
         known = [index for index, name in enumerate(names) if name not in missing]
         state, own = checkpoint.training, self.schedule_sampler.state_dict()
-        refuse_unfit(state, [parameters[index] for index in known], own, path or "the checkpoint")
+        held = map_tensors(lambda tensor: own_part(tensor).cpu(), state)
+        owners = own_parts(parameters[index] for index in known)
+        refuse_unfit(held, owners, own, path or "the checkpoint")
         averages = {
-            rate: usable_weights(self.net, checkpoint.ema[rate], path or "the checkpoint")
+            rate: usable(self.net, checkpoint.ema[rate], path or "the checkpoint")
             for rate in self.averages
             if rate in checkpoint.ema
         }
@@ -168,15 +191,6 @@ class CheckpointManager:
         return own[: -self.keep]
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to every tensor of a nested state of dictionaries and lists."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(function, part) for key, part in value.items()}
-    return [map_tensors(function, part) for part in value] if isinstance(value, list) else value
-
-
 def fitted_moments(
     moments: dict[int, dict[str, Any]], parameters: Sequence[Tensor], known: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
@@ -187,6 +201,8 @@ def fitted_moments(
     """
 
     def fitted(value: Tensor | float, parameter: Tensor) -> Tensor:
+        if is_sharded(value):  # divided as the parameter is
+            return cast(Tensor, value)
         value = torch.as_tensor(value, dtype=torch.float32)
         return torch.empty_like(parameter).copy_(value[: len(parameter)]) if value.ndim else value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from guided_diffusion.checkpoint import Weights
+from guided_diffusion.checkpoint.sharded import own_part
 
 
 class ExponentialAverage:
@@ -23,7 +24,11 @@ class ExponentialAverage:
     def update(self, step: int) -> None:
         """Move towards the parameters after step ``step`` (counted from 0)."""
         rate = min(self.rate, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, list(self.net.parameters()), 1 - rate)
+        values, parameters = (
+            [own_part(tensor) for tensor in tensors]
+            for tensors in (self.values, self.net.parameters())
+        )
+        torch._foreach_lerp_(values, parameters, 1 - rate)
 
     def state_dict(self) -> Weights:
         """Return a copy of the network's state dict, the averages in place of the parameters."""
@@ -33,7 +38,8 @@ class ExponentialAverage:
     def load(self, weights: Weights) -> None:
         """Continue from :meth:`state_dict`; the parents' two-channel head is cut."""
         for (name, _), value in zip(self.net.named_parameters(), self.values, strict=True):
-            value.copy_(weights[name][: len(value)])
+            own = own_part(value)
+            own.copy_(own_part(weights[name])[: len(own)])
 
 
 def plain(weights: Weights) -> Weights:

@@ -11,13 +11,14 @@ import torch
 from guided_diffusion import logger
 from guided_diffusion.data.classes import Classes
 from guided_diffusion.data.folders import counted
-from guided_diffusion.dist_util import describe, rank, total_gib
+from guided_diffusion.dist_util import describe, rank, total_gib, world_size
 from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.options.flags import numbers
 from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.script_util import channel_multipliers, create_model, parameter_count
 from guided_diffusion.training.cost import image_cost
+from guided_diffusion.training.sharded import gathered_parameters
 from guided_diffusion.unet import UNetModel
 
 LARGE_GIB = 8.0
@@ -31,8 +32,8 @@ def check_size(
     *,
     classes: Classes | None,
     device: torch.device,
-) -> None:
-    """Report the memory of a large network before it is built.
+) -> bool:
+    """Report the memory of a large network before it is built; return whether to divide it.
 
     Raises:
         UserError: the network, or a step of this batch, cannot fit into the device's memory.
@@ -41,24 +42,70 @@ def check_size(
         net = create_model(network, diffusion, classes)
     averages = len(options.ema_rate.split(","))
     needed = training_gib(sum(parameter.numel() for parameter in net.parameters()), averages)
+    each = sharded_gib(net, averages, world_size())
+    sharded = divides(options.fsdp, needed, each, total_gib(device), world_size())
     memory = (
         f"{parameter_count(net)}: weights, gradients, AdamW's moments and averages take "
         f"{needed:.1f} GiB while a checkpoint is written, before any activation"
     )
+    if sharded:
+        memory += f"; divided among {world_size()} processes, {each:.1f} GiB in each"
+        needed = each
     if needed > total_gib(device):
+        enough = fewest_processes(net, averages, total_gib(device))
         raise UserError(
             "the network",
             f"{memory}, more than the {total_gib(device):.1f} GiB of {describe(device)}",
-            "Use a larger device, or lower --num_channels or --num_res_blocks.",
+            f"{_share_hint(enough, options.fsdp)}, or lower --num_channels or --num_res_blocks.",
         )
     refuse_large_batch(net, options, held=needed, device=device)
-    if needed > LARGE_GIB and rank() == 0:
+    if (sharded or needed > LARGE_GIB) and rank() == 0:
         logger.log(memory)
     if spectra_gib(network) > 0.5 and rank() == 0:
         logger.log(
             f"attention between spectra takes {spectra_gib(network):.1f} GiB for each image of a "
             "batch, 16 times less with one more level (--channel_mult)"
         )
+    return sharded
+
+
+def divides(fsdp: str, copy: float, share: float, device: float, processes: int) -> bool:
+    """Decide whether a network is divided among processes, or copied to each.
+
+    Args:
+        fsdp: ``on``, ``off``, or ``auto``, by what fits.
+        copy: GiB that training holds for a copy.
+        share: GiB that it holds in each process if the network is divided.
+        device: GiB of the memory of each.
+        processes: that work together.
+    """
+    if processes == 1 or fsdp == "off":
+        return False
+    return fsdp == "on" or share <= device < copy
+
+
+def sharded_gib(net: torch.nn.Module, averages: int, processes: int) -> float:
+    """The most that a process holds of a divided network in training, in GiB of float32.
+
+    Its share of what :func:`training_gib` counts; and, whole, the parameters that are gathered at a
+    time, and their gradients.
+    """
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return training_gib(parameters, averages) / processes + 8 * gathered_parameters(net) / 2**30
+
+
+def fewest_processes(net: torch.nn.Module, averages: int, device: float) -> int:
+    """The number of processes on devices of so many GiB that can train a network; 0 if none can."""
+    counts = (2**power for power in range(1, 15))
+    return next((n for n in counts if sharded_gib(net, averages, n) <= device), 0)
+
+
+def _share_hint(enough: int, fsdp: str) -> str:
+    if not enough:
+        return "Use a larger device"
+    return f"Use a larger device, or {enough} such devices" + " without --fsdp off" * (
+        fsdp == "off"
+    )
 
 
 def refuse_large_batch(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ from guided_diffusion.checkpoint import (
     load_weights,
     missing_weights_note,
     with_companions,
+    without_values,
 )
 from guided_diffusion.data.advice import intensity_notes, mask_notes
 from guided_diffusion.data.batches import Batch, Foreground, TrainingBatch, prepare_masks
@@ -33,7 +35,7 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_tex
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
-from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
+from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
@@ -63,6 +65,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training.estimates import attention_notes, check_size
 from guided_diffusion.training.foreground import resolve_foreground
+from guided_diffusion.training.sharded import shard_network
 from guided_diffusion.training.steps import refuse_graphs
 from guided_diffusion.training.validation import (
     Validate,
@@ -200,20 +203,30 @@ def resolve_training(flags: Flags) -> TrainSetup:
     options_of_diffusion = resolve_objective(flags, network.version)
     frame, crop = frame_for(dataset, network, data.crop, case=dataset[0])
     device = dev(run.gpu_dev)
-    check_size(network, options_of_diffusion, options, classes=dataset.classes, device=device)
+    make = partial(create_model, network, options_of_diffusion, dataset.classes)
+    sharded = check_size(
+        network, options_of_diffusion, options, classes=dataset.classes, device=device
+    )
+    undivided = options.fsdp == "on" and not sharded
     torch.manual_seed(run.seed)
-    net = create_model(network, options_of_diffusion, dataset.classes)
     missing: list[str] = []
-    if start:
-        start, missing = adapt_weights(start, net, training=True)
-        load_weights(net, start.model, path)
+    if sharded:
+        refuse_undivided(run, start, path)
+        net = shard_network(make, device, new=start is None)
+    else:
+        net = make()
+        if start and path:
+            start = load_checkpoint(path) if without_values(start.model) else start
+            start, missing = adapt_weights(start, net, training=True)
+            load_weights(net, start.model, path)
+        net = place_model(net, device, compile=run.compile)
     process = create_gaussian_diffusion(options_of_diffusion, network.version, dataset.classes)
 
     # Validation, by a copy of the network.
     sinks = open_sinks(watch, run) if rank() == 0 else []
     validation = None
     if held_out or sinks:
-        copy = place_model(create_model(network, options_of_diffusion, dataset.classes), device)
+        copy = place_model(make(), device)
         plan = validation_plan(watch, run, process, device)
         segmenter = Segmenter(copy, process, frame=frame, plan=plan, classes=dataset.classes)
         validation = make_validation(segmenter, dataset, held_out, watch, run)
@@ -229,7 +242,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
         **read_as(dataset),
     }
     return TrainSetup(
-        net=place_model(net, device, compile=run.compile),
+        net=net,
         diffusion=process,
         dataset=cached,
         options=options,
@@ -248,6 +261,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *([missing_weights_note(missing, training=True)] if missing else []),
             *overwriting_notes(run, start),
             *preset_notes(given),
+            *(["--fsdp on has no effect: there is one process"] if undivided else []),
             *dead_flags(given, vars(network)),
             *(attention_notes(network) if given.get("attention_resolutions") else []),
             *dataset.notes,
@@ -260,6 +274,16 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *validation_notes(validation),
         ],
     )
+
+
+def refuse_undivided(run: RunOptions, start: Checkpoint | None, path: Path | None) -> None:
+    """Raise a UserError for what a network that is divided among processes cannot have."""
+    hint = "Omit it, or use --fsdp off where a copy fits into each device."
+    if run.compile:
+        raise UserError(f"--compile {run.compile}", "does not work on a divided network", hint)
+    if start and not start.options:
+        problem = "are bare weights, and a divided network continues from checkpoints alone"
+        raise UserError(path, problem, "Use --fsdp off where a copy fits into each device.")
 
 
 def objective_notes(diffusion: GaussianDiffusion) -> list[str]:
@@ -313,7 +337,7 @@ def checkpoint_to_resume(
         path = own
     else:
         return None, None
-    start = load_checkpoint(path)
+    start = load_checkpoint(path, on_disk=world_size() > 1)
     if not start.options:
         start = with_companions(start, path, options.ema_rate.split(","))
     return path, start

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from guided_diffusion import logger
 from guided_diffusion.dist_util import all_gather, memory_gib
+from guided_diffusion.training.sharded import total_norm
 
 _KINDS = ("q0", "q1", "q2", "q3", "direct")
 
@@ -53,7 +54,7 @@ class StepLog:
 
     def gradient(self, parameters: Sequence[Tensor]) -> Tensor:
         """Note the norm of the gradient, and return it."""
-        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norms.append(norm)
         return norm
 
@@ -94,7 +95,7 @@ class StepLog:
         norms = _finite(torch.stack(self.grad_norms).tolist())
         means = {
             **({"grad_norm": sum(norms) / len(norms)} if norms else {}),
-            "param_norm": float(_norm([p.detach() for p in parameters])),
+            "param_norm": float(total_norm([p.detach() for p in parameters])),
             "skipped": float(self.skipped),
             **({"steps_per_s": timed / (time.perf_counter() - self.started)} if timed else {}),
         }
@@ -112,7 +113,3 @@ class StepLog:
 
 def _finite(values: list[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))

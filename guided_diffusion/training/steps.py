@@ -16,6 +16,7 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.sampling import MemberNoise
+from guided_diffusion.training.sharded import own_parts
 
 GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that use CUDA graphs."""
@@ -170,7 +171,8 @@ def clip_gradient(parameters: Sequence[Tensor], norm: Tensor, largest: float) ->
     """Shrink a gradient of this norm to the largest that is allowed; 0 allows any."""
     if largest:
         shrink = (largest / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], shrink)
+        gradients = own_parts(p.grad for p in parameters if p.grad is not None)
+        torch._foreach_mul_(gradients, shrink)
 
 
 def not_finite(step: int, times: int, cases: str) -> UserError:
