@@ -353,7 +353,7 @@ def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmen
     )
     folder = Path(os.devnull)  # nothing is saved
     setup = TrainSetup(
-        net=place_model(net, device),
+        net=place_model(net, device, training=True),
         diffusion=diffusion,
         dataset=Listed(data.training),
         options=options,

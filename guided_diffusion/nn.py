@@ -104,6 +104,7 @@ class _GroupNorm(torch.autograd.Function):
         by_group, pixels = (*mean.shape[:2], -1), tuple(range(2, x.ndim))
         weight = weight.view(mean.shape[1], -1)
         like = weight.expand(len(x), *weight.shape)
+        direct = (weight * rstd).view(*x.shape[:2], *[1] * len(pixels))
         normalised = _scaled(x, rstd.expand_as(like), (-mean * rstd).expand_as(like))
         # What weight and bias get of every image.
         of_weight = (grad * normalised).sum(pixels, dtype=mean.dtype).view(by_group)
@@ -115,18 +116,14 @@ class _GroupNorm(torch.autograd.Function):
             for part in (of_weight, of_bias)
         )
         found = _scaled(normalised, by_variance, by_mean)
-        torch.addcmul(found, grad, _per_channel(weight * rstd, x), out=found)
+        torch.addcmul(found, grad, direct, out=found)
         return found, of_weight.sum(0).flatten(), of_bias.sum(0).flatten(), None, None
 
 
 def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Compute ``x * scale + shift`` like ``x`` [B, C, ...], by values [B, G, C/G]; rounded once."""
-    scale, shift = _per_channel(scale, x), _per_channel(shift, x)
-    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    return values.reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+    shape = (*x.shape[:2], *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape), out=torch.empty_like(x))
 
 
 def single_precision(x: Tensor) -> AbstractContextManager[object]:

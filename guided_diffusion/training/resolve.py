@@ -33,7 +33,14 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_tex
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
-from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist
+from guided_diffusion.dist_util import (
+    dev,
+    launch,
+    memory_order_note,
+    place_model,
+    rank,
+    setup_dist,
+)
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
@@ -226,7 +233,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
         **read_as(dataset),
     }
     return TrainSetup(
-        net=place_model(net, device, compile=run.compile),
+        net=place_model(net, device, compile=run.compile, training=True),
         diffusion=process,
         dataset=cached,
         options=options,
@@ -253,6 +260,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *mask_notes(dataset),
             *(intensity_notes(dataset) if rank() == 0 else []),
             *objective_notes(process),
+            memory_order_note(device),
             *validation_notes(validation),
         ],
     )
