@@ -32,8 +32,8 @@ def test_networks_are_placed_by_the_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_processor(processor, monkeypatch)
-    for training, order in ((True, of_training), (False, of_sampling)):
-        net = place_model(nn.Conv2d(8, 16, 3), CPU, training=training)
+    for trained, order in ((True, of_training), (False, of_sampling)):
+        net = place_model(nn.Conv2d(8, 16, 3), CPU, training=trained)
         assert net.weight.is_contiguous(memory_format=order)
         assert net(torch.zeros(1, 8, 9, 9)).is_contiguous(memory_format=order)
     for device in ("cuda", "mps"):
