@@ -413,7 +413,7 @@ def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmen
     )
     folder = Path(os.devnull)  # nothing is saved
     setup = TrainSetup(
-        net=segmenter.net,
+        net=place_model(segmenter.net, device, training=True),
         diffusion=segmenter.diffusion,
         dataset=Listed(data.training),
         options=options,
@@ -428,6 +428,7 @@ def trained(job: Json, data: Data, recipe: Json, device: torch.device) -> Segmen
         if loop.step % 100 == 0:
             loop.log.means(loop.parameters)
     segmenter.net.load_state_dict(loop.averages["0.99"].state_dict())
+    place_model(segmenter.net, device)
     return segmenter
 
 

@@ -5,7 +5,7 @@
 prints one Markdown table. The procedure of the parent projects: fp32, contiguous tensors, images
 read in the training process, AdamW that is not fused, averages updated per tensor in Python. The
 procedures take turns, a few steps each, and medians are compared, so that other load on the machine
-affects all alike.
+affects all alike. ``--both_orders`` adds the forward and backward pass in the other memory order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from guided_diffusion import logger
 from guided_diffusion.data.batches import collate, training_batches
 from guided_diffusion.data.datasets import Case
-from guided_diffusion.dist_util import autocast, describe, dev, place_model
+from guided_diffusion.dist_util import autocast, describe, dev, memory_order_note, place_model
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 from guided_diffusion.script_util import create_model_and_diffusion, parameter_count
@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = {
             precision: our_loop(arguments, data, device, precision, Path(folder))
-            for precision in ("fp32", "bf16")
+            for precision in arguments.precisions
         }
         net, diffusion = build(arguments)
         ways["the parents' procedure, fp32"] = parents_step(
@@ -72,13 +72,17 @@ def main() -> None:
             ways[f"this suite, {precision}"] = our_step(loop)
         for precision, loop in ours.items():
             ways[f"its forward and backward alone, {precision}"] = bare_step(loop, precision)
+        for precision in arguments.precisions if arguments.both_orders else ():
+            loop = our_loop(arguments, data, device, precision, Path(folder), other_order=True)
+            name = f"its forward and backward alone, {precision}, other memory order"
+            ways[name] = bare_step(loop, precision)
         seconds = measure(ways, arguments, device)
 
         print(
             f"{parameter_count(net)}, {arguments.image_size} px, batch {arguments.batch_size}, ",
             end="",
         )
-        print(f"torch {torch.__version__}, {describe(device)}\n")
+        print(f"torch {torch.__version__}, {describe(device)}; {memory_order_note(device)}\n")
         print("| way | s per step | against the parents' | around forward and backward |")
         print("|---|---|---|---|")
         first = next(iter(seconds.values()))
@@ -88,14 +92,15 @@ def main() -> None:
             median = statistics.median(values)
             print(f"| {name} | {median:.4f} | {ratio(values, first):.2f} | {rest} |")
 
-        loop, stalls = ours["fp32"], []
+        precision = arguments.precisions[0]
+        loop, stalls = ours[precision], []
         for _ in range(3):
             started = time.perf_counter()
             loop.save()
             stalls.append(time.perf_counter() - started)
             loop.checkpoints.writer.wait()
             total = time.perf_counter() - started
-        step = statistics.median(seconds["this suite, fp32"])
+        step = statistics.median(seconds[f"this suite, {precision}"])
         print(
             f"\nA checkpoint takes {total:.2f} s to write and blocks training for "
             f"{statistics.median(stalls):.3f} s, {statistics.median(stalls) / step:.2f} of a step."
@@ -109,6 +114,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_res_blocks", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--use_checkpoint", action="store_true", help="recompute activations")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], help="fp32 bf16 fp16")
+    parser.add_argument(
+        "--both_orders", action="store_true", help="time both memory orders of feature maps"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="turns of each procedure")
     parser.add_argument("--steps", type=int, default=3, help="steps in one turn")
     return parser.parse_args()
@@ -136,10 +145,15 @@ def our_loop(
     precision: str,
     folder: Path,
     compile: str = "",
+    other_order: bool = False,
 ) -> TrainLoop:
     net, diffusion = build(arguments)
+    net = place_model(net, device, compile=compile, training=True)
+    if other_order:
+        last = net.get_parameter("out.2.weight").is_contiguous(memory_format=torch.channels_last)
+        net.to(memory_format=torch.contiguous_format if last else torch.channels_last)
     setup = TrainSetup(
-        net=place_model(net, device, compile=compile),
+        net=net,
         diffusion=diffusion,
         dataset=data,
         options=TrainingOptions(batch_size=arguments.batch_size, keep=1),

@@ -146,7 +146,7 @@ def run(
     frame = Frame(FLAGS["image_size"], WOLLEB_CROP if key["set"] == "demo" else 0)
     with tempfile.TemporaryDirectory() as folder:
         setup = TrainSetup(
-            net=place_model(net, device),
+            net=place_model(net, device, training=True),
             diffusion=diffusion,
             dataset=CachedDataset(ResizedDataset(training, frame), directory=Path(folder)),
             options=TrainingOptions(batch_size=8, lr=RATES[key["set"]], ema_rate="0.99"),

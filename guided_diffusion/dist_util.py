@@ -298,15 +298,39 @@ def dev(gpu_dev: str = "0") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def place_model(net: Net, device: torch.device, *, compile: str = "") -> Net:
-    """Move a network to a device, in the channels-last order that is fastest for convolutions.
+def place_model(
+    net: Net, device: torch.device, *, compile: str = "", training: bool = False
+) -> Net:
+    """Move a network to a device, in the memory order of :func:`memory_order`.
 
     ``compile`` is a mode of ``torch.compile``, or empty; compilation happens at the first call.
     """
-    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    order = memory_order(device, training=training)
+    net.to(device).to(memory_format=order)  # type: ignore[call-overload]
     if compile:
         net.compile(mode=compile)
     return net
+
+
+def memory_order(device: torch.device, *, training: bool) -> torch.memory_format:
+    """Choose the memory order of feature maps by what is fastest.
+
+    That is channels-last, except for training on a processor without AVX-512, whose backward pass
+    is faster in contiguous memory. By rule, not by a trial: the order changes how sums are rounded,
+    so a trial that ends otherwise would keep a resumed run from repeating the uninterrupted one.
+    """
+    return torch.contiguous_format if training and _is_old_cpu(device) else torch.channels_last
+
+
+def memory_order_note(device: torch.device) -> str:
+    """Say in which memory order a network is trained."""
+    if _is_old_cpu(device):
+        return "feature maps are contiguous in memory, as is best for training without AVX-512"
+    return "feature maps are in channels-last order in memory"
+
+
+def _is_old_cpu(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @contextmanager

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -72,11 +73,66 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, ...]; the dtype of ``x`` is kept."""
+        # On CUDA devices, autocast makes it float32, and the kernel takes contiguous tensors alone:
+        # maps would be copied four times. A compiler fuses it all.
+        half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.ndim > 2
+        if half and not torch.compiler.is_compiling():
+            with single_precision(x):
+                return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         # The kernel computes half precision in float32 itself, but its backward pass is slow there.
         # F.group_norm would refuse a group of one value, which is normalised to the bias.
         wide = x.float() if torch.is_grad_enabled() else x
         normalised = torch.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
         return normalised.to(x.dtype)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group normalisation of [B, C, ...] in its dtype and memory order, with sums in float32.
+
+    What is kept for the backward pass is the input itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        by_group, pixels = (len(x), groups, -1), tuple(range(2, x.ndim))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = x.mean(pixels, dtype=wide).view(by_group).mean(-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=pixels, dtype=wide)
+        square = norm.square().view(by_group).mean(-1, keepdim=True) / x[0, 0].numel()
+        rstd = torch.addcmul(square, mean, mean, value=-1).clamp(min=0).add(eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd)
+        scale = weight.view(groups, -1) * rstd
+        return _scaled(x, scale, torch.addcmul(bias.view(groups, -1), mean, scale, value=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        by_group, pixels = (*mean.shape[:2], -1), tuple(range(2, x.ndim))
+        weight = weight.view(mean.shape[1], -1)
+        like = weight.expand(len(x), *weight.shape)
+        direct = (weight * rstd).view(*x.shape[:2], *[1] * len(pixels))
+        normalised = _scaled(x, rstd.expand_as(like), (-mean * rstd).expand_as(like))
+        # What weight and bias get of every image.
+        of_weight = (grad * normalised).sum(pixels, dtype=mean.dtype).view(by_group)
+        of_bias = grad.sum(pixels, dtype=mean.dtype).view(by_group)
+        # What reaches the input by way of variance and mean, and then directly.
+        share = -rstd / x[0, 0].numel()
+        by_variance, by_mean = (
+            (share * (weight * part).mean(-1, keepdim=True)).expand_as(like)
+            for part in (of_weight, of_bias)
+        )
+        found = _scaled(normalised, by_variance, by_mean)
+        torch.addcmul(found, grad, direct, out=found)
+        return found, of_weight.sum(0).flatten(), of_bias.sum(0).flatten(), None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Compute ``x * scale + shift`` like ``x`` [B, C, ...], by values [B, G, C/G]; rounded once."""
+    shape = (*x.shape[:2], *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape), out=torch.empty_like(x))
 
 
 def single_precision(x: Tensor) -> AbstractContextManager[object]:

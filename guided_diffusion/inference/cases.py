@@ -1,20 +1,24 @@
 """One loop over cases, for supervised and weak segmentation alike.
 
-Cases are drawn together, written in the background and recorded once their files are in place. A
-group that fails is tried again case by case; what fails alone is named at the end.
+Cases are read ahead and drawn together, written in the background and recorded once their files are
+in place. A group that fails is tried again case by case; what fails alone is named at the end.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from guided_diffusion import logger
-from guided_diffusion.data.datasets import Entry
+from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset
 from guided_diffusion.data.folders import listing
 from guided_diffusion.dist_util import any_rank, rank, world_size
 from guided_diffusion.errors import UserError, memory_problem
@@ -37,6 +41,18 @@ def share_of(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
     ]
 
 
+def writer_count(asked: int, device: torch.device) -> int:
+    """Choose the number of threads that write: ``asked``, or by the device where that is 0.
+
+    Beside a GPU there are up to 4, as far as there are cores; on a CPU they would take the
+    network's.
+    """
+    if asked or device.type == "cpu":
+        return asked or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, max(1, (cores or 1) // world_size()))
+
+
 def run_cases(
     entries: Sequence[Entry],
     indices: Sequence[int],
@@ -47,6 +63,7 @@ def run_cases(
     together: int,
     after: Callable[[], object] = bool,
     evaluations: int = 0,
+    writers: int = 1,
 ) -> bool:
     """Draw, write and record cases under a progress bar.
 
@@ -55,10 +72,12 @@ def run_cases(
         indices: the entries that this process draws.
         record: gets a row per case, and is closed at the end.
         draw: makes the results of some entries, by index.
-        write: writes one result, given its index and the seconds it took; returns its row.
+        write: writes one result, given its index and the seconds it took; returns its row. Several
+            threads may call it at the same time, for different cases.
         together: entries that are drawn at a time.
-        after: called once a case is recorded.
+        after: called once a case is recorded, by one thread at a time.
         evaluations: network evaluations of a case, to show the speed; 0 to show none.
+        writers: threads that write results while the next ones are drawn.
 
     Returns:
         Whether all cases of all processes are done.
@@ -68,16 +87,20 @@ def run_cases(
     """
     failures: dict[str, str] = {}  # why, by the case's name
 
+    recording = Lock()
+
     def keep(results: Sequence[tuple[int, Result]], seconds: float) -> None:
         for index, result in results:
-            record.add({"name": entries[index].name, **write(index, result, seconds)})
-            after()
+            row = {"name": entries[index].name, **write(index, result, seconds)}
+            with recording:
+                record.add(row)
+                after()
 
     def fewer(count: int) -> None:
         nonlocal together
         together = count
 
-    writer = Background()
+    background = Background(writers)
     try:
         with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
             left = list(indices)
@@ -85,7 +108,9 @@ def run_cases(
                 left = left[len(some) :]
                 started = time.perf_counter()
                 results = list(draw_or_note(draw, some, entries, failures, fewer))
-                writer.start(partial(keep, results, (time.perf_counter() - started) / len(some)))
+                seconds = (time.perf_counter() - started) / len(some)
+                for part in filter(None, (results[first::writers] for first in range(writers))):
+                    background.start(partial(keep, part, seconds))
 
                 progress.update(len(some))
                 if evaluations:
@@ -93,7 +118,7 @@ def run_cases(
                     rate = progress.n * evaluations / elapsed
                     progress.set_postfix_str(f"{rate:.0f} evaluations/s")
     finally:
-        writer.wait()
+        background.wait()
     record.end()
     all_done = not any_rank(bool(failures))
     if failures:
@@ -103,6 +128,49 @@ def run_cases(
             "All others are finished: repair these, and run the same command again.",
         )
     return all_done
+
+
+class ReadAhead:
+    """Reads cases of a data set, while the next ones are read in the background.
+
+    Args:
+        dataset: is read by one thread at a time.
+        order: in which cases will be asked for, by index.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, order: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.order = order
+        self.places = {index: place for place, index in enumerate(order)}
+        self.background = Background()
+        self.cases: dict[int, Case] = {}
+
+    def __call__(self, indices: Sequence[int]) -> list[Case]:
+        """Return cases, and begin to read as many of those that follow.
+
+        Raises what the data set raises for a case that cannot be read.
+        """
+        self.background.wait()
+        cases = [
+            self.cases[index] if index in self.cases else self.dataset[index] for index in indices
+        ]
+        after = self.places[indices[-1]] + 1
+        following = self.order[after : after + len(indices)]
+        self.cases = {index: self.cases[index] for index in following if index in self.cases}
+        if len(self.cases) < len(following):
+            self.background.start(partial(self._read, following))
+        return cases
+
+    def close(self) -> None:
+        """Wait for the cases that are being read."""
+        self.background.wait()
+
+    def _read(self, indices: Sequence[int]) -> None:
+        """Read cases up to the first that cannot be; whoever asks for that one gets the error."""
+        with suppress(Exception):
+            for index in indices:
+                if index not in self.cases:
+                    self.cases[index] = self.dataset[index]
 
 
 def _told_once(failures: Mapping[str, str]) -> list[str]:

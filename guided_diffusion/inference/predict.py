@@ -17,7 +17,7 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as, r
 from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
-from guided_diffusion.inference.cases import run_cases, share_of
+from guided_diffusion.inference.cases import ReadAhead, run_cases, share_of, writer_count
 from guided_diffusion.inference.precision import device_notes
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
 from guided_diffusion.inference.provenance import note_run, note_sampling, run_record
@@ -55,7 +55,8 @@ def run_sampling(setup: SampleSetup) -> None:
     for sink in sinks:
         sink.close()
     end = "_<class>" if segmenter.classes else ""
-    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay", f"output<i>{end}"]
+    kinds = ["mask", f"output_ens{end}", "uncertainty", "overlay"]
+    kinds += [f"output<i>{end}"] * options.save_members
     if any(one.network.version not in ("plain", "unet") for one in setup.networks):
         kinds.append(f"coarse{end}")
     kinds += ["debug"] * options.debug
@@ -91,6 +92,8 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
         fingerprint=fingerprint,
         num_samples=options.num_samples,
         debug=options.debug,
+        save_members=options.save_members,
+        writers=writer_count(options.writers, segmenter.device),
         note=note,
         run=record,
     )
@@ -104,6 +107,8 @@ def segment(
     fingerprint: str,
     num_samples: int = 0,
     debug: bool = False,
+    save_members: bool = True,
+    writers: int = 1,
     note: Callable[[], object] = bool,
     run: Mapping[str, Any] = {},
 ) -> list[str]:
@@ -116,6 +121,8 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         debug: also write a strip of all channels and masks of each case.
+        save_members: also write the members of each case.
+        writers: threads that write cases while the next ones are drawn.
         note: called by the first process before anything is drawn, to record the settings.
         run: what would repeat the run, recorded if there is anything left to draw.
 
@@ -129,7 +136,9 @@ def segment(
     require_replaceable(out_dir / SAMPLING_RECORD)
     ends = [end for _, end in each(segmenter.classes)]
     columns, several = class_columns(segmenter.classes), bool(segmenter.others)
-    record = Record(out_dir, fingerprint, columns, spreads=several, ends=ends)
+    record = Record(
+        *(out_dir, fingerprint, columns), spreads=several, ends=ends, with_members=save_members
+    )
     note_classes(out_dir, segmenter.classes, known=record.is_uniform)
     if rank() == 0:
         note()
@@ -149,15 +158,17 @@ def segment(
     volumes.expect((entries[index] for index in mine), elsewhere=others - own)
     volumes.write()
 
-    # How cases are drawn and written.
+    # How cases are read, drawn and written.
+    read = ReadAhead(dataset, mine)
+
     def draw(indices: Sequence[int]) -> list[tuple[Case, Segmentation]]:
-        cases = [dataset[index] for index in indices]
+        cases = read(indices)
         shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.has_sinks() else None
         return list(zip(cases, segmenter.segment(cases, shown), strict=True))
 
     def write(index: int, drawn: tuple[Case, Segmentation], seconds: float) -> dict[str, Any]:
         case, result = drawn
-        write_case(out_dir, case, result)
+        write_case(out_dir, case, result, save_members=save_members)
         if debug:
             pixels = draw_strip(case, result, channels=dataset.modalities)
             write_picture(out_dir / f"{case.name}_debug.png", pixels)
@@ -181,8 +192,10 @@ def segment(
             after=volumes.write,
             together=plan.cases,
             evaluations=segmenter.evaluations,
+            writers=writers,
         )
     finally:
+        read.close()
         if rank() == 0:
             log_remarks(record, names)
     if rank() == 0 and all_done:

@@ -96,17 +96,18 @@ def combined_uncertainty(result: Segmentation) -> Tensor:
     return result.uncertainty if result.classes is None else result.uncertainty.amax(dim=0)
 
 
-def soft_maps(result: Segmentation) -> Iterator[tuple[str, Tensor]]:
+def soft_maps(result: Segmentation, *, members: int | None = None) -> Iterator[tuple[str, Tensor]]:
     """Fused mask, coarse mask and members [H, W] of every class, by the end of their file's name.
 
-    Networks without a coarse mask have no such map.
+    Networks without a coarse mask have no such map. Of the members, the first so many; None for
+    all.
     """
     size = result.fused.shape[-2:]
     for k, end in each(result.classes):
         yield f"output_ens{end}", result.fused.reshape(-1, *size)[k]
         if result.coarse is not None:
             yield f"coarse{end}", result.coarse.reshape(-1, *size)[k]
-        for index, member in enumerate(result.members):
+        for index, member in enumerate(result.members[:members]):
             yield f"output{index}{end}", member.reshape(-1, *size)[k]
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from zipfile import BadZipFile
 
@@ -49,6 +50,7 @@ class VolumeWriter:
         self.source = {entry.volume: entry.images[0] for entry in self.entries}
         self.waiting = out_dir / ".slices" / fingerprint
         self.missing: Counter[str] = Counter()
+        self._counting = Lock()
         self.complete: dict[str, bool] = {}
         for volume in self.source:
             for kind in KINDS:
@@ -81,12 +83,13 @@ class VolumeWriter:
         self.source = {v: path for v, path in self.source.items() if v not in elsewhere}
 
     def keep(self, entry: Entry, maps: Mapping[str, np.ndarray]) -> None:
-        """Store one slice: a map [..., H, W] for each of the :data:`KINDS`."""
+        """Store one slice: a map [..., H, W] for each of the :data:`KINDS`; threads may call it."""
         path = self._slice(entry.volume, entry.plane or 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             np.savez(part, **{kind: maps[kind] for kind in KINDS})  # type: ignore[arg-type]
-        self.missing[entry.volume] -= 1
+        with self._counting:
+            self.missing[entry.volume] -= 1
 
     def write(self) -> None:
         """Write every volume of which slices wait and none is still to come."""

@@ -21,7 +21,9 @@ from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import write_picture
 
 
-def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
+def write_case(
+    out_dir: Path, case: Case, result: Segmentation, *, save_members: bool = True
+) -> None:
     """Write the pictures of one case, each at the case's own size.
 
     ``<name>_output_ens.png`` (soft, 8 bit), ``<name>_mask.png`` (0 and 255),
@@ -29,20 +31,22 @@ def write_case(out_dir: Path, case: Case, result: Segmentation) -> None:
     ``<name>_output<i>.png`` (the members, soft), ``<name>_overlay.png`` and, where the network has
     one, ``<name>_coarse.png`` (its coarse mask, soft). Of declared classes the mask is the label
     map, the soft ones are ``<name>_output_ens_<class>.png`` and ``<name>_output<i>_<class>.png``,
-    and the uncertainty is the largest of the classes.
+    and the uncertainty is the largest of the classes. Without ``save_members`` there are no files
+    of members, and earlier ones are removed.
     """
     stem = f"{out_dir / case.name}"
     one = result.classes is None
+    members = len(result.members) if save_members else 0
     pictures = {
         "mask": soft_png(result.mask.float()) if one else result.labels.numpy(),
         "uncertainty": soft_png(combined_uncertainty(result) / UNCERTAINTIES[result.measure].most),
-        **{kind: soft_png(values) for kind, values in soft_maps(result)},
+        **{kind: soft_png(values) for kind, values in soft_maps(result, members=members)},
         "overlay": draw_overlay(case, result),
     }
     for kind, pixels in pictures.items():
         write_picture(Path(f"{stem}_{kind}.png"), pixels)
     for _, end in each(result.classes):
-        _remove_members(stem, end, first=len(result.members))
+        _remove_members(stem, end, first=members)
 
 
 def write_nifti(

@@ -267,6 +267,8 @@ class SamplingOptions:
     trained_steps: int = flag(
         0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
+    save_members: bool = flag(True, "write the single masks too, as <case>_output<i>.png")
+    writers: int = flag(0, "threads that write; 0: up to 4 beside a GPU, else 1", least=0, cap=64)
     debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
     visdom: int = flag(
         0, "port of a visdom server on this machine to show masks on; 0: none", least=0, most=65535
@@ -360,6 +362,7 @@ SCORE = (ScoringOptions,)
 ONLY_OF_FOLDERS = (
     *("data_dir", "data_name", "split", "slices", "blank_slices", "cache_dir"),
     *("out_dir", "multi_gpu", "model_path", "num_samples", "debug", "visdom"),
+    *("save_members", "writers"),
 )
 """Flags of sampling that concern a data set and its results, not the model or one image."""
 

@@ -167,8 +167,9 @@ def _places(box: Sequence[float], width: float) -> list[tuple[float, float]]:
 
 def soft_png(values: ArrayLike) -> Pixels:
     """Convert [0, 1] to 8-bit levels, rounded half up so that 0.5 becomes 128 (foreground)."""
-    levels = np.asarray(values, dtype=np.float64) * 255 + 0.5
-    return np.floor(np.clip(levels, 0, 255)).astype(np.uint8)
+    levels = np.multiply(np.asarray(values), 255, dtype=np.float64)
+    levels += 0.5
+    return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
 
 
 def heat(values: ArrayLike) -> Pixels:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.data.folders import counted
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_table
 from guided_diffusion.scoring import metrics
@@ -104,6 +105,7 @@ def summarise(scores: ClassScores, scoring: Scoring) -> Summary:
         "empty_truth": len(rows) - len(lesion),
         "empty_prediction": sum(row.empty_prediction for row in rows),
         "empty_both": sum(row.empty_truth and row.empty_prediction for row in rows),
+        "without_members": sum(not row.members for row in rows),
         "dice": mean_of([row.dice for row in rows]),
         "dice_lesion": mean_of([row.dice for row in lesion]),
         "iou": mean_of([row.iou for row in rows]),
@@ -189,7 +191,7 @@ def _masks(scores: ClassScores) -> Summary:
 
 
 def noted(folder: Path) -> Summary:
-    """Read the seconds per case and the number of settings from ``predictions.csv``."""
+    """Read seconds per case, settings, and members of a case, from ``predictions.csv``."""
     hint = "The scores do not need it; sampling into this folder makes it anew."
     try:
         table = read_table(folder / "predictions.csv", needs=["fingerprint"], hint=hint)
@@ -200,7 +202,14 @@ def noted(folder: Path) -> Summary:
     return {
         "seconds_per_case": mean_of(seconds),
         "settings": len({row["fingerprint"] for row in rows}),
+        "drawn_members": max((_members(row) for row in rows), default=0),
     }
+
+
+def _members(row: dict[str, str]) -> int:
+    """The number of members in a row of ``predictions.csv``; 0 where there is none."""
+    text = row.get("members", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def _seconds(row: dict[str, str]) -> float:
@@ -241,6 +250,7 @@ def summary_text(summary: Summary) -> str:
             *_confidence_lines(summary),
             *_distance_notes(summary),
             *_rater_notes(summary),
+            *_member_notes(summary),
             f"empty truths {summary['empty_truth']}, empty predictions "
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
             f"empty masks: {summary['empty_rule']}",
@@ -281,6 +291,18 @@ def _rater_notes(summary: Summary) -> list[str]:
     """What the truth is, where cases have several raters."""
     voted = summary.get("majority_of")
     return [f"truth: what half of the raters or more mark, of up to {voted}"] if voted else []
+
+
+def _member_notes(summary: Summary) -> list[str]:
+    """What is left out for cases whose members were drawn and not kept."""
+    count = summary["without_members"]
+    if not count or summary.get("drawn_members", 0) < 2:
+        return []
+    return [
+        f"{counted(count, 'case')} without files of the single masks (--save_members False): only "
+        "the fused mask is scored; Dice and spread of single masks, other rules of fusion and "
+        "components are left out"
+    ]
 
 
 def _mean(summary: Summary, group: str, key: str) -> float | None:

@@ -35,7 +35,15 @@ from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_tex
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
-from guided_diffusion.dist_util import dev, launch, place_model, rank, setup_dist, world_size
+from guided_diffusion.dist_util import (
+    dev,
+    launch,
+    memory_order_note,
+    place_model,
+    rank,
+    setup_dist,
+    world_size,
+)
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
@@ -219,7 +227,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             start = load_checkpoint(path) if without_values(start.model) else start
             start, missing = adapt_weights(start, net, training=True)
             load_weights(net, start.model, path)
-        net = place_model(net, device, compile=run.compile)
+        net = place_model(net, device, compile=run.compile, training=True)
     process = create_gaussian_diffusion(options_of_diffusion, network.version, dataset.classes)
 
     # Validation, by a copy of the network.
@@ -271,6 +279,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
             *mask_notes(dataset),
             *(intensity_notes(dataset) if rank() == 0 else []),
             *objective_notes(process),
+            memory_order_note(device),
             *validation_notes(validation),
         ],
     )

@@ -25,7 +25,7 @@ from guided_diffusion.data.tumorloader import (
     part_folder,
     require_both,
 )
-from guided_diffusion.dist_util import dev, place_model, rank
+from guided_diffusion.dist_util import dev, memory_order_note, place_model, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -242,7 +242,7 @@ def _set_up(
             values=rest["recorded"],
             gpu_dev=run.gpu_dev,
         ),
-        net=place_model(net, dev(run.gpu_dev)),
+        net=place_model(net, dev(run.gpu_dev), training=True),
         dataset=pictures,
         options=options,
         run=run,
@@ -255,6 +255,7 @@ def _set_up(
             *notes,
             *dataset.notes,
             *intensity_notes(dataset),
+            memory_order_note(dev(run.gpu_dev)),
         ],
         **rest,
     )
