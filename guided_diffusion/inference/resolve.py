@@ -14,6 +14,7 @@ from pathlib import Path
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import SegmentationDataset, readable
 from guided_diffusion.data.frames import WOLLEB_CROP, Frame
+from guided_diffusion.data.jobs import Job, parse_job
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import sampler_of
 from guided_diffusion.inference.trained import Trained, disagreement_error, load_agreeing
@@ -62,6 +63,7 @@ class SampleSetup:
         options: of the run.
         respacing: ``--timestep_respacing`` of this run, where it was given.
         run: folder, seed, device and precision.
+        job: which part of the cases is drawn; None for all.
         classes: what the mask's channels are; None for one of everything.
         frame: how cases reach the networks' size.
         normalise: how the pixels of files were scaled in training.
@@ -73,6 +75,7 @@ class SampleSetup:
     options: SamplingOptions
     respacing: str
     run: RunOptions
+    job: Job | None
     classes: Classes | None
     frame: Frame
     normalise: str
@@ -89,6 +92,7 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
         UserError: flags, checkpoints and data that do not belong together.
     """
     options, run = flags.group(SamplingOptions), run_options(flags, RunOptions)
+    job = parse_job(options.job)
     flag = "--model_path" if model is None else "path"
     loaded = load_agreeing(options.model_path if model is None else model, flags, flag=flag)
     known = loaded[0].flags
@@ -121,6 +125,7 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
         options=options,
         respacing=flags.given.get("timestep_respacing", ""),
         run=run,
+        job=job,
         classes=find_classes(known.get("mask_labels", "")),
         frame=_common_frame(dataset, networks),
         normalise="none" if normalise == "auto" else normalise,

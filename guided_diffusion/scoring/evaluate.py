@@ -9,7 +9,7 @@ kept. :func:`evaluate_all` is the entry point, for one class and for several.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.geometry import spacing
+from guided_diffusion.data.jobs import Missing, missing_cases
 from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, nearest_path
@@ -108,7 +109,11 @@ def evaluate_all(
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
     plane = plane or recorded_plane(folder) or "axial"
     truths = open_masks(truth_folder, classes, plane=plane, raters=not raters)
-    cases = _cases(folder, truths, classes, partial=partial, plane=plane)
+    missing = [part for part in map(_within(truths), missing_cases(folder)) if part.names]
+    if missing and not partial:
+        raise _unfinished(folder, missing)
+    unfinished = {name for part in missing for name in part.names}
+    cases = _cases(folder, truths, classes, unfinished, partial=partial, plane=plane)
     rated = [open_masks(folder_of(path, "--raters"), classes, plane=plane) for path in raters]
     cases = _with_raters(cases, rated) if raters else _with_own_raters(cases)
     cases, spaced = _with_spacing(cases)
@@ -118,6 +123,7 @@ def evaluate_all(
     scores = _score(cases, names, classes, scoring, on_case)
     voted = 0 if raters else max(len(case[0].raters) for case in cases)
     summary = {**summarise_all(scores, scoring), "majority_of": voted, **noted(folder)}
+    summary["unfinished"] = [str(part) for part in missing]
     write_tables(folder, scores, summary)
     return Evaluation(folder, scoring, classes, cases, scores, summary)
 
@@ -126,13 +132,21 @@ def _cases(
     folder: Path,
     truths: Mapping[str, Truth],
     classes: Classes | None,
+    unfinished: Container[str],
     *,
     partial: bool,
     plane: str,
 ) -> list[tuple[CaseFiles, ...]]:
-    """The files of every case, one entry per class in their order."""
+    """The files of every case, one entry per class in their order.
+
+    Those that a job has begun and not finished are left out.
+    """
     ends = [""] if classes is None else [f"_{name}" for name in classes.names]
     predicted = [find_predictions(folder, end, truths=truths) for end in ends]
+    predicted = [
+        {name: files for name, files in found.items() if name not in unfinished}
+        for found in predicted
+    ]
     if not any(predicted):
         predicted = find_masks(folder, classes, truths, plane=plane)
     by_class = [
@@ -324,6 +338,22 @@ def _unpaired(folder: Path, predicted: Iterable[str], true: Iterable[str]) -> Us
     else:
         hint = "Not one case is on both sides: check that --out_pth is the data that was sampled."
     return UserError(folder, "; ".join(parts), hint)
+
+
+def _within(truths: Container[str]) -> Callable[[Missing], Missing]:
+    """Keep those of a job's cases that have a truth."""
+    return lambda part: part._replace(names=[name for name in part.names if name in truths])
+
+
+def _unfinished(folder: Path, missing: Sequence[Missing]) -> UserError:
+    """The error that lists the jobs with unfinished cases."""
+    more = f"; and {len(missing) - 10} further jobs" if len(missing) > 10 else ""
+    return UserError(
+        folder,
+        "; ".join(map(str, missing[:10])) + more,
+        f"Sample again with --job {missing[0].job} and so on: finished cases are kept; or score "
+        "those with --partial True.",
+    )
 
 
 def _cases_text(names: Iterable[str], most: int = 10) -> str:

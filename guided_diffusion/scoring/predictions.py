@@ -37,6 +37,7 @@ from guided_diffusion.data.geometry import (
     view_on,
     view_resized,
 )
+from guided_diffusion.data.jobs import JOBS, PREDICTIONS
 from guided_diffusion.data.limits import require_tensors
 from guided_diffusion.data.masks import MaskSet
 from guided_diffusion.data.readers import (
@@ -56,7 +57,7 @@ KINDS = (r"\.(png|jpe?g)", r"\.nii(\.gz)?", "")
 """Endings, best first: a folder is read by the first kind it has; a tensor has none."""
 DRAW_AGAIN = "Remove it and sample into this folder again: only this case is drawn."
 SOFT = re.compile(r".+_output(_ens|\d+)(_.+)?\.png", re.IGNORECASE)
-RECORD = "predictions.csv"
+RECORDS = (PREDICTIONS, JOBS)
 """Written by sampling."""
 PADDING = 10
 """Black pixels around every panel of the parents' strips."""
@@ -70,7 +71,7 @@ class PictureSet:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        own = any(path.name == RECORD for path in paths)
+        own = any(path.name in RECORDS for path in paths)
         self.paths = [] if own else [path for path in paths if SOFT.fullmatch(path.name)]
 
     @cached_property
