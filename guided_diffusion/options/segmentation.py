@@ -295,6 +295,12 @@ class ScoringOptions:
         (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
     report: bool = flag(True, "write report.html beside the scores")
+    num_workers: int = flag(
+        -1,
+        "processes that score; 0: this one; -1: by cores and cases",
+        least=-1,
+        cap=MOST_PROCESSES,
+    )
 
 
 LATER: dict[str, Any] = {

@@ -83,6 +83,12 @@ class PictureSet:
                     return False
         return bool(self.paths)
 
+    def without_paths(self) -> PictureSet:
+        """Return the decision alone, for another process."""
+        light = PictureSet(())
+        light.binary = self.binary
+        return light
+
 
 @dataclass(frozen=True)
 class Source:
