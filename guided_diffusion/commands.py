@@ -45,7 +45,7 @@ from guided_diffusion.options.weak import (
 )
 
 if TYPE_CHECKING:
-    from guided_diffusion.scoring.evaluate import Evaluation, OnCase
+    from guided_diffusion.scoring.evaluate import Evaluation
 
 
 def train(flags: Flags) -> None:
@@ -71,7 +71,6 @@ def score(flags: Flags) -> None:
     """Score predicted masks against the ground truth."""
     from guided_diffusion.inference.provenance import describe_run, note_run, run_record
     from guided_diffusion.report.report import write_report
-    from guided_diffusion.report.thumbnails import CaseLayers
     from guided_diffusion.scoring.compare import compare_folders, comparison_text
     from guided_diffusion.scoring.evaluate import folder_of
     from guided_diffusion.scoring.summary import summary_text
@@ -86,13 +85,12 @@ def score(flags: Flags) -> None:
         print(comparison_text(compare_folders(first, second)))
         print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
         return
-    layers = CaseLayers(options.inp_pth)
-    evaluation = _scored(options, options.inp_pth, on_case=layers if options.report else None)
+    evaluation = _scored(options, options.inp_pth, report=options.report)
     note_run(evaluation.folder, run_record(flags, data=options.out_pth))
     written = ["summary.json", "scores.csv"]
     if options.report:
         run = describe_run(evaluation.folder)
-        written.append(write_report(evaluation, run, layers.by_name).name)
+        written.append(write_report(evaluation, run, evaluation.collected).name)
     print(summary_text(evaluation.summary))
     print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
     lesions = [
@@ -107,8 +105,9 @@ def score(flags: Flags) -> None:
         print(f"look at: {overlay}, the lowest Dice of a case with a lesion, {dice:.4f}")
 
 
-def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None) -> Evaluation:
+def _scored(options: ScoringOptions, folder: str, *, report: bool = False) -> Evaluation:
     """Score one folder as the flags say."""
+    from guided_diffusion.report.thumbnails import collect_layers
     from guided_diffusion.scoring.case_scores import Scoring
     from guided_diffusion.scoring.evaluate import evaluate_all
 
@@ -120,7 +119,8 @@ def _scored(options: ScoringOptions, folder: str, on_case: OnCase | None = None)
         mask_labels=options.mask_labels,
         plane=options.plane,
         raters=[rater for rater in options.raters.split(",") if rater],
-        on_case=on_case,
+        collect=collect_layers(folder) if report else None,
+        processes=options.num_workers,
     )
 
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -34,6 +35,8 @@ from guided_diffusion.errors import Stopped, UserError, memory_problem
 Net = TypeVar("Net", bound=torch.nn.Module)
 Value = TypeVar("Value")
 _TIMEOUT = timedelta(days=2)
+_START = 300.0
+"""Seconds in which all processes have to find each other."""
 _LOOPBACK = "127.0.0.1"
 _SHUTDOWN_TIMEOUT = 110
 """Seconds that a process has to save, once the launcher was told to end; SLURM waits for 120."""
@@ -112,7 +115,10 @@ def setup_dist() -> None:
         if cuda:
             torch.cuda.set_device(dev())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT, **_on_loopback())
+        with _found_in_time():
+            dist.init_process_group(backend, timeout=_TIMEOUT, **_on_loopback())
+            if cuda and dist.is_initialized():
+                dist.all_reduce(torch.zeros(1, device=dev()))  # nccl connects at its first use
         atexit.register(_leave)
         _refuse_mixed_code()
 
@@ -135,6 +141,33 @@ def code_digest() -> tuple[str, str]:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest(), torch.__version__
+
+
+@contextmanager
+def _found_in_time() -> Iterator[None]:
+    """End this process, with a message, where the others are not found inside this context.
+
+    No exception could: the main thread waits in a call of the system.
+    """
+    timer = threading.Timer(_START, _give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up() -> None:
+    error = UserError(
+        f"process {rank()} of {world_size()}",
+        f"has not found the others within {_START:.0f} s (MASTER_ADDR="
+        f"{os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')})",
+        "Check that all nodes were started and reach that address; name the network between them "
+        "in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, as in ib0 or eth0.",
+    )
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _on_loopback() -> dict[str, Any]:
@@ -174,9 +207,14 @@ def wrap_ddp(module: torch.nn.Module) -> torch.nn.Module:
     """Wrap a module so that its gradients are averaged over all processes, if there are several."""
     if not dist.is_initialized():
         return module
+    if any(getattr(part, "use_checkpoint", False) for part in module.modules()):
+        # Torch 2.6 refuses to divide a compiled graph at the buckets if it recomputes activations.
+        torch._dynamo.config.optimize_ddp = False
     device = next(module.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    return torch.nn.parallel.DistributedDataParallel(
+        module, device_ids=ids, gradient_as_bucket_view=True
+    )
 
 
 def no_sync(module: torch.nn.Module, active: bool) -> AbstractContextManager[object]:

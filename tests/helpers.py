@@ -53,7 +53,7 @@ def script(name: str, *arguments: object) -> Run:
     try:
         with (
             mock.patch.object(sys, "argv", argv),
-            mock.patch.object(sys, "path", list(sys.path)),
+            mock.patch.object(sys, "path", [str(file.parent), *sys.path]),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):

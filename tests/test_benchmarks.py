@@ -267,3 +267,78 @@ def test_the_table_of_memory(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
     assert "simulated" in said or torch.cuda.is_available()
     values = [float(line.split(" | ")[2].rstrip(" |")) for line in said.splitlines()[4:]]
     assert len(values) == 3 and values == sorted(values, reverse=True) and values[0] > 0
+
+
+# ---------------------------------------------------------------------- the plan for many devices
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("cluster")
+
+
+def parts_of(cluster: ModuleType, **changes: float) -> Any:
+    """A step of 0.9 s, 0.6 of it backward; 100 bytes of gradients in 10 buckets."""
+    known = {
+        **{"step": 0.9, "backward": 2 / 3, "batch": 8, "gradients": 100, "bucket": 10},
+        **{"inside": 1000.0, "between": 100.0, "latency": 0.0, "node": 8},
+        **{"reading": 1e9, "shared": 1e9, "checkpoint": 0, "writing": 1.0, "interval": 1},
+    }
+    return cluster.Parts(**{**known, **changes})
+
+
+def test_the_exchange_is_that_of_a_ring(cluster: ModuleType) -> None:
+    """Of 2 processes each sends its 100 bytes once, of many nearly twice, over the slower link."""
+    parts = parts_of(cluster)
+    times = [cluster.exchange_time(count, parts) for count in (1, 2, 4, 8, 16)]
+    assert times == pytest.approx([0, 0.1, 0.15, 0.175, 1.875])
+    late = cluster.exchange_time(8, parts_of(cluster, latency=0.001))
+    assert late == pytest.approx(0.175 + 10 * 6 * 0.001)
+
+
+@pytest.mark.parametrize("exchange", [0.0, 0.1, 0.5, 0.6, 0.7, 3.0])
+@pytest.mark.parametrize("number", [1, 2, 10])
+def test_what_the_backward_pass_does_not_hide(
+    cluster: ModuleType, exchange: float, number: int
+) -> None:
+    """The same as going through the buckets, each of which waits for itself and the one before."""
+    parts = parts_of(cluster, bucket=100 // number)
+    assert cluster.buckets(parts) == number
+    end = 0.0
+    for bucket in range(1, number + 1):
+        end = max(end, 0.6 * bucket / number) + exchange / number
+    assert cluster.exposed_time(exchange, parts) == pytest.approx(end - 0.6)
+
+
+def test_the_slowest_part_decides(cluster: ModuleType) -> None:
+    assert cluster.step_on(1, parts_of(cluster)).seconds == pytest.approx(0.9)
+    assert cluster.step_on(2, parts_of(cluster)).seconds == pytest.approx(0.91)
+    read = cluster.step_on(64, parts_of(cluster, between=1e9, shared=128.0))
+    assert read.seconds == read.reading == pytest.approx(4)  # 2 of 8 images in a second
+    written = cluster.step_on(1, parts_of(cluster, checkpoint=300, writing=10.0, interval=20))
+    assert written.seconds == written.writing == pytest.approx(1.5)
+
+
+def test_the_plan_is_marked_as_a_model(
+    cluster: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--image_size", "32", "--num_channels", "32", "--num_res_blocks", "1"]
+    monkeypatch.setattr(sys, "argv", ["cluster.py", *small, "--step", "0.5", "--gpus", "1", "16"])
+    cluster.main()
+    said = capsys.readouterr().out
+    assert said.startswith("**A model, not a measurement**")
+    assert "| seconds of a step of one GPU | 0.5 | given |" in said and "HDR InfiniBand" in said
+    rows = [line.split(" | ") for line in said.splitlines() if line.endswith("| model |")]
+    assert [row[0] for row in rows] == ["| 1", "| 16"]
+    net, _ = create_model_and_diffusion(image_size=32, num_channels=32, num_res_blocks=1)
+    assert cluster.gradient_bytes(net) == 4 * sum(p.numel() for p in net.parameters())
+
+    found = {"step": 0.25, "backward": 0.5, "writing": 2.0}
+    monkeypatch.setattr(cluster, "measure", lambda _: found)
+    monkeypatch.setattr(sys, "argv", ["cluster.py", *small, "--measure", "--writing", "3"])
+    cluster.main()
+    said = capsys.readouterr().out
+    assert "| seconds of a step of one GPU | 0.25 | measured on cpu" in said
+    assert "| GB/s of writing | 3 | given |" in said
+    assert said.count("| measured |") == 1 and said.count("| model |") == 6

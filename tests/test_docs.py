@@ -86,7 +86,6 @@ RUN_ELSEWHERE = (  # by make, by the test of the installed wheel, or by a cluste
     r"python3 -m venv \.venv$",
     r"\. \.venv/bin/activate$",
     r"python -m (pip install|ruff|mypy|pytest)\b",
-    r"#!/bin/bash$|#SBATCH |export TORCH_ELASTIC_|head=\$\(scontrol ",
 )
 
 
@@ -116,8 +115,13 @@ def inline_commands(page: Path) -> list[str]:
 
 def all_lines(page: Path) -> list[str]:
     """Every line of a page's shell blocks, and its inline commands."""
-    shell = [text for language, text in blocks(page) if language == "bash"]
+    shell = [text for language, text in blocks(page) if language == "bash" and not of_slurm(text)]
     return [line for text in shell for line in shell_lines(text)] + inline_commands(page)
+
+
+def of_slurm(text: str) -> bool:
+    """Whether a block is a script for SLURM, or submits one: test_slurm.py runs it."""
+    return text.startswith("#!/bin/bash") or "sbatch " in text
 
 
 def is_command(line: str) -> bool:
@@ -224,7 +228,7 @@ def test_the_commands_of_a_page_run(
     for language, text in [*blocks(page), *inline]:
         if language == "python":
             exec(compile(text, page.name, "exec"), names)
-        for line in shell_lines(text) if language == "bash" else []:
+        for line in shell_lines(text) if language == "bash" and not of_slurm(text) else []:
             assignment = re.fullmatch(r'(\w+)="(.*)"', line)
             if assignment:
                 variables[assignment[1]] = assignment[2]

@@ -8,6 +8,7 @@ the first mask is read, and :class:`MaskKind` holds every mask against that deci
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from guided_diffusion.data.classes import CAVITY, ENHANCING, FLAG, Classes
-from guided_diffusion.data.folders import counted
+from guided_diffusion.data.folders import counted, is_nifti
 from guided_diffusion.data.geometry import Placed
 from guided_diffusion.data.mask_kind import MaskKind
 from guided_diffusion.data.mask_values import (
@@ -97,6 +98,18 @@ class MaskSet:
             )
             self._paths = ()
         return self._kind
+
+    def without_paths(self) -> MaskSet:
+        """Return the set for another process, which need not hold the paths.
+
+        Of NIfTI files, which may turn out to need it, the kind is decided for that. Pictures need
+        it from the first one on, or never.
+        """
+        if self._kind is None and any(map(is_nifti, filter(None, self._paths[:1]))):
+            _ = self.kind
+        light = copy.copy(self)
+        light._paths = ()
+        return light
 
     @property
     def notes(self) -> tuple[str, ...]:

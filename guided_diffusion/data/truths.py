@@ -31,6 +31,14 @@ SUFFIX = re.compile(r"(.+)_(?:segmentation|mask|seg)", re.IGNORECASE)
 """The name of a file that is a mask by its name, without the ending."""
 
 
+def _same(placed: Placed | None) -> Placed | None:
+    return placed
+
+
+def _nowhere() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Truth:
     """A mask to score against, read when called; ``patient`` is empty where it is unknown.
@@ -46,7 +54,7 @@ class Truth:
     plane: int | None = None
     source: Path | None = None
     image: Callable[[], Array] | None = None
-    placed: Callable[[], Placed | None] = lambda: None
+    placed: Callable[[], Placed | None] = _nowhere
     raters: tuple[Truth, ...] = ()
 
     def __call__(self) -> Array:
@@ -108,14 +116,15 @@ def voted(truths: Sequence[Truth], classes: Classes | None) -> Truth:
     if len(truths) == 1:
         return first
 
-    def read() -> Array:
-        masks = [torch.from_numpy(truth()) for truth in truths]
-        require_one_size([truth.source or Path() for truth in truths], masks)
-        stacked = torch.stack(masks)
-        voted = majority(stacked[:, None] if classes is None else stacked, classes)
-        return _truth(voted, one=classes is None)
+    return replace(first, read=partial(_voted, tuple(truths), classes), raters=tuple(truths))
 
-    return replace(first, read=read, raters=tuple(truths))
+
+def _voted(truths: Sequence[Truth], classes: Classes | None) -> Array:
+    masks = [torch.from_numpy(truth()) for truth in truths]
+    require_one_size([truth.source or Path() for truth in truths], masks)
+    stacked = torch.stack(masks)
+    voted = majority(stacked[:, None] if classes is None else stacked, classes)
+    return _truth(voted, one=classes is None)
 
 
 def _truths_in(
@@ -124,7 +133,10 @@ def _truths_in(
     """Yield the one mask of a file, or a mask for every plane of a volume."""
     placed = place(read_grid(path), plane) if is_nifti(path) else None
     if placed is None or len(placed.grid.lengths) != 3:
-        yield case, Truth(partial(_file_mask, path, masks), source=path, placed=lambda: placed)
+        yield (
+            case,
+            Truth(partial(_file_mask, path, masks), source=path, placed=partial(_same, placed)),
+        )
         return
     for position in range(placed.view.depth):
         yield (
@@ -135,7 +147,7 @@ def _truths_in(
                 volume=case,
                 plane=position,
                 source=path,
-                placed=lambda: placed,
+                placed=partial(_same, placed),
             ),
         )
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset
 from guided_diffusion.data.folders import listing
+from guided_diffusion.data.jobs import turns
 from guided_diffusion.dist_util import any_rank, rank, world_size
 from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import Background
@@ -31,14 +32,8 @@ Result = TypeVar("Result")
 
 def share_of(todo: Sequence[int], entries: Sequence[Entry]) -> list[int]:
     """Choose this process's cases; all slices of a volume go to one process."""
-    places: dict[str, int] = {}
-    for index in todo:
-        places.setdefault(entries[index].volume or entries[index].name, len(places))
-    return [
-        index
-        for index in todo
-        if places[entries[index].volume or entries[index].name] % world_size() == rank()
-    ]
+    order = turns([entries[index] for index in todo])
+    return [index for index, turn in zip(todo, order, strict=True) if turn % world_size() == rank()]
 
 
 def writer_count(asked: int, device: torch.device) -> int:

@@ -15,12 +15,13 @@ from guided_diffusion import logger
 from guided_diffusion.data.classes import each
 from guided_diffusion.data.datasets import Case, SegmentationDataset, read_as, readable
 from guided_diffusion.data.folders import counted
+from guided_diffusion.data.jobs import PREDICTIONS, Job, write_jobs
 from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import ReadAhead, run_cases, share_of, writer_count
 from guided_diffusion.inference.precision import device_notes
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
-from guided_diffusion.inference.provenance import note_run, note_sampling, run_record
+from guided_diffusion.inference.provenance import is_noted, note_run, note_sampling, run_record
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import class_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
@@ -50,7 +51,7 @@ def run_sampling(setup: SampleSetup) -> None:
     for line in [*setup.notes, *device, str(dataset), str(segmenter)]:
         logger.log(line)
     out_dir = expanded(run.out_dir)
-    with only_run(out_dir, SAMPLING):
+    with only_run(out_dir, SAMPLING, job=setup.job):
         names = _segment_and_note(segmenter, setup, out_dir)
     for sink in sinks:
         sink.close()
@@ -61,7 +62,8 @@ def run_sampling(setup: SampleSetup) -> None:
         kinds.append(f"coarse{end}")
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
-    logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, predictions.csv")
+    record = setup.job.record if setup.job else PREDICTIONS
+    logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, {record}")
 
 
 def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -> list[str]:
@@ -72,7 +74,9 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     first = setup.networks[0].trained
-    record = run_record(first.flags, data=first.flags.group(SampleDataOptions).data_dir)
+    data = first.flags.group(SampleDataOptions).data_dir
+    known = setup.job is not None and is_noted(out_dir, first.flags)
+    record = {} if known else run_record(first.flags, data=data)
     if record and first.checkpoint.run:
         record["training"] = first.checkpoint.run
 
@@ -91,6 +95,7 @@ def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -
         out_dir,
         fingerprint=fingerprint,
         num_samples=options.num_samples,
+        job=setup.job,
         debug=options.debug,
         save_members=options.save_members,
         writers=writer_count(options.writers, segmenter.device),
@@ -106,6 +111,7 @@ def segment(
     *,
     fingerprint: str,
     num_samples: int = 0,
+    job: Job | None = None,
     debug: bool = False,
     save_members: bool = True,
     writers: int = 1,
@@ -120,6 +126,7 @@ def segment(
         out_dir: where ``predictions.csv`` and the files of each case go.
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
+        job: draws its share of these cases only, beside other jobs; None for all of them.
         debug: also write a strip of all channels and masks of each case.
         save_members: also write the members of each case.
         writers: threads that write cases while the next ones are drawn.
@@ -132,26 +139,39 @@ def segment(
     # What is left to do, and this process's share of it.
     make_folder(out_dir)
     entries = dataset.entries[: num_samples or None]
-    names = [entry.name for entry in entries]
+    taken = job.share(entries) if job else range(len(entries))
+    names = [entries[index].name for index in taken]
     require_replaceable(out_dir / SAMPLING_RECORD)
     ends = [end for _, end in each(segmenter.classes)]
     columns, several = class_columns(segmenter.classes), bool(segmenter.others)
     record = Record(
-        *(out_dir, fingerprint, columns), spreads=several, ends=ends, with_members=save_members
+        out_dir,
+        fingerprint,
+        columns,
+        spreads=several,
+        ends=ends,
+        with_members=save_members,
+        job=job,
+        names=names,
     )
     note_classes(out_dir, segmenter.classes, known=record.is_uniform)
     if rank() == 0:
         note()
-    volumes = VolumeWriter(out_dir, fingerprint, entries, plane=dataset.plane)
+        if job:
+            write_jobs(out_dir, job.of, entries)
+    volumes = VolumeWriter(
+        out_dir, fingerprint, [entries[index] for index in taken], plane=dataset.plane
+    )
     record.forget(volumes.lost(record.rows.keys() - {*names}))
     todo = [
         index
-        for index, entry in enumerate(entries)
-        if not record.finished(entry.name) or (entry.volume and not volumes.holds(entry))
+        for index in taken
+        if not record.finished((entry := entries[index]).name)
+        or (entry.volume and not volumes.holds(entry))
     ]
     if todo:
         note_run(out_dir, run)
-    record.begin([names[index] for index in todo], of=len(entries))
+    record.begin([entries[index].name for index in todo], of=len(names))
     mine = share_of(todo, entries)
     others = {entries[i].volume for i in todo} if rank() == 0 else {e.volume for e in entries}
     own = {entries[index].volume for index in mine}
@@ -198,7 +218,7 @@ def segment(
         read.close()
         if rank() == 0:
             log_remarks(record, names)
-    if rank() == 0 and all_done:
+    if rank() == 0 and all_done and job is None:
         volumes.clear()
     return names
 

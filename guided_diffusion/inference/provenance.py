@@ -35,6 +35,8 @@ MOST_LISTED = 1_000_000
 """Files of a data folder whose names and sizes are counted."""
 CHANGING = ("out_dir", "resume", "resume_checkpoint")
 """Flags of training that a run which continues another has of its own."""
+PART = ("job",)
+"""Flags that say which part of the work a run did."""
 _HEAD = """\
 # What would repeat the runs that wrote into this folder, a section for each command.
 # --config with this file reads the flags that were given; those of the command line win.
@@ -173,14 +175,14 @@ def run_record(
     found = {
         name: _plain({**flags.preset, **values, **flags.resolved}.get(name, entry.default))
         for name, entry in entries.items()
-        if name not in flags.given
+        if name not in flags.given and name not in PART
     }
     return {
         "name": flags.command[0],
         "command": command(),
         "directory": str(Path().absolute()),
         "date": now(),
-        "given": {name: _plain(flags.given[name]) for name in entries if name in flags.given},
+        "given": _given(flags),
         "other": found,
         "data": listing_of(data) if data else {},
         "code": code_version(),
@@ -190,6 +192,23 @@ def run_record(
         "threads": torch.get_num_threads(),
         "processes": world_size(),
     }
+
+
+def _given(flags: Flags) -> dict[str, Any]:
+    """The flags that were given, all but which part of the work it was."""
+    names = dict.fromkeys(entry.name for group in flags.groups[::-1] for entry in fields(group))
+    return {
+        name: _plain(flags.given[name])
+        for name in names
+        if name in flags.given and name not in PART
+    }
+
+
+def is_noted(folder: Path, flags: Flags) -> bool:
+    """Whether a folder's ``config.yaml`` holds a run of the same command with the same flags."""
+    if not flags.command:
+        return False
+    return _read_config(folder / CONFIG).get(flags.command[0], {}).get("given") == _given(flags)
 
 
 def _plain(value: Any) -> Any:

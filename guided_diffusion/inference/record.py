@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,15 @@ from guided_diffusion.data.classes import RECORD, Classes, record_text, recorded
 from guided_diffusion.data.datasets import Case
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame
+from guided_diffusion.data.jobs import (
+    JOBS,
+    PREDICTIONS,
+    UNFINISHED,
+    Job,
+    has_records,
+    record_parts,
+    rows_of,
+)
 from guided_diffusion.dist_util import barrier, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import (
@@ -56,7 +65,7 @@ def log_remarks(record: Record, names: Sequence[str]) -> None:
 def _is_uncertain(row: dict[str, Any]) -> bool:
     some_empty = 0 < int(row.get("empty_members") or 0) < int(row["members"])
     full = int(row.get("full_members") or 0) > 0
-    return some_empty or full or float(row["disagreement"] or 0) > MOST_DISAGREEMENT
+    return some_empty or full or float(row.get("disagreement") or 0) > MOST_DISAGREEMENT
 
 
 def _is_empty(row: dict[str, Any]) -> bool:
@@ -92,7 +101,8 @@ class Record:
     """``predictions.csv``: one row per finished case, appended once its files are in place.
 
     The rows are sorted by name at the start and at the end of a run. Of several processes each
-    keeps a file of its own until the first one gathers them.
+    keeps a file of its own until the first one gathers them. A job keeps its file, and changes no
+    other's; a run of all cases gathers them.
 
     Args:
         out_dir: the result folder.
@@ -101,6 +111,8 @@ class Record:
         spreads: whether the members are of several weights.
         ends: of the names of a case's files, one for each class.
         with_members: whether the members of a case are written, too.
+        job: which of several jobs this run is; None for a run of all cases.
+        names: the cases of the job.
     """
 
     def __init__(
@@ -112,6 +124,8 @@ class Record:
         spreads: bool = False,
         ends: Sequence[str] = ("",),
         with_members: bool = True,
+        job: Job | None = None,
+        names: Collection[str] = (),
     ) -> None:
         self.out_dir = out_dir
         between = SPREADS if spreads else ()
@@ -119,10 +133,36 @@ class Record:
         self.fingerprint = fingerprint
         self.ends = ends
         self.with_members = with_members
-        self.path = out_dir / "predictions.csv"
+        self.job = job
+        self.path = out_dir / (job.record if job else PREDICTIONS)
         require_replaceable(self.path)
         self.damage: dict[Path, str] = {}
-        self.rows = {row["name"]: row for row in self._read([self.path, *self._parts()])}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.elsewhere: set[str] = set()
+        """Cases of the job that another run's record holds."""
+        self._others: set[str] = set()
+        """Those of them whose row here is that of the other record."""
+        self._alike = True
+        if job:
+            self._read_with_others({*names})
+        else:
+            self.rows |= {row["name"]: row for row in self._read([self.path, *self._parts()])}
+
+    def _read_with_others(self, names: Collection[str]) -> None:
+        """Read what is known of a job's cases; of two rows of a case the newer file's wins."""
+        own = {self.path, *self._parts()}
+        for path in (self.out_dir / PREDICTIONS, *record_parts(self.out_dir)):
+            for row in self._read([path]) if path in own else rows_of([path]):
+                name = row["name"]
+                self._alike &= row["fingerprint"] == self.fingerprint
+                if path in own:
+                    self._others.discard(name)
+                elif name in names and _is_whole(row):
+                    self._others.add(name)
+                    self.elsewhere.add(name)
+                else:
+                    continue
+                self.rows[name] = row
 
     def _read(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         """Read the finished cases of some records, and note which of these are damaged."""
@@ -140,13 +180,13 @@ class Record:
             yield from good
 
     def _parts(self) -> list[Path]:
-        return sorted(self.out_dir.glob(".predictions-*.csv"))
+        return [path for path in record_parts(self.out_dir, self.job) if path != self.path]
 
     @property
     def is_uniform(self) -> bool:
         """Whether everything that is recorded has this run's settings."""
         same = all(row["fingerprint"] == self.fingerprint for row in self.rows.values())
-        return same and not self.damage
+        return same and self._alike and not self.damage
 
     def finished(self, name: str) -> bool:
         """Whether a case is done, with these settings, and its masks are still there and whole."""
@@ -173,6 +213,9 @@ class Record:
         if len(names) < of:
             logger.log(f"{of - len(names)} of {of} cases are finished and kept")
         stale = [row for name in names if (row := self.rows.pop(name, None))]
+        for name in self.elsewhere.intersection(names) if rank() == 0 else ():
+            self.rows[name] = {"name": name, "members": 1, "fingerprint": UNFINISHED}
+        self._others.difference_update(names)
         lost = [row["name"] for row in stale if row["fingerprint"] == self.fingerprint]
         if len(stale) > len(lost):
             replaced = counted(len(stale) - len(lost), "case")
@@ -190,7 +233,8 @@ class Record:
             self._gather()
         barrier()
         if rank():
-            self.path, self.rows = self.out_dir / f".predictions-{rank()}.csv", {}
+            part = f"{self.job.name}-{rank()}" if self.job else rank()
+            self.path, self.rows = self.out_dir / f".predictions-{part}.csv", {}
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a finished case."""
@@ -214,10 +258,12 @@ class Record:
             self._write()
         for part in parts:
             part.unlink()
+        if self.job is None:
+            (self.out_dir / JOBS).unlink(missing_ok=True)
 
     def _write(self) -> None:
         """Write all rows, sorted by name, where the file has others; it appears whole."""
-        content = self._text(sorted(self.rows)).encode("utf-8")
+        content = self._text(sorted(self.rows.keys() - self._others)).encode("utf-8")
         if not self.path.exists() or self.path.read_bytes() != content:
             with atomic_write(self.path) as part:
                 part.write_bytes(content)
@@ -268,13 +314,16 @@ def note_classes(out_dir: Path, classes: Classes | None, *, known: bool = False)
     """
     path = out_dir / RECORD
     require_replaceable(path)
+    holds_results = has_records(
+        out_dir
+    )  # first: another job may be writing the classes, then those
     try:
         earlier, why = recorded_classes(out_dir), ""
     except DamagedFile as error:
         if not known:
             raise
         earlier, why = classes, error.why
-    if earlier != classes and (out_dir / "predictions.csv").exists():
+    if earlier != classes and holds_results:
         raise UserError(
             out_dir,
             f"holds results of {_class_text(earlier)}, these would be of {_class_text(classes)}",

@@ -14,6 +14,7 @@ from pathlib import Path
 from guided_diffusion.data.classes import Classes, find_classes
 from guided_diffusion.data.datasets import SegmentationDataset, readable
 from guided_diffusion.data.frames import WOLLEB_CROP, Frame
+from guided_diffusion.data.jobs import Job, parse_job
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import sampler_of
 from guided_diffusion.inference.trained import Trained, disagreement_error, load_agreeing
@@ -63,6 +64,7 @@ class SampleSetup:
         options: of the run.
         respacing: ``--timestep_respacing`` of this run, where it was given.
         run: folder, seed, device and precision.
+        job: which part of the cases is drawn; None for all.
         classes: what the mask's channels are; None for one of everything.
         frame: how cases reach the networks' size.
         normalise: how the pixels of files were scaled in training.
@@ -74,6 +76,7 @@ class SampleSetup:
     options: SamplingOptions
     respacing: str
     run: RunOptions
+    job: Job | None
     classes: Classes | None
     frame: Frame
     normalise: str
@@ -90,6 +93,7 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
         UserError: flags, checkpoints and data that do not belong together.
     """
     run = run_options(flags, RunOptions)
+    job = parse_job(flags.group(SamplingOptions).job)
     flag = "--model_path" if model is None else "path"
     path = flags.group(SamplingOptions).model_path if model is None else model
     loaded = load_agreeing(path, flags, flag=flag)
@@ -128,6 +132,7 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
         options=options,
         respacing=flags.given.get("timestep_respacing", ""),
         run=run,
+        job=job,
         classes=find_classes(known.get("mask_labels", "")),
         frame=_common_frame(dataset, networks),
         normalise="none" if normalise == "auto" else normalise,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from guided_diffusion.data.jobs import Job
 from guided_diffusion.dist_util import all_gather_object, rank
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, require_file, writing
@@ -105,33 +107,53 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def only_run(folder: Path, kind: str, *, flag: str = "--out_dir") -> Iterator[None]:
+def only_run(
+    folder: Path, kind: str, *, job: Job | None = None, flag: str = "--out_dir"
+) -> Iterator[None]:
     """Hold a folder, which is made if needed, as its only run of a kind.
+
+    Jobs of the same number share a folder, each of them once.
 
     The first process takes the lock; all processes of the run raise where it is refused.
 
     Args:
         folder: of the run.
         kind: what runs, as in :data:`TRAINING`; part of the file's name.
+        job: which of several that share the work; None for a run that does all of it.
         flag: that names the folder in messages.
 
     Raises:
         UserError: another run of that kind holds it, or it cannot be written.
     """
     own = json.dumps(asdict(Holder.this())).encode()
-    path = folder / f".lock-{kind}"
-    with _by_the_first_process():
-        if rank() == 0:
-            make_folder(folder, flag=flag)
-            with writing(path):
-                _take(path, own, f"{flag} {folder}", kind)
+    path = folder / (f".lock-{kind}-{job.name}" if job else f".lock-{kind}")
+    taken = False
     try:
+        with _by_the_first_process():
+            if rank() == 0:
+                make_folder(folder, flag=flag)
+                with writing(path):
+                    _take(path, own, f"{flag} {folder}", f"{kind} of job {job}" if job else kind)
+                taken = True
+                _refuse_others(folder, kind, job, f"{flag} {folder}")
         yield
     finally:
-        if rank() == 0:
+        if taken:
             with suppress(OSError):
                 if path.read_bytes() == own:
                     path.unlink()
+
+
+def _refuse_others(folder: Path, kind: str, job: Job | None, what: str) -> None:
+    """Raise a UserError for a job beside a run of all cases, or of another number of jobs."""
+    named = re.compile(rf"\.lock-{re.escape(kind)}(-(?P<number>\d+)-of-(?P<of>\d+))?")
+    for name in os.listdir(folder):  # noqa: PTH208 - text: folders of results hold 1,000,000 names
+        match = named.fullmatch(name)
+        other = Job(int(match["number"]), int(match["of"])) if match and match["of"] else None
+        alike = other.of == job.of if other and job else other == job
+        if match and not alike and (found := _read(folder / name)):
+            text = f"{kind} of job {other}" if other else kind
+            _refuse_unless_gone(folder / name, found, what, text)
 
 
 def refuse_second_run(folder: Path, kind: str, *, flag: str = "--out_dir") -> None:

@@ -205,6 +205,9 @@ class SamplingOptions:
         False, "keep dropout active, of networks trained with it, so that masks differ by it too"
     )
     num_samples: int = flag(0, "first cases to segment; 0: all", least=0)
+    job: str = flag(
+        "", "part of the cases, as in 3/16: part 3 of 16 jobs that write into one out_dir"
+    )
     batch_size: int = flag(0, "cases x masks at a time; 0: automatic", least=0, cap=MOST_INPUTS)
     sampler: str = flag(
         "",
@@ -311,6 +314,12 @@ class ScoringOptions:
         (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
     report: bool = flag(True, "write report.html beside the scores")
+    num_workers: int = flag(
+        -1,
+        "processes that score; 0: this one; -1: by cores and cases",
+        least=-1,
+        cap=MOST_PROCESSES,
+    )
 
 
 LATER: dict[str, Any] = {
@@ -361,7 +370,7 @@ SAMPLE = (
 SCORE = (ScoringOptions,)
 ONLY_OF_FOLDERS = (
     *("data_dir", "data_name", "split", "slices", "blank_slices", "cache_dir"),
-    *("out_dir", "multi_gpu", "model_path", "num_samples", "debug", "visdom"),
+    *("out_dir", "multi_gpu", "model_path", "num_samples", "job", "debug", "visdom"),
     *("save_members", "writers"),
 )
 """Flags of sampling that concern a data set and its results, not the model or one image."""

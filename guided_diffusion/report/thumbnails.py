@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.report.canvas import HEAT, Floats, Pixels, fitted
 from guided_diffusion.report.pictures import STD, displayed, image_panel
 from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks
+from guided_diffusion.scoring.groups import Collect
 
 SIDE = 224
 """Longer side of an embedded picture, in pixels."""
@@ -47,23 +49,18 @@ class Layers(NamedTuple):
     uncertainty: str  # data URI; empty where nothing is uncertain
 
 
-class CaseLayers:
-    """Collects the layers of cases while they are scored, so that no mask is read twice.
+def collect_layers(folder: str | Path) -> Collect:
+    """Collect the layers of the first cases while they are scored, so that no mask is read twice.
 
-    Masks are not kept, and layers only of the first :data:`MOST_PICTURES` cases and classes.
-
-    Args:
-        folder: the result folder, which may hold overlays.
+    ``folder`` is the result folder, which may hold overlays. Masks are not kept.
     """
+    return Collect(partial(_layers_in, Path(folder)), MOST_PICTURES)
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.by_name: dict[str, list[Layers]] = {}
 
-    def __call__(self, files: Sequence[CaseFiles], masks: Sequence[CaseMasks]) -> None:
-        """Add one case: its files and its masks, one of each per class."""
-        if (len(self.by_name) + 1) * len(files) <= MOST_PICTURES:
-            self.by_name[files[0].name] = case_layers(files[0], masks, self.folder)
+def _layers_in(
+    folder: Path, files: Sequence[CaseFiles], masks: Sequence[CaseMasks]
+) -> list[Layers]:
+    return case_layers(files[0], masks, folder)
 
 
 def case_layers(case: CaseFiles, masks: Sequence[CaseMasks], folder: Path) -> list[Layers]:

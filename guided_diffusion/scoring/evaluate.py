@@ -2,54 +2,34 @@
 
 Predictions are paired with truths by case id, each case is scored, slices of one volume also
 together, and the tables are written beside the predictions: ``scores.csv``, ``masks.csv``,
-``patients.csv``, ``summary.json``. Cases are read one after the other, and only their scores are
-kept. :func:`evaluate_all` is the entry point, for one class and for several.
+``patients.csv``, ``summary.json``. :func:`evaluate_all` is the entry point, for one
+class and for several.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.geometry import spacing
+from guided_diffusion.data.jobs import Missing, missing_cases
 from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded, nearest_path
 from guided_diffusion.layouts import open_masks
 from guided_diffusion.scoring import metrics
-from guided_diffusion.scoring.case_scores import (
-    Binary,
-    CaseFiles,
-    CaseMasks,
-    MaskScore,
-    Scored,
-    Scoring,
-    load_case,
-    mask_score,
-    score_case,
-)
+from guided_diffusion.scoring.case_scores import CaseFiles, MaskScore, Scoring
+from guided_diffusion.scoring.groups import Collect, score_all
 from guided_diffusion.scoring.other_tools import find_masks
 from guided_diffusion.scoring.patients import PatientScore, score_patients
-from guided_diffusion.scoring.predictions import (
-    Found,
-    Reader,
-    find_predictions,
-    recorded_plane,
-)
+from guided_diffusion.scoring.predictions import Found, find_predictions, recorded_plane
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
-from guided_diffusion.scoring.surface import surface_distances
 from guided_diffusion.scoring.tables import require_writable, write_tables
-
-OnCase = Callable[[Sequence[CaseFiles], Sequence[CaseMasks]], None]
-"""Takes the files and masks of a case that has been read, one of each per class."""
 
 
 class Evaluation(NamedTuple):
@@ -61,6 +41,7 @@ class Evaluation(NamedTuple):
     cases: list[tuple[CaseFiles, ...]]  # the files of each case, one entry per class
     scores: dict[str, ClassScores]  # by class; "" where there is only one
     summary: Summary
+    collected: dict[str, Any]  # what was made of the first cases, by name
 
 
 def evaluate(
@@ -80,7 +61,8 @@ def evaluate_all(
     plane: str = "",
     raters: Sequence[str] = (),
     one_class: bool = False,
-    on_case: OnCase | None = None,
+    collect: Collect | None = None,
+    processes: int = 0,
 ) -> Evaluation:
     """Score the predictions in ``inp_pth`` against the truths in ``out_pth``.
 
@@ -97,7 +79,8 @@ def evaluate_all(
         raters: folders with further masks of the same cases, one for each rater; empty for the
             masks of several raters that ``out_pth`` itself has, whose majority is then the truth.
         one_class: treat everything above 0 as one class, whatever the folder records.
-        on_case: called with each case's files and masks, so that nobody reads them again.
+        collect: what to make of cases while their masks are at hand.
+        processes: in which cases are scored; 0 for this one, -1 for one per core.
 
     Raises:
         UserError: a missing or empty folder, cases in one folder only, a file that is not a
@@ -108,31 +91,56 @@ def evaluate_all(
     classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
     plane = plane or recorded_plane(folder) or "axial"
     truths = open_masks(truth_folder, classes, plane=plane, raters=not raters)
-    cases = _cases(folder, truths, classes, partial=partial, plane=plane)
+    missing = [part for part in map(_within(truths), missing_cases(folder)) if part.names]
+    if missing and not partial:
+        raise _unfinished(folder, missing)
+    unfinished = {name for part in missing for name in part.names}
+    cases = _cases(folder, truths, classes, unfinished, partial=partial, plane=plane)
     rated = [open_masks(folder_of(path, "--raters"), classes, plane=plane) for path in raters]
     cases = _with_raters(cases, rated) if raters else _with_own_raters(cases)
     cases, spaced = _with_spacing(cases)
     scoring = replace(scoring or Scoring(), spacing=spaced)
 
     names = ("",) if classes is None else classes.names
-    scores = _score(cases, names, classes, scoring, on_case)
+    scores: dict[str, ClassScores] = {name: ClassScores() for name in names}
+    volumes: dict[str, dict[str, MaskScore]] = {name: {} for name in names}
+    collected: dict[str, Any] = {}
+    for group in score_all(cases, classes, scoring, collect=collect, processes=processes):
+        for k, name in enumerate(names):
+            for scored in group.rows[k]:
+                scores[name].add(scored, patient=group.patient)
+            if group.whole:
+                volumes[name][group.volume] = group.whole[k]
+        collected |= group.collected
+    patient_of = {case[0].truth.volume: case[0].truth.patient for case in cases}
+    for name in names:
+        scores[name].patients += _patients(scores[name], volumes[name], patient_of, scoring)
     voted = 0 if raters else max(len(case[0].raters) for case in cases)
     summary = {**summarise_all(scores, scoring), "majority_of": voted, **noted(folder)}
+    summary["unfinished"] = [str(part) for part in missing]
     write_tables(folder, scores, summary)
-    return Evaluation(folder, scoring, classes, cases, scores, summary)
+    return Evaluation(folder, scoring, classes, cases, scores, summary, collected)
 
 
 def _cases(
     folder: Path,
     truths: Mapping[str, Truth],
     classes: Classes | None,
+    unfinished: Container[str],
     *,
     partial: bool,
     plane: str,
 ) -> list[tuple[CaseFiles, ...]]:
-    """The files of every case, one entry per class in their order."""
+    """The files of every case, one entry per class in their order.
+
+    Those that a job has begun and not finished are left out.
+    """
     ends = [""] if classes is None else [f"_{name}" for name in classes.names]
     predicted = [find_predictions(folder, end, truths=truths) for end in ends]
+    predicted = [
+        {name: files for name, files in found.items() if name not in unfinished}
+        for found in predicted
+    ]
     if not any(predicted):
         predicted = find_masks(folder, classes, truths, plane=plane)
     by_class = [
@@ -220,78 +228,6 @@ def _with_spacing(
     return spaced, None not in sizes.values()
 
 
-def _score(
-    cases: Sequence[tuple[CaseFiles, ...]],
-    names: Sequence[str],
-    classes: Classes | None,
-    scoring: Scoring,
-    on_case: OnCase | None,
-) -> dict[str, ClassScores]:
-    """Score every case in order, the slices of a volume together."""
-    scores = {name: ClassScores() for name in names}
-    volumes: dict[str, dict[str, MaskScore]] = {name: {} for name in names}
-    groups = [sorted(group, key=_plane) for _, group in groupby(cases, _volume)]
-    for group in groups:
-        truth = group[0][0].truth
-        rows, of_volume = _score_group(group, classes, scoring, on_case)
-        for k, name in enumerate(names):
-            for scored in rows[k]:
-                scores[name].add(scored, patient=truth.patient)
-            if of_volume:
-                volumes[name][truth.volume] = of_volume[k]
-
-    patient_of = {case[0].truth.volume: case[0].truth.patient for case in cases}
-    for name in names:
-        scores[name].patients += _patients(scores[name], volumes[name], patient_of, scoring)
-    return scores
-
-
-def _volume(case: tuple[CaseFiles, ...]) -> str:
-    """The key of the cases to score together: the slices of a volume, or a single case."""
-    return case[0].truth.volume or f"/{case[0].name}"
-
-
-def _plane(case: tuple[CaseFiles, ...]) -> int:
-    return case[0].truth.plane or 0
-
-
-def _score_group(
-    cases: Sequence[tuple[CaseFiles, ...]],
-    classes: Classes | None,
-    scoring: Scoring,
-    on_case: OnCase | None,
-) -> tuple[list[list[Scored]], list[MaskScore]]:
-    """Score the slices of one volume, and the volume itself where they are contiguous; by class."""
-    read = Reader()
-    rows: list[list[Scored]] = [[] for _ in cases[0]]
-    stacks: list[list[tuple[Binary, Binary]]] = [[] for _ in cases[0]]
-    whole_volume = _is_whole(cases)
-    for files in cases:
-        by_class = load_case(files, classes, read)
-        for k, masks in enumerate(by_class):
-            rows[k].append(score_case(masks, scoring))
-            if whole_volume:
-                stacks[k].append((masks.found, metrics.binarise(masks.truth)))
-        if on_case is not None:
-            on_case(files, by_class)
-    sizes = cases[0][0].spacing if scoring.spacing else None
-    return rows, [_score_volume(stack, sizes, scoring) for stack in stacks if stack]
-
-
-def _is_whole(cases: Sequence[tuple[CaseFiles, ...]]) -> bool:
-    """Whether these are adjacent planes of one volume, without a gap."""
-    planes = [case[0].truth.plane for case in cases if case[0].truth.plane is not None]
-    return bool(planes) and planes == list(range(planes[0], planes[0] + len(cases)))
-
-
-def _score_volume(
-    stack: Sequence[tuple[Binary, Binary]], sizes: tuple[float, ...] | None, scoring: Scoring
-) -> MaskScore:
-    found, truth = (np.stack(planes, axis=-1) for planes in zip(*stack, strict=True))
-    counts = metrics.confusion(found, truth)
-    return mask_score(counts, surface_distances(found, truth, spacing=sizes), scoring)
-
-
 def _patients(
     scores: ClassScores,
     volumes: Mapping[str, MaskScore],
@@ -324,6 +260,22 @@ def _unpaired(folder: Path, predicted: Iterable[str], true: Iterable[str]) -> Us
     else:
         hint = "Not one case is on both sides: check that --out_pth is the data that was sampled."
     return UserError(folder, "; ".join(parts), hint)
+
+
+def _within(truths: Container[str]) -> Callable[[Missing], Missing]:
+    """Keep those of a job's cases that have a truth."""
+    return lambda part: part._replace(names=[name for name in part.names if name in truths])
+
+
+def _unfinished(folder: Path, missing: Sequence[Missing]) -> UserError:
+    """The error that lists the jobs with unfinished cases."""
+    more = f"; and {len(missing) - 10} further jobs" if len(missing) > 10 else ""
+    return UserError(
+        folder,
+        "; ".join(map(str, missing[:10])) + more,
+        f"Sample again with --job {missing[0].job} and so on: finished cases are kept; or score "
+        "those with --partial True.",
+    )
 
 
 def _cases_text(names: Iterable[str], most: int = 10) -> str:

@@ -37,6 +37,7 @@ from guided_diffusion.data.geometry import (
     view_on,
     view_resized,
 )
+from guided_diffusion.data.jobs import JOBS, PREDICTIONS
 from guided_diffusion.data.limits import require_tensors
 from guided_diffusion.data.masks import MaskSet
 from guided_diffusion.data.readers import (
@@ -56,7 +57,7 @@ KINDS = (r"\.(png|jpe?g)", r"\.nii(\.gz)?", "")
 """Endings, best first: a folder is read by the first kind it has; a tensor has none."""
 DRAW_AGAIN = "Remove it and sample into this folder again: only this case is drawn."
 SOFT = re.compile(r".+_output(_ens|\d+)(_.+)?\.png", re.IGNORECASE)
-RECORD = "predictions.csv"
+RECORDS = (PREDICTIONS, JOBS)
 """Written by sampling."""
 PADDING = 10
 """Black pixels around every panel of the parents' strips."""
@@ -70,7 +71,7 @@ class PictureSet:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        own = any(path.name == RECORD for path in paths)
+        own = any(path.name in RECORDS for path in paths)
         self.paths = [] if own else [path for path in paths if SOFT.fullmatch(path.name)]
 
     @cached_property
@@ -81,6 +82,12 @@ class PictureSet:
                 if _grey(picture).max(initial=0) > 1:
                     return False
         return bool(self.paths)
+
+    def without_paths(self) -> PictureSet:
+        """Return the decision alone, for another process."""
+        light = PictureSet(())
+        light.binary = self.binary
+        return light
 
 
 @dataclass(frozen=True)

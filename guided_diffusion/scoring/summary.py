@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.data.folders import counted
+from guided_diffusion.data.jobs import PREDICTIONS, UNFINISHED, record_parts, rows_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_table
 from guided_diffusion.scoring import metrics
@@ -191,13 +192,16 @@ def _masks(scores: ClassScores) -> Summary:
 
 
 def noted(folder: Path) -> Summary:
-    """Read seconds per case, settings, and members of a case, from ``predictions.csv``."""
+    """Read seconds per case, settings, and members of a case, from the records of sampling."""
     hint = "The scores do not need it; sampling into this folder makes it anew."
     try:
-        table = read_table(folder / "predictions.csv", needs=["fingerprint"], hint=hint)
+        table = read_table(folder / PREDICTIONS, needs=["fingerprint"], hint=hint)
     except UserError as error:
         return {"seconds_per_case": None, "settings": 0, "record": str(error)}
     rows = table.rows if table else []
+    if parts := record_parts(folder):
+        last = {row.get("name"): row for row in (*rows, *rows_of(parts))}
+        rows = [row for row in last.values() if row["fingerprint"] != UNFINISHED]
     seconds = [number for row in rows if math.isfinite(number := _seconds(row))]
     return {
         "seconds_per_case": mean_of(seconds),
@@ -255,6 +259,7 @@ def summary_text(summary: Summary) -> str:
             f"{summary['empty_prediction']}, both {summary['empty_both']}",
             f"empty masks: {summary['empty_rule']}",
             *_settings_warning(summary),
+            *(f"left out: {text}" for text in summary["unfinished"]),
         ]
     )
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import process, refused, script, succeeded, training
+from helpers import contents, process, refused, script, succeeded, training
 
+from guided_diffusion.data.jobs import Job
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference import run_lock
 from guided_diffusion.inference.run_lock import SAMPLING, TRAINING, Holder, only_run
@@ -48,9 +49,33 @@ def test_a_second_run_is_refused_and_the_lock_goes_with_the_first(tmp_path: Path
         reader = FORK.Process(target=os.getpid)
         reader.start()
         reader.join()
-        with only_run(tmp_path, SAMPLING), only_run(tmp_path, "sampling-1-of-4"):
-            assert len(list(tmp_path.iterdir())) == 3
+        with only_run(tmp_path, SAMPLING):
+            assert len(list(tmp_path.iterdir())) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_jobs_of_one_number_share_a_folder(tmp_path: Path) -> None:
+    def refusal(job: Job | None) -> str:
+        before = contents(tmp_path)
+        with pytest.raises(UserError) as error, only_run(tmp_path, SAMPLING, job=job):
+            pass
+        assert contents(tmp_path) == before
+        return str(error.value)
+
+    with only_run(tmp_path, SAMPLING, job=Job(1, 4)), only_run(tmp_path, SAMPLING, job=Job(2, 4)):
+        assert "another sampling of job 2/4 writes there" in refusal(Job(2, 4))
+        assert "another sampling of job" in refusal(Job(3, 8))
+        assert "another sampling of job" in refusal(None)
+        with only_run(tmp_path, TRAINING):
+            pass
+    with only_run(tmp_path, SAMPLING):
+        assert "another sampling writes there" in refusal(Job(1, 4))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".lock-sampling-1-of-8").write_text(
+        json.dumps(asdict(replace(Holder.this(), pid=dead_pid())))
+    )
+    with only_run(tmp_path, SAMPLING, job=Job(1, 4)), only_run(tmp_path, TRAINING):
+        pass
 
 
 def test_the_lock_goes_when_a_run_fails(tmp_path: Path) -> None:

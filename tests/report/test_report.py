@@ -16,7 +16,7 @@ from guided_diffusion.report import charts, report, thumbnails
 from guided_diffusion.report.canvas import FUSED, soft_png
 from guided_diffusion.report.pictures import image_panel, overlay
 from guided_diffusion.report.report import choose_pictured, page, write_report
-from guided_diffusion.report.thumbnails import SIDE, CaseLayers, layers, outline
+from guided_diffusion.report.thumbnails import SIDE, collect_layers, layers, outline
 from guided_diffusion.scoring.evaluate import evaluate_all
 
 BROWSER = next(
@@ -128,18 +128,16 @@ def test_the_risk_coverage_curve_has_a_dot_for_each_dice_that_is_reached(scored)
 
 def test_masks_read_by_scoring_are_not_read_again(scored, monkeypatch):
     folder = scored[0].folder
-    collected = CaseLayers(folder)
-    evaluation = evaluate_all(folder, folder.parent / "gt", on_case=collected)
+    evaluation = evaluate_all(folder, folder.parent / "gt", collect=collect_layers(folder))
     whole = page(evaluation, {})
     with monkeypatch.context() as patched:
         patched.setattr(report, "load_case", None)
-        assert page(evaluation, {}, collected.by_name) == whole
+        assert page(evaluation, {}, evaluation.collected) == whole
 
     monkeypatch.setattr(thumbnails, "MOST_PICTURES", 5)
-    some = CaseLayers(folder)
-    evaluate_all(folder, folder.parent / "gt", on_case=some)
-    assert list(some.by_name) == list(collected.by_name)[:5]
-    assert page(evaluation, {}, some.by_name) == whole, "the others are read again"
+    some = evaluate_all(folder, folder.parent / "gt", collect=collect_layers(folder)).collected
+    assert list(some) == list(evaluation.collected)[:5]
+    assert page(evaluation, {}, some) == whole, "the others are read again"
 
 
 def test_the_choice_of_pictured_cases():

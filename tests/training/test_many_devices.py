@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import environment, read_csv, refused, script, succeeded, torchrun, training
-from loops import make_loop
+from loops import DISC_FLAGS, make_loop
 from torch.distributed.launcher.api import LaunchConfig
 from torch.testing import assert_close
 
@@ -24,6 +25,7 @@ from guided_diffusion.dist_util import launch, setup_dist
 from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import TrainingOptions
+from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.training.resolve import training_options
 
 PROGRAM = """
@@ -33,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 from guided_diffusion import dist_util, logger, train_util
 from guided_diffusion.dist_util import rank, setup_dist
-from loops import make_loop
+from loops import DISC_FLAGS, make_loop
 setup_dist()
 out = Path(sys.argv[1])
 logger.configure(None if rank() else out, quiet=True)
@@ -350,3 +352,79 @@ def test_cuda_graphs_and_accumulated_gradients_are_refused(monkeypatch: pytest.M
     assert resolved("default") == 2
     with pytest.raises(UserError, match="--microbatch 2"):
         resolved("reduce-overhead")
+
+
+def test_processes_that_do_not_find_each_other_end_soon() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    known = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = "from guided_diffusion import dist_util; dist_util._START = 1.0; dist_util.setup_dist()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment() | known,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert "process 1 of 2: has not found the others within 1 s (MASTER_ADDR=127.0.0.1, " in line
+    assert port in line and "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in line
+
+
+VIEWS = """
+import sys
+import torch
+torch.set_num_threads(1)
+from guided_diffusion import dist_util, logger
+from guided_diffusion.data.batches import collate
+from loops import Discs, make_loop
+dist_util.setup_dist()
+logger.configure(quiet=True)
+wrapped = torch.nn.parallel.DistributedDataParallel
+after = []
+for views in (False, True):
+    class Views(wrapped):
+        def __init__(self, module, **named):
+            assert named["gradient_as_bucket_view"]
+            super().__init__(module, **{**named, "gradient_as_bucket_view": views})
+    torch.nn.parallel.DistributedDataParallel = Views
+    loop = make_loop(sys.argv[1], microbatch=1, grad_clip=1.0)
+    for step in range(3):
+        loop.run_step(collate([Discs()[2 * dist_util.rank()], Discs()[2 * step + 1]]))
+    after.append({name: value.clone() for name, value in loop.net.state_dict().items()})
+assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+"""
+
+
+@pytest.mark.slow
+def test_gradients_in_the_buckets_change_no_bit(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(VIEWS, encoding="utf-8")
+    two_processes(tmp_path / "program.py", tmp_path)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_recomputed_activations_and_a_compiler_go_together(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.6 cannot divide a compiled graph into buckets in which something is recomputed."""
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module, **_: module)
+    net, _ = create_model_and_diffusion(**DISC_FLAGS, use_checkpoint=checkpointed)
+    dist_util.wrap_ddp(net)
+    assert torch._dynamo.config.optimize_ddp is not checkpointed
+
+
+def test_gradients_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are views of the buckets, without a second copy of their size."""
+    named: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.nn.parallel, "DistributedDataParallel", lambda module, **own: named.update(own)
+    )
+    dist_util.wrap_ddp(torch.nn.Linear(1, 1))
+    assert named == {"device_ids": None, "gradient_as_bucket_view": True}
