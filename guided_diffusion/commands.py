@@ -19,13 +19,12 @@ from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
 from guided_diffusion.options.presets import naming_preset, with_preset
 from guided_diffusion.options.reading import ReadingOptions
+from guided_diffusion.options.scoring import SCORE, ScoringOptions
 from guided_diffusion.options.segmentation import (
     SAMPLE,
-    SCORE,
     TRAIN,
     DataOptions,
     RunOptions,
-    ScoringOptions,
 )
 from guided_diffusion.options.tools import (
     CHECK,

@@ -23,7 +23,8 @@ from guided_diffusion.inference.provenance import (
 )
 from guided_diffusion.options.config import read_config
 from guided_diffusion.options.flags import Flags
-from guided_diffusion.options.segmentation import SAMPLE, SCORE, TRAIN
+from guided_diffusion.options.scoring import SCORE
+from guided_diffusion.options.segmentation import SAMPLE, TRAIN
 from guided_diffusion.options.weak import TRAIN_IMAGES
 from guided_diffusion.tools import phantom_folders
 

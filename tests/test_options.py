@@ -18,7 +18,8 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options.flags import Flags, numbers, recorded
 from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
 from guided_diffusion.options.parser import parse
-from guided_diffusion.options.segmentation import SAMPLE, SCORE, TRAIN, TrainingOptions, dead_flags
+from guided_diffusion.options.scoring import SCORE
+from guided_diffusion.options.segmentation import SAMPLE, TRAIN, TrainingOptions, dead_flags
 
 PARENTS: dict[str, dict[str, list[Any]]] = json.loads(
     (Path(__file__).parent / "golden" / "flags.json").read_text("utf-8")
