@@ -7,6 +7,7 @@ so that what is done element by element needs no communication.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,8 @@ from guided_diffusion.training.ema import ExponentialAverage
 
 BLOCKS = (ResBlock, AttentionBlock, Downsample, Upsample, ConvBlock, SSFormerBlock, Level)
 """The modules whose parameters are gathered together; the rest is gathered once a step."""
+_WEIGHT = re.compile(r"(?:model|ema/[^/]*)/(.*)")
+_MOMENT = re.compile(r"training/optimizer/state/(\d+)/exp_avg(?:_sq)?")
 
 
 def blocks(net: nn.Module) -> Iterator[nn.Module]:
@@ -159,13 +162,12 @@ def distribute(checkpoint: Checkpoint, net: nn.Module, path: Path) -> Checkpoint
     targets: dict[str, Tensor] = {}
 
     def target(name: str, value: Tensor) -> Tensor:
-        kind, _, rest = name.partition("/")
-        if kind == "training":
-            _, _, index = rest.removesuffix(f"/{rest.rpartition('/')[2]}").rpartition("/")
-            known = rest.startswith("optimizer/state/") and index.isdecimal() and value.ndim
-            owner = parameters[names[int(index)]] if known and int(index) < len(names) else None
-        else:
-            owner = parameters.get(rest if kind == "model" else rest.partition("/")[2])
+        owner: Tensor | None = None
+        moment = _MOMENT.fullmatch(name)
+        if moment and int(moment[1]) < len(names):
+            owner = parameters[names[int(moment[1])]]
+        elif weight := _WEIGHT.fullmatch(name):
+            owner = parameters.get(weight[1])
         if owner is None:
             return value
         if owner.shape != value.shape:
