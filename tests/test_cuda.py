@@ -29,6 +29,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import make_plan
 from guided_diffusion.inference.precision import resolve_precision
 from guided_diffusion.inference.segmenter import Segmenter
+from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions, TrainingOptions
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
@@ -136,6 +137,78 @@ def test_the_networks_predict_what_they_predict_on_the_cpu(version: str, precisi
             condition = net.encode(images(2).to(device))
             found.append(net(x.to(device), t.to(device), condition).raw)
     near(found[1], found[0], precision)
+
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 33, 20), (2, 64, 50), (2, 64, 3, 4, 5)])
+@pytest.mark.parametrize("precision", HALVES)
+def test_group_norm_in_half_precision_errs_by_its_rounding(
+    precision: str, shape: tuple[int, ...]
+) -> None:
+    """Value, gradients and memory order, of values whose mean is far above their deviation."""
+    dtype, norm = HALVES[precision], GroupNorm32(64).to(CUDA)
+    generator = torch.Generator().manual_seed(0)
+    x = (20 + torch.randn(shape, generator=generator)).to(CUDA, dtype)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(shape, generator=generator).to(CUDA, dtype)
+
+    def value_and_gradients(layer: GroupNorm32, x: Tensor) -> list[Tensor]:
+        own = x.clone().requires_grad_()
+        with autocast(CUDA, precision if x.dtype == dtype else "fp32"):
+            y = layer(own)
+        y.backward(grad.to(y.dtype))
+        return [
+            y.detach(),
+            *(t.grad for t in (own, layer.weight, layer.bias) if t.grad is not None),
+        ]
+
+    found = value_and_gradients(norm, x)
+    exact = value_and_gradients(GroupNorm32(64).to(CUDA, torch.float64), x.double())
+    for own, expected in zip(found, exact, strict=True):
+        error = (own.double() - expected.double()).abs().max() / expected.double().abs().max()
+        assert error < 2 * torch.finfo(dtype).eps
+    assert found[0].dtype == found[1].dtype == dtype
+    assert found[0].stride() == found[1].stride() == x.stride()
+
+
+def test_group_norm_in_half_precision_takes_no_memory_of_single_precision() -> None:
+    """Forward and backward need a few maps in half precision; a float32 copy is two of them."""
+    norm, x = GroupNorm32(64).to(CUDA), torch.randn(8, 64, 128, 128, device=CUDA).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with autocast(CUDA, "bf16"):
+        norm(x).sum().backward()
+        x.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = norm(x)
+        assert torch.cuda.memory_allocated() - before < 1.1 * x.nbytes
+        y.backward(torch.ones_like(y))
+    assert torch.cuda.max_memory_allocated() - before < 5.5 * x.nbytes
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("options", [{}, {"use_checkpoint": True}])
+def test_a_compiled_or_recomputed_step_in_bf16_has_the_same_gradient(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    gradients = []
+    for compile in ("", "default"):
+        loop = make_loop(CUDA, tmp_path, precision="bf16", compile=compile, **options)
+        loop.forward_backward(batch())
+        grads = [p.grad for p in loop.parameters if p.grad is not None]
+        gradients.append(torch.cat([g.float().flatten() for g in grads]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_binary_masks_in_half_precision_agree_with_those_in_single(precision: str) -> None:
+    exact, found = (drawn(CUDA, how) >= 0.5 for how in ("fp32", precision))
+    overlap = 2 * (exact & found).sum() / (exact.sum() + found.sum())
+    assert overlap >= 0.98  # random weights: many pixels are near 0.5; trained ones reach 0.995
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -19,12 +19,11 @@ from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
-from PIL import Image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.options.segmentation import RunOptions, WatchOptions
-from guided_diffusion.report.canvas import Pixels
+from guided_diffusion.report.canvas import Pixels, save_png
 
 _CHARTS = {"loss": ("loss", "mse", "vb", "ce", "dice"), "gradient": ("grad_norm",), "lr": ("lr",)}
 _CHARTS |= {"speed": ("steps_per_s",), "validation": ("val_",)}
@@ -146,7 +145,7 @@ def _line_chart(title: str, lines: dict[str, tuple[list[float], list[float]]]) -
 
 def _image(name: str, pixels: Pixels, step: int) -> dict[str, Any]:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
+    save_png(pixels, file)
     source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     content = {"src": source, "caption": f"step {step}"}
     height, width = np.shape(pixels)[:2]

@@ -6,15 +6,23 @@ Everything runs on the CPU, where networks are told to take the same path.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import batch_of, make_loop
 from small_networks import inputs, normals, predict, small
 from torch import Tensor
 from torch.testing import assert_close
 
+from guided_diffusion.data.frames import Frame
+from guided_diffusion.dpm_solver import solver_levels
+from guided_diffusion.inference.plan import SamplingPlan
+from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.nn import GroupNorm32, _GroupNorm, single_precision
+from guided_diffusion.train_util import TrainLoop
 
 SHAPES = [(2, 64, 33, 20), (3, 64, 50), (2, 64, 3, 4, 5), (2, 64, 1, 1)]
 LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -149,3 +157,22 @@ def test_recomputing_changes_no_gradient() -> None:
         loss.backward()
         gradients.append([p.grad for p in net.parameters()])
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("formula_for_half", "quiet")
+def test_masks_in_half_precision_are_those_in_single(tmp_path: Path) -> None:
+    """Of a network that has learned its discs; trained by the same path in bf16."""
+    setup = make_loop(tmp_path, batch_size=6, lr=3e-3, ema_rate="0.9").setup
+    loop = TrainLoop(replace(setup, run=replace(setup.run, precision="bf16")))
+    losses = [float(loop.run_step(batch_of(6))) for _ in range(60)]
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    levels = tuple(solver_levels(loop.diffusion.schedule, 5))
+    images, names = batch_of(6).image, [str(index) for index in range(6)]
+    masks = []
+    for precision in ("fp32", "bf16"):
+        plan = SamplingPlan("dpm_solver++", levels, num_ensemble=4, precision=precision)
+        segmenter = Segmenter(loop.net, loop.diffusion, frame=Frame(16), plan=plan)
+        masks.append(segmenter.draw(images, names).mean(dim=1) >= 0.5)
+    exact, found = masks
+    assert 0.05 < exact.float().mean() < 0.6
+    assert 2 * (exact & found).sum() / (exact.sum() + found.sum()) >= 0.995
