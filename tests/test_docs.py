@@ -162,9 +162,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / "data" / side).symlink_to(ROOT / "data" / side)
     phantom_folders.write_isic(place / "data" / "ISIC", 0, patients=6, size=48)
     (place / "data" / "brats15_2d").symlink_to(ROOT / "data")
-    volumes = {"patients": 4, "slices": 90, "size": 24, "training": 1.0}
+    volumes = {"patients": 3, "slices": 155, "size": 24, "training": 1.0}
     phantom_folders.write_brats_volumes(place / "data" / "BraTS20", 0, **volumes)
-    phantom_folders.write_weak(place / "data" / "brats_flair", 0, patients=6, size=32)
+    phantom_folders.write_weak(place / "data" / "brats_flair", 0, patients=6, size=32, training=0.5)
     for folder in ("kvasir/train", "kvasir/val", "mine"):
         write_layout("custom", place / "data" / folder, 0, patients=5, slices=1, size=24)
     for name, layout in PUBLIC.items():
