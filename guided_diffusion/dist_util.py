@@ -166,7 +166,8 @@ def _give_up() -> None:
         "Check that all nodes were started and reach that address; name the network between them "
         "in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, as in ib0 or eth0.",
     )
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
     os._exit(2)
 
 

@@ -411,12 +411,12 @@ def test_recomputed_activations_and_a_compiler_go_together(
     """Torch 2.6 cannot divide a compiled graph into buckets in which something is recomputed."""
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module, **_: module)
     net, _ = create_model_and_diffusion(**DISC_FLAGS, use_checkpoint=checkpointed)
-    dist_util.wrap_ddp(net)
-    assert torch._dynamo.config.optimize_ddp is not checkpointed
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        dist_util.wrap_ddp(net)
+        assert torch._dynamo.config.optimize_ddp is not checkpointed
 
 
 def test_gradients_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
