@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from guided_diffusion.dist_util import (
 from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.files import expanded, remove_leftovers
 from guided_diffusion.inference.run_lock import TRAINING, only_run
+from guided_diffusion.report.progress import Progress, plain_loss
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
@@ -145,7 +147,7 @@ class TrainLoop:
         )
         self.start = start = self.step
         total, patience = self.last_step, self.setup.watch.patience
-        bar = tqdm(initial=start, total=total or None, unit="step", disable=rank() > 0 or None)
+        bar = Progress(initial=start, total=total or None, unit="step", quiet=rank() > 0)
         error, failed = None, False
         with closing(batches), self.checkpoints, self.stop as stop:
             with bar as progress:
@@ -165,7 +167,7 @@ class TrainLoop:
                         loss = self.run_step(batch)
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
-                    progress.update()
+                    progress.step(say=partial(plain_loss, loss))
                     if self._due(self.options.log_interval) or self.step == total:
                         progress.set_postfix(loss=f"{loss:.4f}")
                         self._write_log(progress)
@@ -361,7 +363,6 @@ class TrainLoop:
 
 def run_training(setup: TrainSetup) -> Path:
     """Announce a run, restore what it continues, and train; returns the last checkpoint.
-
     Raises:
         UserError: another training writes into the folder.
         SystemExit: a signal ended the run; the exit code tells the shell so. A launcher is told

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Entry
 from guided_diffusion.data.folders import listing
@@ -21,6 +19,7 @@ from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import Background
 from guided_diffusion.inference.plan import batched
 from guided_diffusion.inference.record import Record
+from guided_diffusion.report.progress import Progress
 
 Result = TypeVar("Result")
 
@@ -77,9 +76,12 @@ def run_cases(
         nonlocal together
         together = count
 
+    def rate_of(progress: Progress) -> str:
+        return f"{progress.speed * evaluations:.0f} evaluations/s" if evaluations else ""
+
     writer = Background()
     try:
-        with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
+        with Progress(total=len(indices), unit="case", quiet=rank() > 0) as progress:
             left = list(indices)
             while some := left[:together]:
                 left = left[len(some) :]
@@ -87,11 +89,8 @@ def run_cases(
                 results = list(draw_or_note(draw, some, entries, failures, fewer))
                 writer.start(partial(keep, results, (time.perf_counter() - started) / len(some)))
 
-                progress.update(len(some))
-                if evaluations:
-                    elapsed = max(progress.format_dict["elapsed"], 1e-9)
-                    rate = progress.n * evaluations / elapsed
-                    progress.set_postfix_str(f"{rate:.0f} evaluations/s")
+                progress.step(len(some), say=lambda: rate_of(progress))
+                progress.set_postfix_str(rate_of(progress))
     finally:
         writer.wait()
     record.end()

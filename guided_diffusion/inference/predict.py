@@ -18,11 +18,13 @@ from guided_diffusion.data.folders import counted
 from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import run_cases, share_of
+from guided_diffusion.inference.next_steps import after_sampling
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
 from guided_diffusion.inference.provenance import note_run, note_sampling, run_record
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import class_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
+from guided_diffusion.inference.result_page import write_page
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.inference.segmenter import Segmenter
@@ -47,9 +49,18 @@ def run_sampling(setup: SampleSetup) -> None:
     segmenter = Segmenter.from_setup(setup)
     for line in [*setup.notes, str(dataset), str(segmenter)]:
         logger.log(line)
-    out_dir = expanded(run.out_dir)
+    out_dir, flags = expanded(run.out_dir), setup.networks[0].trained.flags
+    if options.dry_run:
+        number = options.num_samples or len(dataset)
+        logger.log(
+            f"dry run: {counted(min(number, len(dataset)), 'case')} would be drawn; they would be "
+            f"written to {run.out_dir}"
+        )
+        return
     with only_run(out_dir, SAMPLING):
         names = _segment_and_note(segmenter, setup, out_dir)
+        if rank() == 0:
+            write_page(out_dir, names, dataset, segmenter.classes)
     for sink in sinks:
         sink.close()
     end = "_<class>" if segmenter.classes else ""
@@ -59,6 +70,7 @@ def run_sampling(setup: SampleSetup) -> None:
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
     logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, predictions.csv")
+    logger.log(after_sampling(flags, dataset))
 
 
 def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -> list[str]:

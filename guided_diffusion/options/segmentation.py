@@ -150,6 +150,7 @@ class TrainingOptions:
     cache_gib: float = flag(
         2.0, "disk space, in GiB, for decoded training cases of this run", least=0
     )
+    dry_run: bool = flag(False, "do everything up to the first step, and write nothing", run=True)
     fp16_scale_growth: float = flag(
         1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
     )
@@ -250,7 +251,12 @@ class SamplingOptions:
     trained_steps: int = flag(
         0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
-    debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
+    debug: bool = flag(
+        False,
+        "write <case>_debug.png too, with channels, truth, fused mask and members, and "
+        "<case>_members.gif, in which the members come out of noise",
+    )
+    dry_run: bool = flag(False, "do everything up to the first case, and write nothing", run=True)
     visdom: int = flag(
         0, "port of a visdom server on this machine to show masks on; 0: none", least=0, most=65535
     )
@@ -336,7 +342,7 @@ SAMPLE = (SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions, 
 SCORE = (ScoringOptions,)
 ONLY_OF_FOLDERS = (
     *("data_dir", "data_name", "split", "slices", "blank_slices", "cache_dir"),
-    *("out_dir", "multi_gpu", "model_path", "num_samples", "debug", "visdom"),
+    *("out_dir", "multi_gpu", "model_path", "num_samples", "debug", "dry_run", "visdom"),
 )
 """Flags of sampling that concern a data set and its results, not the model or one image."""
 

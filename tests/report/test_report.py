@@ -13,8 +13,8 @@ from helpers import script, succeeded
 from PIL import Image
 
 from guided_diffusion.report import charts, report, thumbnails
-from guided_diffusion.report.canvas import FUSED, soft_png
-from guided_diffusion.report.pictures import image_panel, overlay
+from guided_diffusion.report.canvas import FUSED, image_panel, soft_png
+from guided_diffusion.report.pictures import overlay
 from guided_diffusion.report.report import choose_pictured, page, write_report
 from guided_diffusion.report.thumbnails import SIDE, CaseLayers, layers, outline
 from guided_diffusion.scoring.evaluate import evaluate_all
@@ -77,15 +77,16 @@ def test_nothing_leaves_the_file(scored):
     text = scored[1].read_text("utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|\burl\(", re.sub(r'"data:[^"]*"', "", text))
     assert not re.search(r"<(link|iframe|script src|img)", text)
-    assert re.findall(r'(?:src|href)="(?!#|data:)', text) == []
+    linked = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', text)
+    assert linked == ["scores.csv", "masks.csv", "components.csv"], "files beside the page"
     assert "default-src 'none'" in text
     assert "<!--{" not in text and ">x&lt;b" not in text and ">x&amp;lt;b" in text
     assert "python &lt;x&gt;" in text and "<dt>Empty" not in text
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
     assert len(data["cases"]) == 12 and data["cases"][-1]["name"] == "x&lt;b&gt;'"
-    linked = next(case["links"] for case in data["cases"] if case["name"] == "01")
-    assert linked == {"overlay": "01_overlay.png", "soft mask": "01_output_ens.png"}
-    assert [bool(case["image"]) for case in data["cases"][:4]] == [False, True, False, True]
+    beside = next(case["links"] for case in data["cases"] if case["name"] == "01")
+    assert beside == {"overlay": "01_overlay.png", "soft mask": "01_output_ens.png"}
+    assert [bool(case["views"][0]["image"]) for case in data["cases"][:4]] == [False, True, False, True]
 
 
 def test_a_report_of_300_cases_is_small(scored):
@@ -103,7 +104,7 @@ def test_a_report_of_300_cases_is_small(scored):
 def test_the_trust_in_probability_and_uncertainty(scored):
     evaluation, path = scored
     text = path.read_text("utf-8")
-    rows = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td>([^<]*)</td>', text))
+    rows = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td [^>]*>([^<]*)</td>', text))
     uncertainty, calibration = (evaluation.summary[key] for key in ("uncertainty", "calibration"))
     assert rows["Spread / skill, 1 is calibrated"] == f"{uncertainty['spread_skill']:.2f}"
     assert rows["Negative log-likelihood, nats"] == f"{calibration['nll']:.4f}"
@@ -307,7 +308,8 @@ def test_the_script_writes_a_report_unless_told_not_to(tmp_path):
     assert not (tmp_path / "pred/report.html").exists()
     assert "report.html" in succeeded(script("segmentation_env", *command))
     text = (tmp_path / "pred/report.html").read_text("utf-8")
-    assert "python scripts/segmentation_env.py --inp_pth" in text and "torch=" in text
+    assert "python scripts/segmentation_env.py --inp_pth" in text
+    assert "<span>torch</span>" in text, "all settings are listed"
 
 
 def test_classes_have_their_tables_and_a_choice(tmp_path):
