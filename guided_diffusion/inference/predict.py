@@ -28,10 +28,11 @@ from guided_diffusion.inference.result_page import write_page
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.inference.segmenter import Segmenter
-from guided_diffusion.inference.trajectory import Trajectory
+from guided_diffusion.inference.trajectory import MemberStates, Trajectory, member_frames
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
 from guided_diffusion.options.segmentation import SampleDataOptions
+from guided_diffusion.report.animation import Moment, write_animation
 from guided_diffusion.report.pictures import write_picture
 from guided_diffusion.report.sinks import VisdomSink, page_of
 
@@ -125,7 +126,8 @@ def segment(
         out_dir: where ``predictions.csv`` and the files of each case go.
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
-        debug: also write a strip of all channels and masks of each case.
+        debug: also write a strip of all channels and masks of each case, and an animated picture
+            of its members.
         note: called by the first process before anything is drawn, to record the settings.
         run: what would repeat the run, recorded if there is anything left to draw.
 
@@ -160,10 +162,17 @@ def segment(
     volumes.write()
 
     # How cases are drawn and written.
+    moments: dict[str, list[Moment]] = {}  # of those that are not written yet
+
     def draw(indices: Sequence[int]) -> list[tuple[Case, Segmentation]]:
         cases = [dataset[index] for index in indices]
         shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.has_sinks() else None
-        return list(zip(cases, segmenter.segment(cases, shown), strict=True))
+        if not debug:
+            return list(zip(cases, segmenter.segment(cases, shown), strict=True))
+        states = MemberStates(segmenter, cases, then=shown)
+        results = segmenter.segment(cases, states)
+        moments.update({case.name: states.moments(k) for k, case in enumerate(cases)})
+        return list(zip(cases, results, strict=True))
 
     def write(index: int, drawn: tuple[Case, Segmentation], seconds: float) -> dict[str, Any]:
         case, result = drawn
@@ -171,6 +180,9 @@ def segment(
         if debug:
             pixels = draw_strip(case, result, channels=dataset.modalities)
             write_picture(out_dir / f"{case.name}_debug.png", pixels)
+            if some := moments.pop(case.name, []):
+                frames = member_frames(case, result, some)
+                write_animation(out_dir / f"{case.name}_members.gif", frames)
         if entries[index].volume:
             volumes.keep(entries[index], maps_of(result))
         elif case.affine is not None:

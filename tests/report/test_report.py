@@ -86,7 +86,12 @@ def test_nothing_leaves_the_file(scored):
     assert len(data["cases"]) == 12 and data["cases"][-1]["name"] == "x&lt;b&gt;'"
     beside = next(case["links"] for case in data["cases"] if case["name"] == "01")
     assert beside == {"overlay": "01_overlay.png", "soft mask": "01_output_ens.png"}
-    assert [bool(case["views"][0]["image"]) for case in data["cases"][:4]] == [False, True, False, True]
+    assert [bool(case["views"][0]["image"]) for case in data["cases"][:4]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_report_of_300_cases_is_small(scored):
