@@ -132,7 +132,7 @@ class Page:
             "range": escape(columns[self.range].label),
             "classes": _class_choice(self.classes),
             "head": "".join(map(_head, self._all_columns())),
-            "rows": "".join(self._row(*pair) for pair in enumerate(self.cases)),
+            "rows": "".join(self._row(index, self.cases[index]) for index in self._ordered()),
             "notes": "".join(f"<li>{escape(note)}</li>" for note in self.notes),
             "data": self._data(ascending=not columns[self.order].falling),
         }
@@ -152,6 +152,17 @@ class Page:
             f'<a href="{escape(file)}">{escape(label)}</a>' for label, file in self.links.items()
         )
         return f"{inside}<span>{beside}</span>" if beside else inside
+
+    def _ordered(self) -> list[int]:
+        """The places of the cases in the order of the column that rows are sorted by at first."""
+        (column,) = (column for column in self.columns if column.key == self.order)
+
+        def key(index: int) -> tuple[bool, float]:
+            value = self.cases[index].values.get(self.order)
+            number = 0 if value is None else abs(value) if column.by_size else value
+            return value is None, -number if column.falling else number
+
+        return sorted(range(len(self.cases)), key=key)
 
     def _row(self, index: int, case: Shown) -> str:
         """Format a row of the table; its cells hold the full values."""

@@ -2,7 +2,7 @@
 const $ = id => document.getElementById(id);
 const {cases, strips, sort: order, range} = JSON.parse($("data").textContent);
 const body = $("list").tBodies[0];
-const rows = [...body.rows];
+const rows = [...body.rows].sort((a, b) => a.dataset.index - b.dataset.index);
 const heads = [...$("list").tHead.rows[0].cells].filter(head => head.dataset.key);
 let shown = rows, current = null;
 
@@ -120,7 +120,7 @@ function sort(head, ascending) {
     return [text || own === "" ? own : size ? Math.abs(own) : +own, row];
   });
   keyed.sort(([a], [b]) => a === "" || b === "" ? (a === "") - (b === "") : sign * (text ? names.compare(a, b) : a - b));
-  body.replaceChildren(...keyed.map(([, row]) => row));
+  if (keyed.some(([, row], k) => row !== body.rows[k])) body.replaceChildren(...keyed.map(([, row]) => row));
   filter();
 }
 

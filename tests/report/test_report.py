@@ -4,11 +4,10 @@ import csv
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import needs_browser, probed
 from helpers import script, succeeded
 from PIL import Image
 
@@ -19,9 +18,6 @@ from guided_diffusion.report.report import choose_pictured, page, write_report
 from guided_diffusion.report.thumbnails import SIDE, CaseLayers, layers, outline
 from guided_diffusion.scoring.evaluate import evaluate_all
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 NUMBERS = ("dice", "iou", "precision", "sensitivity", "hd95", "surface_dice", "uncertainty")
 
 
@@ -234,8 +230,6 @@ def test_a_figure_by_hand():
 # ------------------------------------------------------------------------------------- a browser
 
 PROBE = """
-<script>
-addEventListener("load", () => {
   const seen = {}, find = what => document.querySelector(what);
   const rows = () => [...document.querySelectorAll("#list tbody tr")].filter(r => !r.hidden);
   const all = key => rows().map(r => r.querySelector(`[data-key="${key}"]`).dataset.value);
@@ -267,26 +261,14 @@ addEventListener("load", () => {
   seen.cards = document.querySelectorAll(".card").length;
   const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
   seen.requests = loaded.filter(name => !name.startsWith("data:"));
-  const result = document.createElement("pre");
-  result.id = "probe";
-  result.textContent = JSON.stringify(seen);
-  document.body.append(result);
-});
-</script>"""
+  return seen;
+"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@needs_browser
 def test_sorting_toggling_and_filtering_in_a_browser(scored, tmp_path):
     evaluation, path = scored
-    probed = evaluation.folder / "probed.html"
-    probed.write_text(path.read_text("utf-8").replace("</body>", PROBE + "</body>"), "utf-8")
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-    flags += ["--virtual-time-budget=3000", "--dump-dom", probed.as_uri()]
-    done = subprocess.run(
-        [BROWSER, *flags], capture_output=True, text=True, timeout=120, check=True
-    )
-    seen = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1]))
-
+    seen = probed(path, PROBE, tmp_path)
     dice = sorted(row.dice for row in evaluation.scores[""].rows)
     assert [float(value) for value in seen["sorted"]] == dice
     assert [float(value) for value in seen["reversed"]] == dice[::-1]
