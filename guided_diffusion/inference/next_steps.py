@@ -97,10 +97,8 @@ def after_sampling(flags: Flags, dataset: SegmentationDataset) -> str:
 
 
 def after_scoring(evaluation: Evaluation, *, report: bool) -> str:
-    """Say what of a scored folder to look at: its report, else its worst case or its table."""
+    """Say what of a scored folder to look at: its report and its worst case, else its table."""
     folder = evaluation.folder
-    if report:
-        return f"next: open {folder / REPORT}; the lowest Dice comes first"
     lesions = [
         (row.dice or 0.0, row.name)
         for scores in evaluation.scores.values()
@@ -109,6 +107,7 @@ def after_scoring(evaluation: Evaluation, *, report: bool) -> str:
     ]
     dice, name = min(lesions, default=(0.0, ""))
     overlay = folder / f"{name}_overlay.png"
+    parts = [str(folder / REPORT)] if report else []
     if overlay.exists():
-        return f"next: open {overlay}, the lowest Dice of a case with a lesion, {dice:.4f}"
-    return f"next: open {folder / 'scores.csv'}, a row for each case"
+        parts.append(f"{overlay}, the lowest Dice of a case with a lesion, {dice:.4f}")
+    return f"next: open {' or '.join(parts or [str(folder / 'scores.csv')])}"

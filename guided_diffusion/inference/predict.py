@@ -70,6 +70,7 @@ def run_sampling(setup: SampleSetup) -> None:
         kinds.append(f"coarse{end}")
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
+    files += ", <case>_members.gif" * (options.debug and segmenter.plan.evaluations > 1)
     logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, predictions.csv")
     logger.log(after_sampling(flags, dataset))
 

@@ -352,7 +352,8 @@ def test_no_column_is_cut_at_any_width(scored, compared, unscored, tmp_path):
           for (const cell of inside.querySelectorAll("td, thead th")) {
             const {left, right} = cell.getBoundingClientRect(), head = cell.closest("thead");
             if (head?.offsetWidth === 1) continue;  // for screen readers alone
-            if (left < -1 || right > width + 1) cut.push([cell.parentNode.textContent, width, right]);
+            const cells = cell.parentNode.textContent;
+            if (left < -1 || right > width + 1) cut.push([cells, width, right]);
           }
         }
         return cut;
