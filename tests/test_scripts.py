@@ -82,8 +82,9 @@ def test_what_sampling_writes(sampled: Path) -> None:
     volumes = ("output_ens", "mask", "uncertainty")
     names = {f"{case}_{kind}.png" for case in TEST_CASES for kind in pictures}
     names |= {f"{case}_{kind}.nii.gz" for case in TEST_CASES for kind in volumes}
-    records = {"predictions.csv", "sampling.json", "config.yaml"}
+    records = {"predictions.csv", "sampling.json", "config.yaml", "report.html"}
     assert contents(sampled).keys() == names | records
+    assert "Segmentation without scores" in (sampled / "report.html").read_text("utf-8")
     note = json.loads((sampled / "sampling.json").read_text("utf-8"))
     assert (note["seed"], note["options"]["image_size"]) == (10, 16)
     assert note["command"].startswith("python scripts/segmentation_sample.py --model_path ")
@@ -158,8 +159,12 @@ def test_a_dry_run_ends_before_the_first_step_and_writes_nothing(
     out, before = tmp_path / "run", contents(trained)
     command = ["--data_dir", brats / "training", *NETWORK, *DIFFUSION, "--dry_run", True]
     said = succeeded(script("segmentation_train", *command, "--out_dir", out, "--batch_size", 2))
-    assert "dry run: the first batch was read, images (2, 4, 16, 16) and masks (2, 1, 16, 16)" in said
-    said = succeeded(script("segmentation_train", *command, "--out_dir", trained, "--resume", "auto"))
+    assert (
+        "dry run: the first batch was read, images (2, 4, 16, 16) and masks (2, 1, 16, 16)" in said
+    )
+    said = succeeded(
+        script("segmentation_train", *command, "--out_dir", trained, "--resume", "auto")
+    )
     assert f"would resume {trained / LATEST} at step" in said
     said = succeeded(sample(trained, brats / "testing", out, *FEW, "--dry_run", True))
     assert f"dry run: 2 cases would be drawn; they would be written to {out}" in said
@@ -243,7 +248,7 @@ def test_a_second_run_keeps_and_other_settings_redraw(
         assert "1 case of other settings" in said, change
     after = contents(tmp_path)
     assert after.keys() == before.keys()
-    rewritten = {"predictions.csv", "sampling.json", "config.yaml"}  # seconds, and the date
+    rewritten = {"predictions.csv", "sampling.json", "config.yaml", "report.html"}  # with dates
     assert all(after[name] == before[name] for name in after.keys() - rewritten)
 
 

@@ -61,7 +61,7 @@ def run_sampling(setup: SampleSetup) -> None:
     with only_run(out_dir, SAMPLING):
         names = _segment_and_note(segmenter, setup, out_dir)
         if rank() == 0:
-            write_page(out_dir, names, dataset, segmenter.classes)
+            write_page(out_dir, dataset, segmenter.classes)
     for sink in sinks:
         sink.close()
     end = "_<class>" if segmenter.classes else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 from guided_diffusion import logger
@@ -15,27 +14,23 @@ from guided_diffusion.report.unscored import is_current, write_unscored
 from guided_diffusion.scoring.predictions import RECORD
 
 
-def write_page(
-    out_dir: Path, names: Collection[str], dataset: SegmentationDataset, classes: Classes | None
-) -> None:
-    """Write ``report.html`` of the cases, unless nothing has changed since it was written.
+def write_page(out_dir: Path, dataset: SegmentationDataset, classes: Classes | None) -> None:
+    """Write ``report.html`` of all cases in the folder, unless the one that is there has them all.
 
     A page that cannot be made does not end the run: the log says why.
 
     Args:
         out_dir: the result folder.
-        names: of the cases to show.
-        dataset: that they are from.
+        dataset: that this run's cases are from.
         classes: of the masks; None where everything is one class.
     """
     if is_current(out_dir):
         return
     try:
         table = read_table(out_dir / RECORD, needs=["name"], hint="")
-        chosen = {*names}
         write_unscored(
             out_dir,
-            [row for row in table.rows if row["name"] in chosen] if table else [],
+            table.rows if table else [],
             describe_run(out_dir, scored=False),
             classes=classes,
             volumes={entry.name: entry.volume for entry in dataset.entries if entry.volume},
