@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
-from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.options.console import tolerant_console
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
@@ -23,7 +23,6 @@ from guided_diffusion.options.scoring import SCORE, ScoringOptions
 from guided_diffusion.options.segmentation import (
     SAMPLE,
     TRAIN,
-    DataOptions,
     RunOptions,
 )
 from guided_diffusion.options.tools import (
@@ -31,7 +30,6 @@ from guided_diffusion.options.tools import (
     EXPORT,
     PHANTOMS,
     SLICES,
-    CheckOptions,
     ConfigOptions,
     ExportOptions,
     PhantomOptions,
@@ -45,14 +43,28 @@ from guided_diffusion.options.weak import (
 
 if TYPE_CHECKING:
     from guided_diffusion.scoring.evaluate import Evaluation
+    from guided_diffusion.training.resolve import TrainSetup
 
 
 def train(flags: Flags) -> None:
     """Train a diffusion model that segments images, or a U-Net (--version unet)."""
-    from guided_diffusion.train_util import run_training
+    from guided_diffusion.inference.next_steps import after_training
     from guided_diffusion.training.resolve import resolve_training
 
-    run_training(resolve_training(flags))
+    _run_training(resolve_training(flags), lambda: after_training(flags))
+
+
+def _run_training(setup: TrainSetup, after: Callable[[], str]) -> None:
+    """Train, or with ``--dry_run True`` do everything before that, and log what comes next."""
+    from guided_diffusion import logger
+    from guided_diffusion.tools.dry_run import rehearse_training
+    from guided_diffusion.train_util import run_training
+
+    if setup.options.dry_run:
+        rehearse_training(setup)
+    else:
+        run_training(setup)
+        logger.log(after())
 
 
 def sample(flags: Flags) -> None:
@@ -68,40 +80,31 @@ def sample(flags: Flags) -> None:
 
 def score(flags: Flags) -> None:
     """Score predicted masks against the ground truth."""
-    from guided_diffusion.inference.provenance import describe_run, note_run, run_record
+    from guided_diffusion.inference.next_steps import after_scoring
+    from guided_diffusion.inference.provenance import (
+        describe_run,
+        note_run,
+        run_record,
+        training_log,
+    )
     from guided_diffusion.report.report import write_report
-    from guided_diffusion.scoring.compare import compare_folders, comparison_text
-    from guided_diffusion.scoring.evaluate import folder_of
     from guided_diffusion.scoring.summary import summary_text
-    from guided_diffusion.scoring.tables import require_writable
 
     options = flags.group(ScoringOptions)
     if options.compare:
-        for folder in options.compare:
-            require_writable(folder_of(folder, "--compare"))
-        first, second = (_scored(options, folder) for folder in options.compare)
-        note_run(second.folder, run_record(flags, data=options.out_pth))
-        print(comparison_text(compare_folders(first, second)))
-        print(f"written: {second.folder / 'comparison.json'}, and the scores of both folders")
+        from guided_diffusion.tools.commands import run_comparison
+
+        print("\n".join(run_comparison(flags, lambda folder: _scored(options, folder))))
         return
     evaluation = _scored(options, options.inp_pth, report=options.report)
     note_run(evaluation.folder, run_record(flags, data=options.out_pth))
     written = ["summary.json", "scores.csv"]
     if options.report:
-        run = describe_run(evaluation.folder)
-        written.append(write_report(evaluation, run, evaluation.collected).name)
+        run, log = describe_run(evaluation.folder), training_log(evaluation.folder)
+        written.append(write_report(evaluation, run, evaluation.collected, training=log).name)
     print(summary_text(evaluation.summary))
     print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
-    lesions = [
-        (row.dice or 0.0, row.name)
-        for scores in evaluation.scores.values()
-        for row in scores.rows
-        if not row.empty_truth
-    ]
-    dice, name = min(lesions, default=(0.0, ""))
-    overlay = evaluation.folder / f"{name}_overlay.png"
-    if overlay.exists():
-        print(f"look at: {overlay}, the lowest Dice of a case with a lesion, {dice:.4f}")
+    print(after_scoring(evaluation, report=options.report))
 
 
 def _scored(options: ScoringOptions, folder: str, *, report: bool = False) -> Evaluation:
@@ -125,29 +128,10 @@ def _scored(options: ScoringOptions, folder: str, *, report: bool = False) -> Ev
 
 def check(flags: Flags) -> None:
     """Look at a data set as training would, and list everything that is wrong with it."""
-    from guided_diffusion.data.folders import counted
-    from guided_diffusion.data.splits import part_of_cases
-    from guided_diffusion.layouts import open_data
-    from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
+    from guided_diffusion.tools.commands import run_check
 
-    data, options = flags.group(DataOptions), flags.group(CheckOptions)
-    out = expanded(options.out, flag="--out") if options.out else None
-    if out:
-        make_folder(out.parent, flag="--out")
-        require_replaceable(out)
-    findings = look_at(
-        lambda: open_data(data, test=not options.labelled),
-        image_size=options.image_size,
-        crop=data.crop,
-        workers=options.num_workers,
-        parts_of=(lambda dataset: part_of_cases(dataset, data.split)) if data.split else None,
-    )
-    print(findings_text(findings))
-    if out:
-        drawn = counted(write_sheet(findings, out, cases=options.cases), "case")
-        print(f"{drawn} drawn on {out}")
-    if findings.problems:
-        sys.exit(2)
+    for line in run_check(flags):
+        print(line)
 
 
 def slices(flags: Flags) -> None:
@@ -176,18 +160,20 @@ def export(flags: Flags) -> None:
 
 def weak_train(flags: Flags) -> None:
     """Train a diffusion model of images that are labelled as a whole."""
-    from guided_diffusion.train_util import run_training
+    from guided_diffusion.inference.next_steps import after_weak_training
     from guided_diffusion.weak.train import resolve_images
 
-    run_training(resolve_images(flags))
+    after = partial(after_weak_training, flags, "weak-classifier")
+    _run_training(resolve_images(flags), after)
 
 
 def weak_classifier(flags: Flags) -> None:
     """Train a classifier of noisy images that are labelled as a whole."""
-    from guided_diffusion.train_util import run_training
+    from guided_diffusion.inference.next_steps import after_weak_training
     from guided_diffusion.weak.train import resolve_classifier
 
-    run_training(resolve_classifier(flags))
+    after = partial(after_weak_training, flags, "weak-segment")
+    _run_training(resolve_classifier(flags), after)
 
 
 def weak_sample(flags: Flags) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.files import expanded, remove_leftovers
 from guided_diffusion.inference.precision import device_notes, resolve_precision, set_up_kernels
 from guided_diffusion.inference.run_lock import TRAINING, only_run
+from guided_diffusion.report.progress import Progress, plain_loss
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import parameter_count
 from guided_diffusion.training.checkpoints import CheckpointManager
@@ -152,7 +154,7 @@ class TrainLoop:
         total, patience = self.last_step, self.setup.watch.patience
         batches = self.reader.begin(self.setup, start)
         forecast = TimeForecast(start, total, self.device)
-        bar = tqdm(initial=start, total=total or None, unit="step", disable=rank() > 0 or None)
+        bar = Progress(initial=start, total=total or None, unit="step", quiet=rank() > 0)
         error, failed = None, False
         with closing(batches), self.checkpoints, self.stop as stop:
             with bar as progress:
@@ -172,7 +174,7 @@ class TrainLoop:
                         loss = self.run_step(batch)
                     if compiles:
                         logger.log(f"compiled in {self.log.restart():.0f} s")
-                    progress.update()
+                    progress.step(say=partial(plain_loss, loss))
                     if text := forecast.after(self.step):
                         with progress.external_write_mode(sys.stdout):
                             logger.log(text)
@@ -359,7 +361,6 @@ class TrainLoop:
 
 def run_training(setup: TrainSetup) -> Path:
     """Announce a run, restore what it continues, and train; returns the last checkpoint.
-
     Raises:
         UserError: another training writes into the folder.
         SystemExit: a signal ended the run; the exit code tells the shell so. A launcher is told

@@ -60,7 +60,8 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == files
-    assert {"guided_diffusion/py.typed", "guided_diffusion/report/report.html"} <= packed
+    pages = {f"guided_diffusion/report/report.{kind}" for kind in ("html", "css", "js")}
+    assert {"guided_diffusion/py.typed", *pages} <= packed
 
 
 @pytest.mark.slow

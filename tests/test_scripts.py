@@ -82,8 +82,9 @@ def test_what_sampling_writes(sampled: Path) -> None:
     volumes = ("output_ens", "mask", "uncertainty")
     names = {f"{case}_{kind}.png" for case in TEST_CASES for kind in pictures}
     names |= {f"{case}_{kind}.nii.gz" for case in TEST_CASES for kind in volumes}
-    records = {"predictions.csv", "sampling.json", "config.yaml"}
+    records = {"predictions.csv", "sampling.json", "config.yaml", "report.html"}
     assert contents(sampled).keys() == names | records
+    assert "Segmentation without scores" in (sampled / "report.html").read_text("utf-8")
     note = json.loads((sampled / "sampling.json").read_text("utf-8"))
     assert (note["seed"], note["options"]["image_size"]) == (10, 16)
     assert note["command"].startswith("python scripts/segmentation_sample.py --model_path ")
@@ -106,6 +107,7 @@ def test_scoring(sampled: Path, brats: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sampled, tmp_path / "masks")
     before = contents(folder)
     del before["config.yaml"]  # scoring adds its section
+    assert b"guided-diffusion sampling" in before.pop("report.html"), "scoring replaces it"
     said = succeeded(
         script("segmentation_env", "--inp_pth", folder, "--out_pth", brats / "testing")
     )
@@ -129,6 +131,7 @@ def test_scoring(sampled: Path, brats: Path, tmp_path: Path) -> None:
     assert summary["dice"] == pytest.approx(np.mean([float(r["dice"]) for r in rows.values()]))
     after = contents(folder)
     assert before.items() <= after.items()
+    assert b"guided-diffusion scoring" in after["report.html"]
 
 
 def test_isic_from_pictures_to_scores(isic: Path, tmp_path: Path) -> None:
@@ -142,12 +145,39 @@ def test_isic_from_pictures_to_scores(isic: Path, tmp_path: Path) -> None:
     assert "2 ISIC cases, 3 channels" in said
     kinds = ("output_ens", "mask", "uncertainty", "overlay", "output0", "output1")
     assert contents(masks).keys() == {
-        *("predictions.csv", "sampling.json", "config.yaml"),
+        *("predictions.csv", "sampling.json", "config.yaml", "report.html"),
         *(f"{case}_{kind}.png" for case in ("0000004", "0000005") for kind in kinds),
     }
     said = succeeded(script("segmentation_env", "--inp_pth", masks, "--out_pth", isic))
     assert "iou is " in said and "dice is " in said
     assert json.loads((masks / "summary.json").read_text("utf-8"))["cases"] == 2
+
+
+def test_a_dry_run_ends_before_the_first_step_and_writes_nothing(
+    trained: Path, brats: Path, tmp_path: Path
+) -> None:
+    out, before = tmp_path / "run", contents(trained)
+    command = ["--data_dir", brats / "training", *NETWORK, *DIFFUSION, "--dry_run", True]
+    said = succeeded(script("segmentation_train", *command, "--out_dir", out, "--batch_size", 2))
+    assert (
+        "dry run: the first batch was read, images (2, 4, 16, 16) and masks (2, 1, 16, 16)" in said
+    )
+    said = succeeded(
+        script("segmentation_train", *command, "--out_dir", trained, "--resume", "auto")
+    )
+    assert f"would resume {trained / LATEST} at step" in said
+    said = succeeded(sample(trained, brats / "testing", out, *FEW, "--dry_run", True))
+    assert f"dry run: 2 cases would be drawn; they would be written to {out}" in said
+    assert not out.exists() and contents(trained) == before
+
+
+def test_commands_say_what_to_do_next(trained: Path, brats: Path, tmp_path: Path) -> None:
+    said = succeeded(sample(trained, brats / "testing", tmp_path, *FEW))
+    scoring = f"python scripts/segmentation_env.py --inp_pth {tmp_path} --out_pth {brats}/testing"
+    assert f"next: {scoring}\n  or open {tmp_path}/report.html" in said
+    said = succeeded(script(*scoring.split()[1:]))
+    assert "published code computes them" in said and "at their own size" in said
+    assert f"next: open {tmp_path}/report.html or {tmp_path}/" in said.splitlines()[-1]
 
 
 def test_defaults_and_folders_of_the_readme(
@@ -218,7 +248,7 @@ def test_a_second_run_keeps_and_other_settings_redraw(
         assert "1 case of other settings" in said, change
     after = contents(tmp_path)
     assert after.keys() == before.keys()
-    rewritten = {"predictions.csv", "sampling.json", "config.yaml"}  # seconds, and the date
+    rewritten = {"predictions.csv", "sampling.json", "config.yaml", "report.html"}  # with dates
     assert all(after[name] == before[name] for name in after.keys() - rewritten)
 
 

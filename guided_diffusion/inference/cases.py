@@ -15,7 +15,6 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case, Entry, SegmentationDataset
@@ -26,6 +25,7 @@ from guided_diffusion.errors import UserError, memory_problem
 from guided_diffusion.files import Background
 from guided_diffusion.inference.plan import batched
 from guided_diffusion.inference.record import Record
+from guided_diffusion.report.progress import Progress
 
 Result = TypeVar("Result")
 
@@ -95,9 +95,12 @@ def run_cases(
         nonlocal together
         together = count
 
+    def rate_of(progress: Progress) -> str:
+        return f"{progress.speed * evaluations:.0f} evaluations/s" if evaluations else ""
+
     background = Background(writers)
     try:
-        with tqdm(total=len(indices), unit="case", disable=True if rank() else None) as progress:
+        with Progress(total=len(indices), unit="case", quiet=rank() > 0) as progress:
             left = list(indices)
             while some := left[:together]:
                 left = left[len(some) :]
@@ -107,11 +110,8 @@ def run_cases(
                 for part in filter(None, (results[first::writers] for first in range(writers))):
                     background.start(partial(keep, part, seconds))
 
-                progress.update(len(some))
-                if evaluations:
-                    elapsed = max(progress.format_dict["elapsed"], 1e-9)
-                    rate = progress.n * evaluations / elapsed
-                    progress.set_postfix_str(f"{rate:.0f} evaluations/s")
+                progress.step(len(some), say=lambda: rate_of(progress))
+                progress.set_postfix_str(rate_of(progress))
     finally:
         background.wait()
     record.end()

@@ -19,19 +19,22 @@ from guided_diffusion.data.jobs import PREDICTIONS, Job, write_jobs
 from guided_diffusion.dist_util import rank
 from guided_diffusion.files import expanded, make_folder, require_replaceable
 from guided_diffusion.inference.cases import ReadAhead, run_cases, share_of, writer_count
+from guided_diffusion.inference.next_steps import after_sampling
 from guided_diffusion.inference.precision import device_notes
 from guided_diffusion.inference.provenance import RECORD as SAMPLING_RECORD
 from guided_diffusion.inference.provenance import is_noted, note_run, note_sampling, run_record
 from guided_diffusion.inference.record import Record, log_remarks, note_classes, row_of
 from guided_diffusion.inference.rendering import class_columns, draw_strip
 from guided_diffusion.inference.resolve import SampleSetup
+from guided_diffusion.inference.result_page import write_page
 from guided_diffusion.inference.run_lock import SAMPLING, only_run
 from guided_diffusion.inference.segmentation import Segmentation
 from guided_diffusion.inference.segmenter import Segmenter
-from guided_diffusion.inference.trajectory import Trajectory
+from guided_diffusion.inference.trajectory import MemberStates, Trajectory, member_frames
 from guided_diffusion.inference.volume_writer import VolumeWriter
 from guided_diffusion.inference.writers import maps_of, write_case, write_nifti
 from guided_diffusion.options.segmentation import SampleDataOptions
+from guided_diffusion.report.animation import Moment, write_animation
 from guided_diffusion.report.pictures import write_picture
 from guided_diffusion.report.sinks import VisdomSink, page_of
 
@@ -50,9 +53,18 @@ def run_sampling(setup: SampleSetup) -> None:
     device = device_notes(segmenter.plan.precision, segmenter.device, tf32=run.tf32)
     for line in [*setup.notes, *device, str(dataset), str(segmenter)]:
         logger.log(line)
-    out_dir = expanded(run.out_dir)
+    out_dir, flags = expanded(run.out_dir), setup.networks[0].trained.flags
+    if options.dry_run:
+        number = options.num_samples or len(dataset)
+        logger.log(
+            f"dry run: {counted(min(number, len(dataset)), 'case')} would be drawn; they would be "
+            f"written to {run.out_dir}"
+        )
+        return
     with only_run(out_dir, SAMPLING, job=setup.job):
         names = _segment_and_note(segmenter, setup, out_dir)
+        if rank() == 0:
+            write_page(out_dir, dataset, segmenter.classes)
     for sink in sinks:
         sink.close()
     end = "_<class>" if segmenter.classes else ""
@@ -62,8 +74,10 @@ def run_sampling(setup: SampleSetup) -> None:
         kinds.append(f"coarse{end}")
     kinds += ["debug"] * options.debug
     files = ", ".join(f"<case>_{kind}.png" for kind in kinds)
+    files += ", <case>_members.gif" * (options.debug and segmenter.plan.evaluations > 1)
     record = setup.job.record if setup.job else PREDICTIONS
     logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, {record}")
+    logger.log(after_sampling(flags, dataset))
 
 
 def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -> list[str]:
@@ -127,7 +141,8 @@ def segment(
         fingerprint: of everything the masks depend on; finished cases that bear it are kept.
         num_samples: the first so many cases; 0 for all.
         job: draws its share of these cases only, beside other jobs; None for all of them.
-        debug: also write a strip of all channels and masks of each case.
+        debug: also write a strip of all channels and masks of each case, and an animated picture
+            of its members.
         save_members: also write the members of each case.
         writers: threads that write cases while the next ones are drawn.
         note: called by the first process before anything is drawn, to record the settings.
@@ -180,11 +195,17 @@ def segment(
 
     # How cases are read, drawn and written.
     read = ReadAhead(dataset, mine)
+    moments: dict[str, list[Moment]] = {}  # of those that are not written yet
 
     def draw(indices: Sequence[int]) -> list[tuple[Case, Segmentation]]:
         cases = read(indices)
         shown = Trajectory(segmenter, cases[0].name, show=_show) if logger.has_sinks() else None
-        return list(zip(cases, segmenter.segment(cases, shown), strict=True))
+        if not debug:
+            return list(zip(cases, segmenter.segment(cases, shown), strict=True))
+        states = MemberStates(segmenter, cases, then=shown)
+        results = segmenter.segment(cases, states)
+        moments.update({case.name: states.moments(k) for k, case in enumerate(cases)})
+        return list(zip(cases, results, strict=True))
 
     def write(index: int, drawn: tuple[Case, Segmentation], seconds: float) -> dict[str, Any]:
         case, result = drawn
@@ -192,6 +213,9 @@ def segment(
         if debug:
             pixels = draw_strip(case, result, channels=dataset.modalities)
             write_picture(out_dir / f"{case.name}_debug.png", pixels)
+            if some := moments.pop(case.name, []):
+                frames = member_frames(case, result, some)
+                write_animation(out_dir / f"{case.name}_members.gif", frames)
         if entries[index].volume:
             volumes.keep(entries[index], maps_of(result))
         elif case.affine is not None:

@@ -42,6 +42,7 @@ _HEAD = """\
 # --config with this file reads the flags that were given; those of the command line win.
 """
 RECORD = "sampling.json"
+PROGRESS = "progress.csv"
 HINT = "The next sampling into this folder makes it anew."
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pillow")
 
@@ -107,50 +108,75 @@ def note_sampling(
         part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def describe_run(folder: Path) -> dict[str, str]:
-    """Describe training and sampling, as far as recorded, and this scoring, for people."""
+def describe_run(folder: Path, *, scored: bool = True) -> dict[str, Any]:
+    """Describe training, sampling and, if ``scored``, scoring, as far as recorded, for people.
+
+    Returns labels with texts, or with settings by name.
+    """
     try:
         note = read_json(folder / RECORD, hint=HINT) or {}
     except UserError as error:
         note = {"date": str(error)}
-    sampling = _read_config(folder / CONFIG).get("sample", {})
-    training = sampling.get("training")
+    runs = _read_config(folder / CONFIG)
+    sampling, scoring = runs.get("sample", {}), runs.get("score", {}) if scored else {}
     return {
-        **_description("Trained", "Training", "training", training),
+        **_description("Trained", "Training", "training", sampling.get("training")),
         "Sampled": str(note.get("date", "")),
         "Sampling command": str(note.get("command", "")),
         "Model": str(note.get("model", "")),
         "Seed": str(note.get("seed", "")),
-        "Checkpoint options": _pairs(note.get("options")),
-        "Sampling flags": _pairs(sampling.get("given")),
-        "Sampling data": _pairs(sampling.get("data")),
-        "Versions, sampling": _pairs(note.get("versions")),
-        "Scored": now(),
-        "Scoring command": command(),
-        "Versions, scoring": _pairs(versions()),
+        "Checkpoint options": _mapping(note.get("options")),
+        "Sampling flags": _mapping(sampling.get("given")),
+        "Other flags of sampling": _mapping(sampling.get("other")),
+        "Sampling data": _mapping(sampling.get("data")),
+        "Versions, sampling": _mapping(note.get("versions")),
+        "Scored": str(scoring.get("date", "")),
+        "Scoring command": str(scoring.get("command", "")),
+        "Scoring flags": _mapping(scoring.get("given")),
+        "Other flags of scoring": _mapping(scoring.get("other")),
+        "Versions, scoring": _mapping(scoring.get("versions")),
     }
 
 
-def _description(date: str, what: str, last: str, record: object) -> dict[str, str]:
-    """Describe the record of a run as labels and texts."""
+def _description(date: str, what: str, last: str, record: object) -> dict[str, Any]:
+    """Describe the record of a run as labels with texts or settings."""
     if not isinstance(record, dict):
         return {}
     where = [record.get(name) for name in ("host", "device")]
     return {
         date: str(record.get("date", "")),
         f"{what} command": str(record.get("command", "")),
-        f"{what} flags": _pairs(record.get("given")),
-        f"Other flags of {last}": _pairs(record.get("other")),
-        f"{what} data": _pairs(record.get("data")),
+        f"{what} flags": _mapping(record.get("given")),
+        f"Other flags of {last}": _mapping(record.get("other")),
+        f"{what} data": _mapping(record.get("data")),
         f"{what} on": ", ".join(str(part) for part in where if part),
-        f"Versions, {last}": _pairs(record.get("versions")),
+        f"Versions, {last}": _mapping(record.get("versions")),
     }
 
 
-def _pairs(values: object) -> str:
-    if not isinstance(values, dict):
-        return ""
-    return "  ".join(f"{key}={value}" for key, value in values.items())
+def training_log(folder: Path) -> Path | None:
+    """Find the ``progress.csv`` of the training whose masks a folder holds; None without one.
+
+    It is in the folder itself, or in that of the checkpoint, or where the training wrote.
+    """
+    sampling = _read_config(folder / CONFIG).get("sample", {})
+    training = _mapping(sampling.get("training"))
+    places = [
+        folder,
+        *_recorded_path(sampling, "model_path"),
+        *_recorded_path(training, "out_dir"),
+    ]
+    logs = (place / PROGRESS for place in places)
+    return next((log for log in logs if log.is_file()), None)
+
+
+def _recorded_path(record: Mapping[str, Any], flag: str) -> list[Path]:
+    """The folder that a flag of a recorded run named, if it is recorded."""
+    value = {**_mapping(record.get("other")), **_mapping(record.get("given"))}.get(flag)
+    if not isinstance(value, str) or not value:
+        return []
+    path = Path(str(record.get("directory", "")), value.split(",")[0]).expanduser()
+    return [path.parent if path.suffix else path]
 
 
 # ------------------------------------------------------------------------------- config.yaml

@@ -167,6 +167,7 @@ class TrainingOptions:
         "where a copy does not fit into a device's memory",
         choices=("auto", "on", "off"),
     )
+    dry_run: bool = flag(False, "do everything up to the first step, and write nothing", run=True)
     fp16_scale_growth: float = flag(
         1e-3, "growth of the loss scale", dead="torch chooses the loss scale itself"
     )
@@ -272,7 +273,12 @@ class SamplingOptions:
     )
     save_members: bool = flag(True, "write the single masks too, as <case>_output<i>.png")
     writers: int = flag(0, "threads that write; 0: up to 4 beside a GPU, else 1", least=0, cap=64)
-    debug: bool = flag(False, "write <case>_debug.png too: channels, truth, fused mask and members")
+    debug: bool = flag(
+        False,
+        "write <case>_debug.png too, with channels, truth, fused mask and members, and "
+        "<case>_members.gif, in which the members come out of noise",
+    )
+    dry_run: bool = flag(False, "do everything up to the first case, and write nothing", run=True)
     visdom: int = flag(
         0, "port of a visdom server on this machine to show masks on; 0: none", least=0, most=65535
     )
@@ -325,7 +331,7 @@ SAMPLE = (
 )
 ONLY_OF_FOLDERS = (
     *("data_dir", "data_name", "split", "slices", "blank_slices", "cache_dir"),
-    *("out_dir", "multi_gpu", "model_path", "num_samples", "job", "debug", "visdom"),
+    *("out_dir", "multi_gpu", "model_path", "num_samples", "job", "debug", "dry_run", "visdom"),
     *("save_members", "writers"),
 )
 """Flags of sampling that concern a data set and its results, not the model or one image."""

@@ -237,3 +237,36 @@ def blend(picture: Floats, colour: Colour, alpha: Floats) -> Floats:
     """Blend a colour into a picture [H, W, 3] with the opacity ``alpha`` [H, W] in [0, 1]."""
     paint = np.asarray(colour, dtype=np.float32) / np.float32(255)
     return picture + alpha[..., None] * (paint - picture)
+
+
+class PanelGrid(NamedTuple):
+    """How many panels an overlay has, and the size of one in pixels."""
+
+    panels: int
+    width: int
+    height: int
+
+
+def panel_grid(drawn: tuple[int, int], size: tuple[int, int]) -> PanelGrid | None:
+    """Find the panels of an overlay of a case; both are (height, width).
+
+    Returns None where the picture does not have the dimensions of such an overlay.
+    """
+    height = drawn[0] - HEADER - FOOTER
+    width = max(1, round(height * size[1] / size[0]))
+    total = drawn[1] - 2 * MARGIN + GAP
+    panels = round(total / (width + GAP))
+    if height < 1 or panels not in (3, 4):
+        return None
+    return PanelGrid(panels, total // panels - GAP, height)
+
+
+def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
+    """Cut the image out of an overlay of a case of ``size`` (height, width).
+
+    Returns None where the picture does not have the dimensions of such an overlay.
+    """
+    grid = panel_grid((drawn.shape[0], drawn.shape[1]), size)
+    if grid is None:
+        return None
+    return drawn[HEADER : HEADER + grid.height, MARGIN : MARGIN + grid.width, :3]

@@ -8,7 +8,7 @@ readers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -19,19 +19,27 @@ from guided_diffusion.scoring.summary import Summary
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 420, 260
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
 
 
 class Axis(NamedTuple):
-    """One axis: its label, its two ends, and the positions of its marks."""
+    """One axis: its label, its two ends, the positions of its marks, and whether it is logarithmic.
+
+    The ends of a logarithmic axis are positive.
+    """
 
     label: str
     low: float = 0.0
     high: float = 1.0
     marks: tuple[float, ...] = (0, 0.2, 0.4, 0.6, 0.8, 1)
+    logarithmic: bool = False
 
     def share(self, value: float) -> float:
         """The relative position of a value between the ends, in [0, 1]."""
+        if self.logarithmic:
+            ends = math.log(self.high / self.low)
+            value = math.log(max(value, self.low) / self.low) / ends
+            return min(1.0, max(0.0, value))
         span = self.high - self.low
         return min(1.0, max(0.0, (value - self.low) / span)) if span else 0.0
 
@@ -50,8 +58,13 @@ class Plot(NamedTuple):
         return round(x, 1), round(y, 1)
 
 
-def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
-    """Draw the charts of one class (named, or "" for the only one) as HTML."""
+def figures(
+    name: str, part: Summary, rows: Sequence[CaseScore], *, first: int = 0, step: int = 1
+) -> str:
+    """Draw the charts of one class (named, or "" for the only one) as HTML.
+
+    The first of its ``rows`` is the page's row number ``first``, the next one is ``step`` further.
+    """
     of_class = f" of {name}" if name else ""
     drawn = [
         (_histogram(rows), f"Dice{of_class} of the cases with a lesion."),
@@ -65,13 +78,18 @@ def figures(name: str, part: Summary, rows: Sequence[CaseScore]) -> str:
             f"Errors left{of_class} when the most uncertain pixels are removed; "
             "below, in the best possible order.",
         ),
-        (_scatter(rows), f"The uncertainty of a case{of_class} against its Dice."),
+        (_scatter(rows, first, step), f"The uncertainty of a case{of_class} against its Dice."),
         (
             _risk_coverage(part),
             f"Mean Dice{of_class} of the rest when the most uncertain cases are handed to a "
             "person; above, in the best possible order; level, in random order.",
         ),
     ]
+    return captioned(drawn)
+
+
+def captioned(drawn: Iterable[tuple[str, str]]) -> str:
+    """Format charts with their captions as HTML; empty ones are left out."""
     return "".join(
         f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
         for svg, caption in drawn
@@ -120,18 +138,26 @@ def _sparsification(part: Summary) -> str:
     return figure(frame, *(curve(frame, lines[kind], kind) for kind in lines))
 
 
-def _scatter(rows: Sequence[CaseScore]) -> str:
+def _scatter(rows: Sequence[CaseScore], first: int, step: int) -> str:
     known = [
-        (row.uncertainty, row.dice, row.name)
-        for row in rows
+        (row.uncertainty, row.dice, row.name, first + place * step)
+        for place, row in enumerate(rows)
         if row.uncertainty is not None and row.dice is not None and not row.empty_truth
     ]
     if not known:
         return ""
-    marks = round_marks(max(uncertainty for uncertainty, _, _ in known))
-    frame = Plot("Uncertainty and Dice", Axis("uncertainty", 0, marks[-1], marks), Axis("Dice"))
-    points: list[Point] = [(uncertainty, dice) for uncertainty, dice, _ in known]
-    return figure(frame, dots(frame, points, [name for _, _, name in known]))
+    uncertainties, dice, names, places = (list(column) for column in zip(*known, strict=True))
+    marks = round_marks(max(uncertainties))
+    across = Axis("uncertainty", 0, marks[-1], marks)
+    frame = Plot("Uncertainty and Dice", across, upper_axis("Dice", dice))
+    return figure(frame, dots(frame, [*zip(uncertainties, dice, strict=True)], names, places))
+
+
+def upper_axis(label: str, values: Sequence[float]) -> Axis:
+    """An axis of shares that ends at 1 and begins at the tenth below the least of the values."""
+    low = min(0.9, math.floor(10 * min(values) + 1e-9) / 10)
+    marks = tuple(round(low + step * (1 - low) / 5, 3) for step in range(6))
+    return Axis(label, low, 1.0, marks)
 
 
 def _risk_coverage(part: Summary) -> str:
@@ -139,12 +165,10 @@ def _risk_coverage(part: Summary) -> str:
     if found is None or len(found["curve"]["dice"]) < 3:
         return ""
     handed, dice, oracle = (found["curve"][key] for key in ("handed", "dice", "oracle"))
-    low = min(0.9, math.floor(10 * min(dice) + 1e-9) / 10)
-    marks = tuple(round(low + step * (1 - low) / 5, 3) for step in range(6))
     frame = Plot(
         "Risk-coverage curve",
         Axis("fraction of cases handed to a person"),
-        Axis("mean Dice of the rest", low, 1.0, marks),
+        upper_axis("mean Dice of the rest", dice),
     )
     reached = [(entry["share"], entry["dice"]) for entry in found["hand_over"] if entry["share"]]
     names = [f"{100 * share:.0f} % of the cases for {target:g}" for share, target in reached]
@@ -214,12 +238,18 @@ def curve(frame: Plot, points: Sequence[Point], kind: str) -> str:
     return f'<polyline class="curve {kind}" points="{placed}"/>'
 
 
-def dots(frame: Plot, points: Sequence[Point], names: Sequence[str]) -> str:
-    """Draw a dot for each point, with its name as a tooltip."""
+def dots(
+    frame: Plot, points: Sequence[Point], names: Sequence[str], places: Sequence[int] = ()
+) -> str:
+    """Draw a dot for each point, with its name as a tooltip.
+
+    ``places`` are the rows of the page that are shown when the dots are clicked.
+    """
     drawn = []
-    for point, name in zip(points, names, strict=True):
+    for number, (point, name) in enumerate(zip(points, names, strict=True)):
         x, y = frame.at(point)
-        drawn.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.6">')
+        index = f' data-index="{places[number]}"' if places else ""
+        drawn.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.6"{index}>')
         drawn.append(f"<title>{escape(name)}</title></circle>")
     return "".join(drawn)
 
@@ -230,7 +260,7 @@ def upright(frame: Plot, value: float, label: str) -> str:
     end = x > WIDTH * 0.7
     return (
         f'<line class="mark" x1="{x}" y1="{top}" x2="{x}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="note" x="{x + (-5 if end else 5)}" y="{top + 9}" '
+        f'<text class="note" x="{x + (-5 if end else 5)}" y="{top - 3}" '
         f'text-anchor="{"end" if end else "start"}">{escape(label)}</text>'
     )
 

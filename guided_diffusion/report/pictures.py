@@ -19,12 +19,8 @@ from guided_diffusion.files import FREE_SPACE_HINT, atomic_write
 from guided_diffusion.report.canvas import (
     BACKGROUND,
     CLASSES,
-    FOOTER,
     FUSED,
-    GAP,
-    HEADER,
     INK,
-    MARGIN,
     TINT,
     TRUTH,
     Canvas,
@@ -382,18 +378,3 @@ def _displayed(image: Floats) -> Floats:
 
     low, high = np.percentile(shown, (1, 99.5))
     return np.clip((shown - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
-
-
-def image_panel(drawn: Pixels, size: tuple[int, int]) -> Pixels | None:
-    """Cut the image out of an :func:`overlay` of a case of ``size`` (height, width).
-
-    Returns None where the picture does not have the dimensions of such an overlay.
-    """
-    height = drawn.shape[0] - HEADER - FOOTER
-    width = max(1, round(height * size[1] / size[0]))
-    total = drawn.shape[1] - 2 * MARGIN + GAP
-    panels = round(total / (width + GAP))
-    if height < 1 or panels not in (3, 4):
-        return None
-    width = total // panels - GAP
-    return drawn[HEADER : HEADER + height, MARGIN : MARGIN + width, :3]

@@ -1,17 +1,13 @@
-"""``report.html``: a scored folder as one self-contained page, without network or framework.
+"""``report.html`` of a scored folder: its scores, how far they can be trusted, and every case.
 
-The page is the template ``report.html`` beside this file, filled with tables, charts and the layers
-of the cases. All values are those of ``scores.csv``. Of very many cases only some are pictured, so
-that the file stays small.
+All values are those of ``scores.csv``. Of very many cases only some have their pictures inside the
+page, so that it stays small; the others show the overlays that lie beside it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,73 +15,110 @@ import numpy as np
 
 from guided_diffusion.data.folders import counted
 from guided_diffusion.report.charts import figures
+from guided_diffusion.report.page import (
+    REPORT,
+    Column,
+    Page,
+    Section,
+    Shown,
+    Strip,
+    pictures_beside,
+    tables_beside,
+)
 from guided_diffusion.report.tables import (
-    case_table_head,
-    case_table_row,
-    class_choice,
+    METRIC_LABELS,
     class_tables,
     headline,
+    label_of,
+    number,
     parts_of,
 )
-from guided_diffusion.report.thumbnails import MOST_PICTURES, Layers, case_layers
+from guided_diffusion.report.thumbnails import MOST_PICTURES, Layers, case_layers, overlay_view
+from guided_diffusion.report.training_charts import training_section
 from guided_diffusion.scoring.case_scores import CaseScore, load_case
 from guided_diffusion.scoring.evaluate import Evaluation
 from guided_diffusion.scoring.predictions import Reader
 from guided_diffusion.scoring.tables import write_text
 
-TEMPLATE = Path(__file__).with_name("report.html")
+COLUMNS = ("dice", "iou", "precision", "sensitivity", "hd95", "surface_dice", "uncertainty")
+SHORT = {**METRIC_LABELS, "surface_dice": "Surface", "uncertainty": "Uncertainty"}
+STRIP = 3
+"""Cases in a strip of pictures."""
 
 
 def write_report(
     evaluation: Evaluation,
-    run: Mapping[str, str],
+    run: Mapping[str, Any],
     layers: Mapping[str, Sequence[Layers]] | None = None,
+    *,
+    training: Path | None = None,
 ) -> Path:
     """Write ``report.html`` into the scored folder and return its path.
 
     Args:
         evaluation: the scored folder.
-        run: what was run: labels and texts, in the order in which the page shows them.
+        run: what was run: labels with texts or settings, in the order in which the page shows them.
         layers: those of cases by name, collected while scoring; other cases are read again.
+        training: the ``progress.csv`` of the training; None where it is not known.
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = evaluation.folder / "report.html"
-    write_text(path, page(evaluation, run, layers))
+    path = evaluation.folder / REPORT
+    write_text(path, page(evaluation, run, layers, training=training))
     return path
 
 
 def page(
     evaluation: Evaluation,
-    run: Mapping[str, str],
+    run: Mapping[str, Any],
     layers: Mapping[str, Sequence[Layers]] | None = None,
+    *,
+    training: Path | None = None,
 ) -> str:
     """Format the whole page as text; the arguments are those of :func:`write_report`."""
-    rows = _rows(evaluation)
-    parts = {
-        "title": escape(evaluation.folder.resolve().name or "results"),
-        "subtitle": escape(_subtitle(evaluation)),
-        "headline": headline(evaluation),
-        "tables": "".join(class_tables(name, part) for name, part in parts_of(evaluation)),
-        "figures": "".join(
-            figures(name, part, evaluation.scores[name].rows) for name, part in parts_of(evaluation)
-        ),
-        "head": case_table_head(evaluation),
-        "body": "".join(case_table_row(index, name, row) for index, (name, row) in enumerate(rows)),
-        "classes": class_choice(evaluation),
-        "run": _definitions(run),
-        "notes": "".join(f"<li>{escape(note)}</li>" for note in _notes(evaluation)),
-        "data": _data(evaluation, rows, layers or {}),
-    }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"<!--\{(\w+)\}-->", lambda match: parts[match[1]], template)
+    rows = rows_of(evaluation)
+    distances = evaluation.summary["distances"]
+    return Page(
+        kind="scoring",
+        kicker="Segmentation report",
+        title=evaluation.folder.resolve().name or "results",
+        subtitle=_subtitle(evaluation),
+        headline=headline(evaluation),
+        before=_sections(evaluation),
+        after=training_section(training),
+        strips=_strips(rows),
+        columns=[
+            Column(key, label_of(key, distances, SHORT), 1 if key == "hd95" else 3)
+            for key in COLUMNS
+        ],
+        cases=_cases(evaluation, rows, layers or {}),
+        order="dice",
+        range="dice",
+        classes=evaluation.classes.names if evaluation.classes else (),
+        links=tables_beside(evaluation.folder),
+        run=run,
+        notes=notes(evaluation),
+    ).text()
 
 
-def _rows(evaluation: Evaluation) -> list[tuple[str, CaseScore]]:
+def rows_of(evaluation: Evaluation) -> list[tuple[str, CaseScore]]:
     """List every row of ``scores.csv`` with its class, the classes of a case in succession."""
     by_class = [[(name, row) for row in scores.rows] for name, scores in evaluation.scores.items()]
     return [pair for pairs in zip(*by_class, strict=True) for pair in pairs]
+
+
+def _sections(evaluation: Evaluation) -> list[Section]:
+    tables = "".join(class_tables(name, part) for name, part in parts_of(evaluation))
+    parts = parts_of(evaluation)
+    drawn = "".join(
+        figures(name, part, evaluation.scores[name].rows, first=k, step=len(parts))
+        for k, (name, part) in enumerate(parts)
+    )
+    return [
+        ("scores", "Scores", f'<div class="tables">{tables}</div>'),
+        ("figures", "Distribution and trust", f'<div class="figures">{drawn}</div>'),
+    ]
 
 
 def _subtitle(evaluation: Evaluation) -> str:
@@ -106,25 +139,74 @@ def _subtitle(evaluation: Evaluation) -> str:
     return " · ".join(parts)
 
 
-def _data(
+def _strips(rows: Sequence[tuple[str, CaseScore]]) -> list[Strip]:
+    """The worst, the median and the best cases with a lesion."""
+    known = {
+        index: row.dice
+        for index, (_, row) in enumerate(rows)
+        if row.dice is not None and not row.empty_truth
+    }
+    if len(known) < STRIP:
+        return []
+    order = sorted(known, key=known.__getitem__)
+    middle = round((len(order) - STRIP) / 2)
+    chosen = {
+        "Worst": order[:STRIP],
+        "Median": order[middle : middle + STRIP],
+        "Best": order[-STRIP:][::-1],
+    }
+    return [
+        (heading, [(index, number(known[index])) for index in some])
+        for heading, some in chosen.items()
+    ]
+
+
+def _cases(
     evaluation: Evaluation,
     rows: Sequence[tuple[str, CaseScore]],
     collected: Mapping[str, Sequence[Layers]],
-) -> str:
-    """Format the data of the page's script as JSON that no case's name can terminate."""
-    pictured = set(choose_pictured([row.dice for _, row in rows]))
+) -> list[Shown]:
+    views = views_of(evaluation, rows, collected)
+    ends = {name: f"_{name}" if name else "" for name in evaluation.scores}
+    folder = evaluation.folder
+    return [
+        Shown(
+            name=row.name,
+            of_class=name,
+            values={key: getattr(row, key) for key in COLUMNS},
+            views=[view],
+            links=pictures_beside(folder, row.name, end=ends[name]),
+        )
+        for (name, row), view in zip(rows, views, strict=True)
+    ]
+
+
+def views_of(
+    evaluation: Evaluation,
+    rows: Sequence[tuple[str, CaseScore]],
+    collected: Mapping[str, Sequence[Layers]],
+    *,
+    chosen: Collection[int] | None = None,
+    base: str = "",
+) -> list[dict[str, Any]]:
+    """The view of every row: layers of the chosen ones, and the overlay beside the page of others.
+
+    Args:
+        evaluation: the scored folder.
+        rows: its rows, by :func:`rows_of`.
+        collected: layers of cases that need not be read again.
+        chosen: places of the rows with layers; None for those of :func:`choose_pictured`.
+        base: leads from the page to the folder.
+    """
+    pictured = set(choose_pictured([row.dice for _, row in rows]) if chosen is None else chosen)
     drawn = _complete(collected, evaluation, {rows[index][1].name for index in pictured})
     names = list(evaluation.scores)
-    entries: list[dict[str, Any]] = []
-    for index, (name, row) in enumerate(rows):
-        entry: dict[str, Any] = {"name": row.name, "class": name, "dice": row.dice}
-        entry["lesion"] = not row.empty_truth
-        if index in pictured:
-            entry |= drawn[row.name][names.index(name)]._asdict()
-        entry["links"] = _links(evaluation.folder, row.name)
-        entries.append(entry)
-    text = json.dumps({"cases": entries}, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("&", "\\u0026")
+    return [
+        drawn[row.name][names.index(name)]._asdict()
+        if index in pictured
+        else overlay_view(evaluation.folder, row.name, base=base)
+        for index, (name, row) in enumerate(rows)
+    ]
 
 
 def _complete(
@@ -159,21 +241,8 @@ def choose_pictured(dice: Sequence[float | None], most: int = MOST_PICTURES) -> 
     return sorted(order[place] for place in places)
 
 
-def _links(folder: Path, name: str) -> dict[str, str]:
-    """The full-size pictures beside the report, by label."""
-    kinds = {"overlay": "overlay", "mask": "mask", "soft mask": "output_ens"}
-    files = {label: f"{name}_{kind}.png" for label, kind in kinds.items()}
-    return {label: file for label, file in files.items() if (folder / file).exists()}
-
-
-def _definitions(run: Mapping[str, str]) -> str:
-    return "".join(
-        f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in run.items() if text
-    )
-
-
-def _notes(evaluation: Evaluation) -> list[str]:
-    """The notes on how to read the numbers."""
+def notes(evaluation: Evaluation) -> list[str]:
+    """The notes on how to read the numbers of a scored folder."""
     summary = evaluation.summary
     unit, tolerance = summary["distances"]["unit"], summary["distances"]["tolerance"]
     known = "from the headers" if unit == "mm" else "no header gives a spacing"

@@ -1,4 +1,4 @@
-"""The tables of the report as HTML: scores, masks of the ensemble, lesion sizes, and the cases."""
+"""The tables of a report as HTML: key figures, scores, masks of the ensemble, lesion sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from guided_diffusion.scoring.case_scores import CaseScore
 from guided_diffusion.scoring.evaluate import Evaluation
 from guided_diffusion.scoring.summary import Summary
 
@@ -24,8 +23,6 @@ METRIC_LABELS = {
     "energy_distance": "Energy distance to raters",
     "dice_best": "Best member, Dice to raters",
 }
-COLUMNS = ("dice", "iou", "precision", "sensitivity", "hd95", "surface_dice", "uncertainty")
-SHORT = {**METRIC_LABELS, "surface_dice": "Surface", "uncertainty": "Uncertainty"}
 MASKS = {
     "fused": "Fused, as stored",
     "member": "Single members",
@@ -51,21 +48,21 @@ def headline(evaluation: Evaluation) -> str:
         dice = part["scores_lesion"].get("dice")
         if dice and dice["mean"] is not None:
             label = f"Dice of {name}" if name else "Dice"
-            cells.append(_figure_cell(number(dice["mean"]), label, _range(dice)))
+            cells.append(figure_cell(number(dice["mean"]), label, range_text(dice)))
     part = parts_of(evaluation)[0][1]
     for key in ("iou", "hd95", "surface_dice") if "classes" not in summary else ():
         found = part["scores_lesion"].get(key)
         if found and found["mean"] is not None:
             digits = 1 if key == "hd95" else 3
-            label = _label(key, summary["distances"], METRIC_LABELS)
-            note = ", ".join(filter(None, (_range(found, digits), _left_out(found))))
-            cells.append(_figure_cell(number(found["mean"], digits), label, note))
+            label = label_of(key, summary["distances"], METRIC_LABELS)
+            note = ", ".join(filter(None, (range_text(found, digits), _left_out(found))))
+            cells.append(figure_cell(number(found["mean"], digits), label, note))
     if "classes" not in summary:
         error, uncertainty = part["calibration"]["error"], part["uncertainty"]
-        cells.append(_figure_cell(number(error), "Calibration error", "expected, all pixels"))
+        cells.append(figure_cell(number(error), "Calibration error", "expected, all pixels"))
         if uncertainty["auroc"] is not None:
             note = f"uncertainty, Dice < {uncertainty['low_dice']:g}"
-            cells.append(_figure_cell(number(uncertainty["auroc"], 2), "AUROC", note))
+            cells.append(figure_cell(number(uncertainty["auroc"], 2), "AUROC", note))
     return "".join(cells)
 
 
@@ -73,28 +70,30 @@ def class_tables(name: str, part: Summary) -> str:
     """Format all tables of one class."""
     of_class = f" of {escape(name)}" if name else ""
     return (
-        _table(
+        table(
             f"Scores{of_class}, cases with a lesion",
             ("", "mean", "95 % interval", "median", "SD", "cases", "all cases"),
             _score_rows(part),
+            wide=True,
         )
-        + _table(
+        + table(
             f"Masks of the ensemble{of_class}, cases with a lesion",
             (
                 *("", "Dice", "IoU", "Sensitivity"),
-                *(_label("hd95", part["distances"], METRIC_LABELS), "with HD95"),
+                *(label_of("hd95", part["distances"], METRIC_LABELS), "with HD95"),
             ),
             _mask_rows(part),
         )
-        + _table(
-            f"By size of the lesion{of_class}",
-            ("", "area", "cases", "Dice", "95 % interval"),
-            _size_rows(part),
-        )
-        + _table(
+        + table(
             f"Probability and uncertainty{of_class}",
             ("", "value", "of"),
             _confidence_rows(part),
+        )
+        + table(
+            f"By size of the lesion{of_class}",
+            ("", "area", "cases", "Dice", "95 % interval"),
+            _size_rows(part),
+            wide=True,
         )
     )
 
@@ -108,9 +107,9 @@ def _score_rows(part: Summary) -> list[list[str]]:
             of_lesion = lesion[key]
             rows.append(
                 [
-                    _label(key, part["distances"], METRIC_LABELS),
+                    label_of(key, part["distances"], METRIC_LABELS),
                     number(of_lesion["mean"], digits),
-                    _range(of_lesion, digits),
+                    range_text(of_lesion, digits),
                     number(of_lesion["median"], digits),
                     number(of_lesion["sd"], digits),
                     _left_out(of_lesion) or str(of_lesion["number"]),
@@ -141,7 +140,7 @@ def _size_rows(part: Summary) -> list[list[str]]:
             f"{third['smallest']:,.0f} to {third['largest']:,.0f} {unit}²",
             str(third["dice"]["number"]),
             number(third["dice"]["mean"], 4),
-            _range(third["dice"], 4),
+            range_text(third["dice"], 4),
         ]
         for third in part["by_size"]
     ]
@@ -175,69 +174,41 @@ def _confidence_rows(part: Summary) -> list[list[str]]:
     return found
 
 
-def case_table_head(evaluation: Evaluation) -> str:
-    """Format the head of the table of cases."""
-    labels = ["Case", *(["Class"] if evaluation.classes else [])]
-    labels += [_label(key, evaluation.summary["distances"], SHORT) for key in COLUMNS]
-    keys = ["name", *(["class"] if evaluation.classes else []), *COLUMNS]
-    return "".join(
-        f'<th scope="col" data-key="{key}" aria-sort="none">'
-        f'<button type="button">{escape(label)}</button></th>'
-        for key, label in zip(keys, labels, strict=True)
-    )
-
-
-def case_table_row(index: int, name: str, row: CaseScore) -> str:
-    """Format the row of one case; the cells hold the full values of ``scores.csv``."""
-    values = [getattr(row, key) for key in COLUMNS]
-    cells = "".join(
-        f'<td data-key="{key}" data-value="{"" if value is None else value}">'
-        f"{number(value, 1 if key == 'hd95' else 3)}</td>"
-        for key, value in zip(COLUMNS, values, strict=True)
-    )
-    of_class = f'<td data-key="class" data-value="{escape(name)}">{escape(name)}</td>'
-    return (
-        f'<tr data-index="{index}" tabindex="-1"><th scope="row" data-key="name" '
-        f'data-value="{escape(row.name)}">{escape(row.name)}</th>'
-        f"{of_class if name else ''}{cells}</tr>"
-    )
-
-
-def class_choice(evaluation: Evaluation) -> str:
-    """Format the control that chooses a class; empty where there is only one."""
-    if not evaluation.classes:
-        return ""
-    options = "".join(f"<option>{escape(name)}</option>" for name in evaluation.classes.names)
-    return (
-        f'<label>Class <select id="class"><option value="">all</option>{options}</select></label>'
-    )
-
-
-def _figure_cell(value: str, label: str, note: str) -> str:
+def figure_cell(value: str, label: str, note: str) -> str:
+    """Format a key figure with its label and a note."""
     return (
         f'<div class="figure-cell"><dt>{escape(label)}</dt><dd>{value}</dd>'
         f"<dd>{escape(note)}</dd></div>"
     )
 
 
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False
+) -> str:
+    """Format a table, ``wide`` for the whole width of the page; empty without rows.
+
+    On narrow pages every value is below its heading.
+    """
     body = [
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(
+            f'<td data-label="{escape(label)}">{escape(cell)}</td>'
+            for label, cell in zip(head[1:], row[1:], strict=True)
+        )
         + "</tr>"
         for row in rows
     ]
     if not body:
         return ""
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    of_width = ' class="wide"' if wide else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<table{of_width}><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table>"
     )
 
 
-def _label(key: str, distances: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def label_of(key: str, distances: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """The name of a metric, with its unit where it is a distance."""
     unit, tolerance = distances["unit"], distances["tolerance"]
     if key in ("hd95", "assd"):
@@ -245,10 +216,12 @@ def _label(key: str, distances: Mapping[str, Any], labels: Mapping[str, str]) ->
     return f"{labels[key]}, {tolerance:g} {unit}" if key == "surface_dice" else labels[key]
 
 
-def _range(described: Mapping[str, Any], digits: int = 3) -> str:
+def range_text(described: Mapping[str, Any], digits: int = 3, *, signed: bool = False) -> str:
+    """'0.812 to 0.874', an interval; empty where it is unknown."""
     if described["low"] is None:
         return ""
-    return f"{number(described['low'], digits)} to {number(described['high'], digits)}"
+    low, high = (number(described[end], digits, signed=signed) for end in ("low", "high"))
+    return f"{low} to {high}"
 
 
 def _left_out(described: Mapping[str, Any]) -> str:
@@ -262,6 +235,8 @@ def _in_brackets(described: Mapping[str, Any]) -> str:
     return f" ({text})" if text else ""
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Format a number; None becomes a dash."""
-    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    """Format a number, ``signed`` with a plus as well; None becomes a dash."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,8 +21,18 @@ from skimage.measure import approximate_polygon, find_contours
 
 from guided_diffusion.data.decoding import decoding, opened_picture
 from guided_diffusion.errors import UserError
-from guided_diffusion.report.canvas import HEAT, Floats, Pixels, fitted
-from guided_diffusion.report.pictures import STD, displayed, image_panel
+from guided_diffusion.report.canvas import (
+    GAP,
+    HEADER,
+    HEAT,
+    MARGIN,
+    Floats,
+    Pixels,
+    fitted,
+    image_panel,
+    panel_grid,
+)
+from guided_diffusion.report.pictures import STD, displayed
 from guided_diffusion.scoring.case_scores import CaseFiles, CaseMasks
 from guided_diffusion.scoring.groups import Collect
 
@@ -70,16 +80,49 @@ def case_layers(case: CaseFiles, masks: Sequence[CaseMasks], folder: Path) -> li
     return [layers(picture, mask.truth, mask.outlined, mask.uncertainty) for mask in masks]
 
 
+def overlay_view(folder: Path, name: str, *, base: str = "") -> dict[str, Any]:
+    """Describe the view of a case that shows the panels of its overlay, a file beside the page.
+
+    Only the headers of two pictures are read. ``base`` leads from the page to the folder. Empty
+    where there is no overlay.
+    """
+    path = folder / f"{name}_overlay.png"
+    try:
+        with Image.open(folder / f"{name}_mask.png") as mask, Image.open(path) as drawn:
+            grid = panel_grid(drawn.size[::-1], mask.size[::-1])
+            total = drawn.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return {}
+    if grid is None:
+        return {}
+    return {
+        "width": grid.width,
+        "height": grid.height,
+        "overlay": "".join((base, path.name)),
+        "panels": grid.panels,
+        "grid": [MARGIN, HEADER, grid.width + GAP],
+        "size": total,
+    }
+
+
 def _picture(case: CaseFiles, size: tuple[int, int], folder: Path) -> Pixels | None:
     """The image of a case, from the data set or cut out of its overlay; None without either."""
     try:
         if case.truth.image is not None:
             return displayed(case.truth.image())
-        path = folder / f"{case.name}_overlay.png"
-        with decoding(path, "picture"), opened_picture(path) as drawn:
-            return image_panel(np.asarray(drawn.convert("RGB")), size)
+        return picture_in(folder / f"{case.name}_overlay.png", size)
     except UserError:
         return None
+
+
+def picture_in(overlay: Path, size: tuple[int, int]) -> Pixels | None:
+    """Cut the image of a case of ``size`` (height, width) out of its overlay.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with decoding(overlay, "picture"), opened_picture(overlay) as drawn:
+        return image_panel(np.asarray(drawn.convert("RGB")), size)
 
 
 def layers(
@@ -100,6 +143,12 @@ def layers(
         fused=outline(fused, scale=scale),
         uncertainty=_heat_png(np.asarray(uncertainty, dtype=np.float32)),
     )
+
+
+def outlines(masks: NDArray[np.float32]) -> str:
+    """Trace masks [K, H, W] as one path in units of the embedded picture."""
+    scale = SIDE / max(masks.shape[1:])
+    return "".join(outline(mask, scale=scale) for mask in masks)
 
 
 def outline(mask: ArrayLike, *, scale: float = 1.0) -> str:

@@ -225,7 +225,7 @@ def _seconds(row: dict[str, str]) -> float:
 
 
 def summary_text(summary: Summary) -> str:
-    """Format a summary for printing: the parents' two lines, then the table."""
+    """Format a summary for printing: the published code's two lines, then the table."""
     mean = ", mean of classes" if "classes" in summary else ""
     rows = {f"Dice{mean}": "dice", f"IoU{mean}": "iou", "Dice of single members": "dice_member"}
     with_lesion = summary["cases"] - summary["empty_truth"]
@@ -243,8 +243,10 @@ def summary_text(summary: Summary) -> str:
         [
             f"iou is {summary['parent_iou']!r}",
             f"dice is {summary['parent_dice']!r}",
+            "(iou, dice: as the published code computes them, of every mask resized to 256 x 256)",
             "",
-            f"{'threshold 0.5, full size':<24}{'all cases':>10}{'with lesion':>14}",
+            "Dice and IoU of the masks at their own size, thresholded at 0.5:",
+            f"{'':<24}{'all cases':>10}{'with lesion':>14}",
             *lines,
             *_distance_lines(summary),
             *_patient_lines(summary),

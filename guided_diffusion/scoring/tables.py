@@ -20,6 +20,7 @@ WRITTEN = (
     "patients.csv",
     "summary.json",
     "comparison.json",
+    "comparison.html",
     "report.html",
 )
 TARGET_HINT = "Free some space, change the permissions, or copy the predictions elsewhere."

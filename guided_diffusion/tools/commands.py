@@ -1,9 +1,10 @@
-"""What the commands that write data do once their flags are read."""
+"""What commands do once their flags are read: those that write data, and a comparison."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,29 @@ from guided_diffusion.checkpoint import (
 from guided_diffusion.checkpoint.portable import SUFFIX
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.folders import counted
+from guided_diffusion.data.splits import part_of_cases
 from guided_diffusion.errors import UserError, did_you_mean
-from guided_diffusion.files import expanded, make_folder, writing
-from guided_diffusion.inference.provenance import note_run, run_record
+from guided_diffusion.files import expanded, make_folder, require_replaceable, writing
+from guided_diffusion.inference.next_steps import after_check
+from guided_diffusion.inference.provenance import describe_run, note_run, run_record
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import SLICING, only_run
+from guided_diffusion.layouts import open_data
 from guided_diffusion.options.flags import Flags, slice_range
-from guided_diffusion.options.tools import ExportOptions, PhantomOptions, SlicingOptions
+from guided_diffusion.options.scoring import ScoringOptions
+from guided_diffusion.options.segmentation import DataOptions
+from guided_diffusion.options.tools import (
+    CheckOptions,
+    ExportOptions,
+    PhantomOptions,
+    SlicingOptions,
+)
+from guided_diffusion.report.comparison import write_comparison
+from guided_diffusion.scoring.compare import compare_folders, comparison_text
+from guided_diffusion.scoring.evaluate import Evaluation, folder_of
+from guided_diffusion.scoring.tables import require_writable
 from guided_diffusion.tools import phantom_folders
+from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
 from guided_diffusion.tools.phantom_layouts import PICTURES, VOLUMES, write_layout
 from guided_diffusion.tools.slices import SlicingPlan, cut_all, open_volumes, plan_jobs, sweep
 
@@ -73,6 +89,35 @@ def run_slicing(flags: Flags) -> Iterator[str]:
     )
 
 
+def run_check(flags: Flags) -> Iterator[str]:
+    """Look at a data set, and yield what there is to print.
+
+    Raises:
+        UserError: the sheet of cases cannot be written.
+        SystemExit: something is wrong with the data.
+    """
+    data, options = flags.group(DataOptions), flags.group(CheckOptions)
+    out = expanded(options.out, flag="--out") if options.out else None
+    if out:
+        make_folder(out.parent, flag="--out")
+        require_replaceable(out)
+    findings = look_at(
+        lambda: open_data(data, test=not options.labelled),
+        image_size=options.image_size,
+        crop=data.crop,
+        workers=options.num_workers,
+        parts_of=(lambda dataset: part_of_cases(dataset, data.split)) if data.split else None,
+    )
+    yield findings_text(findings)
+    if out:
+        drawn = counted(write_sheet(findings, out, cases=options.cases), "case")
+        yield f"{drawn} drawn on {out}"
+    if findings.problems:
+        sys.exit(2)
+    if options.labelled:
+        yield after_check(data)
+
+
 def run_export(options: ExportOptions) -> str:
     """Write one set of weights of a checkpoint, and return the message to print.
 
@@ -102,6 +147,27 @@ def run_export(options: ExportOptions) -> str:
         export_weights(checkpoint, options.weights, out)
         what = checkpoint.choose(options.weights)[1]
     return f"{what} of {path} in {out}, {out.stat().st_size / 2**20:.1f} MiB"
+
+
+def run_comparison(flags: Flags, score: Callable[[str], Evaluation]) -> Iterator[str]:
+    """Score the two folders of ``--compare``, compare them, and yield the messages to print.
+
+    Raises:
+        UserError: a folder that cannot be scored, or folders with different cases.
+    """
+    options = flags.group(ScoringOptions)
+    for folder in options.compare:
+        require_writable(folder_of(folder, "--compare"))
+    first, second = map(score, options.compare)
+    note_run(second.folder, run_record(flags, data=options.out_pth))
+    found = compare_folders(first, second)
+    written = [second.folder / "comparison.json"]
+    if options.report:
+        written.append(write_comparison(first, second, found, describe_run(second.folder)))
+    yield comparison_text(found)
+    yield f"written: {', '.join(map(str, written))}, and the scores of both folders"
+    if options.report:
+        yield f"next: open {written[-1]}; the cases that changed most come first"
 
 
 def write_phantoms(options: PhantomOptions) -> str:

@@ -231,7 +231,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
     process = create_gaussian_diffusion(options_of_diffusion, network.version, dataset.classes)
 
     # Validation, by a copy of the network.
-    sinks = open_sinks(watch, run) if rank() == 0 else []
+    sinks = open_sinks(watch, run) if rank() == 0 and not options.dry_run else []
     validation = None
     if held_out or sinks:
         copy = place_model(make(), device)

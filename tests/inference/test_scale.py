@@ -317,7 +317,7 @@ def test_a_debug_strip_shows_modalities_and_members(
 ) -> None:
     arguments = [*sampling(brats / "training", trained, tmp_path), "--debug", True]
     said = succeeded(script("segmentation_sample", *arguments, "--num_samples", 1))
-    assert "<case>_output<i>.png, <case>_debug.png, predictions.csv" in said
+    assert "<case>_debug.png, <case>_members.gif, predictions.csv" in said
     (strip,) = tmp_path.glob("*_debug.png")
     name = strip.name.removesuffix("_debug.png")
     shown = pixels(strip)[..., 0]

@@ -94,8 +94,10 @@ def test_files_that_are_written(folders):
 
 def test_report_is_aligned_and_states_the_rule(folders):
     lines = summary_text(evaluate(*folders)).splitlines()
-    table = lines[3:9]
-    words = ["threshold", "Dice", "IoU", "HD95,", "surface", "cases"]
+    assert lines[2].startswith("(iou, dice: as the published code computes them")
+    assert "at their own size" in lines[4]
+    table = lines[5:11]
+    words = ["all", "Dice", "IoU", "HD95,", "surface", "cases"]
     assert [line.split()[0] for line in table] == words
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["Dice", "0.6667", "0.8333"]
@@ -109,7 +111,7 @@ def test_nothing_but_empty_truths(tmp_path):
     summary = evaluate(tmp_path / "pred", tmp_path / "gt")
     assert (summary["dice"], summary["dice_lesion"]) == (1.0, None)
     assert json.loads((tmp_path / "pred" / "summary.json").read_text())["dice_lesion"] is None
-    assert "-" in summary_text(summary).splitlines()[4].split()
+    assert "-" in summary_text(summary).splitlines()[6].split()
 
 
 def test_the_prediction_goes_to_the_size_of_the_truth(tmp_path):

@@ -239,13 +239,13 @@ def test_the_picture_to_look_at_is_the_worst_case_with_a_lesion(tmp_path):
     pred, gt = folder(tmp_path, found | {"a_output_ens.png": SQUARE}, truths)
     command = ["--inp_pth", pred, "--out_pth", gt]
     for name in "abc":
-        assert "look at" not in succeeded(script("segmentation_env", *command))
+        said = succeeded(script("segmentation_env", *command))
+        assert said.rstrip().endswith(f"next: open {pred / 'report.html'}")
         (pred / f"{name}_overlay.png").touch()
     (pred / "d_overlay.png").touch()
-    said = succeeded(script("segmentation_env", *command))
-    assert (
-        f"look at: {pred / 'd_overlay.png'}, the lowest Dice of a case with a lesion, 0.6" in said
-    )
+    said = succeeded(script("segmentation_env", *command, "--report", False))
+    worst = f"{pred / 'd_overlay.png'}, the lowest Dice of a case with a lesion, 0.6"
+    assert f"next: open {worst}" in said
 
 
 def test_several_raters(tmp_path):
