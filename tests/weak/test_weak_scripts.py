@@ -81,13 +81,13 @@ EVERYWHERE = {"save_dir": "./results/weak", "src_dir": "./data/weak", "img_size"
 EVERYWHERE |= {"dataset": "brats", "rescale_timesteps": True, "rescale_learned_sigmas": True}
 # Where a default differs from the published one, beyond those; the changelog gives the reasons.
 DEVIATIONS: dict[str, dict[str, Any]] = {
-    "train_tumor_ddfm": {"workers": 0, "save_interval": 1000},
-    "train_2d_ddfm": {"workers": 0, "save_interval": 1000},
+    "train_tumor_ddfm": {"workers": -1, "save_interval": 1000},
+    "train_2d_ddfm": {"workers": -1, "save_interval": 1000},
     "classifier_tumor_train": {
-        **{"workers": 0, "save_interval": 1000, "eval_interval": 0, "batch_size": 8}
+        **{"workers": -1, "save_interval": 1000, "eval_interval": 0, "batch_size": 8}
     },
     "classifier_train": {
-        **{"workers": 0, "save_interval": 1000, "eval_interval": 0, "class_index": 1}
+        **{"workers": -1, "save_interval": 1000, "eval_interval": 0, "class_index": 1}
     },
     "image_tumor_sample": {"batch_size": 8},
     "classifier_tumor_sample": {"batch_size": 8, "num_samples": 8, "class_index": -1},
