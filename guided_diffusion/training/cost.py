@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 from guided_diffusion.errors import memory_problem
 from guided_diffusion.unet import EncodeAndPredict, UNetModel
 
-HALF = 0.75
-"""Memory of an image in half precision relative to fp32: what is normalised stays in fp32."""
+HALF = 0.55
+"""Memory of an image in half precision relative to fp32, as measured on a CUDA device."""
 
 
 class ImageCost(NamedTuple):
