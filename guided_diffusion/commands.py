@@ -69,7 +69,8 @@ def _run_training(setup: TrainSetup, after: Callable[[], str]) -> None:
 
 def sample(flags: Flags) -> None:
     """Draw ensembles of masks from a trained model and fuse them."""
-    from guided_diffusion.dist_util import launch, setup_dist
+    from guided_diffusion.dist_util import setup_dist
+    from guided_diffusion.inference.launching import launch
     from guided_diffusion.inference.predict import run_sampling
     from guided_diffusion.inference.resolve import resolve_sampling
 

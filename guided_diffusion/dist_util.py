@@ -9,37 +9,28 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import logging
 import math
 import os
-import signal
 import socket
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from guided_diffusion.errors import Stopped, UserError, memory_problem
+from guided_diffusion.errors import UserError, memory_problem
 
 Net = TypeVar("Net", bound=torch.nn.Module)
 Value = TypeVar("Value")
 _TIMEOUT = timedelta(days=2)
 _START = 300.0
 """Seconds in which all processes have to find each other."""
-_LOOPBACK = "127.0.0.1"
-_SHUTDOWN_TIMEOUT = 110
-"""Seconds that a process has to save, once the launcher was told to end; SLURM waits for 120."""
+LOOPBACK = "127.0.0.1"
 _UNSET_HINT = "Start several processes with torchrun; for one, unset WORLD_SIZE and RANK."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -183,13 +174,13 @@ def _on_loopback() -> dict[str, Any]:
         os.environ.setdefault(variable, name)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return {}
-    if os.environ["MASTER_ADDR"] not in (_LOOPBACK, "localhost"):
+    if os.environ["MASTER_ADDR"] not in (LOOPBACK, "localhost"):
         return {}
     port, first = _number("MASTER_PORT", 0), rank() == 0
     # By itself the store would listen on all addresses of the machine, whatever its own is.
-    listening = socket.create_server((_LOOPBACK, port)).detach() if first else None
+    listening = socket.create_server((LOOPBACK, port)).detach() if first else None
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        *(_LOOPBACK, port, world_size(), first, _TIMEOUT), master_listen_fd=listening
+        *(LOOPBACK, port, world_size(), first, _TIMEOUT), master_listen_fd=listening
     )
     return {"store": store, "rank": rank(), "world_size": world_size()}
 
@@ -245,74 +236,6 @@ def all_gather_object(value: Value) -> list[Value]:
 def any_rank(value: bool) -> bool:
     """Say whether ``value`` is true in any process; all processes get the same answer."""
     return bool(all_gather(torch.tensor([value])).any()) if dist.is_initialized() else value
-
-
-def launch(multi_gpu: str, command: Sequence[str]) -> None:
-    """Run a command again in one process per CUDA device, then exit with the exit code.
-
-    Does nothing if ``multi_gpu`` is empty, or in a process that was launched. A signal is passed on
-    to the processes, which save and end.
-
-    Args:
-        multi_gpu: indices of CUDA devices, such as ``0,1,2``.
-        command: name and arguments, as ``python -m guided_diffusion`` takes them.
-
-    Raises:
-        UserError: this machine does not have those devices.
-        Stopped: a signal was received, and all processes have ended.
-        SystemExit: otherwise, with the exit code of the process that failed first.
-    """
-    if not multi_gpu or launched():
-        return
-    devices = [device.strip() for device in multi_gpu.split(",")]
-    count = torch.cuda.device_count()
-    if not all(device.isdecimal() and int(device) < count for device in devices):
-        raise UserError(
-            f"--multi_gpu {multi_gpu}",
-            f"indices must be below {count}, the number of CUDA devices of this machine"
-            if count
-            else "this machine has no CUDA device",
-            "Name devices that nvidia-smi lists; if there are none, omit --multi_gpu.",
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    chosen = [visible[int(device)] if any(visible) else device for device in devices]
-    root = str(Path(__file__).resolve().parents[1])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_TIMEOUT))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # the launcher heeds no nohup
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it listens on all addresses
-    with tempfile.NamedTemporaryFile(prefix="guided-diffusion-") as meeting:
-        _run(_config(len(devices), meeting.name), command)
-
-
-def _config(processes: int, meeting: str) -> LaunchConfig:
-    """Processes on this machine, which meet in a file and listen on the loopback alone."""
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint=meeting,
-        rdzv_configs={"store_type": "file"},
-        local_addr=_LOOPBACK,
-        max_restarts=0,
-    )
-
-
-def _run(config: LaunchConfig, command: Sequence[str]) -> None:
-    try:
-        elastic_launch(config, sys.executable)("-m", "guided_diffusion", *command)
-    except SignalException as received:
-        raise Stopped(received.sigval) from None
-    except ChildFailedError as failed:
-        _, first = failed.get_first_failure()
-        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
-    sys.exit(0)
 
 
 def dev(gpu_dev: str = "0") -> torch.device:

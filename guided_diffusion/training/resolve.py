@@ -37,7 +37,6 @@ from guided_diffusion.data.frames import ResizedDataset
 from guided_diffusion.data.splits import narrowed, read_split
 from guided_diffusion.dist_util import (
     dev,
-    launch,
     memory_order_note,
     place_model,
     rank,
@@ -47,6 +46,7 @@ from guided_diffusion.dist_util import (
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Losses
+from guided_diffusion.inference.launching import launch
 from guided_diffusion.inference.provenance import note_run, other_settings, run_record
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run

@@ -21,8 +21,10 @@ from torch.testing import assert_close
 
 from guided_diffusion import dist_util, logger, train_util
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
-from guided_diffusion.dist_util import launch, setup_dist
+from guided_diffusion.dist_util import setup_dist
 from guided_diffusion.errors import UserError
+from guided_diffusion.inference import launching
+from guided_diffusion.inference.launching import launch
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -246,7 +248,7 @@ def test_devices_are_counted_among_the_visible_ones(
         return lambda *words: seen.append((os.environ["CUDA_VISIBLE_DEVICES"], words))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(dist_util, "elastic_launch", elastic_launch)
+    monkeypatch.setattr(launching, "elastic_launch", elastic_launch)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible:
@@ -262,6 +264,7 @@ import os, sys, tempfile
 from pathlib import Path
 from torch.distributed.launcher.api import elastic_launch
 from guided_diffusion import dist_util
+from guided_diffusion.inference import launching
 
 def listening():
     own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
@@ -282,9 +285,9 @@ if "RANK" in os.environ:
     dist_util.barrier()
 else:
     dist_util.torch.cuda.device_count = lambda: 2
-    dist_util._run = lambda config, _: elastic_launch(config, sys.executable)(__file__)
+    launching._run = lambda config, _: elastic_launch(config, sys.executable)(__file__)
     try:
-        dist_util.launch("0,1", [])
+        launching.launch("0,1", [])
     finally:
         tell()
 """
