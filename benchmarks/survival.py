@@ -190,6 +190,13 @@ def scenarios(work: Path) -> list[Scenario]:
             *(lambda out: [*draw, "--data_dir", volumes, "--out_dir", out], ["*.nii.gz"]),
         ),
         Scenario(
+            *("sampling, 3 writers", "sample"),
+            *(
+                lambda out: [*draw, "--data_dir", volumes, "--out_dir", out, "--writers", "3"],
+                ["*.nii.gz", *pictures],
+            ),
+        ),
+        Scenario(
             *("scoring", "score"),
             lambda out: ["--inp_pth", copy_of(masks, out), "--out_pth", data / "testing"],
             ["scores.csv", "summary.json"],
