@@ -139,8 +139,7 @@ class TrainingOptions:
     )
     num_workers: int = flag(
         -1,
-        "processes that read data; 0: the training process itself; -1: up to 4 beside a CUDA "
-        "device, else 0",
+        "processes that read data; -1: up to 4 beside a CUDA device, else 0",
         least=-1,
         cap=MOST_PROCESSES,
     )
