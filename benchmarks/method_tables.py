@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import ttest_ind
 
 from guided_diffusion.scoring.intervals import compare
 
@@ -35,7 +36,7 @@ def tables(done: Sequence[Json]) -> str:
             parts.append(table(f"{stage}, {name}: {part} cases", own, part))
             if stage == "finals":
                 parts.append(differences(own, patients(name)))
-    return "\n".join(parts)
+    return "\n".join([*parts, text] if (text := repeated(done)) else parts)
 
 
 def patients(name: str) -> list[str] | None:
@@ -116,6 +117,40 @@ def differences(lines: Sequence[Json], groups: Sequence[str] | None = None) -> s
             values = " | ".join(f"{value:+.4f}" for value in cells)
             text.append(f"| {recipe} | {', '.join(seeds(own))} | {asked} | {values} |")
     return "\n".join(text) + "\n"
+
+
+def repeated(done: Sequence[Json]) -> str:
+    """Compare the direct answers of all trainings of a recipe with those of the U-Net.
+
+    The finals and the members are trainings of their own, with the same seeds: on a GPU they end
+    differently. The interval over trainings is Welch's (1947), of the difference of two means.
+    """
+    text = [
+        "## direct answers of all trainings: test cases\n",
+        "Dice minus that of the U-Net, with 95 % intervals over cases (of BraTS: patients; "
+        "trainings averaged) and over trainings (cases averaged):\n",
+        "| set | recipe | trainings | Dice | U-Net, trainings | Dice | difference | over cases | "
+        "over trainings |",
+        "|---" * 9 + "|",
+    ]
+    lines = [line for line in done if line["stage"] in ("finals", "members")]
+    both = [line for line in lines if "direct" in line["test"]]
+    for name in dict.fromkeys(line["set"] for line in both):
+        own = [line for line in both if line["set"] == name]
+        unet = [line["test"]["direct"] for line in own if line["recipe"] == UNET]
+        for recipe in dict.fromkeys(line["recipe"] for line in own if line["recipe"] != UNET):
+            ours = [line["test"]["direct"] for line in own if line["recipe"] == recipe]
+            if len(ours) < 2 or len(unet) < 2:
+                continue
+            cases = compare(mean_of(unet), mean_of(ours), patients(name))
+            dice, base = ([answer["dice"] for answer in answers] for answers in (ours, unet))
+            low, high = ttest_ind(dice, base, equal_var=False).confidence_interval()
+            text.append(
+                f"| {name} | {recipe} | {len(ours)} | {mean_text(dice)} | {len(unet)} | "
+                f"{mean_text(base)} | {cases.difference:+.4f} | [{cases.low:+.4f}, "
+                f"{cases.high:+.4f}] | [{low:+.4f}, {high:+.4f}] |"
+            )
+    return "\n".join(text) + "\n" if len(text) > 4 else ""
 
 
 def mean_of(answers: Iterable[Json]) -> np.ndarray:

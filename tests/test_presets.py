@@ -82,6 +82,7 @@ SMALL = {
     "grad_clip": 1.0,
     "ema_rate": "0.99",
     "augment": True,
+    "precision": "auto",
 }
 TINY = [*NETWORK, "--batch_size", "2", "--max_steps", "2"]
 
@@ -239,7 +240,8 @@ def test_a_run_says_in_one_line_what_the_preset_sets(run: tuple[Path, str]) -> N
     lines = [line for line in run[1].splitlines() if "--preset" in line]
     assert lines == [
         "--preset small sets --mask_loss dice_ce --input_scale 0.2 --mask_dropout 0.7 --lr 0.001 "
-        "--lr_anneal_steps 2 --warmup_steps 50 --grad_clip 1.0 --ema_rate 0.99 --augment True"
+        "--lr_anneal_steps 2 --warmup_steps 50 --grad_clip 1.0 --ema_rate 0.99 --augment True "
+        "--precision auto"
     ]
     assert lines[0] in (run[0] / "log.txt").read_text("utf-8")
 

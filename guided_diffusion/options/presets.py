@@ -59,7 +59,11 @@ _NEW = {"version": "new"}  # the default of MedSegDiff's own scripts
 
 # Our own settings. Both have one objective and one way of sampling.
 _OBJECTIVE = {"mask_loss": "dice_ce", "input_scale": 0.2, "mask_dropout": 0.7}
-_ANSWERS = {"sampler": "dpm_solver++", "steps": 5, "num_ensemble": 8, "fusion": "direct"}
+_PRECISION = {"precision": "auto"}
+_ANSWERS = {
+    **{"sampler": "dpm_solver++", "steps": 5, "num_ensemble": 8, "fusion": "direct"},
+    **_PRECISION,
+}
 
 _WOLLEB = "Wolleb et al. (2022), README of Diffusion-based-Segmentation"
 _MEDSEGDIFF = "Wu et al. (2023), README of MedSegDiff"
@@ -75,6 +79,7 @@ PRESETS: dict[str, Preset] = {
                 **_OBJECTIVE,
                 **{"batch_size": 8, "lr": 1e-3, "lr_anneal_steps": 1200, "warmup_steps": 50},
                 **{"grad_clip": 1.0, "ema_rate": "0.99", "augment": True},
+                **_PRECISION,
             },
             "sample": _ANSWERS,
         },
@@ -90,6 +95,7 @@ PRESETS: dict[str, Preset] = {
                 **_OBJECTIVE,
                 **{"batch_size": 8, "lr": 2e-4, "lr_anneal_steps": 60_000, "warmup_steps": 500},
                 **{"grad_clip": 1.0, "ema_rate": "0.999", "augment": True},
+                **_PRECISION,
             },
             "sample": _ANSWERS,
         },
