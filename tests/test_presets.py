@@ -283,7 +283,7 @@ def test_sampling_suggests_the_preset_of_training_and_takes_it(
     run: tuple[Path, str], brats: Path, tmp_path: Path
 ) -> None:
     data = ["--data_dir", brats / "testing", "--model_path", run[0], "--num_samples", 1]
-    sampling = "--sampler dpm_solver++ --steps 5 --num_ensemble 8 --fusion direct"
+    sampling = "--sampler dpm_solver++ --steps 5 --num_ensemble 8 --fusion direct --precision auto"
     said = succeeded(
         script("segmentation_sample", *data, "--out_dir", tmp_path, "--preset", "small")
     )
