@@ -56,7 +56,8 @@ def untimed(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {
         name: content
         for name, content in contents(folder).items()
-        if ".damaged" not in name and not name.endswith((".csv", "sampling.json", "config.yaml"))
+        if ".damaged" not in name
+        and not name.endswith((".csv", "sampling.json", "config.yaml", "report.html"))
     }
     rows = read_csv(folder / "predictions.csv")
     return files | {"rows": [{**row, "seconds": ""} for row in rows]}
@@ -197,7 +198,7 @@ def test_a_target_of_scoring_that_cannot_be_written_is_refused_first(
 ) -> None:
     (masks / name).mkdir()
     read: list[object] = []
-    monkeypatch.setattr("guided_diffusion.scoring.evaluate.load_case", read.append)
+    monkeypatch.setattr("guided_diffusion.scoring.groups.load_case", read.append)
     out = ["--out_pth", brats / "testing"]
     for flags in (["--inp_pth", masks], ["--compare", masks, masks]):
         error = refused(script("segmentation_env", *flags, *out))
