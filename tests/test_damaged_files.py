@@ -197,7 +197,7 @@ def test_a_target_of_scoring_that_cannot_be_written_is_refused_first(
 ) -> None:
     (masks / name).mkdir()
     read: list[object] = []
-    monkeypatch.setattr("guided_diffusion.scoring.evaluate.load_case", read.append)
+    monkeypatch.setattr("guided_diffusion.scoring.groups.load_case", read.append)
     out = ["--out_pth", brats / "testing"]
     for flags in (["--inp_pth", masks], ["--compare", masks, masks]):
         error = refused(script("segmentation_env", *flags, *out))
