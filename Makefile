@@ -6,15 +6,12 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 OUT ?= results/demo
 
-DEMO_FLAGS = --crop wolleb --image_size 64 --num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 \
-	--attention_resolutions 8 --num_heads 1 --predict_xstart True --mask_range=-1,1 \
-	--batch_size 8 --lr 1e-3 --ema_rate 0.99 --max_steps 500
-
 .PHONY: demo test check coverage lock clean
 
 demo: $(VENV)/ready
-	$(PY) scripts/segmentation_train.py --data_dir data/training --out_dir $(OUT) $(DEMO_FLAGS)
-	$(PY) scripts/segmentation_sample.py --data_dir data/testing --model_path $(OUT) --out_dir $(OUT) --dpm_solver True --steps 5
+	$(PY) scripts/segmentation_train.py --preset small --data_dir data/training --out_dir $(OUT) \
+		--crop wolleb --max_steps 500
+	$(PY) scripts/segmentation_sample.py --preset small --data_dir data/testing --model_path $(OUT) --out_dir $(OUT)
 	$(PY) scripts/segmentation_env.py --inp_pth $(OUT) --out_pth data/testing
 
 test: check

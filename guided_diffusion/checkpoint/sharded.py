@@ -96,15 +96,22 @@ def write_shards(folder: Path, content: Mapping[str, Any], shards: ShardSet) -> 
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    class Writer(FileSystemWriter):
+        def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+            super().finish(metadata, results)
+            # Torch before 2.13 notes this in a copy alone.
+            metadata.storage_data = {one.index: one.storage_data for own in results for one in own}
 
     group = shards.group
     own = {name: value for name, value in named_tensors(content) if is_sharded(value)}
     place = folder / f"savedmodel{content['step']:06d}-{shards.name}{SUFFIX}"
     place.mkdir(exist_ok=True)
     try:
-        writer = FileSystemWriter(place)
-        metadata = save(dict(own), storage_writer=writer, process_group=group)
+        metadata = save(dict(own), storage_writer=Writer(place), process_group=group)
     except CheckpointException as error:
         shutil.rmtree(place, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from guided_diffusion import logger
+from guided_diffusion.checkpoint.sharded import is_sharded
 from guided_diffusion.dist_util import describe, rank, total_gib
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.training.cost import ImageCost, image_cost
@@ -70,10 +71,12 @@ def announce_need(
 ) -> int:
     """Log what a step of a U-Net takes; the first process does.
 
+    Of a network that is divided among processes, what it takes has been said before it was built.
+
     Returns:
         How many images fit at a time, about; 0 where that is not known.
     """
-    if rank() or not isinstance(net, UNetModel):
+    if rank() or not isinstance(net, UNetModel) or is_sharded([*net.parameters()]):
         return 0
     cost = image_cost(net)
     count = sum(parameter.numel() for parameter in net.parameters())
