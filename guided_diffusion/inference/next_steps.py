@@ -10,6 +10,7 @@ from guided_diffusion.data.datasets import SegmentationDataset
 from guided_diffusion.files import expanded
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.network import NetworkOptions
+from guided_diffusion.options.presets import PRESETS
 from guided_diffusion.options.segmentation import (
     DIFFUSING,
     DataOptions,
@@ -58,6 +59,9 @@ def after_training(flags: Flags) -> str:
     if data.split:
         where["split"] = data.split
     solver = SOLVER if flags.group(NetworkOptions).version in DIFFUSING else {}
+    preset = flags.given.get("preset", "")
+    if solver and preset and "sample" in PRESETS[preset].parts:
+        solver = {"preset": preset}
     out = run.out_dir
     return f"next: {command_line('sample', model_path=out, **where, out_dir=out, **solver)}"
 
