@@ -167,10 +167,10 @@ def test_the_report_shows_training_and_sampling(both: Path) -> None:
     page = (both / "report.html").read_text("utf-8")
     for label, text in (
         ("Training command", "python scripts/segmentation_train.py"),
-        ("Training flags", "lr=0.003"),
-        ("Other flags of training", "weight_decay=0.0"),
-        ("Training data", "listing="),
-        ("Sampling flags", "num_ensemble=2"),
+        ("Training flags", "<span>lr</span> 0.003"),
+        ("Other flags of training", "<span>weight_decay</span> 0.0"),
+        ("Training data", "<span>listing</span> "),
+        ("Sampling flags", "<span>num_ensemble</span> 2"),
     ):
         shown = page.split(f"<dt>{label}</dt><dd>")[1].split("</dd>")[0]
         assert text in shown

@@ -56,7 +56,8 @@ def untimed(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {
         name: content
         for name, content in contents(folder).items()
-        if ".damaged" not in name and not name.endswith((".csv", "sampling.json", "config.yaml"))
+        if ".damaged" not in name
+        and not name.endswith((".csv", "sampling.json", "config.yaml", "report.html"))
     }
     rows = read_csv(folder / "predictions.csv")
     return files | {"rows": [{**row, "seconds": ""} for row in rows]}
