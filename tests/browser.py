@@ -1,10 +1,12 @@
 """Headless Chromium, where a machine has it: what scripts see on a page, and the page on paper."""
 
-import html
 import json
-import re
+import os
+import select
 import shutil
 import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 
@@ -13,6 +15,14 @@ BROWSER = next(
 )
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 QUIET = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run")
+WITH_PIPES = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Runs a program that reads from the first descriptor as 3, and writes to the second as 4."""
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 
 
@@ -23,22 +33,82 @@ def run_browser(profile, *flags):
     return done.stdout
 
 
-def probed(page, probe, profile):
+def probed(page, probe, profile, *, width=1440, height=900):
     """What the body of an asynchronous JavaScript function returns once a page has loaded."""
-    added = """<script>
-addEventListener("load", async () => {
-  const found = await (async () => {%s})().catch(error => ({error: String(error)}));
-  const result = document.createElement("pre");
-  result.id = "probe";
-  result.textContent = JSON.stringify(found);
-  document.body.append(result);
-});
-</script></body>"""
-    path = page.with_name(f"probed-{page.name}")
-    path.write_text(page.read_text("utf-8").replace("</body>", added % probe), "utf-8")
-    dom = run_browser(profile, "--virtual-time-budget=5000", "--dump-dom", path.as_uri())
-    path.unlink()
-    return json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', dom)[1]))
+    with Chromium(profile) as browser:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.ask("Emulation.setDeviceMetricsOverride", **size)
+        browser.ask("Page.navigate", url=page.as_uri())
+        browser.wait("Page.loadEventFired")
+        text = f"(async () => {{{probe}}})()"
+        found = browser.ask(
+            "Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True
+        )
+    assert "exceptionDetails" not in found, found
+    return found["result"].get("value")
+
+
+class Chromium:
+    """A browser with one page, spoken to by its protocol for debugging through two pipes."""
+
+    def __init__(self, profile):
+        reading, self.out = os.pipe()
+        self.messages, writing = os.pipe()
+        ends = (str(reading), str(writing))
+        flags = (*QUIET, *OFFLINE, f"--user-data-dir={profile}", "--remote-debugging-pipe")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WITH_PIPES, *ends, BROWSER, *flags, "about:blank"],
+            pass_fds=(reading, writing),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for end in (reading, writing):
+            os.close(end)
+        self.count, self.events, self.session, self.rest = 0, [], None, b""
+
+    def __enter__(self):
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        found = self.ask("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = found["sessionId"]
+        self.ask("Page.enable")
+        return self
+
+    def __exit__(self, *_):
+        self.session = None
+        with suppress(OSError, AssertionError):
+            self.ask("Browser.close")
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for end in (self.out, self.messages):
+            os.close(end)
+
+    def ask(self, method, **parameters):
+        """Send a command and return its result."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters}
+        session = {"sessionId": self.session} if self.session else {}
+        os.write(self.out, json.dumps(message | session).encode() + b"\0")
+        while (answer := self._next()).get("id") != self.count:
+            self.events.append(answer.get("method"))
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def wait(self, event):
+        """Wait for an event, unless it has come."""
+        while event not in self.events:
+            self.events.append(self._next().get("method"))
+
+    def _next(self):
+        while b"\0" not in self.rest:
+            assert select.select([self.messages], [], [], 120)[0], "the browser does not answer"
+            read = os.read(self.messages, 1 << 16)
+            assert read, "the browser has ended"
+            self.rest += read
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
 
 
 def printed(page, profile):
