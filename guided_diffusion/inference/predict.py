@@ -63,7 +63,7 @@ def run_sampling(setup: SampleSetup) -> None:
         return
     with only_run(out_dir, SAMPLING, job=setup.job):
         names = _segment_and_note(segmenter, setup, out_dir)
-        if rank() == 0:
+        if rank() == 0 and setup.job is None:
             write_page(out_dir, dataset, segmenter.classes)
     for sink in sinks:
         sink.close()

@@ -79,7 +79,8 @@ class BatchReader:
             return
         try:
             with self.stop.at_once(), memory_guarded(self.options, step, self.device, bool):
-                batch = next(self._batches)
+                if (batch := next(self._batches, None)) is None:  # the loop has ended
+                    return
                 self._inputs = self.prepare(batch, step)
                 self._ahead = Reading(batch)
         except Stopped:

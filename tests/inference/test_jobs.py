@@ -23,7 +23,7 @@ from guided_diffusion.inference.predict import segment
 from guided_diffusion.inference.record import Record
 from guided_diffusion.tools import phantom_folders
 
-NOTES = ("sampling.json", "config.yaml", JOBS)
+NOTES = ("sampling.json", "config.yaml", "report.html", JOBS)
 
 
 def sampling(data: Path, model: Path, out: Path, *more: object) -> list[object]:
@@ -154,12 +154,12 @@ def interrupt_after(count: int, patch: pytest.MonkeyPatch) -> None:
     """Interrupt the writing of a case after so many, at its second file."""
     write, done = predict.write_case, []
 
-    def interrupted(out_dir: Path, case: Any, result: Any) -> None:
+    def interrupted(out_dir: Path, case: Any, result: Any, **more: Any) -> None:
         if len(done) == count:
             (out_dir / f"{case.name}_mask.png").unlink(missing_ok=True)
             raise KeyboardInterrupt
         done.append(case.name)
-        write(out_dir, case, result)
+        write(out_dir, case, result, **more)
 
     patch.setattr(predict, "write_case", interrupted)
 

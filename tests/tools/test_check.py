@@ -76,7 +76,7 @@ def test_the_facts_of_a_folder(folder: Path, tmp_path: Path) -> None:
     assert "foreground: in 8 cases, 0.0417 to 4.17, median 4.17 % of the image" in masks
     assert "1 vanish at the network's size (h)" in masks
     assert fact(said, "twice") == "1 image under several ids: a = same"
-    assert said.endswith("nothing that training would fail on\n")
+    assert "nothing that training would fail on\nnext: " in said
 
 
 def test_patients_volumes_and_labels(tmp_path: Path) -> None:

@@ -369,13 +369,13 @@ def test_a_signal_while_sampling_waits_for_its_writer_ends_after_the_case(
         yield from draw_or_note(*arguments)
         drawn.release()
 
-    def slowly(*arguments: Any) -> None:
+    def slowly(*arguments: Any, **named: Any) -> None:
         for _ in range(2):
             drawn.acquire()
         time.sleep(0.1)  # by now the second case waits for this one
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.2)
-        write_case(*arguments)
+        write_case(*arguments, **named)
 
     monkeypatch.setattr(cases, "draw_or_note", draw)
     monkeypatch.setattr(predict, "write_case", slowly)
