@@ -192,6 +192,8 @@ def test_real_processes_keep_the_order_and_pass_errors_on() -> None:
         next(got)
     with pytest.raises(UserError, match=r"a process was ended by the system.*--num_workers 1"):
         list(in_order(double, [0, 9, 2], processes=1))
+    for child in multiprocessing.active_children():  # told to end, which takes a moment
+        child.join(30)
     assert not multiprocessing.active_children()
 
 
