@@ -65,11 +65,22 @@ def ddim(
     eta: float = 0.0,
     randn_like: RandnLike = torch.randn_like,
 ) -> Tensor:
-    """DDIM, eq. 12 of Song et al. (2020); eta = 1 is DDPM with the posterior variance."""
+    """DDIM, eq. 12 of Song et al. (2020); eta = 1 is DDPM with the posterior variance.
+
+    With eta = 0 the levels may also ascend, which encodes an image as noise: the same differential
+    equation backwards (their section 4.3). The first level needs some noise, ``sigma > 0``.
+
+    Raises:
+        ValueError: ascending levels with another eta.
+    """
     for now, nxt in pairwise(levels):
         x0 = denoise(x, now).x0
         eps = (x - now.alpha * x0) / now.sigma
-        std = eta * nxt.sigma / now.sigma * math.sqrt(1 - (now.alpha / nxt.alpha) ** 2)
+        std = 0.0
+        if eta:
+            if nxt.alpha < now.alpha:
+                raise ValueError("noise is drawn on the way down alone; eta must be 0 upwards")
+            std = eta * nxt.sigma / now.sigma * math.sqrt(1 - (now.alpha / nxt.alpha) ** 2)
         x = nxt.alpha * x0 + math.sqrt(nxt.sigma**2 - std**2) * eps
         if std > 0:
             x = x + std * randn_like(x)

@@ -22,7 +22,7 @@ from guided_diffusion.options.network import (
 from guided_diffusion.options.presets import PresetOptions
 from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
 
-METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "gradcam", "otsu")
+METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "encoded", "gradcam", "otsu")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class WeakOptions:
     method: str = flag(
         "",
         "cdm and cg-cdm: two branches of the diffusion, the second also guided; one-branch; "
-        "counterfactual: difference from a healthy reconstruction; gradcam; otsu: of the image "
+        "counterfactual: difference from a healthy reconstruction; encoded: the same from the "
+        "noise that DDIM encodes the image as; gradcam; otsu: of the image "
         "itself; empty: cg-cdm with guided, else cdm",
         choices=("", *METHODS),
     )
@@ -223,9 +224,10 @@ class WeakOptions:
     noises: int = flag(1, "draws of the noise whose maps are averaged", least=1)
     difference: str = flag(
         "signed",
-        "signed finds what is brighter than without a lesion, absolute what is different; of "
-        "Grad-CAM, the positive part or the absolute value",
-        choices=("signed", "absolute"),
+        "signed finds what is brighter than without a lesion; positive: the same, with what is "
+        "darker set to 0 before the cut; absolute: what is different. Of Grad-CAM, the positive "
+        "part or the absolute value",
+        choices=("signed", "positive", "absolute"),
     )
     cam_shrink: int = flag(
         8,
@@ -233,6 +235,15 @@ class WeakOptions:
         least=1,
     )
     smooth: float = flag(0.0, "standard deviation in pixels by which maps are smoothed", least=0)
+    cut_at: float = flag(
+        0.0,
+        "cut maps at this fraction of their own range; 0: at Otsu's threshold",
+        least=0,
+        most=0.9999,
+    )
+    cuts: int = flag(
+        1, "times that Otsu's threshold is applied, each to what lies above the last", least=1
+    )
     largest: str = flag(
         "", "keep the largest component, 4- or 8-connected; empty: all", choices=("", "4", "8")
     )
@@ -240,8 +251,9 @@ class WeakOptions:
     label: str = flag(
         "truth",
         "which images are segmented: truth, those in the tumor folder; classifier, those that it "
-        "calls positive; tumor, all. The others get empty masks",
-        choices=("truth", "classifier", "tumor"),
+        "calls positive; diffusion, those whose noise it predicts better as a lesion; tumor, all. "
+        "The others get empty masks",
+        choices=("truth", "classifier", "diffusion", "tumor"),
     )
     part: str = flag("validation", "images to segment", choices=("validation", "training"))
     results_dir: str = flag("", "folder for masks and scores; empty: save_dir/<method>")

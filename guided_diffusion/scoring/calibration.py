@@ -162,6 +162,26 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
     return float(above / (ours * others))
 
 
+def average_precision(scores: ArrayLike, positive: ArrayLike) -> float:
+    """The area under precision against recall: sum of precision times the rise of recall.
+
+    Args:
+        scores: any numbers, of any shape; equal ones are passed together.
+        positive: bool, of the same shape.
+
+    Returns:
+        0 to 1; NaN without a positive.
+    """
+    values, marked = np.ravel(scores), np.ravel(positive).astype(bool)
+    order = np.argsort(-values, kind="stable")
+    last_of_ties = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))
+    found = np.cumsum(marked[order])[last_of_ties]
+    if not marked.any():
+        return float("nan")
+    rises = np.diff(found, prepend=0)
+    return float((rises * found / (last_of_ties + 1)).sum() / found[-1])
+
+
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
     """Compute Spearman's rank correlation of two lists [N]; ties share their mean rank.
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from guided_diffusion.data.advice import intensity_advice
+from guided_diffusion.data.advice import intensity_advice, shortcut_notes
 from guided_diffusion.data.datasets import Case, SegmentationDataset, raters_text, readable
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame, auto_frame
 from guided_diffusion.data.limits import limit, set_limit
 from guided_diffusion.data.mask_values import distinct
 from guided_diffusion.data.readers import sample_labels
+from guided_diffusion.data.tumorloader import LabelledImages
 from guided_diffusion.errors import UserError, gathering
 from guided_diffusion.report.pictures import Tile, contact_sheet, write_picture
 from guided_diffusion.scoring.calibration import dice_table
@@ -45,8 +46,8 @@ class CaseFacts(NamedTuple):
 
     ``levels`` is the lowest and highest value of each channel, ``covered`` the fraction of the
     image that each mask channel covers (None without a mask), ``left`` the same at the size of the
-    network's input, ``labels`` the values in the masks' files, ``digest`` a checksum of the image.
-    ``agreement`` is the mean Dice of two raters, where the case has several.
+    network's input, ``labels`` the values in the masks' files, ``digest`` a checksum of the image,
+    ``mean`` its mean. ``agreement`` is the mean Dice of two raters, where the case has several.
     """
 
     name: str
@@ -58,6 +59,7 @@ class CaseFacts(NamedTuple):
     left: tuple[float, ...] = ()
     labels: tuple[float, ...] = ()
     digest: int = 0
+    mean: float = 0.0
     agreement: float | None = None
 
 
@@ -130,6 +132,7 @@ def _facts_of(case: Case, fitted: Case, labels: Sequence[float]) -> CaseFacts:
         left=() if fitted.mask is None else _fractions(fitted.mask),
         labels=tuple(labels),
         digest=zlib.crc32(case.image.numpy().tobytes()),
+        mean=float(case.image.mean(dtype=torch.float64)),
         agreement=None if case.raters is None else _agreement(case.raters),
     )
 
@@ -226,7 +229,8 @@ def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[s
     yield "patients", str(len(patients)) if patients else "unknown"
     if findings.parts:
         yield "split", _frequencies(Counter(findings.parts), lambda part: part or "in no part")
-    yield "channels", f"{dataset.channels}" + _called(dataset.modalities)
+    called = f" ({', '.join(dataset.modalities)})" if dataset.modalities else ""
+    yield "channels", f"{dataset.channels}{called}"
     for note in dataset.notes:
         yield "note", note
     if not good:
@@ -240,10 +244,6 @@ def _facts(findings: Findings, dataset: SegmentationDataset) -> Iterator[tuple[s
     yield "twice", _duplicates(good)
     for warning in _warnings(good, dataset):
         yield "warning", warning
-
-
-def _called(modalities: Sequence[str]) -> str:
-    return f" ({', '.join(modalities)})" if modalities else ""
 
 
 def _how(findings: Findings) -> str:
@@ -269,6 +269,8 @@ def _values(good: Sequence[CaseFacts], modalities: Sequence[str]) -> Iterator[tu
 def _warnings(good: Sequence[CaseFacts], dataset: SegmentationDataset) -> Iterator[str]:
     """What training says as well: about the masks as a whole, and about the intensities."""
     yield from dataset.masks.notes
+    if isinstance(dataset, LabelledImages):
+        yield from shortcut_notes(dataset.labels, {case.name: case.mean for case in good})
     levels = [level for case in good for level in case.levels]
     low, high = min(low for low, _ in levels), max(high for _, high in levels)
     if dataset.normalise == "none" and (advice := intensity_advice(low, high)):

@@ -154,7 +154,7 @@ def segment_weakly(flags: Flags) -> None:
         logger.log(note)
     dataset = open_labelled(flags.group(SourceOptions), options.part)
     model = classifier = None
-    if method not in ("gradcam", "otsu"):
+    if method not in ("gradcam", "otsu") or options.label == "diffusion":
         model = load_image_model(flags, folder=run.out_dir, weights=options.weights)
         logger.log(model.source)
     if options.guided or method == "gradcam" or options.label == "classifier":

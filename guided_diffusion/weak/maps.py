@@ -79,6 +79,23 @@ def counterfactual_difference(
     return x0 - ddim(normal, noisy(x0, eps, levels[0]), levels)
 
 
+def encoded_difference(
+    lesion: Denoiser, normal: Denoiser, x0: Tensor, levels: Sequence[NoiseLevel]
+) -> Tensor:
+    """The image minus its healthy version from its own noise, [B, C, H, W].
+
+    Wolleb et al. (2022), algorithm 1: DDIM carries the image up to a level, here as the class that
+    it has, and down again as normal. No noise is drawn, so that all that is not of the class stays.
+
+    Args:
+        lesion: denoiser of the lesion's class.
+        normal: denoiser of the normal class, which may be guided.
+        x0: images [B, C, H, W], taken to be at the last level.
+        levels: downwards; the last one is not the clean one.
+    """
+    return x0 - ddim(normal, ddim(lesion, x0, levels[::-1]), levels)
+
+
 def grad_cam(
     net: EncoderUNetModel | ResNet50,
     x: Tensor,
@@ -114,31 +131,43 @@ def grad_cam(
     return functional.interpolate(cam, x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def heat_of(difference: Tensor, *, absolute: bool = False, smooth: float = 0.0) -> Map:
+def heat_of(difference: Tensor, *, kind: str = "signed", smooth: float = 0.0) -> Map:
     """Bring a difference [C, H, W] to a map [H, W] in [0, 1] of its own range.
 
     Args:
-        difference: summed over its channels, as absolute values where ``absolute``.
-        absolute: whether what is darker than without a lesion counts too.
+        difference: its channels are summed.
+        kind: "signed"; "positive", where what is darker than without a lesion becomes 0; or
+            "absolute", where that counts like what is brighter, in every channel.
         smooth: standard deviation of a Gaussian filter, in pixels.
     """
-    summed = (difference.abs() if absolute else difference).sum(dim=0).double().numpy()
+    summed = (difference.abs() if kind == "absolute" else difference).sum(dim=0).double().numpy()
     if smooth:
         summed = ndimage.gaussian_filter(summed, smooth)
+    if kind == "positive":
+        summed = np.maximum(summed, 0)
     spread = np.ptp(summed)
     scaled = (summed - summed.min()) / spread if spread > 0 else np.zeros_like(summed)
     return np.asarray(scaled, dtype=np.float32)
 
 
-def mask_of(heat: Map, *, largest: int = 0, fill_holes: bool = False) -> Mask:
-    """Cut a map [H, W] by Otsu's threshold (1979): what lies above it, bool [H, W].
+def mask_of(
+    heat: Map, *, cut_at: float = 0.0, cuts: int = 1, largest: int = 0, fill_holes: bool = False
+) -> Mask:
+    """Cut a map [H, W] by Otsu's threshold (1979) or a given one: what lies above, bool [H, W].
 
     A constant map gives an empty mask.
 
     Args:
-        heat: one image's.
+        heat: one image's, in [0, 1].
+        cut_at: the threshold; 0 for Otsu's.
+        cuts: how often Otsu's is taken; a further one is that of the values above the one before.
         largest: keep only the largest component, 4- or 8-connected; 0 for all.
         fill_holes: fill what the mask encloses.
     """
-    mask = np.asarray(heat > threshold_otsu(heat)) if np.ptp(heat) > 0 else heat > np.inf
+    mask = np.full(heat.shape, np.ptp(heat) > 0)
+    if cut_at:
+        mask &= heat > cut_at
+    for _ in range(0 if cut_at else cuts):
+        if mask.any() and np.ptp(heat[mask]) > 0:
+            mask = np.asarray(heat > threshold_otsu(heat[mask]))
     return clean(mask, largest=largest, fill_holes=fill_holes)

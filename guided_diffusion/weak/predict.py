@@ -34,6 +34,7 @@ from guided_diffusion.report.pictures import map_overlay, write_picture
 from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
+from guided_diffusion.scoring.calibration import auroc, average_precision
 from guided_diffusion.scoring.evaluate import evaluate
 from guided_diffusion.scoring.predictions import read_soft
 from guided_diffusion.scoring.summary import summary_text
@@ -42,6 +43,7 @@ from guided_diffusion.weak.maps import (
     Mask,
     class_difference,
     counterfactual_difference,
+    encoded_difference,
     grad_cam,
     heat_of,
     mask_of,
@@ -51,6 +53,7 @@ from guided_diffusion.weak.maps import (
 from guided_diffusion.weak.models import ClassifierModel, ImageModel
 
 NORMAL, TUMOUR = 0, 1
+LABEL_TIMES = 8
 _OF_THE_RUN = ("batch_size", "results_dir", "num_samples", "model_path", "classifier_path")
 
 
@@ -117,14 +120,41 @@ class WeakSegmenter:
         ]
         return torch.stack(draws).mean(dim=0).cpu()
 
-    def labels(self, images: Tensor, truth: Sequence[int]) -> list[int]:
+    def labels(self, images: Tensor, names: Sequence[str], truth: Sequence[int]) -> list[int]:
         """Whether each image is to be segmented, as ``--label`` says: 1 or 0."""
         if self.options.label == "classifier" and self.classifier:
             trained = self.classifier
             x0 = trained.diffusion.to_range(images.to(next(trained.net.parameters()).device))
             with torch.no_grad():
                 return trained.at_level(x0, trained.diffusion.schedule.at(0)).argmax(1).tolist()
+        if self.options.label == "diffusion":
+            return [int(score > 0) for score in self.lesion_scores(images, names)]
         return list(truth) if self.options.label == "truth" else [TUMOUR] * len(images)
+
+    @torch.no_grad()
+    def lesion_scores(self, images: Tensor, names: Sequence[str]) -> list[float]:
+        """How much better the class of a lesion explains each image than "normal": above 0 if so.
+
+        Li et al. (2023), *Your diffusion model is secretly a zero-shot classifier*: the squared
+        error of the noise's prediction, at ``LABEL_TIMES`` evenly spread times up to ``--level``;
+        both classes see the same noise.
+        """
+        model = self._needed_model()
+        x0 = model.diffusion.to_range(images.to(model.device))
+        scores = torch.zeros(len(x0), device=model.device)
+        normal, lesion = (
+            model.denoiser(x0.shape, torch.full((len(x0),), y, device=model.device))
+            for y in (NORMAL, TUMOUR)
+        )
+        times = np.linspace(0, self.options.level, LABEL_TIMES + 1).round().astype(int)[1:]
+        for number, t in enumerate(times.tolist()):
+            level = model.diffusion.schedule.at(t)
+            noise = MemberNoise([member_seed(self.seed, n, number) for n in names])
+            x = noisy(x0, noise(x0), level)
+            errors = [(denoise(x, level).x0 - x0).square() for denoise in (normal, lesion)]
+            snr = (level.alpha / level.sigma) ** 2
+            scores += snr * (errors[0] - errors[1]).flatten(1).mean(dim=1)
+        return scores.tolist()
 
     def _difference(self, x0: Tensor, eps: Tensor) -> Tensor:
         options, levels = self.options, self.levels
@@ -133,16 +163,19 @@ class WeakSegmenter:
             return counterfactual_difference(normal, x0, eps, levels)
         if options.method == "one-branch":
             return one_branch_difference(normal, x0, eps, levels)
+        if options.method == "encoded":
+            encoder = self._branch(x0, TUMOUR, 1.0, guided=False)
+            return encoded_difference(encoder, normal, x0, levels)
         lesion, other = self._branch(x0, TUMOUR, 1.0), self._branch(x0, NORMAL, options.tau)
         x = noisy(x0, eps, levels[0])
         return class_difference(lesion, other, x, levels, tau=options.tau)
 
-    def _branch(self, x0: Tensor, label: int, share: float) -> Denoiser:
+    def _branch(self, x0: Tensor, label: int, share: float, *, guided: bool = True) -> Denoiser:
         """The denoiser of ``share`` lesion and the rest normal, guided towards ``label``."""
         model = self._needed_model()
         mixed = torch.tensor([[1 - share, share]], device=x0.device).expand(len(x0), -1)
-        denoise = model.denoiser(x0.shape, mixed)
-        if self.options.guided and self.classifier:
+        denoise = model.denoiser(x0.shape, mixed if model.net.num_classes else None)
+        if guided and self.options.guided and self.classifier:
             y = torch.full((len(x0),), label, device=x0.device)
             scale = self.options.classifier_scale
             denoise = self.classifier.guiding(denoise, y, scale=scale)
@@ -165,7 +198,8 @@ class WeakSegmenter:
 
 def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
     """The levels of the branches, or of a whole reconstruction, which ends at the clean image."""
-    if not model.net.num_classes:
+    by_classifier = options.guided and options.method in ("counterfactual", "encoded")
+    if not model.net.num_classes and not by_classifier:
         raise UserError(
             model.source,
             "the diffusion was trained without classes",
@@ -176,6 +210,10 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
         raise UserError(
             f"--level {options.level}", f"the last trained time is {last}", "Choose a lower level."
         )
+    if options.method == "encoded":
+        count = min(options.steps, options.level) + 1
+        times = np.linspace(options.level, 0, count).round().tolist()
+        return model.diffusion.schedule.levels(times, end=None)
     if options.method == "counterfactual":
         count = min(options.steps, options.level + 1)
         times = np.linspace(options.level, 0, count).round().tolist()
@@ -247,8 +285,9 @@ def _draw(segmenter: WeakSegmenter, cases: Sequence[Case]) -> list[Drawn]:
         return [drawn for case in cases for drawn in _draw(segmenter, [case])]
     frame = Frame(segmenter.size) if segmenter.size else None
     images = torch.stack([frame.fit_image(case.image) if frame else case.image for case in cases])
-    labels = segmenter.labels(images, [case.label or 0 for case in cases])
-    maps = segmenter.differences(images, [case.name for case in cases])
+    names = [case.name for case in cases]
+    labels = segmenter.labels(images, names, [case.label or 0 for case in cases])
+    maps = segmenter.differences(images, names)
     return [
         Drawn(case, label, *_cut(segmenter.options, case, label, difference, frame))
         for case, label, difference in zip(cases, labels, maps, strict=True)
@@ -261,12 +300,16 @@ def _cut(
     """Map and mask of one case at its own size; the mask of a normal one is empty."""
     height, width = case.image.shape[-2:]
     own = frame.restore(difference, (height, width)) if frame else difference
-    absolute = options.difference == "absolute"
-    heat = heat_of(own, absolute=absolute, smooth=options.smooth)
+    heat = heat_of(own, kind=options.difference, smooth=options.smooth)
     if label == NORMAL:
         return heat, np.zeros(heat.shape, dtype=bool)
-    largest = int(options.largest or 0)
-    return heat, mask_of(heat, largest=largest, fill_holes=options.fill_holes)
+    return heat, mask_of(
+        heat,
+        cut_at=options.cut_at,
+        cuts=options.cuts,
+        largest=int(options.largest or 0),
+        fill_holes=options.fill_holes,
+    )
 
 
 def _write(folder: Path, drawn: Drawn, truth: Tensor | None) -> None:
@@ -285,13 +328,15 @@ def _write(folder: Path, drawn: Drawn, truth: Tensor | None) -> None:
 def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
     """Score a folder against the masks of a data set, and return the lines to log.
 
-    Writes what scoring writes, and ``normal.json``: how many normal images were left empty, and
-    the share of their pixels that was.
+    Writes what scoring writes; ``normal.json``: how many normal images were left empty, and the
+    share of their pixels that was; and ``maps.json``: how well the maps rank the pixels of each
+    image with a lesion, before any cut.
     """
     truths: Path | None = dataset.directory
     if not isinstance(dataset, TumourImages):
         truths = _written_truths(dataset, folder)
     lines = [summary_text(evaluate(folder, truths, partial=True))]
+    lines += _map_scores(dataset, folder)
     counts = [
         _empty_truth(path)
         for name, label in dataset.labels.items()
@@ -307,6 +352,27 @@ def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
             f"normal images: {left} of {len(counts)} left empty, specificity {mean:.4f} by pixel"
         )
     return lines
+
+
+def _map_scores(dataset: LabelledImages, folder: Path) -> list[str]:
+    """Score the maps of a folder by pixel, the means over images with a lesion."""
+    scores = []
+    for entry in dataset.entries:
+        path = folder / f"{entry.name}_heat.png"
+        truth = dataset.read_mask(entry) if dataset.labels[entry.name] and path.exists() else None
+        if truth is not None and (lesion := (truth[0] >= 0.5).numpy()).any():
+            heat = read_soft(path)
+            scores.append((auroc(heat.ravel(), lesion.ravel()), average_precision(heat, lesion)))
+    if not scores:
+        return []
+    area, precision = np.nanmean(scores, axis=0).tolist()
+    found = {"images": len(scores), "auroc": area, "average_precision": precision}
+    with atomic_write(folder / "maps.json") as part:
+        part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return [
+        f"maps of {counted(len(scores), 'image')} with a lesion, by pixel: AUROC {area:.4f}, "
+        f"average precision {precision:.4f}"
+    ]
 
 
 def _empty_truth(path: Path) -> metrics.Confusion:

@@ -11,13 +11,56 @@ import torch
 from helpers import script, succeeded
 from PIL import Image
 
-from guided_diffusion.data.advice import intensity_advice, intensity_notes
+from guided_diffusion.data.advice import (
+    intensity_advice,
+    intensity_notes,
+    interval_accuracy,
+    shortcut_notes,
+)
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.segmentation import TRAIN
 from guided_diffusion.script_util import network_for
+
+NAMES = [f"p{patient:02d}_{z:03d}" for patient in range(10) for z in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("values", "positive", "expected"),
+    [
+        ([1, 2, 3, 4], [0, 0, 1, 1], 1),
+        ([1, 2, 3, 4], [1, 1, 0, 0], 1),
+        ([1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 0], 1),  # inside an interval
+        ([1, 2, 3, 4, 5, 6], [1, 1, 0, 0, 1, 1], 1),  # outside it
+        ([1, 2, 3, 4], [0, 1, 0, 1], 3 / 4),
+        ([5, 5, 5, 5], [0, 1, 0, 1], 1 / 2),
+    ],
+)
+def test_the_best_interval_by_hand(values, positive, expected):
+    assert interval_accuracy(values, positive) == pytest.approx(expected)
+
+
+def test_a_class_that_follows_from_the_slice_or_from_brightness_is_warned_of():
+    grey = dict.fromkeys(NAMES, 0.5)
+    by_height = {name: int(3 <= int(name[-3:]) < 7) for name in NAMES}
+    (said,) = shortcut_notes(by_height, grey)
+    assert "slice number alone" in said and "1.00" in said
+    by_patient = {name: int(name[1:3]) % 2 for name in NAMES}
+    assert not shortcut_notes(by_patient, grey)
+    (said,) = shortcut_notes(by_patient, {name: 0.2 + 0.1 * by_patient[name] for name in NAMES})
+    assert "mean intensity alone" in said
+    few = NAMES[:30]
+    assert not shortcut_notes({name: by_height[name] for name in few}, dict.fromkeys(few, 0.5))
+    numbered = {f"img{number}": int(number >= 50) for number in range(100)}
+    assert not shortcut_notes(numbered, dict.fromkeys(numbered, 0.5))  # pictures, not slices
+
+
+def test_the_height_of_real_slices_gives_their_class_away(real_data):
+    said = succeeded(script("check_data", "--data_dir", real_data / "brats15_weak_128/training"))
+    assert "slice number alone tells normal images from those with a lesion" in said
+
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 32)).astype(np.uint8)
 AS_RGB = np.repeat(GREY[..., None], 3, axis=2)

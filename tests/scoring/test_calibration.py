@@ -12,6 +12,7 @@ from guided_diffusion.ensemble import disagreement
 from guided_diffusion.scoring.calibration import (
     Tally,
     auroc,
+    average_precision,
     best_dice,
     brier_score,
     calibration_error,
@@ -103,6 +104,23 @@ def test_sparsification_by_hand():
 )
 def test_auroc_by_hand(scores, positive, expected):
     assert auroc(scores, positive) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("scores", "positive", "expected"),
+    [
+        ([4, 3, 2, 1], [1, 1, 0, 0], 1),
+        ([4, 3, 2, 1], [1, 0, 1, 0], (1 + 2 / 3) / 2),
+        ([4, 3, 2, 1], [0, 0, 0, 1], 1 / 4),
+        ([1, 1, 1, 1], [0, 1, 0, 1], 1 / 2),
+        ([3, 1, 1], [1, 1, 0], (1 + 2 / 3) / 2),
+        ([1, 2], [0, 0], NAN),
+    ],
+)
+def test_average_precision_by_hand(scores, positive, expected):
+    assert average_precision(scores, positive) == pytest.approx(expected, nan_ok=True)
+    grid = average_precision(np.reshape(scores, (1, -1)), np.reshape(positive, (1, -1)))
+    assert grid == pytest.approx(expected, nan_ok=True)
 
 
 def test_rank_correlation_by_hand():

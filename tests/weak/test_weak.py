@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from guided_diffusion.gaussian_diffusion import Prediction
+from guided_diffusion.sampling import ddim
 from guided_diffusion.schedule import NoiseSchedule
 from guided_diffusion.weak import maps
 from guided_diffusion.weak.guidance import guide
@@ -110,6 +111,34 @@ def test_one_branch_and_counterfactual_are_what_the_normal_class_lacks():
     assert_close(found, x0 - NORMAL)
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_an_image_encoded_and_decoded_as_the_same_class_returns(spread):
+    """DDIM up and down of an exact Gaussian: the error falls with the step, to first order."""
+    image, errors = LESION + 0.2, []
+    for steps in (50, 100, 200):
+        levels = walk(400, steps, 400 // steps)
+        same = denoiser(LESION, spread)
+        errors.append(float(maps.encoded_difference(same, same, image[None], levels).abs().max()))
+    assert errors[0] > 1.8 * errors[1] > 1.8**2 * errors[2]
+    assert errors[2] < 0.02
+
+
+def test_an_image_decoded_as_another_gaussian_moves_by_the_difference_of_the_means():
+    """Up: z = m_Q + (v_Q / v_0)^(1/2) (x - m_0); down the same backwards, of the other class."""
+    spread, levels = 0.5, walk(400, 400)
+    up, down = denoiser(LESION, spread), denoiser(NORMAL, spread)
+    found = maps.encoded_difference(up, down, (LESION + 0.2)[None], levels)
+    first, last = levels[0], levels[-1]
+    v = [level.alpha**2 * spread**2 + level.sigma**2 for level in (first, last)]
+    share = last.alpha - first.alpha * (v[1] / v[0]) ** 0.5
+    assert_close(found[0], share * (LESION - NORMAL), atol=5e-3, rtol=0)
+
+
+def test_an_image_is_encoded_without_drawn_noise():
+    with pytest.raises(ValueError, match="eta must be 0 upwards"):
+        ddim(denoiser(LESION), drawn(0), walk(400, 4)[::-1], eta=1.0)
+
+
 class Halving(torch.nn.Module):
     """The input, its halves and quarters in size; the logits read the means of all."""
 
@@ -163,7 +192,8 @@ def test_grad_cam_weighs_maps_by_their_mean_gradient():
 def test_a_map_has_the_range_of_its_own_image_and_sums_its_channels():
     difference = torch.tensor([[[0.0, 1, -3]], [[1.0, 1, 1]]])
     assert_close(maps.heat_of(difference), np.float32([[0.75, 1, 0]]))
-    assert_close(maps.heat_of(difference, absolute=True), np.float32([[0, 1 / 3, 1]]))
+    assert_close(maps.heat_of(difference, kind="absolute"), np.float32([[0, 1 / 3, 1]]))
+    assert_close(maps.heat_of(difference, kind="positive"), np.float32([[0.5, 1, 0]]))
     assert not maps.heat_of(torch.full((1, 4, 4), 7.0)).any()
 
 
@@ -197,6 +227,27 @@ def test_masks_lie_above_otsu_s_threshold_and_are_cleaned_as_asked():
     full[2, 4] = True
     assert (maps.mask_of(PICTURE, largest=4, fill_holes=True) == full).all()
     assert not maps.mask_of(np.zeros((4, 4), np.float32), largest=8, fill_holes=True).any()
+
+
+def test_what_is_darker_is_cut_off_after_smoothing():
+    """Ups and downs that cancel in the mean leave nothing of a positive map."""
+    checks = torch.tensor([1.0, -1.0]).repeat(16)[None, None] * torch.ones(1, 32, 1)
+    checks[0, 16, 16] = 40.0
+    heat = maps.heat_of(checks, kind="positive", smooth=2.0)
+    assert heat[16, 16] > 0.9 and heat[0, 12:20].max() < 0.01
+
+
+def test_a_given_threshold_takes_the_place_of_otsu_s():
+    assert (maps.mask_of(PICTURE, cut_at=0.85) == (PICTURE > 0.85)).all()
+    assert not maps.mask_of(np.zeros((4, 4), np.float32), cut_at=0.5).any()
+
+
+def test_a_second_cut_separates_what_the_first_one_left():
+    """Three grey values: the first threshold splits off the darkest, the second the middle one."""
+    picture = np.float32([[0, 0, 0, 0, 0, 0, 0.6, 0.6, 0.6, 1.0]])
+    assert maps.mask_of(picture).sum() == 4
+    assert (maps.mask_of(picture, cuts=2) == (picture == 1)).all()
+    assert (maps.mask_of(picture, cuts=3) == (picture == 1)).all()  # nothing is left to split
 
 
 def test_a_corner_joins_eight_neighbours_and_not_four():

@@ -457,6 +457,8 @@ METHODS = [
     ["--method", "counterfactual", "--steps", 3, "--fill_holes", True],
     ["--method", "gradcam", "--largest", 8],
     ["--method", "otsu", "--label", "tumor", "--smooth", 1],
+    ["--method", "encoded", "--difference", "positive", "--cut_at", 0.3, "--label", "diffusion"],
+    ["--method", "otsu", "--label", "diffusion", "--cuts", 2],
 ]
 
 
@@ -466,7 +468,8 @@ def masks(weakly_trained: Path, weak_data: Path) -> Iterator[Path]:
     for number, method in enumerate(METHODS):
         folder = weakly_trained / "results" / str(number)
         common = ["--src_dir", weak_data, "--save_dir", weakly_trained, "--results_dir", folder]
-        levels = [] if {"gradcam", "otsu"} & set(method) else ["--level", 40]
+        undiffused = {"gradcam", "otsu"} & {*method} and "diffusion" not in method
+        levels = [] if undiffused else ["--level", 40]
         said = succeeded(script("image_p_seg", *common, *levels, *method))
         assert "normal images: " in said
     yield weakly_trained / "results"
@@ -490,6 +493,14 @@ def test_masks_are_scored_against_the_truth(masks: Path, weak_data: Path, number
         if not label:
             empty.append(not mask.any())
             spared.append((~mask).mean())
+    ranked = []
+    for name in (name for name, label in names.items() if label):
+        heat = pixels(folder / f"{name}_heat.png").astype(float)
+        truth = pixels(weak_data / "validate" / "seg" / f"{name}.png") > 0
+        above = np.sign(heat[truth][:, None] - heat[~truth][None]) / 2 + 0.5
+        ranked.append(above.mean())
+    mapped = json.loads((folder / "maps.json").read_text())
+    assert mapped["images"] == 2 and mapped["auroc"] == pytest.approx(np.mean(ranked))
     found = json.loads((folder / "normal.json").read_text())
     assert (found["normal"], found["left_empty"]) == (2, sum(empty))
     assert found["specificity"] == pytest.approx(np.mean(spared))
@@ -542,6 +553,29 @@ def test_the_map_of_a_case_is_the_two_branches_of_the_trained_network(
     assert found.abs().max() > 1e-4
     alone = segmenter.differences(images[1:], ["b"])
     assert_close(found[1:], alone, atol=1e-4, rtol=1e-3)
+
+
+def test_the_diffusion_itself_tells_the_classes_by_its_errors(weakly_trained: Path) -> None:
+    """The noise's squared error as normal minus that as lesion, at 10, 20, ... 80 of 80."""
+    model = load_image_model(Flags(), folder=str(weakly_trained))
+    segmenter = WeakSegmenter(WeakOptions(method="cdm", level=80), model, None, seed=9)
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = segmenter.lesion_scores(images, ["a", "b"])
+    expected = torch.zeros(2)
+    for number, t in enumerate(range(10, 90, 10)):
+        level = model.diffusion.schedule.at(t)
+        eps = MemberNoise([member_seed(9, name, number) for name in "ab"])(images)
+        x = noisy(2 * images - 1, eps, level)
+        errors = []
+        for label in (0, 1):
+            with torch.no_grad():
+                x0 = model.denoiser(x.shape, torch.tensor([label, label]))(x, level).x0
+            said = (x - level.alpha * x0) / level.sigma
+            errors.append((said - eps).square().mean(dim=(1, 2, 3)))
+        expected += errors[0] - errors[1]
+    assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-3)
+    chosen = WeakSegmenter(WeakOptions("cdm", level=80, label="diffusion"), model, None, seed=9)
+    assert chosen.labels(images, ["a", "b"], [0, 0]) == [int(value > 0) for value in found]
 
 
 def step_of_ddim(denoise: Any, x: torch.Tensor, now: Any, nxt: Any) -> torch.Tensor:
