@@ -1,154 +1,409 @@
-"""Compare methods of weak supervision: masks from image-level labels, scored against true masks.
+"""Compare methods of weak supervision: masks from image-level labels, against simple baselines.
 
-    python benchmarks/weak.py
-    python benchmarks/weak.py --src_dir $REAL_DATA/brats15_weak_128 --augment --out results/brats
+    python benchmarks/weak.py --data $REAL_DATA
 
-trains a diffusion of images and a classifier on labels alone and, as an upper bound, a segmenter on
-masks; then prints one Markdown table of all methods. Without ``--src_dir`` it makes phantoms, whose
-lesions are not the brightest structure. Every stage runs one of the scripts in one thread, and a
-second run resumes the first; ``--write`` saves the table to a file. Times are CPU times.
+Three tasks: half-slices of BraTS at equal heights (``halves``, see ``weak_halves.py``), phantoms
+whose lesions are not the brightest structure (``phantoms``), and slices whose class follows from
+their height (``slices``, one seed). For every task and seed, the scripts train a diffusion of
+images and a classifier on labels alone, and a plain U-Net on true masks as an upper bound. The
+settings of the maps are chosen on training images with the first seed (``slices`` takes those of
+``halves``); then all methods are scored on held-out patients. The second stage is a U-Net trained
+on the weak masks of the encoded maps.
+
+Every finished row is a line of ``results/weak.jsonl``, from which ``results/weak.md`` is made; a
+second run goes on after the last one. One thread; minutes are of processor time.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-MAPS = ("level", "steps", "stride", "tau", "noises", "smooth", "classifier_scale")
+import numpy as np
+import torch
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parents[1]
-NETWORK = ["--num_channels", "32", "--num_res_blocks", "1", "--num_heads", "1"]
-METHODS = {
-    "CDM": ["--method", "cdm"],
-    "CG-CDM": ["--method", "cg-cdm"],
-    "one branch": ["--method", "one-branch"],
-    "counterfactual": ["--method", "counterfactual"],
-    "counterfactual, guided": ["--method", "counterfactual", "--guided"],
-    "Grad-CAM": ["--method", "gradcam"],
-    "Grad-CAM, absolute, half size": [
-        *("--method", "gradcam", "--difference", "absolute", "--cam_shrink", "2"),
-    ],
-    "Otsu on the image": ["--method", "otsu"],
+sys.path.insert(0, str(ROOT))
+
+from method import commit
+from versions import read
+from weak_halves import PARTS, save, write_halves
+from weak_tables import tables
+
+from guided_diffusion import logger
+from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.frames import Frame
+from guided_diffusion.data.tumorloader import TumourImages, patient_of
+from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.weak import WeakOptions
+from guided_diffusion.scoring import metrics
+from guided_diffusion.scoring.calibration import auroc, average_precision
+from guided_diffusion.segmenter import Segmenter
+from guided_diffusion.weak.maps import Map, Mask, heat_of, mask_of
+from guided_diffusion.weak.models import load_classifier, load_image_model
+from guided_diffusion.weak.predict import WeakSegmenter
+
+Json = dict[str, Any]
+TASKS = ("halves", "phantoms", "slices")
+NETWORK = [
+    *("--num_channels", 32, "--num_res_blocks", 1, "--num_heads", 1, "--channel_mult", "1,2,4"),
+    *("--attention_resolutions", "12"),
+]
+FITTED = [
+    *("--lr", 1e-3, "--warmup_steps", 50, "--grad_clip", 1, "--ema_rate", 0.99, "--augment", True),
+    *("--precision", "auto", "--log_interval", 50, "--save_interval", 500, "--keep", 1),
+    *("--resume", "auto"),
+]
+CLEAN_UP: Json = {"largest": "8", "fill_holes": True}
+PUBLISHED: Json = {"method": "cdm", "level": 400, "steps": 10, "stride": 1, "tau": 0.95}
+FIXED: dict[str, Json] = {
+    "Otsu": {"method": "otsu"},
+    "Otsu twice": {"method": "otsu", "cuts": 2, **CLEAN_UP},
+    "CDM, published settings": PUBLISHED,
+    "CG-CDM, published settings": PUBLISHED | {"method": "cg-cdm", "classifier_scale": 10.0},
+    "Grad-CAM": {"method": "gradcam"},
 }
+CUTS: list[Json] = [
+    {"difference": difference, "smooth": smooth, "cut_at": cut_at, **CLEAN_UP}
+    for difference, smooth, cut_at in itertools.product(
+        ("signed", "positive"), (0.0, 1.0, 2.0), (0.0, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+    )
+]
+
+
+def candidates() -> dict[str, list[Json]]:
+    """The settings of each method among which training images choose."""
+    branches = [
+        {"level": level, "steps": 5, "stride": stride, "tau": 0.0, "noises": 2}
+        for level, stride in ((250, 40), (400, 60), (550, 80))
+    ]
+    walks = [{"level": level, "steps": 10} for level in (300, 400, 500, 600)]
+    return {
+        "CDM": [{"method": "cdm", **own} for own in branches],
+        "CG-CDM": [{"method": "cg-cdm", "classifier_scale": 3.0, **own} for own in branches],
+        "counterfactual": [{"method": "counterfactual", "noises": 2, **own} for own in walks[:3]],
+        "encoded": [{"method": "encoded", **own} for own in walks],
+        "encoded, guided": [
+            {"method": "encoded", "guided": True, "classifier_scale": 3.0, **own} for own in walks
+        ],
+        "Grad-CAM, absolute": [
+            {"method": "gradcam", "difference": "absolute", "cam_shrink": shrink}
+            for shrink in (2, 4)
+        ],
+    }
 
 
 def main() -> None:
-    options = parse()
-    out = options.out.resolve()
-    src = options.src_dir or out / "phantoms"
-    stages = Stages(out / "minutes.json")
-    train(options, src, out, stages)
-    segment(options, src, out)
-    text = table(out, src, stages.minutes, options)
-    print(text)
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(text + "\n", encoding="utf-8")
-
-
-def train(options: argparse.Namespace, src: Path, out: Path, stages: Stages) -> None:
-    """Make phantoms if needed; train image diffusion, classifier and supervised segmenter."""
-    if options.src_dir is None and not (src / "validate").exists():
-        run(
-            *("make_phantoms", "--layout", "weak", "--out", src, "--seed", options.seed),
-            *("--patients", options.patients, "--split", 0.9),
-        )
-    data = ["--src_dir", src, "--save_dir", out]
-    size = ["--image_size", options.image_size, "--augment", options.augment]
-    common = [*size, "--log_interval", 50, "--save_interval", 500, "--keep", 1, "--resume", "auto"]
-    noise = ["--timestep_respacing", options.times]
-    stages.run(
-        "diffusion",
-        *("train_tumor_ddfm", *data, *common, *noise, *NETWORK, "--channel_mult", "1,2,4"),
-        *("--attention_resolutions", "8", "--class_cond", True, "--predict_v", True),
-        *("--batch_size", 32, "--lr", 1e-3, "--ema_rate", "0.99"),
-        *("--max_steps", options.diffusion_iterations),
-    )
-    stages.run(
-        "classifier",
-        *("classifier_tumor_train", *data, *common, *noise, "--classifier_width", 32),
-        *("--classifier_depth", 1, "--classifier_attention_resolutions", "8"),
-        *("--batch_size", 32, "--lr", 1e-3, "--ema_rate", "0.99"),
-        *("--iterations", options.classifier_iterations),
-    )
-    stages.run(
-        "supervised",
-        *("segmentation_train", "--data_dir", src / "training", "--out_dir", out / "supervised"),
-        *(*common, *NETWORK, "--channel_mult", "1,2,4", "--attention_resolutions", "8"),
-        *("--predict_xstart", True, "--mask_range=-1,1", "--batch_size", 32, "--lr", 1e-3),
-        *("--ema_rate", "0.99", "--max_steps", options.supervised_iterations),
-    )
-
-
-def segment(options: argparse.Namespace, src: Path, out: Path) -> None:
-    """Draw and score the masks of all methods."""
-    data = ["--src_dir", src, "--save_dir", out]
-    maps = [word for name in MAPS for word in (f"--{name}", getattr(options, name))]
-    maps += ["--batch_size", 30, *options.cut.split()]
-    for name, words in METHODS.items():
-        run("image_p_seg", *data, *maps, *words, "--results_dir", out / folder_of(name))
-    labelled = ["--method", "otsu", "--label", "classifier"]
-    run("image_p_seg", *data, *labelled, "--results_dir", out / folder_of("classifier"))
-    supervised = out / folder_of("supervised")
-    run("segmentation_sample", "--data_dir", src / "validate", "--model_path", out / "supervised",
-        "--out_dir", supervised, "--dpm_solver", True, "--steps", 5)  # fmt: skip
-    run("segmentation_env", "--inp_pth", supervised, "--out_pth", src / "validate")
+    arguments = parse()
+    torch.set_num_threads(1)
+    logger.configure(quiet=True)
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+    for seed, task in itertools.product(arguments.seeds, arguments.tasks):
+        if task == "slices" and seed != arguments.seeds[0]:
+            continue
+        for row in Study(arguments, task, seed).rows():
+            with arguments.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print({name: row[name] for name in ("task", "seed", "method")}, row["dice"], flush=True)
+            write_page(arguments.rows)
+    write_page(arguments.rows)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--augment", action="store_true", help="augment the images in all three trainings")
-    add("--src_dir", type=Path, help="labelled images; default: phantoms are made")
+    add("--data", type=Path, required=True, help="folder of brats15_2d and brats15_weak_128")
     add("--out", type=Path, default=Path("results/weak_benchmark"), help="working folder")
-    add("--write", type=Path, help="file for the table, such as results/weak.md")
-    add("--seed", type=int, default=0, help="of the phantoms")
-    add("--patients", type=int, default=600, help="phantom patients, half of them healthy")
-    add("--image_size", type=int, default=32, help="of the networks, not of the masks")
-    add("--times", default="500,1", help="trained timesteps, as --timestep_respacing")
-    add("--diffusion_iterations", type=int, default=600)
-    add("--classifier_iterations", type=int, default=400)
-    add("--supervised_iterations", type=int, default=400)
-    add("--level", type=int, default=250)
-    add("--steps", type=int, default=5)
-    add("--stride", type=int, default=40)
-    add("--tau", type=float, default=0.0)
-    add("--noises", type=int, default=4)
-    add("--smooth", type=float, default=1.0)
-    add("--classifier_scale", type=float, default=3.0)
-    add("--cut", default="--largest 8 --fill_holes True", help="flags of image_p_seg")
+    add("--rows", type=Path, default=Path("results/weak.jsonl"))
+    add("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--image_size", type=int, default=48, help="of the networks, not of the masks")
+    add("--patients", type=int, default=600, help="phantoms, half of them healthy")
+    add("--diffusion_steps", type=int, default=1000)
+    add("--classifier_steps", type=int, default=400)
+    add("--supervised_steps", type=int, default=1000)
+    add("--batch_size", type=int, default=16)
+    add("--chosen_on", type=int, default=40, help="training images on which settings are chosen")
+    add("--cases", type=int, default=0, help="to score at most, of each class; 0: all")
     return parser.parse_args()
 
 
-def folder_of(name: str) -> str:
-    return "_".join(["masks", *name.lower().replace(",", "").split()])
+def write_page(rows: Path) -> None:
+    """Make the page of what is known."""
+    rows.with_suffix(".md").write_text(tables(read(rows)), encoding="utf-8")
 
 
-class Stages:
-    """CPU minutes of each finished stage, saved on disk."""
+@dataclass
+class Study:
+    """One task with one seed: its data, its networks and its rows."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.minutes = json.loads(path.read_text()) if path.exists() else {}
+    arguments: argparse.Namespace
+    task: str
+    seed: int
 
-    def run(self, name: str, *words: object) -> None:
-        """Run a stage, unless it is recorded as done with the same command."""
-        command = [str(word) for word in words]
-        known = self.minutes.get(name, {"minutes": 0.0, "command": None})
-        if known["command"] == command:
+    def __post_init__(self) -> None:
+        self.known = read(self.arguments.rows) if self.arguments.rows.exists() else []
+        self.folder = self.arguments.out / self.task / str(self.seed)
+        self.data = self.prepared()
+        self.frame = Frame(self.arguments.image_size)
+        self.minutes: dict[str, float] = {}
+
+    def prepared(self) -> Path:
+        """The images of the task; halves and phantoms are made where they are missing."""
+        if self.task == "slices":
+            return self.arguments.data / "brats15_weak_128"
+        folder = self.arguments.out / self.task / "data"
+        if folder.exists():
+            return folder
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        if self.task == "halves":
+            for name, own in PARTS.items():
+                write_halves(self.arguments.data / "brats15_2d" / name, part / own)
+        else:
+            run("make_phantoms", "--layout", "weak", "--out", part, "--split", 0.9,
+                "--patients", self.arguments.patients)  # fmt: skip
+        part.rename(folder)
+        return folder
+
+    def rows(self) -> Iterator[Json]:
+        """Train what is missing, and yield the rows that are not known yet."""
+        missing = [name for name in (*methods(), "second stage", "plain U-Net") if self.lacks(name)]
+        if not missing:
             return
-        known["minutes"] += run(*words)
-        self.minutes[name] = {**known, "command": command}
-        self.path.write_text(json.dumps(self.minutes, indent=2))
+        self.train()
+        weak = [name for name in methods() if self.lacks(name)]
+        testing = self.cases("validate", label=1, most=self.arguments.cases)
+        for name in weak:
+            yield self.score_weak(name, testing)
+        if self.lacks("second stage"):
+            self.train_second_stage()
+            yield self.score_network("second stage", "student", testing)
+        if self.lacks("plain U-Net"):
+            yield self.score_network("plain U-Net", "supervised", testing)
+
+    def lacks(self, method: str) -> bool:
+        """Whether there is no row of a method yet."""
+        return not any(self.is_of(row, method) for row in self.known)
+
+    def is_of(self, row: Json, method: str, *, task: str = "", seed: int | None = None) -> bool:
+        """Whether a row is that of a method, of this task and seed unless others are named."""
+        wanted = (task or self.task, self.seed if seed is None else seed, method)
+        return (row["task"], row["seed"], row["method"]) == wanted
+
+    # ---------------------------------------------------------------------------- training
+
+    def train(self) -> None:
+        """Train what saw labels alone, and the plain U-Net on true masks."""
+        own, options = self.folder, self.arguments
+        size = ["--image_size", options.image_size, "--seed", self.seed]
+        data = ["--src_dir", self.data, "--save_dir", own, *size, *FITTED]
+        noise = ["--timestep_respacing", "334,333,1"]
+        self.stage("diffusion", "train_tumor_ddfm", *data, *noise, *NETWORK, "--class_cond", True,
+                   "--predict_v", True, "--batch_size", options.batch_size,
+                   "--max_steps", options.diffusion_steps)  # fmt: skip
+        self.stage("classifier", "classifier_tumor_train", *data, *noise,
+                   "--classifier_width", 32, "--classifier_depth", 1,
+                   "--classifier_attention_resolutions", "12", "--batch_size", options.batch_size,
+                   "--iterations", options.classifier_steps)  # fmt: skip
+        self.train_segmenter("supervised", self.data / "training")
+
+    def train_segmenter(self, name: str, data: Path) -> None:
+        """Train a plain U-Net on masks; ``supervised`` and ``student`` differ in these alone."""
+        steps = self.arguments.supervised_steps
+        self.stage(name, "segmentation_train", "--data_dir", data, "--out_dir", self.folder / name,
+                   "--image_size", self.arguments.image_size, "--seed", self.seed, *FITTED,
+                   *NETWORK, "--version", "unet", "--mask_loss", "dice_ce",
+                   "--batch_size", min(8, self.arguments.batch_size),
+                   "--max_steps", steps, "--lr_anneal_steps", steps)  # fmt: skip
+
+    def train_second_stage(self) -> None:
+        """Train a plain U-Net on the weak masks of the training images."""
+        folder, best = self.folder / "student_data", self.settings("encoded")
+        shutil.rmtree(folder, ignore_errors=True)
+        for source in (self.data / "training/normal", self.data / "training/tumor"):
+            shutil.copytree(source, folder / source.name)
+        cases = self.cases("training", label=1)
+        segmenter = self.segmenter(best)
+        for case, difference in zip(cases, self.differences(segmenter, cases), strict=True):
+            save(folder / "seg" / f"{case.name}.png", self.mask(best, case, difference)[1])
+        self.train_segmenter("student", folder)
+
+    def stage(self, name: str, *words: object) -> None:
+        """Run a script to its end, unless it got there before."""
+        done = self.folder / f"{name}.json"
+        if not done.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            minutes = run(*words)
+            done.write_text(json.dumps({"minutes": round(minutes, 2)}))
+        self.minutes[name] = json.loads(done.read_text())["minutes"]
+
+    # ----------------------------------------------------------------------------- scoring
+
+    def cases(self, part: str, *, label: int, most: int = 0) -> list[Case]:
+        """The images of a class with their masks, evenly spread where there are more."""
+        images = TumourImages(self.data / part)
+        own = [i for i, name in enumerate(images.names) if images.labels[name] == label]
+        number = min(most or len(own), len(own))
+        return [images[own[i * len(own) // number]] for i in range(number)]
+
+    def segmenter(self, settings: Json) -> WeakSegmenter:
+        """What makes the maps of some settings, with the networks of this task and seed."""
+        options = WeakOptions(**settings)
+        guided = options.guided or options.method == "cg-cdm"
+        options = WeakOptions(**settings | {"guided": guided})
+        model = classifier = None
+        if options.method not in ("otsu", "gradcam"):
+            model = load_image_model(Flags(), folder=str(self.folder))
+        if guided or options.method == "gradcam":
+            classifier = load_classifier(Flags(), folder=str(self.folder))
+        return WeakSegmenter(options, model, classifier, seed=self.seed)
+
+    def differences(self, segmenter: WeakSegmenter, cases: Sequence[Case]) -> list[Tensor]:
+        """The maps of cases at the size at which they are made."""
+        found: list[Tensor] = []
+        for first in range(0, len(cases), 30):
+            some = cases[first : first + 30]
+            images = torch.stack([self.frame.fit_image(case.image) for case in some])
+            found += segmenter.differences(images, [case.name for case in some])
+        return found
+
+    def mask(self, settings: Json, case: Case, difference: Tensor) -> tuple[Map, Mask]:
+        """The map of a case at its own size, and the mask that is cut from it."""
+        if settings["method"] == "otsu":
+            difference = case.image
+        else:
+            difference = self.frame.restore(difference, tuple(case.image.shape[-2:]))
+        options = WeakOptions(**settings)
+        heat = heat_of(difference, kind=options.difference, smooth=options.smooth)
+        return heat, mask_of(
+            heat,
+            cut_at=options.cut_at,
+            cuts=options.cuts,
+            largest=int(options.largest or 0),
+            fill_holes=options.fill_holes,
+        )
+
+    def settings(self, name: str) -> Json:
+        """Those of a method: fixed ones, or those chosen on training images with the first seed."""
+        if name in FIXED:
+            return FIXED[name]
+        task = "halves" if self.task == "slices" else self.task
+        first = self.arguments.seeds[0]
+        for row in self.known:
+            if self.is_of(row, name, task=task, seed=first):
+                return row["settings"]
+        if task != self.task:
+            raise SystemExit("the task slices takes the settings of halves: run that one first")
+        assert self.seed == first
+        cases = self.cases("training", label=1, most=self.arguments.chosen_on)
+        tried: list[tuple[float, Json]] = []
+        for walk in candidates()[name]:
+            differences = self.differences(self.segmenter(walk), cases)
+            for cut in CUTS:
+                own = {**walk, **cut, "difference": walk.get("difference", cut["difference"])}
+                dices = [
+                    dice_of(self.mask(own, case, difference)[1], case)
+                    for case, difference in zip(cases, differences, strict=True)
+                ]
+                tried.append((float(np.mean(dices)), own))
+        return max(tried, key=lambda pair: pair[0])[1]
+
+    def score_weak(self, name: str, testing: Sequence[Case]) -> Json:
+        """Score a method without masks."""
+        settings = self.settings(name)
+        segmenter = self.segmenter(settings)
+        before = time.process_time()
+        differences = self.differences(segmenter, testing)
+        pairs = [self.mask(settings, *both) for both in zip(testing, differences, strict=True)]
+        seconds = time.process_time() - before
+        row = self.row(name, testing, pairs, seconds) | {"settings": settings}
+        if name == "encoded":
+            row["labels"] = self.label_scores(segmenter)
+        self.known.append(row)
+        return row
+
+    def label_scores(self, segmenter: WeakSegmenter) -> Json:
+        """How well the diffusion and the classifier tell normal images from those with a lesion."""
+        judge = load_classifier(Flags(), folder=str(self.folder))
+        scores: dict[str, list[float]] = {"diffusion": [], "classifier": []}
+        truth = []
+        for label in (0, 1):
+            for case in self.cases("validate", label=label, most=self.arguments.cases):
+                image = self.frame.fit_image(case.image)[None]
+                scores["diffusion"] += segmenter.lesion_scores(image, [case.name])
+                x0 = judge.diffusion.to_range(image)
+                logits = judge.at_level(x0, judge.diffusion.schedule.at(0))
+                scores["classifier"].append(float((logits[:, 1] - logits[:, 0]).detach()))
+                truth.append(label == 1)
+        return {
+            name: {
+                "auroc": round(auroc(values, truth), 4),
+                "accuracy": round(float(np.mean((np.array(values) > 0) == np.array(truth))), 4),
+            }
+            for name, values in scores.items()
+        }
+
+    def score_network(self, name: str, folder: str, testing: Sequence[Case]) -> Json:
+        """Score a plain U-Net; its map is the soft mask."""
+        segmenter = Segmenter.load(self.folder / folder, sampler="direct")
+        before = time.process_time()
+        soft = [segmenter(case.image, case.name).fused.numpy() for case in testing]
+        seconds = time.process_time() - before
+        pairs = [(heat, heat >= 0.5) for heat in soft]
+        return self.row(name, testing, pairs, seconds) | {"settings": {}}
+
+    def row(
+        self, name: str, testing: Sequence[Case], pairs: Sequence[tuple[Map, Mask]], seconds: float
+    ) -> Json:
+        """The row of a method: scores of the maps and masks of its cases."""
+        dices: dict[str, list[float]] = {}
+        ranked = []
+        for case, (heat, mask) in zip(testing, pairs, strict=True):
+            dices.setdefault(patient_of(case.name), []).append(dice_of(mask, case))
+            lesion = truth_of(case)
+            ranked.append((auroc(heat.ravel(), lesion.ravel()), average_precision(heat, lesion)))
+        area, precision = np.nanmean(ranked, axis=0).tolist()
+        every = [dice for own in dices.values() for dice in own]
+        return {
+            **{"task": self.task, "seed": self.seed, "method": name, "images": len(testing)},
+            "dice": round(float(np.mean(every)), 4),
+            "patients": {owner: round(float(np.mean(own)), 4) for owner, own in dices.items()},
+            **{"auroc": round(area, 4), "average_precision": round(precision, 4)},
+            **{"seconds": round(seconds / len(testing), 3), "minutes": dict(self.minutes)},
+            **{"image_size": self.arguments.image_size, "steps": self.arguments.diffusion_steps},
+            **{"device": "CPU, one thread", "torch": torch.__version__, "commit": commit()},
+        }
+
+
+def methods() -> list[str]:
+    """All methods without masks, but for the second stage."""
+    return [*FIXED, *candidates()]
+
+
+def truth_of(case: Case) -> Mask:
+    assert case.mask is not None
+    return np.asarray(case.mask[0].numpy() >= 0.5)
+
+
+def dice_of(mask: Mask, case: Case) -> float:
+    return metrics.dice(metrics.confusion(mask, truth_of(case)))
 
 
 def run(script: object, *words: object) -> float:
-    """Run a script in one thread, and return its CPU minutes."""
+    """Run a script in one thread, and return its minutes of processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, words)],
@@ -156,73 +411,7 @@ def run(script: object, *words: object) -> float:
         check=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return spent / 60
-
-
-def table(out: Path, src: Path, minutes: dict, options: argparse.Namespace) -> str:
-    """Return the table of all methods and their scores."""
-    tumours = {path.stem for path in (src / "validate" / "tumor").iterdir()}
-    lines = [
-        "| method | Dice, images with a lesion | Dice per patient | seconds per image |",
-        "|---|---|---|---|",
-    ]
-    for name in [*METHODS, "supervised"]:
-        folder = out / folder_of(name)
-        scores = [row for row in rows(folder / "scores.csv") if row["name"] in tumours]
-        patients = [row for row in rows(folder / "patients.csv") if int(row["tp"]) + int(row["fn"])]
-        seconds = [float(row["seconds"]) for row in rows(folder / "predictions.csv")]
-        lines.append(
-            f"| {name} | {mean(row['dice'] for row in scores):.3f} | "
-            f"{patient_text(patients)} | {mean(seconds):.2f} |"
-        )
-    spent = ", ".join(f"{name} {stage['minutes']:.1f}" for name, stage in minutes.items())
-    settings = " ".join(
-        f"--{name} {value}" for name, value in vars(options).items() if name in MAPS
-    )
-    return "\n".join(
-        [
-            f"{len(tumours)} images with a lesion, networks at {options.image_size} px, {settings} "
-            f"{options.cut}",
-            "",
-            *lines,
-            "",
-            f"CPU minutes of training: {spent}.",
-            normal_text(out, tumours),
-        ]
-    )
-
-
-def normal_text(out: Path, tumours: set[str]) -> str:
-    """Say how many normal images the classifier and the supervised masks leave empty."""
-    scores = json.loads((out / folder_of("classifier") / "normal.json").read_text())
-    labels = rows(out / folder_of("classifier") / "predictions.csv")
-    found = sum(row["label"] == "1" for row in labels if row["name"] in tumours)
-    drawn = rows(out / folder_of("supervised") / "predictions.csv")
-    empty = [row["area"] == "0" for row in drawn if row["name"] not in tumours]
-    return (
-        f"The classifier calls {scores['left_empty']} of {scores['normal']} normal images normal, "
-        f"and {found} of {len(tumours)} with a lesion abnormal; the supervised masks leave "
-        f"{sum(empty)} of {len(empty)} normal images empty."
-    )
-
-
-def patient_text(patients: list[dict[str, str]]) -> str:
-    """Return the Dice of every patient if there are few, else their mean."""
-    dice = [float(row["dice"]) for row in patients]
-    if len(dice) > 4:
-        return f"{mean(dice):.3f} ({len(dice)} patients)"
-    return ", ".join(f"{value:.3f}" for value in dice)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def mean(values) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
 
 
 if __name__ == "__main__":
