@@ -20,6 +20,7 @@ from guided_diffusion.tools.phantom_skin import Skin, make_skin
 from guided_diffusion.tools.phantoms import MODALITIES, Patient, make_patient
 
 HEALTHY_EVERY = 6  # every sixth slice slot shows no lesion
+ANY_HEIGHT = (-40.0, 46.0)  # mm above the middle of the head; the brain is wide enough there
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -139,14 +140,15 @@ def write_weak(
     """Write T2 slices sorted by image-level label, every other patient being healthy.
 
     `out/{training,validate}/{normal,tumor}/phantom_PPP_SSS.png`, grey, and the tumours' masks in
-    `seg/`. In T2 fluid and cysts, which all patients have, are brighter than lesions. Healthy
-    slices lie where a lesion would be, so that only the lesion tells the classes apart.
+    `seg/`. In T2 fluid and cysts, which all patients have, are brighter than lesions. Lesions lie
+    at any height, and healthy slices where a lesion would be, so that it alone tells the classes
+    apart.
     """
     train, _ = split_patients(patients, training)
     shape = (size, size, round(size * FIELD_OF_VIEW[2] / FIELD_OF_VIEW[0]))
     for patient in progress(range(patients)):
         healthy = patient % 2 == 1
-        phantom = make_patient(seed, patient, shape=shape, healthy=healthy)
+        phantom = make_patient(seed, patient, shape=shape, healthy=healthy, heights=ANY_HEIGHT)
         folder = Path(out) / ("training" if patient in train else "validate")
         area = (phantom.level > 0).sum((0, 1))
         for z in spread(np.flatnonzero(area >= 0.5 * area.max()), slices, kind="at a lesion"):

@@ -31,6 +31,7 @@ MODALITIES = ("t1", "t1ce", "t2", "flair")
 CORE, OEDEMA, ENHANCING = 1, 2, 4  # BraTS label values
 PANEL = 4  # raters among whom the one who drew `seg` is chosen
 BRAIN_BOX = (84.0, 99.0, 77.5)  # mm either side of the centre that can hold brain
+LESION_HEIGHTS = (-12.0, 24.0)  # mm above the middle of the head
 RATER_SPREAD = 0.17  # rater's standard deviation, in half-widths of the border zone
 NOISE = 0.025  # standard deviation of each Rician component, white matter in T1 being 0.72
 CONTRAST = {  # tissue: intensity in t1, t1ce, t2, flair
@@ -83,18 +84,19 @@ def make_patient(
     shape: tuple[int, int, int] = (80, 80, 52),
     raters: int = 0,
     healthy: bool = False,
+    heights: tuple[float, float] = LESION_HEIGHTS,
 ) -> Patient:
     """Return phantom patient number `patient` of the world `seed`, sampled on a grid [H, W, D].
 
     The grid always spans 240 x 240 x 155 mm, so (240, 240, 155) has 1 mm voxels and any other
     shape shows the same head coarser or finer. `raters` masks of raters 1, 2, ... come along.
-    One who is `healthy` has all but the lesion; `level` says where it would be. A pure function of
-    its arguments.
+    One who is `healthy` has all but the lesion; `level` says where it would be. Its centre lies
+    within `heights`, in mm above the middle of the head. A pure function of the arguments.
     """
     full = sample_grid(shape)
     grid, corner = brain_box(full)
     depth, tissue = anatomy(seed, patient, grid)
-    centre, radius = lesion_place(random_stream(seed, patient, "place"))
+    centre, radius = lesion_place(random_stream(seed, patient, "place"), heights)
     lesion = make_lesion(random_stream(seed, patient, "lesion"), grid, centre=centre, radius=radius)
 
     inside = depth > 0
@@ -219,10 +221,12 @@ def vessels(rng: np.random.Generator, grid: Grid) -> Field:
     return 2.4 - 16 * np.sqrt(first**2 + second**2)
 
 
-def lesion_place(rng: np.random.Generator) -> tuple[Field, float]:
+def lesion_place(
+    rng: np.random.Generator, heights: tuple[float, float] = LESION_HEIGHTS
+) -> tuple[Field, float]:
     """Draw a lesion's centre (mm) beside the midline and its mean radius (mm)."""
     x = rng.choice((-1, 1)) * rng.uniform(20, 34)
-    return np.array([x, rng.uniform(-38, 38), rng.uniform(-12, 24)]), rng.uniform(20, 28)
+    return np.array([x, rng.uniform(-38, 38), rng.uniform(*heights)]), rng.uniform(20, 28)
 
 
 def make_lesion(rng: np.random.Generator, grid: Grid, *, centre: Field, radius: float) -> Lesion:

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from guided_diffusion.checkpoint import load_checkpoint, save_checkpoint
+from guided_diffusion.data.advice import interval_accuracy
 from guided_diffusion.data.batches import collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.tumorloader import (
@@ -166,6 +167,19 @@ def test_phantoms_have_lesions_that_are_not_the_brightest(weak_data: Path) -> No
             inside = case.image[0][case.mask[0] > 0.5].median()
             brighter.append(float((case.image[0] > inside).sum() / case.mask.sum()))
     assert min(brighter) > 0.3, "more than the lesion itself is brighter than its median"
+
+
+def test_lesions_of_phantoms_lie_at_every_height_and_height_does_not_tell_the_class(
+    tmp_path: Path,
+) -> None:
+    said = script("make_phantoms", "--layout", "weak", "--out", tmp_path / "all", "--patients", 60,
+                  "--size", 32, "--split", 0.99)  # fmt: skip
+    succeeded(said)
+    labels = TumourImages(tmp_path / "all" / "training").labels
+    heights = np.array([int(name[-3:]) for name in labels])
+    ill = np.array([*labels.values()]) == 1
+    assert np.ptp(heights[ill]) >= 11  # of 21 slices, of which the brain fills about 17
+    assert interval_accuracy(heights, ill) < 0.65
 
 
 def test_a_healthy_phantom_is_the_patient_without_the_lesion() -> None:
