@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from method import commit
 from versions import read
 from weak_halves import PARTS, save, write_halves
-from weak_tables import tables
+from weak_tables import CEILING, SAME_CLASS, STUDENT, WITH_MASKS, tables
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case
@@ -51,7 +51,7 @@ from guided_diffusion.options.weak import WeakOptions
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.calibration import auroc, average_precision
 from guided_diffusion.segmenter import Segmenter
-from guided_diffusion.weak.maps import Map, Mask, heat_of, mask_of
+from guided_diffusion.weak.maps import Map, Mask, encoded_difference, heat_of, mask_of
 from guided_diffusion.weak.models import load_classifier, load_image_model
 from guided_diffusion.weak.predict import WeakSegmenter
 
@@ -180,19 +180,21 @@ class Study:
 
     def rows(self) -> Iterator[Json]:
         """Train what is missing, and yield the rows that are not known yet."""
-        missing = [name for name in (*methods(), "second stage", "plain U-Net") if self.lacks(name)]
-        if not missing:
+        if not any(map(self.lacks, (*methods(), SAME_CLASS, *WITH_MASKS, CEILING, STUDENT))):
             return
         self.train()
-        weak = [name for name in methods() if self.lacks(name)]
         testing = self.cases("validate", label=1, most=self.arguments.cases)
-        for name in weak:
+        for name in filter(self.lacks, methods()):
             yield self.score_weak(name, testing)
-        if self.lacks("second stage"):
+        if self.lacks(SAME_CLASS):
+            yield self.score_same_class(testing)
+        if self.lacks(CEILING):
+            yield self.score_ceiling(testing)
+        if self.lacks(STUDENT):
             self.train_second_stage()
-            yield self.score_network("second stage", "student", testing)
-        if self.lacks("plain U-Net"):
-            yield self.score_network("plain U-Net", "supervised", testing)
+            yield self.score_network(STUDENT, "student", testing)
+        for name in filter(self.lacks, WITH_MASKS):
+            yield self.score_network(name, "supervised", testing)
 
     def lacks(self, method: str) -> bool:
         """Whether there is no row of a method yet."""
@@ -335,6 +337,33 @@ class Study:
         self.known.append(row)
         return row
 
+    def score_same_class(self, testing: Sequence[Case]) -> Json:
+        """Score a control: encoded maps of images that are decoded as what they are, a lesion."""
+        settings = self.settings("encoded")
+        segmenter = self.segmenter(settings)
+        model, levels = segmenter.model, segmenter.levels
+        assert model is not None
+        before = time.process_time()
+        pairs = []
+        for case in testing:
+            x0 = model.diffusion.to_range(self.frame.fit_image(case.image)[None])
+            lesion = model.denoiser(x0.shape, torch.ones(1, dtype=torch.int64))
+            with torch.no_grad():
+                difference = encoded_difference(lesion, lesion, x0, levels)[0]
+            pairs.append(self.mask(settings, case, difference))
+        seconds = time.process_time() - before
+        return self.row(SAME_CLASS, testing, pairs, seconds) | {"settings": {}}
+
+    def score_ceiling(self, testing: Sequence[Case]) -> Json:
+        """Score what no network of this size can exceed: true masks, scaled down and up again."""
+        pairs = []
+        for case in testing:
+            assert case.mask is not None
+            size = (case.mask.shape[-2], case.mask.shape[-1])
+            soft = self.frame.restore(self.frame.fit_image(case.mask), size)[0].numpy()
+            pairs.append((soft, soft >= 0.5))
+        return self.row(CEILING, testing, pairs, 0.0) | {"settings": {}}
+
     def label_scores(self, segmenter: WeakSegmenter) -> Json:
         """How well the diffusion and the classifier tell normal images from those with a lesion."""
         judge = load_classifier(Flags(), folder=str(self.folder))
@@ -389,7 +418,7 @@ class Study:
 
 
 def methods() -> list[str]:
-    """All methods without masks, but for the second stage."""
+    """All methods without masks but the second stage."""
     return [*FIXED, *candidates()]
 
 
