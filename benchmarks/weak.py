@@ -334,8 +334,18 @@ class Study:
         row = self.row(name, testing, pairs, seconds) | {"settings": settings}
         if name == "encoded":
             row["labels"] = self.label_scores(segmenter)
+            row["embeddings"] = self.embeddings()
         self.known.append(row)
         return row
+
+    def embeddings(self) -> Json:
+        """Length of the difference of the two classes' embeddings, and of the time's at Q = 400."""
+        net = load_image_model(Flags(), folder=str(self.folder)).net
+        normal, lesion = net.label_emb.weight.detach()
+        with torch.no_grad():
+            time_at_400 = net.embed(torch.tensor([400.0]), torch.zeros(1, 2))[0]
+        lengths = {"classes": (lesion - normal).norm(), "time": time_at_400.norm()}
+        return {name: round(float(length), 2) for name, length in lengths.items()}
 
     def score_same_class(self, testing: Sequence[Case]) -> Json:
         """Score a control: encoded maps of images that are decoded as what they are, a lesion."""

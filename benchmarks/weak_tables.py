@@ -82,7 +82,12 @@ def section(task: str, rows: Sequence[Json]) -> str:
                 f"{who} AUROC {found['auroc']:.3f}, accuracy {found['accuracy']:.3f}"
                 for who, found in row["labels"].items()
             )
-            lines.append(f"Class of held-out images, seed {row['seed']}: {told}.")
+            lengths = row["embeddings"]
+            ratio = lengths["classes"] / lengths["time"]
+            lines.append(
+                f"Seed {row['seed']}: class of held-out images by {told}; the classes' embeddings "
+                f"differ by {ratio:.1f} times the length of the time's."
+            )
     lines += ["", "Chosen settings:", ""]
     for name in weak:
         settings = by_name[name][0]["settings"]

@@ -16,7 +16,6 @@ from PIL import Image
 from skimage.filters import threshold_otsu
 
 from guided_diffusion.data.tumorloader import TumourImages, patient_of
-from guided_diffusion.tools import phantom_folders
 
 
 @pytest.fixture
@@ -38,19 +37,21 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture)
 
 
-def test_halves_hold_a_lesion_or_none_at_the_same_heights(weak: ModuleType, tmp_path: Path) -> None:
+def test_halves_hold_a_lesion_or_none_at_the_same_heights(
+    weak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     halves = importlib.import_module("weak_halves")
-    phantom_folders.write_brats_slices(tmp_path / "all", 0, patients=3, size=240, training=1.0)
-    out = tmp_path / "halves"
-    taken = halves.write_halves(tmp_path / "all" / "training", out)
-    labels = TumourImages(out).labels
+    for name, pixels_of_80 in (("HEIGHT", 58), ("WIDTH", 26), ("SMALLEST", 5)):
+        monkeypatch.setattr(halves, name, pixels_of_80)
+    taken = halves.write_halves(ROOT / "data" / "training", tmp_path)
+    labels = TumourImages(tmp_path).labels
     heights: dict[int, list[Any]] = {0: [], 1: []}
     for name, label in labels.items():
         heights[label].append((patient_of(name), int(name[-3:])))
     assert taken == len(heights[0]) > 0 and sorted(heights[0]) == sorted(heights[1])
-    for path in (out / "seg").iterdir():
-        assert (pixels(path) > 0).sum() >= halves.SMALLEST
-        assert pixels(path).shape == pixels(out / "tumor" / path.name).shape == (176, 80)
+    for path in (tmp_path / "seg").iterdir():
+        assert (pixels(path) > 0).sum() >= 5
+        assert pixels(path).shape == pixels(tmp_path / "tumor" / path.name).shape == (58, 26)
 
 
 def test_both_halves_face_the_same_way(weak: ModuleType) -> None:
