@@ -5,7 +5,7 @@ Both are trained by the loop of segmentation; here their set-ups are made from f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.provenance import run_record
 from guided_diffusion.options.flags import Flags, recorded
-from guided_diffusion.options.presets import preset_notes
+from guided_diffusion.options.presets import flag_text, preset_notes
 from guided_diffusion.options.segmentation import WatchOptions, dead_flags
 from guided_diffusion.options.weak import (
     ClassifierOptions,
@@ -46,8 +46,8 @@ from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 from guided_diffusion.training.resolve import Beginning, TrainSetup, begin, overwriting_notes
 from guided_diffusion.training.validation import Accuracy
+from guided_diffusion.weak.finding import CLASSIFIER_FILE, CLASSIFIER_FOLDER, DIFFUSION_FILE
 from guided_diffusion.weak.guidance import classification_losses
-from guided_diffusion.weak.models import CLASSIFIER_FILE, DIFFUSION_FILE
 
 ARRAY_PARTS = {"training": ("train", "val"), "validation": ("test",)}
 
@@ -87,7 +87,7 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
     Raises:
         UserError: flags, data and checkpoint that do not belong together.
     """
-    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, CLASSIFIER, "classifier")
+    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, CLASSIFIER, CLASSIFIER_FOLDER)
     options, run = begun.options, begun.run
     if options.anneal_lr and options.max_steps:
         begun = begun._replace(options=replace(options, lr_anneal_steps=options.max_steps))
@@ -153,6 +153,21 @@ def open_labelled(source: SourceOptions, part: str) -> LabelledImages:
             "Choose another label.",
         )
     return dataset
+
+
+def source_notes(flags: Flags, dataset: LabelledImages, *, used: Collection[str] = ()) -> list[str]:
+    """Say which given flags are of NumPy volumes alone, and without effect on folders of images.
+
+    Those that are ``used`` for something else are passed over.
+    """
+    names = ("fold", "data_folder", "class_index")
+    unread = {n: flags.given[n] for n in names if n in flags.given and n not in used}
+    if not unread or isinstance(dataset, SlicedArrays):
+        return []
+    return [
+        f"{flag_text(unread)} has no effect: {dataset.directory} holds folders of images, "
+        "no NumPy volumes with a splits.pkl"
+    ]
 
 
 def accuracy_on(
@@ -252,6 +267,7 @@ def _set_up(
         notes=[
             *overwriting_notes(run, start),
             *preset_notes(begun.flags),
+            *source_notes(begun.flags, dataset),
             *notes,
             *dataset.notes,
             *intensity_notes(dataset),

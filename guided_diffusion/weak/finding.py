@@ -1,0 +1,112 @@
+"""Where the two networks of weak supervision are: in the folders of their runs, under known names.
+
+The published scripts are given one folder for the classifier and another, or none, for the
+diffusion; ours share one. Both are found.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from guided_diffusion.checkpoint import (
+    CLASSIFIER,
+    IMAGES,
+    LATEST,
+    Weights,
+    kind_of,
+    latest_checkpoint,
+    load_checkpoint,
+)
+from guided_diffusion.data.folders import counted, listing
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import expanded
+from guided_diffusion.options.flags import Flags
+
+DIFFUSION_FILE, CLASSIFIER_FILE = "model.pt", "classifier_model.pt"
+"""What the published scripts call the two networks' latest weights in ``save_dir``."""
+CLASSIFIER_FOLDER = "classifier"
+PUBLISHED_FOLDERS = ("runs/results", "run/results")
+"""Where the published commands have their folders."""
+
+
+def diffusion_file(flags: Flags, folder: str) -> Path:
+    """Find the diffusion of images that ``--model_path`` names, else that of the run's folder.
+
+    Where the folder has none, that of a folder beside it is taken if it is the only one there.
+
+    Raises:
+        UserError: there is none, or more than one to choose from.
+    """
+    if given := flags.get("model_path"):
+        return _file_in(given, "--model_path")
+    with suppress(UserError):
+        if holds(path := _file_in(folder, "--save_dir"), IMAGES):
+            return path
+    found = _beside(folder, everywhere="out_dir" not in flags.given)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = listing([str(path.parent) for path in found])
+        raise UserError(
+            "--model_path",
+            f"is needed: {folder} has no diffusion, but {counted(len(found), 'folder')} beside it "
+            f"have one: {names}",
+            "Name the one to use.",
+        )
+    return _file_in(folder, "--save_dir")
+
+
+def _file_in(path: str, flag: str) -> Path:
+    """The latest checkpoint in a folder, else the file with the published name."""
+    named = expanded(path, flag=flag) / DIFFUSION_FILE
+    latest = expanded(path, flag=flag) / LATEST
+    return latest_checkpoint(named if named.is_file() and not latest.is_file() else path, flag=flag)
+
+
+def _beside(folder: str, *, everywhere: bool) -> list[Path]:
+    """The diffusions of the folders beside one and, if ``everywhere``, of published commands."""
+    own = expanded(folder)
+    places = [own.parent, *(map(Path, PUBLISHED_FOLDERS) if everywhere else ())]
+    paths = [path for place in places for path in sorted(place.glob(f"*/{DIFFUSION_FILE}"))]
+    return [path for path in paths if path.parent != own and holds(path, IMAGES)]
+
+
+def classifier_file(flags: Flags, folder: str) -> Path:
+    """Find the classifier that ``--classifier_path`` names, else that of the run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    given = flags.get("classifier_path")
+    text, flag = (given, "--classifier_path") if given else (folder, "--save_dir")
+    path = expanded(text, flag=flag)
+    if given and not path.is_dir():
+        return latest_checkpoint(given, flag=flag)
+    if (named := path / CLASSIFIER_FILE).is_file():
+        return named
+    others = (path / CLASSIFIER_FOLDER / LATEST, path / LATEST, path / DIFFUSION_FILE)
+    for other in others:
+        if other.is_file() and holds(other, CLASSIFIER):
+            return other
+    raise UserError(
+        flag,
+        f"there is no file {named}: the folder has no classifier",
+        f"Train one with scripts/classifier_tumor_train.py --save_dir {text}, or name one with "
+        "--classifier_path.",
+    )
+
+
+def holds(path: Path, kind: str) -> bool:
+    """Whether a file has a network of a kind; of bare weights, their names decide."""
+    with suppress(UserError):
+        checkpoint = load_checkpoint(path, training=False, on_disk=True)
+        if checkpoint.options:
+            return kind_of(checkpoint) == kind
+        return is_unet(checkpoint.model) == (kind == IMAGES)
+    return False
+
+
+def is_unet(weights: Weights) -> bool:
+    """Whether bare weights are those of a U-Net, which a classifier is only half of."""
+    return "output_blocks.0.0.in_layers.0.weight" in weights
