@@ -39,11 +39,11 @@ def write_training_set(dataset: LabelledImages, names: Collection[str], folder: 
     """
     root = folder / FOLDER
     folders = {name: make_folder(root / name, flag="--results_dir") for name in (*CLASSES, "seg")}
-    lesions = 0
+    chosen, lesions = set(names), 0
     for entry in dataset.entries:
         image, mask = f"{entry.name}{_ending(dataset, entry)}", f"{entry.name}.png"
         weak = folder / f"{entry.name}_mask.png"
-        wanted = entry.name in names
+        wanted = entry.name in chosen
         ill = wanted and bool(dataset.labels[entry.name] or (read_soft(weak) > 0).any())
         for name in CLASSES:
             if not wanted or ill != (name == CLASSES[1]):
