@@ -87,7 +87,8 @@ def after_weak_training(flags: Flags, recorded: Mapping[str, Any]) -> str:
         recorded: what its checkpoints record.
     """
     folder = {"save_dir": flags.get("out_dir", "./results/weak")}
-    where = {"src_dir": flags.get("src_dir", "./data/weak"), **folder}
+    arrays = {n: flags.given[n] for n in ("data_folder", "fold", "class_index") if n in flags.given}
+    where = {"src_dir": flags.get("src_dir", "./data/weak"), **arrays, **folder}
     if "model_type" in recorded:
         return f"next: {command_line('weak-segment', **where, guided=True)}"
     if not recorded["class_cond"]:

@@ -32,13 +32,16 @@ class SourceOptions:
     src_dir: str = flag(
         "./data/weak",
         "folder with training/ and validate/ (or validation/), each with normal/ and tumor/ and "
-        "perhaps seg/; or with splits.pkl and NumPy volumes",
+        "perhaps seg/; or with splits.pkl and NumPy volumes; trained networks bring theirs",
         run=True,
     )
     data_folder: str = flag("preprocessed", "folder of the NumPy volumes below src_dir", run=True)
     fold: int = flag(0, "which split of splits.pkl", alias="-f", least=0, run=True)
     class_index: int = flag(
-        1, "NumPy volumes: the label that makes a slice positive; 2 stands for 2 and 3", least=1
+        1,
+        "NumPy volumes: the label that makes a slice positive; 2 stands for 2 and 3; published "
+        "weights: the class of a lesion",
+        least=1,
     )
     dataset: str = flag(
         "brats", "name of the data set", dead="channels and layout follow the data", run=True
@@ -176,7 +179,9 @@ class WeakRunOptions(RunOptions):
 class ImageSamplingOptions:
     """How images are drawn."""
 
-    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    model_path: str = flag(
+        "", "checkpoint of the diffusion, or its folder; empty: save_dir, or the only one beside it"
+    )
     classifier_path: str = flag(
         "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
@@ -215,7 +220,9 @@ class WeakOptions:
     )
     guided: bool = flag(False, "follow the classifier's gradient: cg-cdm", switch=True)
     classifier_scale: float = flag(10.0, "strength of the classifier's guidance", least=0)
-    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    model_path: str = flag(
+        "", "checkpoint of the diffusion, or its folder; empty: save_dir, or the only one beside it"
+    )
     classifier_path: str = flag(
         "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
@@ -268,7 +275,9 @@ class ArrayOptions:
 
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
-    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    model_path: str = flag(
+        "", "checkpoint of the diffusion, or its folder; empty: save_dir, or the only one beside it"
+    )
     classifier_path: str = flag(
         "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
