@@ -79,7 +79,7 @@ def draw_images(flags: Flags) -> None:
     if options.class_index > 1 and model.trained.is_own:
         raise UserError(
             f"--class_index {options.class_index}",
-            f"{model.source.partition(':')[0]} has the classes 0 and 1",
+            f"{model.trained.path} has the classes 0 and 1",
             "Choose one of them; published weights may have others.",
         )
     for note in size_notes(model, classifier):

@@ -7,16 +7,19 @@ diffusion; ours share one. Both are found.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from guided_diffusion.checkpoint import (
     CLASSIFIER,
     IMAGES,
     LATEST,
+    Checkpoint,
     Weights,
     kind_of,
     latest_checkpoint,
     load_checkpoint,
+    read_content,
 )
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.errors import UserError
@@ -26,6 +29,7 @@ from guided_diffusion.options.flags import Flags
 DIFFUSION_FILE, CLASSIFIER_FILE = "model.pt", "classifier_model.pt"
 """What the published scripts call the two networks' latest weights in ``save_dir``."""
 CLASSIFIER_FOLDER = "classifier"
+CLASS_ROWS = "label_emb.weight"
 PUBLISHED_FOLDERS = ("runs/results", "run/results")
 """Where the published commands have their folders."""
 
@@ -40,9 +44,11 @@ def diffusion_file(flags: Flags, folder: str) -> Path:
     """
     if given := flags.get("model_path"):
         return _file_in(given, "--model_path")
+    own = None
     with suppress(UserError):
-        if holds(path := _file_in(folder, "--save_dir"), IMAGES):
-            return path
+        own = _file_in(folder, "--save_dir")
+    if own and kind_in(own) == IMAGES:
+        return own
     found = _beside(folder, everywhere="out_dir" not in flags.given)
     if len(found) == 1:
         return found[0]
@@ -69,7 +75,13 @@ def _beside(folder: str, *, everywhere: bool) -> list[Path]:
     own = expanded(folder)
     places = [own.parent, *(map(Path, PUBLISHED_FOLDERS) if everywhere else ())]
     paths = [path for place in places for path in sorted(place.glob(f"*/{DIFFUSION_FILE}"))]
-    return [path for path in paths if path.parent != own and holds(path, IMAGES)]
+    return [path for path in paths if path.parent != own and _is_diffusion(path)]
+
+
+def _is_diffusion(path: Path) -> bool:
+    with suppress(UserError):
+        return kind_in(path) == IMAGES
+    return False
 
 
 def classifier_file(flags: Flags, folder: str) -> Path:
@@ -87,7 +99,7 @@ def classifier_file(flags: Flags, folder: str) -> Path:
         return named
     others = (path / CLASSIFIER_FOLDER / LATEST, path / LATEST, path / DIFFUSION_FILE)
     for other in others:
-        if other.is_file() and holds(other, CLASSIFIER):
+        if other.is_file() and kind_in(other) == CLASSIFIER:
             return other
     raise UserError(
         flag,
@@ -97,16 +109,61 @@ def classifier_file(flags: Flags, folder: str) -> Path:
     )
 
 
-def holds(path: Path, kind: str) -> bool:
-    """Whether a file has a network of a kind; of bare weights, their names decide."""
-    with suppress(UserError):
-        checkpoint = load_checkpoint(path, training=False, on_disk=True)
-        if checkpoint.options:
-            return kind_of(checkpoint) == kind
-        return is_unet(checkpoint.model) == (kind == IMAGES)
-    return False
+def kind_in(path: Path) -> str:
+    """Return the kind of the network in a file; the names of bare weights decide.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = read_content(path, on_disk=True)
+    options = content.get("options") if isinstance(content, dict) else None
+    if isinstance(options, dict) and options:
+        return kind_of(Checkpoint(options, step=0, model={}))
+    weights = load_checkpoint(path, training=False, on_disk=True).model
+    return IMAGES if is_unet(weights) else CLASSIFIER
 
 
 def is_unet(weights: Weights) -> bool:
     """Whether bare weights are those of a U-Net, which a classifier is only half of."""
     return "output_blocks.0.0.in_layers.0.weight" in weights
+
+
+def with_two_classes(checkpoint: Checkpoint, path: Path, lesion: int) -> tuple[Checkpoint, int]:
+    """Keep two rows of bare weights' label embedding.
+
+    The published scripts have 1000 rows, and train row 0 and the one that their ``--class_index``
+    names.
+
+    Args:
+        checkpoint: bare weights.
+        path: their file.
+        lesion: the class of images with a lesion.
+
+    Returns:
+        The weights, and the lesion's row; 0 where they have no classes.
+
+    Raises:
+        UserError: they have no such class.
+    """
+    embedding = checkpoint.model.get(CLASS_ROWS)
+    if embedding is None or embedding.ndim != 2:
+        return checkpoint, 0
+    rows = len(embedding)
+    row = 1 if rows == 2 else max(lesion, 1)
+    if row >= rows:
+        raise UserError(
+            f"--class_index {lesion}",
+            f"{path} has only {rows} classes",
+            "Name the label that it was trained with.",
+        )
+    model, *averages = (
+        {**weights, CLASS_ROWS: weights[CLASS_ROWS][[0, row]]}
+        for weights in (checkpoint.model, *checkpoint.ema.values())
+    )
+    ema = dict(zip(checkpoint.ema, averages, strict=True))
+    return replace(checkpoint, model=model, ema=ema), row
+
+
+def rows_note(row: int) -> str:
+    """Say which rows of a label embedding are used."""
+    return f"classes in rows 0 and {row} of its label embedding"

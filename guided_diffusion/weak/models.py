@@ -8,7 +8,7 @@ the flags say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,11 +37,17 @@ from guided_diffusion.options.weak import (
 )
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 from guided_diffusion.unet import UNetModel
-from guided_diffusion.weak.finding import classifier_file, diffusion_file, is_unet
+from guided_diffusion.weak.finding import (
+    CLASS_ROWS,
+    classifier_file,
+    diffusion_file,
+    is_unet,
+    rows_note,
+    with_two_classes,
+)
 from guided_diffusion.weak.guidance import Classify, guide, noise_aware
 
 Net = TypeVar("Net", bound=torch.nn.Module)
-_CLASSES = "label_emb.weight"
 _HEADS = ("fc.weight", "out.2.c_proj.weight", "out.3.weight", "out.2.weight")
 
 
@@ -164,8 +170,9 @@ def load_image_model(
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_unet(trained.checkpoint.model))
         notes.append(f"taken as trained on {known.get('diffusion_steps')} steps (--trained_steps)")
-        trained, row = _with_two_classes(trained, flags.get("class_index", 1))
-        notes += [f"classes in rows 0 and {row} of its label embedding"] * bool(row)
+        two, row = with_two_classes(trained.checkpoint, path, flags.get("class_index", 1))
+        trained = trained._replace(checkpoint=two)
+        notes += [rows_note(row)] * bool(row)
     network = known.group(ImageNetworkOptions)
     options = known.group(ImageDiffusionOptions)
     process = create_gaussian_diffusion(options)
@@ -178,32 +185,6 @@ def load_image_model(
         source=f"{path}: {', '.join([chosen, *notes])}",
         trained=trained,
     )
-
-
-def _with_two_classes(trained: Trained, lesion: int) -> tuple[Trained, int]:
-    """Keep two rows of bare weights' label embedding, and return the lesion's row, 0 for none.
-
-    The published scripts have 1000 rows, and train row 0 and the one that their ``--class_index``
-    names.
-    """
-    checkpoint = trained.checkpoint
-    embedding = checkpoint.model.get(_CLASSES)
-    if embedding is None or embedding.ndim != 2:
-        return trained, 0
-    rows = len(embedding)
-    row = 1 if rows == 2 else max(lesion, 1)
-    if row >= rows:
-        raise UserError(
-            f"--class_index {lesion}",
-            f"{trained.path} has only {rows} classes",
-            "Name the label that it was trained with.",
-        )
-    cut = [
-        {**weights, _CLASSES: weights[_CLASSES][[0, row]]}
-        for weights in (checkpoint.model, *checkpoint.ema.values())
-    ]
-    ema = dict(zip(checkpoint.ema, cut[1:], strict=True))
-    return trained._replace(checkpoint=replace(checkpoint, model=cut[0], ema=ema)), row
 
 
 def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> ClassifierModel:
@@ -247,7 +228,7 @@ def _shapes_of_unet(weights: Weights) -> dict[str, Any]:
     return {
         "in_ch": stem.shape[1],
         "learn_sigma": len(head) == 2 * stem.shape[1],
-        "class_cond": _CLASSES in weights,
+        "class_cond": CLASS_ROWS in weights,
     }
 
 

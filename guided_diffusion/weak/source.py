@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 
 from guided_diffusion import logger
@@ -78,7 +79,7 @@ def with_recorded_source(flags: Flags, networks: Sequence[Trained]) -> tuple[Fla
         known = [place for place in places if isinstance(place, str) and place]
         if not known:
             continue
-        folder = next((place for place in known if expanded(place).exists()), "")
+        folder = next((place for place in known if _exists(place)), "")
         if not folder:
             raise UserError(
                 "--src_dir",
@@ -88,6 +89,12 @@ def with_recorded_source(flags: Flags, networks: Sequence[Trained]) -> tuple[Fla
         note = f"--src_dir {folder}, on which {trained.path} was trained"
         return flags.with_resolved(**{**values, "src_dir": folder}), [note]
     return flags, []
+
+
+def _exists(place: str) -> bool:
+    with suppress(OSError, UserError, ValueError):
+        return expanded(place).exists()
+    return False
 
 
 def _flags_in(run: object, part: str) -> dict[str, object]:

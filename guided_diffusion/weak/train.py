@@ -46,7 +46,13 @@ from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 from guided_diffusion.training.resolve import Beginning, TrainSetup, begin, overwriting_notes
 from guided_diffusion.training.validation import Accuracy
-from guided_diffusion.weak.finding import CLASSIFIER_FILE, CLASSIFIER_FOLDER, DIFFUSION_FILE
+from guided_diffusion.weak.finding import (
+    CLASSIFIER_FILE,
+    CLASSIFIER_FOLDER,
+    DIFFUSION_FILE,
+    rows_note,
+    with_two_classes,
+)
 from guided_diffusion.weak.guidance import classification_losses
 
 ARRAY_PARTS = {"training": ("train", "val"), "validation": ("test",)}
@@ -58,7 +64,12 @@ def resolve_images(flags: Flags) -> TrainSetup:
     Raises:
         UserError: flags, data and checkpoint that do not belong together.
     """
-    begun = begin(flags, ImageTrainingOptions, WeakRunOptions, IMAGES)
+    begun, notes = begin(flags, ImageTrainingOptions, WeakRunOptions, IMAGES), dead_flags(flags)
+    if begun.start and begun.path and not begun.start.options:
+        index = flags.get("class_index", 1)
+        start, row = with_two_classes(begun.start, begun.path, index)
+        begun = begun._replace(start=start)
+        notes += [f"{begun.path}: {rows_note(row)}"] * bool(row)
     dataset = open_labelled(begun.flags.group(SourceOptions), "training")
     network = _following(begun.flags, in_ch=dataset.channels).group(ImageNetworkOptions)
     _require_channels(network.in_ch, dataset, "--in_ch")
@@ -75,7 +86,7 @@ def resolve_images(flags: Flags) -> TrainSetup:
         recorded={**recorded(network, diffusion), "of_images": True},
         prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,
         alias=expanded(begun.run.out_dir) / DIFFUSION_FILE,
-        notes=dead_flags(flags),
+        notes=notes,
     )
 
 
@@ -249,7 +260,7 @@ def _set_up(
         )
     if start:
         load_weights(net, start.model, begun.path)
-    positive = sum(dataset.labels.values())
+    positive, bare = sum(dataset.labels.values()), start is not None and not start.options
     return TrainSetup(
         record=run_record(
             begun.flags,
@@ -267,7 +278,7 @@ def _set_up(
         notes=[
             *overwriting_notes(run, start),
             *preset_notes(begun.flags),
-            *source_notes(begun.flags, dataset),
+            *source_notes(begun.flags, dataset, used=("class_index",) if bare else ()),
             *notes,
             *dataset.notes,
             *intensity_notes(dataset),

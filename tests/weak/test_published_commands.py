@@ -32,6 +32,8 @@ from guided_diffusion.tools import phantom_folders
 from guided_diffusion.weak.maps import noisy
 from guided_diffusion.weak.models import load_classifier, load_image_model
 
+pytestmark = pytest.mark.slow
+
 DIFFUSION, CLASSIFIER = "runs/results/diff_brats", "runs/results/guided_diff_brats_cls_resnet"
 README = {  # by section
     "1": f"""train_tumor_ddfm --save_dir {DIFFUSION} --src_dir DATA --dataset brats
@@ -281,6 +283,32 @@ def test_published_weights_use_the_class_row_that_was_trained(
         "bare weights, taken as trained on 1000 steps (--trained_steps), classes in rows 0 and "
         f"{row} of its label embedding"
     )
+
+
+def test_training_goes_on_from_the_class_row_that_was_trained(place: Path, tmp_path: Path) -> None:
+    rows = published(tmp_path)["label_emb.weight"]
+    common = ["--src_dir", place / "DATA", "--save_dir", tmp_path / "run", *BARE, "--lr", 0]
+    more = ["--learn_sigma", True, "--class_cond", True, "--class_index", 2, "--max_steps", 1]
+    resume = ["--resume_checkpoint", tmp_path / "model.pt"]
+    told = succeeded(script("train_tumor_ddfm", *common, *more, *resume))
+    assert f"{tmp_path}/model.pt: classes in rows 0 and 2 of its label embedding" in told
+    assert "--class_index 2 has no effect" not in told
+    saved = load_checkpoint(tmp_path / "run" / "model.pt").model["label_emb.weight"]
+    assert_close(saved, rows[[0, 2]])
+
+
+def test_a_damaged_diffusion_is_not_replaced_by_one_beside_it(
+    said: dict[str, str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy_of(place, tmp_path))
+    shutil.copytree(DIFFUSION, "runs/results/again", copy_function=os.link)
+    for name in ("model.pt", "savedmodel.pt"):
+        path = Path(DIFFUSION, name)
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:2000])
+    told = refused(script("image_tumor_sample", "--save_dir", DIFFUSION))
+    assert told.startswith(f"error: {DIFFUSION}/savedmodel.pt: ")
 
 
 def test_published_weights_of_4000_steps_are_taken_as_typed(place: Path, tmp_path: Path) -> None:
