@@ -197,7 +197,8 @@ def segment_weakly(flags: Flags) -> None:
     own = method if options.part == "validation" else f"{method}_{options.part}"
     folder = expanded(options.results_dir or Path(run.out_dir) / own)
     if options.dry_run:
-        images = counted(options.num_samples or len(dataset), "image")
+        number = min(options.num_samples or len(dataset), len(dataset))
+        images = counted(number, "image")
         logger.log(f"dry run: {images} would be segmented; they would be written to {folder}")
         return
     with only_run(folder, SAMPLING, flag="--results_dir"):
