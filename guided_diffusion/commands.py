@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +38,7 @@ from guided_diffusion.options.weak import (
     SEGMENT_WEAKLY,
     TRAIN_CLASSIFIER,
     TRAIN_IMAGES,
+    WRITE_ARRAYS,
 )
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def weak_train(flags: Flags) -> None:
     from guided_diffusion.inference.next_steps import after_weak_training
     from guided_diffusion.weak.train import resolve_images
 
-    after = partial(after_weak_training, flags, "weak-classifier")
-    _run_training(resolve_images(flags), after)
+    setup = resolve_images(flags)
+    _run_training(setup, lambda: after_weak_training(flags, setup.recorded))
 
 
 def weak_classifier(flags: Flags) -> None:
@@ -173,8 +173,8 @@ def weak_classifier(flags: Flags) -> None:
     from guided_diffusion.inference.next_steps import after_weak_training
     from guided_diffusion.weak.train import resolve_classifier
 
-    after = partial(after_weak_training, flags, "weak-segment")
-    _run_training(resolve_classifier(flags), after)
+    setup = resolve_classifier(flags)
+    _run_training(setup, lambda: after_weak_training(flags, setup.recorded))
 
 
 def weak_sample(flags: Flags) -> None:
@@ -189,6 +189,13 @@ def weak_segment(flags: Flags) -> None:
     from guided_diffusion.weak.commands import segment_weakly
 
     segment_weakly(flags)
+
+
+def weak_arrays(flags: Flags) -> None:
+    """Write both branches of a diffusion and their difference as arrays."""
+    from guided_diffusion.weak.arrays import write_arrays
+
+    write_arrays(flags)
 
 
 class Command(NamedTuple):
@@ -297,6 +304,13 @@ COMMANDS = {
         "preset src_dir out_dir method level steps guided num_samples results_dir",
         _WEAK,
         f"{_WEAK} --method gradcam",
+    ),
+    "weak-arrays": _command(
+        *(weak_arrays, WRITE_ARRAYS, "image_p_sample"),
+        "src_dir out_dir model_path classifier_path guided classifier_scale level steps "
+        "class_index num_samples",
+        _WEAK,
+        f"{_WEAK} --guided --num_samples 4",
     ),
 }
 

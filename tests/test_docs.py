@@ -45,6 +45,7 @@ SCRIPTS = {  # what each subcommand of guided-diffusion runs
     "weak-classifier": "classifier_tumor_train.py",
     "weak-sample": "image_tumor_sample.py",
     "weak-segment": "image_p_seg.py",
+    "weak-arrays": "image_p_sample.py",
 }
 NETWORK = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
 TRAINING = f"{NETWORK} --batch_size 2 --max_steps 2"
@@ -64,6 +65,7 @@ SHRINK = {
     "image_tumor_sample.py": "--num_samples 2 --steps 2",
     "classifier_tumor_sample.py": "--num_samples 2 --steps 2",
     "image_p_seg.py": "--num_samples 2 --steps 2 --noises 1",
+    "image_p_sample.py": "--num_samples 2 --steps 2",
     "steps.py": "--cases 2 --settings ddim:2 dpm_solver++:2",
     "method.py": "--sets brats --stages screen --recipes unet --screen_steps 1 --size 32 --cases 2",
     "versions.py": "--budget 0.1 --seeds 1 --methods plain --cases 1 --steps 1",

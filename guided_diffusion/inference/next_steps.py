@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from guided_diffusion.data.datasets import SegmentationDataset
 from guided_diffusion.files import expanded
@@ -27,6 +29,7 @@ SCRIPTS = {
     "sample": "segmentation_sample",
     "score": "segmentation_env",
     "weak-classifier": "classifier_tumor_train",
+    "weak-sample": "image_tumor_sample",
     "weak-segment": "image_p_seg",
 }
 SOLVER = {"dpm_solver": True, "steps": 10}
@@ -76,14 +79,31 @@ def _to_segment(data: DataOptions, val_dir: str) -> str:
     return next(iter([*found, val_dir] if val_dir else found), "YOUR_IMAGES")
 
 
-def after_weak_training(flags: Flags, name: str) -> str:
-    """Name the next command of weak supervision, of the same data and folder."""
-    where = {"src_dir": flags.get("src_dir", "./data/weak"), "save_dir": _weak_folder(flags)}
-    return f"next: {command_line(name, **where)}"
+def after_weak_training(flags: Flags, recorded: Mapping[str, Any]) -> str:
+    """Name the next command of weak supervision, of the same data and folder.
+
+    Args:
+        flags: of the training.
+        recorded: what its checkpoints record.
+    """
+    folder = {"save_dir": flags.get("out_dir", "./results/weak")}
+    arrays = {n: flags.given[n] for n in ("data_folder", "fold", "class_index") if n in flags.given}
+    where = {"src_dir": flags.get("src_dir", "./data/weak"), **arrays, **folder}
+    if "model_type" in recorded:
+        return f"next: {command_line('weak-segment', **where, guided=True)}"
+    if not recorded["class_cond"]:
+        few = {"use_ddim": True, "steps": 50}
+        return (
+            f"next: {command_line('weak-sample', **folder, **few)}; to segment, train with "
+            "--class_cond True"
+        )
+    return f"next: {command_line('weak-classifier', **where, img_size=recorded['image_size'])}"
 
 
-def _weak_folder(flags: Flags) -> str:
-    return str(flags.get("out_dir", "./results/weak"))
+def after_weak_masks(dataset: Path) -> str:
+    """Name the command that trains a supervised network on weak masks."""
+    out = dataset.parent / "supervised"
+    return f"next: {command_line('train', preset='small', data_dir=dataset, out_dir=out)}"
 
 
 def after_sampling(flags: Flags, dataset: SegmentationDataset) -> str:

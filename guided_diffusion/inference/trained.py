@@ -5,7 +5,7 @@ A checkpoint brings its own flags; a given flag that contradicts them is refused
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +40,17 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    path: str | Path, flags: Flags, *, flag: str = "--model_path", kind: str = SEGMENTATION
+    path: str | Path,
+    flags: Flags,
+    *,
+    flag: str = "--model_path",
+    kind: str = SEGMENTATION,
+    passing: Collection[str] = (),
 ) -> Trained:
     """Load a checkpoint of a kind, or a folder's latest one, and resolve the flags by it.
 
-    Bare weights are taken as trained on ``--trained_steps`` steps, 1000 by default.
+    Bare weights are taken as trained on ``--trained_steps`` steps, 1000 by default. The flags
+    ``passing`` may contradict the checkpoint: they were given for another network.
 
     Raises:
         UserError: no checkpoint of that kind there (``flag`` names the path), or flags that
@@ -53,7 +59,8 @@ def load_trained(
     found = latest_checkpoint(path, flag=flag)
     checkpoint = load_checkpoint(found, training=False)
     flags, trained = normalise_flags(flags), checked_flags(checkpoint, kind, found)
-    passing, steps = ("diffusion_steps", "timestep_respacing"), flags.get("trained_steps", 0)
+    passing = ("diffusion_steps", "timestep_respacing", *passing)
+    steps = flags.get("trained_steps", 0)
     if checkpoint.options:
         trained["trained_steps"] = trained["diffusion_steps"] if steps else 0
     else:

@@ -182,6 +182,8 @@ def unfit(entry: Any, value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int | float) and not least <= value <= most:
+        if least == most:
+            return f"is {entry.metadata['help']}"
         limits = f"between {least} and {most}"
         return f"must be {limits if most < math.inf else f'{least} or more'}"
     if isinstance(value, int | float) and value > cap:

@@ -32,13 +32,16 @@ class SourceOptions:
     src_dir: str = flag(
         "./data/weak",
         "folder with training/ and validate/ (or validation/), each with normal/ and tumor/ and "
-        "perhaps seg/; or with splits.pkl and NumPy volumes",
+        "perhaps seg/; or with splits.pkl and NumPy volumes; trained networks bring theirs",
         run=True,
     )
     data_folder: str = flag("preprocessed", "folder of the NumPy volumes below src_dir", run=True)
     fold: int = flag(0, "which split of splits.pkl", alias="-f", least=0, run=True)
     class_index: int = flag(
-        1, "NumPy volumes: the label that makes a slice positive; 2 stands for 2 and 3", least=1
+        1,
+        "NumPy volumes: the label that makes a slice positive; 2 stands for 2 and 3; published "
+        "weights: the class of a lesion",
+        least=1,
     )
     dataset: str = flag(
         "brats", "name of the data set", dead="channels and layout follow the data", run=True
@@ -73,8 +76,8 @@ class ImageDiffusionOptions(DiffusionOptions):
         "-1,1", "values of black and white in diffusion; 0,1 for weights of the published code"
     )
     mask_loss: str = flag("mse", "loss; images have mse alone", choices=("mse",))
-    mask_dropout: float = flag(0.0, "of segmentation only", least=0, most=0)
-    noise_share: float = flag(0.0, "of segmentation only", least=0, most=0)
+    mask_dropout: float = flag(0.0, "for the diffusion of masks only", least=0, most=0)
+    noise_share: float = flag(0.0, "for the diffusion of masks only", least=0, most=0)
     input_scale: float = flag(
         1.0, "factor of the image before it is noised, as in 0.5", least=1e-3, most=1e3
     )
@@ -176,13 +179,19 @@ class WeakRunOptions(RunOptions):
 class ImageSamplingOptions:
     """How images are drawn."""
 
-    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    model_path: str = flag(
+        "", "checkpoint of the diffusion, or its folder; empty: save_dir, or the only one beside it"
+    )
     classifier_path: str = flag(
         "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
     classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
     guided: bool = flag(False, "follow the classifier's gradient", switch=True)
-    class_index: int = flag(-1, "class of every image; -1: drawn for each", least=-1, most=1)
+    class_index: int = flag(
+        -1,
+        "class of every image; -1: 0 or 1, drawn for each; published weights may have others",
+        least=-1,
+    )
     num_samples: int = flag(8, "images to draw", least=1, cap=1_000_000)
     batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
     use_ddim: bool = flag(False, "sample with DDIM")
@@ -193,6 +202,7 @@ class ImageSamplingOptions:
     trained_steps: int = flag(
         0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
+    dry_run: bool = flag(False, "do everything up to the first image, and write nothing", run=True)
     dataset: str = flag("brats", "name of the data set", dead="the checkpoint knows its channels")
     src_dir: str = flag("", "folder of the data", dead="images are drawn from noise")
 
@@ -211,7 +221,9 @@ class WeakOptions:
     )
     guided: bool = flag(False, "follow the classifier's gradient: cg-cdm", switch=True)
     classifier_scale: float = flag(10.0, "strength of the classifier's guidance", least=0)
-    model_path: str = flag("", "checkpoint of the diffusion, or its folder; empty: save_dir")
+    model_path: str = flag(
+        "", "checkpoint of the diffusion, or its folder; empty: save_dir, or the only one beside it"
+    )
     classifier_path: str = flag(
         "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
     )
@@ -256,13 +268,47 @@ class WeakOptions:
         choices=("truth", "classifier", "diffusion", "tumor"),
     )
     part: str = flag("validation", "images to segment", choices=("validation", "training"))
-    results_dir: str = flag("", "folder for masks and scores; empty: save_dir/<method>")
+    results_dir: str = flag(
+        "",
+        "folder for masks and scores; empty: save_dir/<method>, or save_dir/<method>_training",
+    )
     num_samples: int = flag(0, "images to segment, evenly spread; 0: all", least=0)
     batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
     trained_steps: int = flag(
         0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
     )
+    dry_run: bool = flag(False, "do everything up to the first image, and write nothing", run=True)
+
+
+@dataclass(frozen=True)
+class ArrayOptions:
+    """How the branches of a diffusion are written as arrays."""
+
+    guided: bool = flag(False, "follow the classifier's gradient", switch=True)
+    classifier_scale: float = flag(1.0, "strength of the classifier's guidance", least=0)
+    model_path: str = flag(
+        "", "checkpoint of the diffusion, or its folder; empty: save_dir, or the only one beside it"
+    )
+    classifier_path: str = flag(
+        "", "checkpoint of the classifier, or its folder; empty: save_dir/classifier_model.pt"
+    )
+    level: int = flag(500, "Q, the timestep to which images are noised", least=0)
+    steps: int = flag(10, "R, steps of each branch", least=1)
+    stride: int = flag(1, "trained timesteps between two steps of the branches", least=1)
+    tau: float = flag(
+        0.95, "share of the lesion's embedding in the second branch's", least=0, most=0.9999
+    )
+    part: str = flag("validation", "images to use", choices=("validation", "training"))
+    num_samples: int = flag(
+        12, "images with a lesion to use, evenly spread; 0: all", least=0, cap=1_000_000
+    )
+    batch_size: int = flag(8, "images at a time", least=1, cap=MOST_INPUTS)
+    weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    trained_steps: int = flag(
+        0, "schedule length of bare weights; 0: 1000", least=0, cap=MOST_STEPS
+    )
+    dry_run: bool = flag(False, "do everything up to the first image, and write nothing", run=True)
 
 
 @dataclass(frozen=True)
@@ -313,6 +359,15 @@ SAMPLE_IMAGES = (
 SEGMENT_WEAKLY = (
     PresetOptions,
     WeakOptions,
+    SourceOptions,
+    ImageNetworkOptions,
+    ImageDiffusionOptions,
+    ClassifierOptions,
+    WeakRunOptions,
+    UnusedOptions,
+)
+WRITE_ARRAYS = (
+    ArrayOptions,
     SourceOptions,
     ImageNetworkOptions,
     ImageDiffusionOptions,

@@ -44,7 +44,7 @@ def rehearse_training(setup: TrainSetup) -> None:
         f"{setup.data}; {parameter_count(setup.net)} on {describe(loop.device)}, "
         f"{setup.run.precision}; steps {loop.step} to {loop.last_step or 'no end'}"
     )
+    read = f"images {condition} and masks {x0}" if condition[1] else f"images {x0}"
     logger.log(
-        f"dry run: the first batch was read, images {condition} and masks {x0}; it would be "
-        f"written to {setup.run.out_dir}"
+        f"dry run: the first batch was read, {read}; it would be written to {setup.run.out_dir}"
     )

@@ -7,6 +7,7 @@ of ``p(x_t) p(y | x_t)^scale`` is the diffusion's plus ``scale`` times the class
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isclose, log
 
 import torch
 from torch import Tensor
@@ -19,13 +20,47 @@ Classify = Callable[[Tensor, NoiseLevel], Tensor]
 """``classify(x, level)`` gives the logits [B, K] of noisy images [B, C, H, W]."""
 
 
-def noise_aware(net: Callable[[Tensor, Tensor], Tensor], diffusion: GaussianDiffusion) -> Classify:
-    """Turn a classifier of images and timesteps into one of images and noise levels."""
+def noise_aware(
+    net: Callable[[Tensor, Tensor], Tensor],
+    diffusion: GaussianDiffusion,
+    *,
+    mask_range: tuple[float, float] | None = None,
+) -> Classify:
+    """Turn a classifier of images and timesteps into one of images and noise levels.
+
+    Of a noisy image, only its signal-to-noise ratio says how noisy it is: the classifier is told
+    the time at which its own schedule has that ratio, a real number between its first and last
+    trained timestep. A level of its own schedule has the level's own time.
+
+    Args:
+        net: called as ``net(x, t)``.
+        diffusion: whose noise it was trained on.
+        mask_range: the range of the clean image in what is classified; None for the classifier's
+            own. Noisy images of another range are brought to the classifier's first, which changes
+            their signal-to-noise ratio.
+    """
+    low, high = diffusion.mask_range
+    own_low, own_high = mask_range or diffusion.mask_range
+    ratio = (high - low) / (own_high - own_low)
+    offset = low - ratio * own_low  # a clean image x0 is ratio * x0 + offset to the classifier
 
     def classify(x: Tensor, level: NoiseLevel) -> Tensor:
-        return net(x, torch.full((len(x),), diffusion.scale_timestep(level.t), device=x.device))
+        own = level if ratio == 1 else diffusion.schedule.at_log_snr(level.log_snr - log(ratio))
+        if ratio != 1 or offset:
+            x = own.alpha * ratio / level.alpha * x + own.alpha * offset
+        t = diffusion.scale_timestep(told_time(diffusion, own))
+        return net(x, torch.full((len(x),), t, device=x.device))
 
     return classify
+
+
+def told_time(diffusion: GaussianDiffusion, level: NoiseLevel) -> float:
+    """The time of a diffusion whose log-SNR is that of a level, within the trained timesteps."""
+    schedule, last = diffusion.schedule, len(diffusion.schedule) - 1
+    t = min(max(level.t, 0.0), last)
+    if not isclose(schedule.at(t).log_snr, level.log_snr, abs_tol=1e-9):
+        t = schedule.at_log_snr(level.log_snr).t
+    return min(max(t, float(diffusion.kept[0])), float(diffusion.last))
 
 
 def class_gradient(classify: Classify, x: Tensor, level: NoiseLevel, y: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the flags say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +19,12 @@ from torch import Tensor
 from guided_diffusion.checkpoint import (
     CLASSIFIER,
     IMAGES,
-    LATEST,
     Weights,
-    latest_checkpoint,
     load_weights,
     require_fit,
 )
 from guided_diffusion.dist_util import dev, place_model
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import Denoiser, GaussianDiffusion
 from guided_diffusion.inference.trained import Trained, load_trained
 from guided_diffusion.networks.classifier import EncoderUNetModel
@@ -40,10 +37,16 @@ from guided_diffusion.options.weak import (
 )
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 from guided_diffusion.unet import UNetModel
+from guided_diffusion.weak.finding import (
+    CLASS_ROWS,
+    classifier_file,
+    diffusion_file,
+    is_unet,
+    rows_note,
+    with_two_classes,
+)
 from guided_diffusion.weak.guidance import Classify, guide, noise_aware
 
-DIFFUSION_FILE, CLASSIFIER_FILE = "model.pt", "classifier_model.pt"
-"""What the published scripts call the two networks' latest weights in ``save_dir``."""
 Net = TypeVar("Net", bound=torch.nn.Module)
 _HEADS = ("fc.weight", "out.2.c_proj.weight", "out.3.weight", "out.2.weight")
 
@@ -57,12 +60,14 @@ class ImageModel:
         diffusion: that it was trained for.
         clip: the range x0 is clamped to at every evaluation, or None.
         source: where the weights are from, for the log.
+        trained: its checkpoint.
     """
 
     net: UNetModel
     diffusion: GaussianDiffusion
     clip: tuple[float, float] | None
     source: str
+    trained: Trained
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +79,31 @@ class ImageModel:
         nothing = torch.empty(size[0], 0, *size[2:], device=self.device)
         return self.diffusion.denoiser(self.net, self.net.encode(nothing), clip=self.clip, y=y)
 
+    def branch(
+        self,
+        size: torch.Size,
+        share: float,
+        *,
+        guide: ClassifierModel | None = None,
+        label: int = 0,
+        scale: float = 1.0,
+    ) -> Denoiser:
+        """Make the denoiser of images of a size, of ``share`` lesion and the rest normal.
+
+        Args:
+            size: [B, C, H, W].
+            share: of the lesion's class embedding, from 0 to 1.
+            guide: the classifier that leads it; None for none.
+            label: the class that it is led to.
+            scale: strength of the guidance.
+        """
+        mixed = torch.tensor([[1 - share, share]], device=self.device).expand(size[0], -1)
+        denoise = self.denoiser(size, mixed if self.net.num_classes else None)
+        if guide is None:
+            return denoise
+        y = torch.full((size[0],), label, device=self.device)
+        return guide.guiding(denoise, y, scale=scale, of=self.diffusion)
+
 
 @dataclass(frozen=True)
 class ClassifierModel:
@@ -84,57 +114,91 @@ class ClassifierModel:
         diffusion: whose noise it was trained on.
         image_size: height and width it was trained at.
         source: where the weights are from, for the log.
+        trained: its checkpoint.
     """
 
     net: EncoderUNetModel | ResNet50
     diffusion: GaussianDiffusion
     image_size: int
     source: str
+    trained: Trained
 
     @property
     def at_level(self) -> Classify:
-        """The classifier, conditioned on the noise level."""
+        """The classifier, conditioned on the noise level, of images in its own range."""
         return noise_aware(self.net, self.diffusion)
 
-    def guiding(self, denoise: Denoiser, y: Tensor, *, scale: float) -> Denoiser:
-        """Lead a denoiser towards the classes ``y``."""
-        return guide(denoise, self.at_level, y, scale=scale)
+    def guiding(
+        self, denoise: Denoiser, y: Tensor, *, scale: float, of: GaussianDiffusion
+    ) -> Denoiser:
+        """Lead a denoiser of the diffusion ``of`` towards the classes ``y``."""
+        classify = noise_aware(self.net, self.diffusion, mask_range=of.mask_range)
+        return guide(denoise, classify, y, scale=scale)
 
 
 def load_image_model(
-    flags: Flags, *, folder: str, weights: str = "ema", clip: bool = True
+    flags: Flags,
+    *,
+    folder: str,
+    weights: str = "ema",
+    clip: bool = True,
+    whole_schedule: bool = False,
 ) -> ImageModel:
-    """Load the diffusion that ``--model_path`` names, else that of ``folder``.
+    """Load the diffusion that ``--model_path`` names, else that of ``folder`` or beside it.
+
+    Bare weights may have more classes than two; the lesion's is then ``--class_index``.
+
+    Args:
+        flags: of the command.
+        folder: of the run.
+        weights: ``ema`` or ``raw``.
+        clip: clamp x0 to its range at every evaluation.
+        whole_schedule: a given ``--diffusion_steps`` is the schedule length of bare weights, as
+            ``--trained_steps`` is, and not a number of evaluations.
 
     Raises:
         UserError: no checkpoint there, or one of something else.
     """
-    path = _model_file(flags, "model_path", folder, DIFFUSION_FILE)
-    trained = load_trained(path, flags, kind=IMAGES)
-    path, known = trained.path, trained.flags
+    path = diffusion_file(flags, folder)
+    length = flags.given.get("diffusion_steps", 0) if whole_schedule else 0
+    if length and "trained_steps" not in flags.given:
+        flags = flags.with_given(trained_steps=length)
+        trained = load_trained(path, flags, kind=IMAGES, passing=("trained_steps",))
+    else:
+        trained = load_trained(path, flags, kind=IMAGES)
+    known, notes = trained.flags, []
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_unet(trained.checkpoint.model))
+        notes.append(f"taken as trained on {known.get('diffusion_steps')} steps (--trained_steps)")
+        two, row = with_two_classes(trained.checkpoint, path, flags.get("class_index", 1))
+        trained = trained._replace(checkpoint=two)
+        notes += [rows_note(row)] * bool(row)
     network = known.group(ImageNetworkOptions)
     options = known.group(ImageDiffusionOptions)
     process = create_gaussian_diffusion(options)
     make = partial(create_model, network, options, of_images=True)
+    chosen = trained.checkpoint.choose(weights)[1]
     return ImageModel(
         net=_placed(make, trained, weights, flags),
         diffusion=process,
         clip=process.mask_range if clip else None,
-        source=f"{path}: {trained.checkpoint.choose(weights)[1]}",
+        source=f"{path}: {', '.join([chosen, *notes])}",
+        trained=trained,
     )
 
 
 def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> ClassifierModel:
     """Load the classifier that ``--classifier_path`` names, else that of ``folder``.
 
+    The flags of the diffusion are another network's: what they say need not be as it was trained.
+
     Raises:
         UserError: no checkpoint there, or one of something else.
     """
-    path = _model_file(flags, "classifier_path", folder, CLASSIFIER_FILE)
-    trained = load_trained(path, flags, kind=CLASSIFIER)
-    path, known = trained.path, trained.flags
+    path = classifier_file(flags, folder)
+    others = [entry.name for entry in fields(ImageDiffusionOptions)]
+    trained = load_trained(path, flags, kind=CLASSIFIER, passing=[*others, "trained_steps"])
+    known = trained.flags
     if not trained.is_own:
         known = known.with_resolved(**_shapes_of_classifier(trained.checkpoint.model, path))
     options = known.group(ClassifierOptions)
@@ -143,6 +207,7 @@ def load_classifier(flags: Flags, *, folder: str, weights: str = "ema") -> Class
         diffusion=create_gaussian_diffusion(known.group(ImageDiffusionOptions)),
         image_size=options.image_size,
         source=f"{path}: {trained.checkpoint.choose(weights)[1]}",
+        trained=trained,
     )
 
 
@@ -155,19 +220,6 @@ def _placed(make: Callable[[], Net], trained: Trained, weights: str, flags: Flag
     return place_model(net, dev(flags.get("gpu_dev", "0"))).eval().requires_grad_(False)
 
 
-def _model_file(flags: Flags, name: str, folder: str, published: str) -> Path:
-    """Find a checkpoint, or in a folder the one with the published name, else the latest.
-
-    Without the flag ``name`` that of the run's own folder is taken.
-    """
-    given = flags.get(name)
-    path, flag = (given, f"--{name}") if given else (folder, "--save_dir")
-    named = expanded(path, flag=flag) / published
-    latest = expanded(path, flag=flag) / LATEST
-    use_named = named.is_file() and (published == CLASSIFIER_FILE or not latest.is_file())
-    return latest_checkpoint(named if use_named else path, flag=flag)
-
-
 def _shapes_of_unet(weights: Weights) -> dict[str, Any]:
     """Flags that the shapes of bare weights imply."""
     stem, head = weights.get("input_blocks.0.0.weight"), weights.get("out.2.weight")
@@ -176,13 +228,13 @@ def _shapes_of_unet(weights: Weights) -> dict[str, Any]:
     return {
         "in_ch": stem.shape[1],
         "learn_sigma": len(head) == 2 * stem.shape[1],
-        "class_cond": "label_emb.weight" in weights,
+        "class_cond": CLASS_ROWS in weights,
     }
 
 
 def _shapes_of_classifier(weights: Weights, path: Path) -> dict[str, Any]:
     """Flags that the names and shapes of bare weights imply."""
-    if "output_blocks.0.0.in_layers.0.weight" in weights:
+    if is_unet(weights):
         raise UserError(path, f"is not {CLASSIFIER}", "Correct the path.")
     resnet = "fc.weight" in weights
     stem = weights.get("conv1.weight" if resnet else "input_blocks.0.0.weight")

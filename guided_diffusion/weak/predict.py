@@ -26,6 +26,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import atomic_write, make_folder
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.cases import run_cases
+from guided_diffusion.inference.next_steps import after_scoring
 from guided_diffusion.inference.provenance import note_sampling
 from guided_diffusion.inference.record import Record, is_whole_png
 from guided_diffusion.options.weak import WeakOptions
@@ -35,7 +36,7 @@ from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.calibration import auroc, average_precision
-from guided_diffusion.scoring.evaluate import evaluate
+from guided_diffusion.scoring.evaluate import evaluate_all
 from guided_diffusion.scoring.predictions import read_soft
 from guided_diffusion.scoring.summary import summary_text
 from guided_diffusion.weak.maps import (
@@ -54,7 +55,9 @@ from guided_diffusion.weak.models import ClassifierModel, ImageModel
 
 NORMAL, TUMOUR = 0, 1
 LABEL_TIMES = 8
-_OF_THE_RUN = ("batch_size", "results_dir", "num_samples", "model_path", "classifier_path")
+_OF_THE_RUN = (
+    *("batch_size", "results_dir", "num_samples", "model_path", "classifier_path", "dry_run"),
+)
 
 
 class WeakSegmenter:
@@ -142,10 +145,7 @@ class WeakSegmenter:
         model = self._needed_model()
         x0 = model.diffusion.to_range(images.to(model.device))
         scores = torch.zeros(len(x0), device=model.device)
-        normal, lesion = (
-            model.denoiser(x0.shape, torch.full((len(x0),), y, device=model.device))
-            for y in (NORMAL, TUMOUR)
-        )
+        normal, lesion = model.branch(x0.shape, 0.0), model.branch(x0.shape, 1.0)
         times = np.linspace(0, self.options.level, LABEL_TIMES + 1).round().astype(int)[1:]
         for number, t in enumerate(times.tolist()):
             level = model.diffusion.schedule.at(t)
@@ -172,14 +172,9 @@ class WeakSegmenter:
 
     def _branch(self, x0: Tensor, label: int, share: float, *, guided: bool = True) -> Denoiser:
         """The denoiser of ``share`` lesion and the rest normal, guided towards ``label``."""
-        model = self._needed_model()
-        mixed = torch.tensor([[1 - share, share]], device=x0.device).expand(len(x0), -1)
-        denoise = model.denoiser(x0.shape, mixed if model.net.num_classes else None)
-        if guided and self.options.guided and self.classifier:
-            y = torch.full((len(x0),), label, device=x0.device)
-            scale = self.options.classifier_scale
-            denoise = self.classifier.guiding(denoise, y, scale=scale)
-        return denoise
+        guide = self.classifier if guided and self.options.guided else None
+        scale = self.options.classifier_scale
+        return self._needed_model().branch(x0.shape, share, guide=guide, label=label, scale=scale)
 
     def _class_activation(self, images: Tensor) -> Tensor:
         assert self.classifier is not None
@@ -230,8 +225,8 @@ def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
     return model.diffusion.schedule.levels(branches, end=None)
 
 
-def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Path) -> None:
-    """Make the masks of a data set, and write the files of every case into a folder.
+def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Path) -> list[str]:
+    """Make the masks of a data set, write the files of every case, and return the cases' names.
 
     ``<name>_mask.png`` and ``<name>_output_ens.png`` (the mask, 0 and 255), ``<name>_heat.png``
     (the map in its own range), ``<name>_overlay.png``, and a row of ``predictions.csv``. Finished
@@ -268,6 +263,7 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
     logger.log(
         f"{counted(len(entries), 'image')} in {folder}: <name>_mask.png, _heat.png, _overlay.png"
     )
+    return [entry.name for entry in entries]
 
 
 class Drawn(NamedTuple):
@@ -328,15 +324,19 @@ def _write(folder: Path, drawn: Drawn, truth: Tensor | None) -> None:
 def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
     """Score a folder against the masks of a data set, and return the lines to log.
 
-    Writes what scoring writes; ``normal.json``: how many normal images were left empty, and the
-    share of their pixels that was; and ``maps.json``: how well the maps rank the pixels of each
-    image with a lesion, before any cut.
+    Writes what scoring writes, if the mask of any lesion is known; ``normal.json``: how many normal
+    images were left empty, and the share of their pixels that was; and ``maps.json``: how well the
+    maps rank the pixels of each image with a lesion, before any cut.
     """
     truths: Path | None = dataset.directory
     if not isinstance(dataset, TumourImages):
         truths = _written_truths(dataset, folder)
-    lines = [summary_text(evaluate(folder, truths, partial=True))]
-    lines += _map_scores(dataset, folder)
+    known = [e for e in dataset.entries if dataset.labels[e.name] and dataset.has_mask(e)]
+    lines, after = ["not scored: no image with a lesion has a mask"], f"next: look into {folder}"
+    if known:
+        evaluation = evaluate_all(folder, truths, partial=True, one_class=True)
+        lines, after = [summary_text(evaluation.summary)], after_scoring(evaluation, report=False)
+        lines += _map_scores(dataset, folder)
     counts = [
         _empty_truth(path)
         for name, label in dataset.labels.items()
@@ -351,7 +351,7 @@ def score_masks(dataset: LabelledImages, folder: Path) -> list[str]:
         lines.append(
             f"normal images: {left} of {len(counts)} left empty, specificity {mean:.4f} by pixel"
         )
-    return lines
+    return [*lines, after]
 
 
 def _map_scores(dataset: LabelledImages, folder: Path) -> list[str]:

@@ -5,14 +5,14 @@ Both are trained by the loop of segmentation; here their set-ups are made from f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from guided_diffusion.checkpoint import CLASSIFIER, IMAGES, Weights, load_weights
-from guided_diffusion.data.advice import intensity_notes
+from guided_diffusion.data.advice import intensity_notes, shortcut_notes
 from guided_diffusion.data.batches import Batch, collate, prepare_images, prepare_labelled_images
 from guided_diffusion.data.folders import counted
 from guided_diffusion.data.frames import Frame
@@ -31,7 +31,7 @@ from guided_diffusion.files import expanded
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inference.provenance import run_record
 from guided_diffusion.options.flags import Flags, recorded
-from guided_diffusion.options.presets import preset_notes
+from guided_diffusion.options.presets import flag_text, preset_notes
 from guided_diffusion.options.segmentation import WatchOptions, dead_flags
 from guided_diffusion.options.weak import (
     ClassifierOptions,
@@ -46,8 +46,14 @@ from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 from guided_diffusion.training.resolve import Beginning, TrainSetup, begin, overwriting_notes
 from guided_diffusion.training.validation import Accuracy
+from guided_diffusion.weak.finding import (
+    CLASSIFIER_FILE,
+    CLASSIFIER_FOLDER,
+    DIFFUSION_FILE,
+    rows_note,
+    with_two_classes,
+)
 from guided_diffusion.weak.guidance import classification_losses
-from guided_diffusion.weak.models import CLASSIFIER_FILE, DIFFUSION_FILE
 
 ARRAY_PARTS = {"training": ("train", "val"), "validation": ("test",)}
 
@@ -58,7 +64,12 @@ def resolve_images(flags: Flags) -> TrainSetup:
     Raises:
         UserError: flags, data and checkpoint that do not belong together.
     """
-    begun = begin(flags, ImageTrainingOptions, WeakRunOptions, IMAGES)
+    begun, notes = begin(flags, ImageTrainingOptions, WeakRunOptions, IMAGES), dead_flags(flags)
+    if begun.start and begun.path and not begun.start.options:
+        index = flags.get("class_index", 1)
+        start, row = with_two_classes(begun.start, begun.path, index)
+        begun = begun._replace(start=start)
+        notes += [f"{begun.path}: {rows_note(row)}"] * bool(row)
     dataset = open_labelled(begun.flags.group(SourceOptions), "training")
     network = _following(begun.flags, in_ch=dataset.channels).group(ImageNetworkOptions)
     _require_channels(network.in_ch, dataset, "--in_ch")
@@ -75,7 +86,7 @@ def resolve_images(flags: Flags) -> TrainSetup:
         recorded={**recorded(network, diffusion), "of_images": True},
         prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,
         alias=expanded(begun.run.out_dir) / DIFFUSION_FILE,
-        notes=dead_flags(flags),
+        notes=notes,
     )
 
 
@@ -87,7 +98,7 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
     Raises:
         UserError: flags, data and checkpoint that do not belong together.
     """
-    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, CLASSIFIER, "classifier")
+    begun = begin(flags, ClassifierTrainingOptions, WeakRunOptions, CLASSIFIER, CLASSIFIER_FOLDER)
     options, run = begun.options, begun.run
     if options.anneal_lr and options.max_steps:
         begun = begun._replace(options=replace(options, lr_anneal_steps=options.max_steps))
@@ -153,6 +164,21 @@ def open_labelled(source: SourceOptions, part: str) -> LabelledImages:
             "Choose another label.",
         )
     return dataset
+
+
+def source_notes(flags: Flags, dataset: LabelledImages, *, used: Collection[str] = ()) -> list[str]:
+    """Say which given flags are of NumPy volumes alone, and without effect on folders of images.
+
+    Those that are ``used`` for something else are passed over.
+    """
+    names = ("fold", "data_folder", "class_index")
+    unread = {n: flags.given[n] for n in names if n in flags.given and n not in used}
+    if not unread or isinstance(dataset, SlicedArrays):
+        return []
+    return [
+        f"{flag_text(unread)} has no effect: {dataset.directory} holds folders of images, "
+        "no NumPy volumes with a splits.pkl"
+    ]
 
 
 def accuracy_on(
@@ -234,7 +260,7 @@ def _set_up(
         )
     if start:
         load_weights(net, start.model, begun.path)
-    positive = sum(dataset.labels.values())
+    positive, bare = sum(dataset.labels.values()), start is not None and not start.options
     return TrainSetup(
         record=run_record(
             begun.flags,
@@ -252,9 +278,11 @@ def _set_up(
         notes=[
             *overwriting_notes(run, start),
             *preset_notes(begun.flags),
+            *source_notes(begun.flags, dataset, used=("class_index",) if bare else ()),
             *notes,
             *dataset.notes,
             *intensity_notes(dataset),
+            *shortcut_notes(dataset.labels, {}),
             memory_order_note(dev(run.gpu_dev)),
         ],
         **rest,

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from guided_diffusion.sampling import SAMPLERS, STOCHASTIC, ddim, ddpm
-from guided_diffusion.schedule import NoiseLevel, NoiseSchedule
+from guided_diffusion.schedule import CLEAN, NoiseSchedule
 from guided_diffusion.weak.guidance import class_gradient, guide, noise_aware
 
 SCHEDULE = NoiseSchedule.named("linear", 200)
@@ -93,17 +93,63 @@ def test_every_sampler_can_be_guided(name):
     assert name in STOCHASTIC or (drawn.std(0) - SPREAD).abs().max() < 0.03
 
 
-def test_classifiers_get_the_timestep_of_the_diffusion():
-    diffusion = GaussianDiffusion(schedule=SCHEDULE, rescale_timesteps=True)
+def heard_by(diffusion, x, level, **options):
+    """What a classifier of a diffusion is given: images and times."""
     heard = []
+    noise_aware(lambda *given: heard.append(given), diffusion, **options)(x, level)
+    return heard[0]
 
-    def net(x, t):
-        heard.append(t)
-        return x.flatten(1)
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_classifier_of_the_same_schedule_gets_the_index_itself(name, rescale):
+    schedule = NoiseSchedule.named(name, 200)
+    diffusion = GaussianDiffusion(schedule=schedule, rescale_timesteps=rescale)
     x = noise().float()
-    assert torch.equal(noise_aware(net, diffusion)(x, NoiseLevel(30.0, 0.8, 0.6)), x.flatten(1))
-    assert torch.equal(heard[0], torch.full((5,), 150.0))
+    for t in [*range(0, 200, 7), 199, 30.25]:
+        images, told = heard_by(diffusion, x, schedule.at(t))
+        assert images is x
+        assert torch.equal(told, torch.full((5,), t * 5.0 if rescale else float(t)))
+
+
+def test_a_classifier_of_another_schedule_is_told_the_time_of_the_same_noise():
+    """The published recipe: a diffusion of 4000 steps, a classifier of 1000."""
+    long, short = (NoiseSchedule.named("linear", steps) for steps in (4000, 1000))
+    level = long.at(int((long.alpha_bar - 0.896).abs().argmin()))
+    assert level.alpha**2 == pytest.approx(0.896, abs=1e-4)
+    assert short.at(level.t).alpha ** 2 < 0.2, "what the index itself would say"
+    told = heard_by(GaussianDiffusion(schedule=short), noise().float(), level)[1]
+    assert told.unique().numel() == 1
+    assert short.at(float(told[0])).alpha ** 2 == pytest.approx(level.alpha**2, rel=1e-6)
+    below, above = short.alpha_bar[int(told[0])], short.alpha_bar[int(told[0]) + 1]
+    assert below > level.alpha**2 > above, "a time between two trained ones"
+
+
+def test_a_classifier_is_told_no_time_that_it_was_not_trained_on():
+    long, short = (NoiseSchedule.named("linear", steps) for steps in (4000, 1000))
+    diffusion = GaussianDiffusion(schedule=short, timesteps=tuple(range(10, 900)))
+    x = noise().float()
+    for level, t in ((long.at(0), 10), (CLEAN, 10), (long.at(3999), 899), (short.at(950), 899)):
+        assert torch.equal(heard_by(diffusion, x, level)[1], torch.full((5,), float(t)))
+    whole = GaussianDiffusion(schedule=short)
+    assert torch.equal(heard_by(whole, x, long.at(0))[1], torch.zeros(5))
+
+
+def test_noisy_images_are_brought_to_the_range_of_the_classifier():
+    """x = alpha x0 + sigma eps in both ranges, for one image and one draw of the noise."""
+    image = torch.rand(5, 2, 1, 1, dtype=torch.float64)
+    level, own = SCHEDULE.at(120), GaussianDiffusion(SCHEDULE, mask_range=(0.0, 1.0))
+    x = level.alpha * (2 * image - 1) + level.sigma * noise()
+    seen, told = heard_by(own, x, level, mask_range=(-1.0, 1.0))
+    as_own = SCHEDULE.at(float(told[0].double()))
+    assert_close(seen, as_own.alpha * image + as_own.sigma * noise(), atol=1e-5, rtol=1e-5)
+    assert float(told[0]) != 120
+
+    score = noise_aware(lambda x, t: x.flatten(1), own, mask_range=(-1.0, 1.0))
+    plain = noise_aware(lambda x, t: x.flatten(1), own)
+    y = torch.ones(5, dtype=torch.int64)
+    moved = class_gradient(plain, seen, as_own, y) * (as_own.sigma / level.sigma)
+    assert_close(class_gradient(score, x, level, y), moved, atol=1e-5, rtol=1e-4)
 
 
 def test_no_gradient_outlives_the_guidance():

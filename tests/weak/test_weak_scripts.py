@@ -41,6 +41,7 @@ from guided_diffusion.options.weak import (
     SEGMENT_WEAKLY,
     TRAIN_CLASSIFIER,
     TRAIN_IMAGES,
+    WRITE_ARRAYS,
     ImageDiffusionOptions,
     ImageNetworkOptions,
     SourceOptions,
@@ -77,6 +78,7 @@ GROUPS = {
     "image_tumor_sample": SAMPLE_IMAGES,
     "classifier_tumor_sample": SAMPLE_IMAGES,
     "image_p_seg": SEGMENT_WEAKLY,
+    "image_p_sample": WRITE_ARRAYS,
 }
 EVERYWHERE = {"save_dir": "./results/weak", "src_dir": "./data/weak", "img_size": 128}
 EVERYWHERE |= {"dataset": "brats", "rescale_timesteps": True, "rescale_learned_sigmas": True}
@@ -93,6 +95,7 @@ DEVIATIONS: dict[str, dict[str, Any]] = {
     "image_tumor_sample": {"batch_size": 8},
     "classifier_tumor_sample": {"batch_size": 8, "num_samples": 8, "class_index": -1},
     "image_p_seg": {"batch_size": 8},
+    "image_p_sample": {"class_index": 1},
 }
 
 
