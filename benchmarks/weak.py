@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from method import commit
 from versions import read
 from weak_halves import PARTS, save, write_halves
-from weak_tables import CEILING, SAME_CLASS, STUDENT, WITH_MASKS, tables
+from weak_tables import CEILING, PRESET, SAME_CLASS, STUDENT, WITH_MASKS, tables
 
 from guided_diffusion import logger
 from guided_diffusion.data.datasets import Case
@@ -56,6 +56,7 @@ from guided_diffusion.weak.models import load_classifier, load_image_model
 from guided_diffusion.weak.predict import WeakSegmenter
 
 Json = dict[str, Any]
+NETWORKS = ("diffusion", "classifier", "supervised", "student")
 TASKS = ("halves", "phantoms", "slices")
 NETWORK = [
     *("--num_channels", 32, "--num_res_blocks", 1, "--num_heads", 1, "--channel_mult", "1,2,4"),
@@ -114,11 +115,18 @@ def main() -> None:
         if task == "slices" and seed != arguments.seeds[0]:
             continue
         for row in Study(arguments, task, seed).rows():
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print({name: row[name] for name in ("task", "seed", "method")}, row["dice"], flush=True)
-            write_page(arguments.rows)
+            keep(row, arguments.rows)
+    for row in preset_rows(arguments):
+        keep(row, arguments.rows)
     write_page(arguments.rows)
+
+
+def keep(row: Json, rows: Path) -> None:
+    """Add a row to the file, and make the page anew."""
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print({name: row[name] for name in ("task", "seed", "method")}, row["dice"], flush=True)
+    write_page(rows)
 
 
 def parse() -> argparse.Namespace:
@@ -140,6 +148,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def preset_rows(arguments: argparse.Namespace) -> Iterator[Json]:
+    """Score the encoded maps whose settings are the best of halves and phantoms together."""
+    both = [task for task in ("halves", "phantoms") if task in arguments.tasks]
+    first = [Study(arguments, task, arguments.seeds[0]) for task in both]
+    if len(both) < 2 or any(study.lacks("encoded") for study in first):
+        return
+    known = [row["settings"] for study in first for row in study.known if row["method"] == PRESET]
+    if not known:
+        tables = [{json.dumps(own): dice for dice, own in s.tried("encoded")} for s in first]
+        best = max(tables[0], key=lambda own: sum(table[own] for table in tables))
+        known = [json.loads(best)]
+    for task, seed in itertools.product(both, arguments.seeds):
+        study = Study(arguments, task, seed)
+        if study.lacks(PRESET) and not study.lacks("encoded"):
+            testing = study.cases("validate", label=1, most=arguments.cases)
+            yield study.score_weak(PRESET, testing, known[0])
+
+
 def write_page(rows: Path) -> None:
     """Make the page of what is known."""
     rows.with_suffix(".md").write_text(tables(read(rows)), encoding="utf-8")
@@ -158,7 +184,6 @@ class Study:
         self.folder = self.arguments.out / self.task / str(self.seed)
         self.data = self.prepared()
         self.frame = Frame(self.arguments.image_size)
-        self.minutes: dict[str, float] = {}
 
     def prepared(self) -> Path:
         """The images of the task; halves and phantoms are made where they are missing."""
@@ -250,7 +275,15 @@ class Study:
             self.folder.mkdir(parents=True, exist_ok=True)
             minutes = run(*words)
             done.write_text(json.dumps({"minutes": round(minutes, 2)}))
-        self.minutes[name] = json.loads(done.read_text())["minutes"]
+
+    def minutes(self) -> dict[str, float]:
+        """Of every finished training."""
+        files = {name: self.folder / f"{name}.json" for name in NETWORKS}
+        return {
+            name: json.loads(file.read_text())["minutes"]
+            for name, file in files.items()
+            if file.exists()
+        }
 
     # ----------------------------------------------------------------------------- scoring
 
@@ -310,6 +343,10 @@ class Study:
         if task != self.task:
             raise SystemExit("the task slices takes the settings of halves: run that one first")
         assert self.seed == first
+        return max(self.tried(name), key=lambda pair: pair[0])[1]
+
+    def tried(self, name: str) -> list[tuple[float, Json]]:
+        """The mean Dice of all settings of a method on training images."""
         cases = self.cases("training", label=1, most=self.arguments.chosen_on)
         tried: list[tuple[float, Json]] = []
         for walk in candidates()[name]:
@@ -321,11 +358,11 @@ class Study:
                     for case, difference in zip(cases, differences, strict=True)
                 ]
                 tried.append((float(np.mean(dices)), own))
-        return max(tried, key=lambda pair: pair[0])[1]
+        return tried
 
-    def score_weak(self, name: str, testing: Sequence[Case]) -> Json:
-        """Score a method without masks."""
-        settings = self.settings(name)
+    def score_weak(self, name: str, testing: Sequence[Case], settings: Json | None = None) -> Json:
+        """Score a method without masks; its own settings unless others are given."""
+        settings = settings or self.settings(name)
         segmenter = self.segmenter(settings)
         before = time.process_time()
         differences = self.differences(segmenter, testing)
@@ -421,7 +458,7 @@ class Study:
             "dice": round(float(np.mean(every)), 4),
             "patients": {owner: round(float(np.mean(own)), 4) for owner, own in dices.items()},
             **{"auroc": round(area, 4), "average_precision": round(precision, 4)},
-            **{"seconds": round(seconds / len(testing), 3), "minutes": dict(self.minutes)},
+            **{"seconds": round(seconds / len(testing), 3), "minutes": self.minutes()},
             **{"image_size": self.arguments.image_size, "steps": self.arguments.diffusion_steps},
             **{"device": "CPU, one thread", "torch": torch.__version__, "commit": commit()},
         }

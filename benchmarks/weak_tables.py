@@ -24,6 +24,7 @@ every other patient is healthy, and the slices of both lie at the same heights."
 TRIVIAL = ("Otsu", "Otsu twice")
 WITH_MASKS = ("plain U-Net",)
 STUDENT = "second stage"
+PRESET = "encoded, preset weak-ours"
 SAME_CLASS = "encoded, decoded as a lesion again"
 CEILING = "true masks at the networks' size"
 HEAD = """# Masks from image-level labels
@@ -39,7 +40,8 @@ map, before any cut. *Otsu twice* takes the threshold of the image a second time
 above the first, and fills the largest component. The *second stage* is a plain U-Net trained on the
 weak masks of the encoded maps, the *plain U-Net* one trained on true masks. *Decoded as a lesion
 again* is a control that asks whether the class matters; *true masks at the networks' size* are
-scaled down and up again, which no network of that size can exceed.
+scaled down and up again, which no network of that size can exceed. The settings of the *preset* are
+the best of half-slices and phantoms together, on training images, too.
 """
 
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,9 @@ def test_rows_are_scores_of_the_methods_and_are_kept(
     words += ["--diffusion_steps", 2, "--classifier_steps", 2, "--supervised_steps", 2]
     words += ["--chosen_on", 1, "--cases", 2]
     monkeypatch.setattr(sys, "argv", ["weak.py", *map(str, words)])
+    few = {name: walks[:1] for name, walks in weak.candidates().items()}
     monkeypatch.setattr(weak, "CUTS", weak.CUTS[:2])
+    monkeypatch.setattr(weak, "candidates", lambda: few)
     weak.main()
     found = {row["method"]: row for row in map(json.loads, rows.read_text().splitlines())}
     assert {*found} == {
@@ -94,6 +96,35 @@ def test_rows_are_scores_of_the_methods_and_are_kept(
     before = rows.read_bytes()
     weak.main()
     assert rows.read_bytes() == before
+
+
+def test_the_preset_is_the_best_of_both_tasks_on_training_images(
+    weak: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.7 + 0.7 is more than 0.9 + 0.1 and 0.2 + 0.8."""
+    dices = {"halves": [0.9, 0.7, 0.2], "phantoms": [0.1, 0.7, 0.8]}
+
+    class Fake:
+        def __init__(self, arguments: object, task: str, seed: int) -> None:
+            self.task, self.seed, self.known = task, seed, []
+
+        def lacks(self, method: str) -> bool:
+            return method != "encoded"
+
+        def tried(self, method: str) -> list[tuple[float, dict[str, int]]]:
+            return [(dice, {"level": k}) for k, dice in enumerate(dices[self.task])]
+
+        def cases(self, *part: str, **of: int) -> list[str]:
+            return []
+
+        def score_weak(self, method: str, cases: object, settings: object) -> object:
+            return self.task, self.seed, method, settings
+
+    monkeypatch.setattr(weak, "Study", Fake)
+    arguments = SimpleNamespace(tasks=["halves", "phantoms", "slices"], seeds=[1, 2], cases=0)
+    assert [*weak.preset_rows(arguments)] == [
+        (task, seed, weak.PRESET, {"level": 1}) for task in dices for seed in (1, 2)
+    ]
 
 
 def test_the_page_says_first_where_nothing_beats_the_threshold_of_the_image(
