@@ -21,11 +21,13 @@ from guided_diffusion.checkpoint import (
     Checkpoint,
     export_weights,
     latest_checkpoint,
+    load_checkpoint,
     starters,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.layouts import open_dataset
 from guided_diffusion.scoring.metrics import confusion, dice
+from guided_diffusion.tools.phantom_folders import write_isic
 from guided_diffusion.tools.phantom_skin import make_skin
 from guided_diffusion.training.validation import score_of
 
@@ -141,6 +143,15 @@ def test_scores_on_real_pictures(real_data: Path) -> None:
     results = segmenter.segment(cases)
     scores = [score_of(*pair).dice for pair in zip(cases, results, strict=True)]
     assert np.mean(scores) > 0.88, scores
+
+
+def test_training_goes_on_from_a_starter(tmp_path: Path) -> None:
+    write_isic(tmp_path, 0, patients=4, size=64)
+    flags = ("--preset", "small", "--data_dir", tmp_path / "Train", "--out_dir", tmp_path / "run")
+    more = ("--resume_checkpoint", "isic-small", "--max_steps", 1201, "--batch_size", 1)
+    said = succeeded(script("segmentation_train", *flags, *more))
+    assert f"resuming {FILE} at step 1200" in said
+    assert load_checkpoint(tmp_path / "run" / LATEST).step == 1201
 
 
 @pytest.mark.parametrize(
