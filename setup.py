@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["guided_diffusion*"]),
     package_data={
-        "guided_diffusion": ["py.typed"],
+        "guided_diffusion": ["py.typed", "weights/*.safetensors", "weights/*.md"],
         "guided_diffusion.report": ["report.html", "report.css", "report.js"],
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.__main__:main"]},

@@ -274,7 +274,7 @@ COMMANDS = {
     ),
     "export": _command(
         *(export, EXPORT, "export_weights"),
-        "model_path out weights training",
+        "model_path out weights precision training",
         "--model_path results/first --out first.safetensors",
         "--model_path results/first --weights raw --out first.pt",
     ),

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
+from safetensors.torch import load_file
 
+from guided_diffusion.checkpoint import latest_checkpoint, load_checkpoint
 from guided_diffusion.ensemble import BLENDS
 from guided_diffusion.inference.plan import make_plan
+from guided_diffusion.layouts import open_dataset
 from guided_diffusion.options.segmentation import RunOptions, SamplingOptions
 from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.tools import phantom_folders
 
 CPU = torch.device("cpu")
 
@@ -138,6 +142,31 @@ def test_a_run_after_a_torn_line_has_a_line_of_its_own(
     monkeypatch.setattr(method, "DATA", {})
     method.main()
     assert len(method.read(out)) >= 2
+
+
+def test_the_best_weights_in_validation_become_the_starter(
+    method: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the shipped weights and those of a new network, the shipped ones come out again."""
+    starter = importlib.import_module("starter")
+    phantom_folders.write_isic(tmp_path / "isbi2016_256", 0, patients=4, size=64, training=0.75)
+    names = [entry.name for entry in open_dataset(tmp_path / "isbi2016_256/Train").entries]
+    parts = ("training", "validation", "validation")
+    lines = (f"{name} {part}\n" for name, part in zip(names, parts, strict=True))
+    (tmp_path / "isic.txt").write_text("".join(lines))
+    monkeypatch.setattr(starter, "SPLITS", tmp_path)
+    shipped = load_file(ROOT / "guided_diffusion/weights/isic-small.safetensors")
+    for seed in (1, 2):
+        weights = {name: value.float() * (seed - 1) for name, value in shipped.items()}
+        torch.save(weights, tmp_path / f"isic-{starter.RECIPE}-{seed}-64-1200.pt")
+    out = tmp_path / "best.safetensors"
+    words = ["--data", tmp_path, "--weights", tmp_path, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["starter.py", *map(str, words)])
+    starter.main()
+    written, known = load_checkpoint(out), load_checkpoint(latest_checkpoint("isic-small"))
+    assert (written.options, written.step) == (known.options, known.step)
+    assert written.run["given"] == {"preset": "small", "seed": 2}
+    assert all(torch.equal(value, shipped[name]) for name, value in written.model.items())
 
 
 @pytest.mark.slow

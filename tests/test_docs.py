@@ -9,28 +9,34 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import script
+from PIL import Image
 
 from guided_diffusion.layouts import LAYOUTS, open_dataset
 from guided_diffusion.tools import phantom_folders
 from guided_diffusion.tools.phantom_layouts import write_layout
+from guided_diffusion.tools.phantom_skin import make_skin
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+CARD = ROOT / "guided_diffusion/weights/isic-small.md"
 OTHER_PAGES = [
     ROOT / name
     for name in (
         *("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "data/README.md"),
         *("results/README.md", "results/versions.md", "results/weak.md"),
+        "guided_diffusion/weights/isic-small.md",
     )
 ]
 SCRIPTS = {  # what each subcommand of guided-diffusion runs
@@ -171,6 +177,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_layout("custom", place / "data" / folder, 0, patients=5, slices=1, size=24)
     for name, layout in PUBLIC.items():
         write_layout(layout, place / name, 0, patients=4, slices=12, size=24, training=0.5)
+    (place / "my_pictures").mkdir()
+    for number in range(3):
+        picture = Image.fromarray(make_skin(0, number).picture)
+        picture.resize((90 + 10 * number, 70)).save(place / f"my_pictures/{number}.jpg")
     write_arrays(place / "data" / "synapse")
     write_split(place / "split.txt")
     write_recipe_splits(place)
@@ -217,15 +227,16 @@ def write_recipe_splits(place: Path) -> None:
     (place / "benchmarks/splits/brats.txt").symlink_to(ROOT / "benchmarks/splits/brats.txt")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, CARD], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(
     page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of Python run between the commands, in the order of the page."""
     monkeypatch.chdir(workspace)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setattr("guided_diffusion.layouts.LAYOUTS", LAYOUTS.copy())
     variables: dict[str, str] = {}
-    names: dict[str, object] = {"image": torch.rand(4, 80, 80)}
+    names: dict[str, Any] = {"image": torch.rand(4, 80, 80)}
     inline = [("bash", command) for command in inline_commands(page)]
     for language, text in [*blocks(page), *inline]:
         if language == "python":
@@ -236,6 +247,8 @@ def test_the_commands_of_a_page_run(
                 variables[assignment[1]] = assignment[2]
             elif is_command(line):
                 run(re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line))
+    if "plt" in names:
+        names["plt"].close("all")
     if page == README:
         assert names["result"].members.shape == (8, 80, 80)
 
@@ -311,6 +324,13 @@ def test_pinned_versions_in_the_pages_are_those_of_the_requirements() -> None:
     pins = {line for path in ROOT.glob("requirements*.txt") for line in path.read_text().split()}
     named = {pin for page in PAGES for pin in re.findall(r"\w+==[\d.]+\d", page.read_text("utf-8"))}
     assert named and named <= pins
+
+
+def test_the_reference_of_python_is_that_of_the_docstrings() -> None:
+    page = ROOT / "docs/python.md"
+    made = runpy.run_path(str(ROOT / "docs/api.py"))["refilled"](page.read_text("utf-8"))
+    assert page.read_text("utf-8") == made, "run python docs/api.py"
+    assert made.count("<!-- end -->") > 40
 
 
 def test_modules_named_in_the_pages_exist() -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from helpers import DIFFUSION, NETWORK, ROOT
+from PIL import Image
+
+from guided_diffusion.tools.phantom_skin import make_skin
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     }
     assert packed == files
     pages = {f"guided_diffusion/report/report.{kind}" for kind in ("html", "css", "js")}
-    assert {"guided_diffusion/py.typed", *pages} <= packed
+    weights = {f"guided_diffusion/weights/isic-small.{kind}" for kind in ("safetensors", "md")}
+    assert {"guided_diffusion/py.typed", *pages, *weights} <= packed
 
 
 @pytest.mark.slow
@@ -83,6 +87,10 @@ def test_the_installed_command_trains_samples_and_scores(
         return ended.stdout
 
     assert run("--about").startswith("guided-diffusion 0.1.0, torch ")
+    Image.fromarray(make_skin(0, 1).picture).save(tmp_path / "mole.jpg")
+    said = run("sample", "--model_path", "isic-small", "--data_dir", "mole.jpg", "--steps", 1)
+    assert "isic-small is used with --preset small" in said
+    assert (tmp_path / "results/report.html").stat().st_size > 10_000
     run(
         *("train", "--data_dir", brats / "training", "--out_dir", "run", *NETWORK, *DIFFUSION),
         *("--batch_size", 2, "--max_steps", 2),

@@ -45,6 +45,7 @@ from guided_diffusion.checkpoint.saving import (
     save_checkpoint,
 )
 from guided_diffusion.checkpoint.sharded import SHARDED, joined, opened, without_values
+from guided_diffusion.checkpoint.starters import STARTERS, starter_named
 from guided_diffusion.checkpoint.weights import (
     NOT_WHOLE,
     OTHER_FILE,
@@ -70,6 +71,7 @@ __all__ = [
     "IMAGES",
     "LATEST",
     "SEGMENTATION",
+    "STARTERS",
     "Weights",
     "adapt_weights",
     "export_checkpoint",
@@ -88,6 +90,7 @@ __all__ = [
     "require_fit",
     "require_kind",
     "save_checkpoint",
+    "starter_named",
     "step_of",
     "usable_weights",
     "version_of",

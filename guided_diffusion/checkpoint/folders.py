@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from guided_diffusion.checkpoint.portable import SUFFIX
+from guided_diffusion.checkpoint.starters import other_name, starter_file, starter_named
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import expanded, nearest_path
+from guided_diffusion.files import expanded
 
 LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
@@ -26,11 +27,14 @@ def step_of(path: Path) -> int:
 def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
     """Find the checkpoint that a path names: a file, or the latest one in a folder.
 
-    A folder without any may hold a single ``.safetensors`` file instead.
+    A folder without any may hold a single ``.safetensors`` file instead. Where there is neither, a
+    name of :data:`~guided_diffusion.checkpoint.starters.STARTERS` is that of its file.
 
     Raises:
         UserError: there is none; ``flag`` names the path in the message.
     """
+    if starter_named(path):
+        return starter_file(str(path))
     file = expanded(path, flag=flag)
     if file.is_dir():
         folder, file = file, file / LATEST
@@ -42,7 +46,7 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
         raise UserError(
             flag,
             f"there is no file {file}" if str(path) else "no path given",
-            nearest_path(
+            other_name(
                 expanded(path, flag=flag),
                 f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
             ),

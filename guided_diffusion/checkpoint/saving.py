@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from guided_diffusion.checkpoint import portable
 from guided_diffusion.checkpoint.content import Checkpoint
@@ -16,6 +17,7 @@ from guided_diffusion.checkpoint.folders import BEST, LATEST
 from guided_diffusion.checkpoint.portable import FORMAT
 from guided_diffusion.checkpoint.sharded import ShardSet, remove_unnamed, write_shards
 from guided_diffusion.checkpoint.weights import checksums
+from guided_diffusion.errors import UserError
 from guided_diffusion.files import CHECKPOINTS_HINT, atomic_write, writing
 
 
@@ -62,19 +64,24 @@ def _recorded_content(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"format": FORMAT, **content, "checksums": checksums(content)}
 
 
-def export_weights(checkpoint: Checkpoint, weights: str, path: Path) -> None:
+def export_weights(
+    checkpoint: Checkpoint, weights: str, path: Path, *, precision: str = "fp32"
+) -> None:
     """Write one set of weights and the options, without what training needs, for use elsewhere.
 
     Args:
         checkpoint: of this suite, or bare weights.
         weights: ``ema`` or ``raw``, as :meth:`Checkpoint.choose` has it.
         path: of the file, which ends in ``.safetensors`` or in ``.pt``.
+        precision: ``fp16`` rounds floating-point numbers to half precision; ``fp32`` keeps them.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or a weight is beyond the range of half precision.
     """
     chosen, _ = checkpoint.choose(weights)
     rate = next((rate for rate, average in checkpoint.ema.items() if average is chosen), None)
+    if precision == "fp16":
+        chosen = {name: _halved(name, value) for name, value in chosen.items()}
     ema = {} if rate is None else {rate: chosen}
     content = _recorded_content(replace(checkpoint, model=chosen, ema=ema, training={}))
     own = bool(checkpoint.options)
@@ -85,6 +92,15 @@ def export_weights(checkpoint: Checkpoint, weights: str, path: Path) -> None:
             portable.write(part, chosen, rate=rate, content=parts if own else {})
         else:
             torch.save(content if own else chosen, part)
+
+
+def _halved(name: str, value: Tensor) -> Tensor:
+    """Round to half precision; whole numbers stay."""
+    half = value.half() if value.is_floating_point() else value
+    if value.isfinite().all() and not half.isfinite().all():
+        problem = f"tensor {name} holds numbers above 65504, the largest one of half precision"
+        raise UserError("--precision fp16", problem, "Use --precision fp32.")
+    return half
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

@@ -149,7 +149,8 @@ def segment(
         run: what would repeat the run, recorded if there is anything left to draw.
 
     Raises:
-        UserError: some cases failed; all others are finished.
+        UserError: the folder holds another run's masks of other data; or some cases failed, and all
+            others are finished.
     """
     # What is left to do, and this process's share of it.
     make_folder(out_dir)
@@ -169,6 +170,7 @@ def segment(
         job=job,
         names=names,
     )
+    record.refuse_other_run(dataset)
     note_classes(out_dir, segmenter.classes, known=record.is_uniform)
     if rank() == 0:
         note()

@@ -12,7 +12,7 @@ from typing import Any
 
 from guided_diffusion import logger
 from guided_diffusion.data.classes import RECORD, Classes, record_text, recorded_classes
-from guided_diffusion.data.datasets import Case
+from guided_diffusion.data.datasets import Case, SegmentationDataset
 from guided_diffusion.data.folders import counted, listing
 from guided_diffusion.data.frames import Frame
 from guided_diffusion.data.jobs import (
@@ -181,6 +181,23 @@ class Record:
 
     def _parts(self) -> list[Path]:
         return [path for path in record_parts(self.out_dir, self.job) if path != self.path]
+
+    def refuse_other_run(self, dataset: SegmentationDataset) -> None:
+        """Refuse a folder with masks of other settings, all of them of cases of another data set.
+
+        Masks of the same data are replaced; these would stay and be scored together with the new.
+
+        Raises:
+            UserError: it is such a folder.
+        """
+        others = [n for n, row in self.rows.items() if row["fingerprint"] != self.fingerprint]
+        if others and not self.rows.keys() & {entry.name for entry in dataset.entries}:
+            raise UserError(
+                f"--out_dir {self.out_dir}",
+                f"holds masks of another run, of {listing(others)}, none of which is in "
+                f"{dataset.directory}",
+                "Choose another --out_dir.",
+            )
 
     @property
     def is_uniform(self) -> bool:

@@ -17,7 +17,12 @@ from guided_diffusion.data.frames import WOLLEB_CROP, Frame
 from guided_diffusion.data.jobs import Job, parse_job
 from guided_diffusion.errors import UserError
 from guided_diffusion.inference.plan import sampler_of
-from guided_diffusion.inference.trained import Trained, disagreement_error, load_agreeing
+from guided_diffusion.inference.trained import (
+    Trained,
+    disagreement_error,
+    load_agreeing,
+    with_own_preset,
+)
 from guided_diffusion.layouts import open_data
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.network import DiffusionOptions, NetworkOptions
@@ -92,14 +97,16 @@ def resolve_sampling(flags: Flags, *, model: str | Sequence[str] | None = None) 
     Raises:
         UserError: flags, checkpoints and data that do not belong together.
     """
+    path = flags.group(SamplingOptions).model_path if model is None else model
+    flags, own_preset = with_own_preset(flags, path)
     run = run_options(flags, RunOptions)
     job = parse_job(flags.group(SamplingOptions).job)
     flag = "--model_path" if model is None else "path"
-    path = flags.group(SamplingOptions).model_path if model is None else model
     loaded = load_agreeing(path, flags, flag=flag)
     known = loaded[0].flags
     versions = {one.flags.get("version") for one in loaded}
-    preset = preset_notes(known) + suggest_preset(flags, loaded[0].checkpoint.run, SamplingOptions)
+    preset = own_preset + preset_notes(known)
+    preset += suggest_preset(flags, loaded[0].checkpoint.run, SamplingOptions)
     if flags.preset and versions == {"unet"}:
         flags = replace(flags, preset={})
         preset = ["--preset has no effect: it concerns a diffusion, not a plain U-Net"]

@@ -24,7 +24,7 @@ class Segmentation(NamedTuple):
             coarse mask first, as the plan says. Their spread is measured before that.
         uncertainty: by ``measure``, float32 [H, W]; the standard deviation lies in [0, 0.5].
         classes: what the channels are; None where everything is one class.
-        measure: a name of :data:`guided_diffusion.ensemble.UNCERTAINTIES`.
+        measure: of the uncertainty: ``std``, ``variance`` or ``entropy``.
         coarse: the condition network's own mask, soft, float32 [H, W] in [0, 1]; None where the
             network has none.
         per_weights: how many of the members are of each of several weights, in their order; empty

@@ -106,7 +106,8 @@ class Segmenter:
         """Load a checkpoint, or a folder's latest one, or several.
 
         Args:
-            path: of the checkpoint; several as a list, or separated by commas.
+            path: of the checkpoint, or the name of weights that come with the package, such as
+                ``isic-small``; several as a list, or separated by commas.
             flags: those of ``segmentation_sample.py`` that concern the model and the drawing, by
                 name, such as ``sampler="dpm_solver++"``, ``steps=10``, ``num_ensemble=5``,
                 ``seed=10``; for bare weights also the network's.

@@ -15,12 +15,14 @@ from guided_diffusion.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    starter_named,
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.layouts import normalise_flags
 from guided_diffusion.options.flags import Flags
+from guided_diffusion.options.presets import with_preset
 
 COMMON = ("image_size", "in_ch", "crop", "modalities", "normalise", "plane", "mask_labels")
 """What weights that draw together must agree in."""
@@ -69,6 +71,21 @@ def load_trained(
     return Trained(checkpoint, found, flags.with_resolved(**trained))
 
 
+def with_own_preset(flags: Flags, model: str | Sequence[str]) -> tuple[Flags, list[str]]:
+    """Add the preset of weights that come with the package, unless another one is given.
+
+    Returns:
+        The flags, and a note on what was added.
+    """
+    paths = _paths_of(model)
+    presets = {own.preset if (own := starter_named(path)) else "" for path in paths}
+    if len(presets) != 1 or presets == {""} or "preset" in flags.given:
+        return flags, []
+    (preset,) = presets
+    note = f"{', '.join(paths)} is used with --preset {preset}; given flags win"
+    return with_preset(flags.with_given(preset=preset), "sample"), [note]
+
+
 def load_agreeing(
     model: str | Sequence[str], flags: Flags, *, flag: str = "--model_path"
 ) -> list[Trained]:
@@ -79,8 +96,7 @@ def load_agreeing(
     Raises:
         UserError: as :func:`load_trained`; none or the same twice, or they do not agree.
     """
-    paths = split_paths(model) if isinstance(model, str) else [*model]
-    loaded = [load_trained(path, flags, flag=flag) for path in paths or [""]]
+    loaded = [load_trained(path, flags, flag=flag) for path in _paths_of(model) or [""]]
     for index, one in enumerate(loaded):
         if any(one.path.samefile(other.path) for other in loaded[:index]):
             raise UserError(flag, f"names {one.path} twice", "Name different weights.")
@@ -95,6 +111,10 @@ def load_agreeing(
                 raise disagreement_error(one.path, path, name, value, known)
     values = {name: value for name, (value, _) in common.items()}
     return [_slim(one)._replace(flags=one.flags.with_resolved(**values)) for one in loaded]
+
+
+def _paths_of(model: str | Sequence[str]) -> list[str]:
+    return split_paths(model) if isinstance(model, str) else [*model]
 
 
 def _slim(trained: Trained) -> Trained:

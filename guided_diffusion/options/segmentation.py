@@ -196,7 +196,7 @@ class WatchOptions:
 class SamplingOptions:
     """How masks are drawn."""
 
-    model_path: str = flag("", "checkpoint, or folder of one; several by commas")
+    model_path: str = flag("", "checkpoint, folder of one, or isic-small; several by commas")
     num_ensemble: int = flag(5, "masks drawn for each case", least=1, cap=10_000)
     flip_members: bool = flag(
         False, "draw num_ensemble masks of the image flipped left to right, too, and flip them back"

@@ -99,6 +99,9 @@ class ExportOptions:
     model_path: str = flag("", "checkpoint, or the folder that holds savedmodel.pt")
     out: str = flag("", "file to write, such as model.safetensors or model.pt")
     weights: str = flag("ema", "averaged or last weights", choices=("ema", "raw"))
+    precision: str = flag(
+        "fp32", "type of the numbers; fp16 halves the file", choices=("fp32", "fp16")
+    )
     training: bool = flag(
         False, "write all that a run continues from, in one .pt file where it was in shards"
     )

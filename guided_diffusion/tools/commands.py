@@ -139,12 +139,14 @@ def run_export(options: ExportOptions) -> str:
         if not checkpoint.training:
             problem = f"is not possible: {path} has nothing that training needs"
         raise UserError("--training True", problem, "Omit it to write the weights.")
+    if options.training and options.precision != "fp32":
+        raise UserError("--precision fp16", "is not for --training True", "Omit one of the two.")
     make_folder(out.parent, flag="--out")
     what = f"step {checkpoint.step}, to continue from,"
     if options.training:
         export_checkpoint(checkpoint, out)
     else:
-        export_weights(checkpoint, options.weights, out)
+        export_weights(checkpoint, options.weights, out, precision=options.precision)
         what = checkpoint.choose(options.weights)[1]
     return f"{what} of {path} in {out}, {out.stat().st_size / 2**20:.1f} MiB"
 
