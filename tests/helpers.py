@@ -87,13 +87,13 @@ def process(name: str, *arguments: object, group: bool = False) -> subprocess.Po
 
 
 def torchrun(
-    count: int, *arguments: object, timeout: float = 100
+    count: int, *arguments: object, timeout: float = 100, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run a file in several processes, as torchrun does, from the repository's root."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     return subprocess.run(
         [sys.executable, "-W", "ignore", *launcher, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,

@@ -44,6 +44,7 @@ class Holder:
         process: when the process started, in whatever unit the system has; empty if unknown.
         job: its SLURM job, if any.
         restarts: how often that job was queued again.
+        launch: the id of its launch by ``torchrun``, if it has one of its own.
         started: when the run started, in ISO 8601.
         command: its command line.
     """
@@ -54,6 +55,7 @@ class Holder:
     process: str
     job: str
     restarts: int
+    launch: str
     started: str
     command: str
 
@@ -61,6 +63,7 @@ class Holder:
     def this(cls) -> Holder:
         """Describe this process."""
         restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -68,6 +71,7 @@ class Holder:
             process=_process_start(os.getpid()) or "",
             job=os.environ.get("SLURM_JOB_ID", ""),
             restarts=int(restarts) if restarts.isdecimal() else 0,
+            launch="" if launch == "none" else launch,
             started=datetime.now().astimezone().isoformat(timespec="seconds"),
             command=" ".join(sys.argv),
         )
@@ -88,8 +92,8 @@ class Holder:
         own = Holder.this()
         if self.job and self.job == own.job and self.restarts < own.restarts:
             return True
-        if self.host != own.host:
-            return None
+        if self.host != own.host:  # torchrun starts the others again where a node is lost
+            return True if self.launch and self.launch == own.launch else None
         if self.machine != own.machine:
             rebooted = self.machine.split()[:1] != own.machine.split()[:1]
             return True if rebooted and self.machine else None  # None: another container

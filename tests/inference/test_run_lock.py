@@ -86,18 +86,20 @@ def test_the_lock_goes_when_a_run_fails(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
-    "left", ["dead", "reused", "rebooted", "requeued", "empty", "text", "list"]
+    "left", ["dead", "reused", "rebooted", "requeued", "lost", "empty", "text", "list"]
 )
 def test_a_lock_that_is_left_over_is_replaced(
     left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run1")
     changes: dict[str, dict[str, Any]] = {
         "dead": {"pid": dead_pid()},
         "reused": {"process": "1"},
         "rebooted": {"machine": "another-boot pid:[1]"},
         "requeued": {"host": "elsewhere", "restarts": 1},
+        "lost": {"host": "elsewhere", "job": "", "launch": "run1"},
     }
     lock = write(tmp_path, **changes.get(left, {}))
     if left not in changes:
@@ -118,6 +120,7 @@ def test_a_lock_that_is_left_over_is_replaced(
         ),
         ({"machine": Holder.this().machine + "0"}, "If that run is gone, delete "),
         ({"host": "elsewhere", "job": "8"}, "If that run is gone, delete "),
+        ({"host": "elsewhere", "launch": "run2"}, "If that run is gone, delete "),
         ({"process": ""}, "If that run is gone, delete "),
     ],
 )
