@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
 from guided_diffusion.options.console import tolerant_console
@@ -97,6 +97,11 @@ def score(flags: Flags) -> None:
 
         print("\n".join(run_comparison(flags, lambda folder: _scored(options, folder))))
         return
+    if options.job:
+        from guided_diffusion.tools.commands import run_scoring_job
+
+        print(run_scoring_job(options, _scoring(options)))
+        return
     evaluation = _scored(options, options.inp_pth, report=options.report)
     note_run(evaluation.folder, run_record(flags, data=options.out_pth))
     written = ["summary.json", "scores.csv"]
@@ -111,20 +116,24 @@ def score(flags: Flags) -> None:
 def _scored(options: ScoringOptions, folder: str, *, report: bool = False) -> Evaluation:
     """Score one folder as the flags say."""
     from guided_diffusion.report.thumbnails import collect_layers
-    from guided_diffusion.scoring.case_scores import Scoring
     from guided_diffusion.scoring.evaluate import evaluate_all
 
-    return evaluate_all(
-        folder,
-        options.out_pth,
-        scoring=Scoring(options.empty, options.tolerance, options.low_dice),
-        partial=options.partial,
-        mask_labels=options.mask_labels,
-        plane=options.plane,
-        raters=[rater for rater in options.raters.split(",") if rater],
-        collect=collect_layers(folder) if report else None,
-        processes=options.num_workers,
-    )
+    collect = collect_layers(folder) if report else None
+    return evaluate_all(folder, options.out_pth, collect=collect, **_scoring(options))
+
+
+def _scoring(options: ScoringOptions) -> dict[str, Any]:
+    """What the flags say of how to score."""
+    from guided_diffusion.scoring.case_scores import Scoring
+
+    return {
+        "scoring": Scoring(options.empty, options.tolerance, options.low_dice),
+        "partial": options.partial,
+        "mask_labels": options.mask_labels,
+        "plane": options.plane,
+        "raters": [rater for rater in options.raters.split(",") if rater],
+        "processes": options.num_workers,
+    }
 
 
 def check(flags: Flags) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from guided_diffusion.checkpoint import (
 from guided_diffusion.checkpoint.portable import SUFFIX
 from guided_diffusion.data.datasets import Reading
 from guided_diffusion.data.folders import counted
+from guided_diffusion.data.jobs import parse_job
 from guided_diffusion.data.splits import part_of_cases
 from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, require_replaceable, writing
-from guided_diffusion.inference.next_steps import after_check
+from guided_diffusion.inference.next_steps import after_check, command_line
 from guided_diffusion.inference.provenance import describe_run, note_run, run_record
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import SLICING, only_run
@@ -41,7 +42,8 @@ from guided_diffusion.options.tools import (
 )
 from guided_diffusion.report.comparison import write_comparison
 from guided_diffusion.scoring.compare import compare_folders, comparison_text
-from guided_diffusion.scoring.evaluate import Evaluation, folder_of
+from guided_diffusion.scoring.evaluate import Evaluation, score_job
+from guided_diffusion.scoring.pairing import folder_of
 from guided_diffusion.scoring.tables import require_writable
 from guided_diffusion.tools import phantom_folders
 from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
@@ -156,6 +158,8 @@ def run_comparison(flags: Flags, score: Callable[[str], Evaluation]) -> Iterator
         UserError: a folder that cannot be scored, or folders with different cases.
     """
     options = flags.group(ScoringOptions)
+    if options.job:
+        raise UserError("--job", "has no effect with --compare", "Score both folders first.")
     for folder in options.compare:
         require_writable(folder_of(folder, "--compare"))
     first, second = map(score, options.compare)
@@ -168,6 +172,20 @@ def run_comparison(flags: Flags, score: Callable[[str], Evaluation]) -> Iterator
     yield f"written: {', '.join(map(str, written))}, and the scores of both folders"
     if options.report:
         yield f"next: open {written[-1]}; the cases that changed most come first"
+
+
+def run_scoring_job(options: ScoringOptions, how: Mapping[str, Any]) -> str:
+    """Score the cases of ``--job``, and return the message to print.
+
+    Raises:
+        UserError: there is no such job, or a case of it cannot be scored.
+    """
+    job = parse_job(options.job)
+    assert job is not None
+    path, count = score_job(options.inp_pth, options.out_pth, job, **how)
+    line = command_line("score", inp_pth=options.inp_pth, out_pth=options.out_pth)
+    cases = counted(count, "case")
+    return f"{cases} of job {job} scored: {path}\nnext, once all jobs have ended: {line}"
 
 
 def write_phantoms(options: PhantomOptions) -> str:
