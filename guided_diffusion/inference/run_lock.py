@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guided_diffusion.data.jobs import Job
-from guided_diffusion.dist_util import all_gather_object, rank
+from guided_diffusion.dist_util import all_gather_object, local_world_size, rank, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, require_file, writing
 
@@ -30,6 +30,8 @@ TRAINING, SAMPLING, SLICING = "training", "sampling", "slicing"
 
 SETTLED = 60.0
 """Seconds after which a file without a holder is left over, and not just being written."""
+VISIBLE = 60.0
+"""Seconds after which all nodes see a file that one has written."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def only_run(
         flag: that names the folder in messages.
 
     Raises:
-        UserError: another run of that kind holds it, or it cannot be written.
+        UserError: another run of that kind holds it, it cannot be written, or a node has another
+            folder of that name.
     """
     own = json.dumps(asdict(Holder.this())).encode()
     path = folder / (f".lock-{kind}-{job.name}" if job else f".lock-{kind}")
@@ -140,12 +143,27 @@ def only_run(
                     _take(path, own, f"{flag} {folder}", f"{kind} of job {job}" if job else kind)
                 taken = True
                 _refuse_others(folder, kind, job, f"{flag} {folder}")
+        if local_world_size() < world_size():
+            _require_shared(path, all_gather_object(own)[0], f"{flag} {folder}")
         yield
     finally:
         if taken:
             with suppress(OSError):
                 if path.read_bytes() == own:
                     path.unlink()
+
+
+def _require_shared(path: Path, lock: bytes, what: str) -> None:
+    """Raise a UserError in every process where one does not see the lock of the first.
+
+    A network file system may show a new file some time later.
+    """
+    limit = time.monotonic() + VISIBLE
+    while not (seen := path.exists() and path.read_bytes() == lock) and time.monotonic() < limit:
+        time.sleep(0.1)
+    for host in filter(None, all_gather_object("" if seen else socket.gethostname())):
+        problem = f"{host} does not see what the first process writes there"
+        raise UserError(what, problem, "Use a folder on a file system that all nodes share.")
 
 
 def _refuse_others(folder: Path, kind: str, job: Job | None, what: str) -> None:
