@@ -8,6 +8,7 @@ import io
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,29 @@ def torchrun(
         timeout=timeout,
         check=False,
     )
+
+
+def two_nodes(count: int, *arguments: object, timeout: float = 200) -> list[str]:
+    """Run a file as two nodes do, each with several processes; return what each node says."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={count}"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *launcher, "--local_addr=127.0.0.1"]
+            + [str(argument) for argument in arguments],
+            cwd=ROOT,
+            env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [node.communicate(timeout=timeout)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    return said
 
 
 def succeeded(run: Run) -> str:
