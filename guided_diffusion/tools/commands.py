@@ -13,6 +13,9 @@ from tqdm import tqdm
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.checkpoint import (
+    IMAGES,
+    SEGMENTATION,
+    Checkpoint,
     export_checkpoint,
     export_weights,
     kind_of,
@@ -77,6 +80,15 @@ def run_slicing(flags: Flags) -> Iterator[str]:
     plan = SlicingPlan(reading, dtype=options.dtype, train=options.train, seed=options.seed)
     out = expanded(options.out, flag="--out")
     dataset = open_volumes(expanded(options.src, flag="--src"), reading)
+    if options.dry_run:
+        jobs = plan_jobs(dataset, out, plan, dry_run=True)
+        folders = [folder for job in jobs for _, folder in job.targets()]
+        there = sum(folder.exists() for folder in folders)
+        yield (
+            f"dry run: {counted(len(folders) - there, 'slice')} of {counted(len(jobs), 'volume')} "
+            f"would be written to {out}, {there} are there"
+        )
+        return
     with only_run(out, SLICING, flag="--out"):
         jobs = plan_jobs(dataset, out, plan)
         sweep(out)
@@ -89,6 +101,13 @@ def run_slicing(flags: Flags) -> Iterator[str]:
         f"{counted(written, 'slice')} of {counted(len(jobs), 'volume')} written, "
         f"{len(dataset) - written} were there; who is in which part: {out / 'split.txt'}"
     )
+    yield after_check(DataOptions(data_dir=str(_training_part(Path(options.out)))))
+
+
+def _training_part(folder: Path) -> Path:
+    """The folder of the cases to train on: a part of this one, or all of it."""
+    parts = [folder / name for name in ("training", "train")]
+    return next((part for part in parts if part.is_dir()), folder)
 
 
 def run_check(flags: Flags) -> Iterator[str]:
@@ -141,14 +160,31 @@ def run_export(options: ExportOptions) -> str:
         if not checkpoint.training:
             problem = f"is not possible: {path} has nothing that training needs"
         raise UserError("--training True", problem, "Omit it to write the weights.")
-    make_folder(out.parent, flag="--out")
     what = f"step {checkpoint.step}, to continue from,"
+    if not options.training:
+        what = checkpoint.choose(options.weights)[1]
+    if options.dry_run:
+        return f"dry run: {what} of {path} would be written to {out}"
+    make_folder(out.parent, flag="--out")
     if options.training:
         export_checkpoint(checkpoint, out)
     else:
         export_weights(checkpoint, options.weights, out)
-        what = checkpoint.choose(options.weights)[1]
-    return f"{what} of {path} in {out}, {out.stat().st_size / 2**20:.1f} MiB"
+    size = out.stat().st_size / 2**20
+    return f"{what} of {path} in {out}, {size:.1f} MiB\n{_after_export(options, checkpoint)}"
+
+
+def _after_export(options: ExportOptions, checkpoint: Checkpoint) -> str:
+    """Name the command that uses exported weights, or continues from them."""
+    kind, out = kind_of(checkpoint) if checkpoint.options else SEGMENTATION, options.out
+    if options.training:
+        name = {SEGMENTATION: "train", IMAGES: "weak-train"}.get(kind, "weak-classifier")
+        return f"next: {command_line(name, resume_checkpoint=out)}"
+    if kind == SEGMENTATION:
+        to = {"data_dir": "YOUR_IMAGES", "out_dir": "results/masks"}
+        return f"next: {command_line('sample', model_path=out, **to)}"
+    flag = "model_path" if kind == IMAGES else "classifier_path"
+    return f"next: {command_line('weak-sample', **{flag: out})}"
 
 
 def run_comparison(flags: Flags, score: Callable[[str], Evaluation]) -> Iterator[str]:
@@ -205,12 +241,19 @@ def write_phantoms(options: PhantomOptions) -> str:
         if getattr(options, name) and layout in idle:
             raise UserError(f"--{name}", f"has no effect with --layout {layout}", f"Omit --{name}.")
     _refuse_occupied(out)
+    patients = counted(options.patients, "patient")
+    if options.dry_run:
+        return f"dry run: {patients} of {layout} would be written to {out}"
     make_folder(out, flag="--out")
     hint = "Free some space, empty the folder and run the command again."
     with writing(out, hint=hint):
         _write_layout(options, out)
     folders = ", ".join(sorted(path.name for path in out.iterdir() if path.is_dir()))
-    return f"{counted(options.patients, 'patient')} written to {out}: {folders}"
+    if layout == "weak":
+        following = f"next: {command_line('weak-train', src_dir=options.out, class_cond=True)}"
+    else:
+        following = after_check(DataOptions(data_dir=str(_training_part(Path(options.out)))))
+    return f"{patients} written to {out}: {folders}\n{following}"
 
 
 def _write_layout(options: PhantomOptions, out: Path) -> None:
