@@ -20,7 +20,7 @@ from guided_diffusion.options.network import (
     NetworkOptions,
 )
 from guided_diffusion.options.presets import PresetOptions
-from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
+from guided_diffusion.options.segmentation import LiveOptions, RunOptions, TrainingOptions
 
 METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "gradcam", "otsu")
 
@@ -281,6 +281,7 @@ TRAIN_IMAGES = (
     ImageNetworkOptions,
     ImageDiffusionOptions,
     ImageTrainingOptions,
+    LiveOptions,
     WeakRunOptions,
 )
 TRAIN_CLASSIFIER = (
@@ -289,6 +290,7 @@ TRAIN_CLASSIFIER = (
     ClassifierOptions,
     ImageDiffusionOptions,
     ClassifierTrainingOptions,
+    LiveOptions,
     WeakRunOptions,
 )
 SAMPLE_IMAGES = (
