@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guided_diffusion.errors import UserError, did_you_mean, exit_on_user_error
@@ -18,12 +17,8 @@ from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.parser import parse
 from guided_diffusion.options.presets import naming_preset, with_preset
 from guided_diffusion.options.reading import ReadingOptions
-from guided_diffusion.options.scoring import SCORE, ScoringOptions
-from guided_diffusion.options.segmentation import (
-    SAMPLE,
-    TRAIN,
-    RunOptions,
-)
+from guided_diffusion.options.scoring import SCORE
+from guided_diffusion.options.segmentation import SAMPLE, TRAIN, RunOptions
 from guided_diffusion.options.tools import (
     CHECK,
     EXPORT,
@@ -42,7 +37,6 @@ from guided_diffusion.options.weak import (
 )
 
 if TYPE_CHECKING:
-    from guided_diffusion.scoring.evaluate import Evaluation
     from guided_diffusion.training.resolve import TrainSetup
 
 
@@ -81,50 +75,10 @@ def sample(flags: Flags) -> None:
 
 def score(flags: Flags) -> None:
     """Score predicted masks against the ground truth."""
-    from guided_diffusion.inference.next_steps import after_scoring
-    from guided_diffusion.inference.provenance import (
-        describe_run,
-        note_run,
-        run_record,
-        training_log,
-    )
-    from guided_diffusion.report.report import write_report
-    from guided_diffusion.scoring.summary import summary_text
+    from guided_diffusion.tools.scoring import run_scoring
 
-    options = flags.group(ScoringOptions)
-    if options.compare:
-        from guided_diffusion.tools.commands import run_comparison
-
-        print("\n".join(run_comparison(flags, lambda folder: _scored(options, folder))))
-        return
-    evaluation = _scored(options, options.inp_pth, report=options.report)
-    note_run(evaluation.folder, run_record(flags, data=options.out_pth))
-    written = ["summary.json", "scores.csv"]
-    if options.report:
-        run, log = describe_run(evaluation.folder), training_log(evaluation.folder)
-        written.append(write_report(evaluation, run, evaluation.collected, training=log).name)
-    print(summary_text(evaluation.summary))
-    print(f"written: {', '.join(str(Path(options.inp_pth) / name) for name in written)}")
-    print(after_scoring(evaluation, report=options.report))
-
-
-def _scored(options: ScoringOptions, folder: str, *, report: bool = False) -> Evaluation:
-    """Score one folder as the flags say."""
-    from guided_diffusion.report.thumbnails import collect_layers
-    from guided_diffusion.scoring.case_scores import Scoring
-    from guided_diffusion.scoring.evaluate import evaluate_all
-
-    return evaluate_all(
-        folder,
-        options.out_pth,
-        scoring=Scoring(options.empty, options.tolerance, options.low_dice),
-        partial=options.partial,
-        mask_labels=options.mask_labels,
-        plane=options.plane,
-        raters=[rater for rater in options.raters.split(",") if rater],
-        collect=collect_layers(folder) if report else None,
-        processes=options.num_workers,
-    )
+    for line in run_scoring(flags):
+        print(line)
 
 
 def check(flags: Flags) -> None:

@@ -71,7 +71,8 @@ def check_launcher() -> None:
     """Check the variables by which a launcher tells a process of the others.
 
     Raises:
-        UserError: some are missing, as where one was left in the environment, or contradict others.
+        UserError: some are missing, as where one was left in the environment, or contradict others;
+            ``torchrun`` is asked for restarts that cannot work.
     """
     count, needed = world_size(), ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name)] if count > 1 else []
@@ -87,6 +88,14 @@ def check_launcher() -> None:
             f"RANK={rank()} in the environment",
             f"there is no such process where WORLD_SIZE is {count}",
             _UNSET_HINT,
+        )
+    # Processes that are started again would read there where the former ones listened.
+    restarts, stored = _number("TORCHELASTIC_MAX_RESTARTS", 0), "TORCHELASTIC_USE_AGENT_STORE"
+    if restarts and count > 1 and os.environ.get(stored) == "True":
+        raise UserError(
+            f"--max_restarts {restarts} of torchrun",
+            "would fail: its store keeps the addresses of processes that have ended",
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all nodes.",
         )
 
 

@@ -39,13 +39,16 @@ Values = dict[str, Any]
 
 
 class Sink(Protocol):
-    """A live display of a run; neither method may block or raise."""
+    """A live display of a run; no method may raise, nor delay the run."""
 
     def numbers(self, values: Values) -> None:
         """Show a row of the log, which contains ``step``."""
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
         """Show a picture, uint8 [H, W, 3], in place of the last one of that name."""
+
+    def close(self) -> None:
+        """Show what is left, at the end of the run."""
 
 
 class Logger:

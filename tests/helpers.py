@@ -8,6 +8,7 @@ import io
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -87,19 +88,42 @@ def process(name: str, *arguments: object, group: bool = False) -> subprocess.Po
 
 
 def torchrun(
-    count: int, *arguments: object, timeout: float = 100
+    count: int, *arguments: object, timeout: float = 100, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run a file in several processes, as torchrun does, from the repository's root."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     return subprocess.run(
         [sys.executable, "-W", "ignore", *launcher, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+
+
+def two_nodes(count: int, *arguments: object, timeout: float = 200) -> list[str]:
+    """Run a file as two nodes do, each with several processes; return what each node says."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={count}"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *launcher, "--local_addr=127.0.0.1"]
+            + [str(argument) for argument in arguments],
+            cwd=ROOT,
+            env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [node.communicate(timeout=timeout)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    return said
 
 
 def succeeded(run: Run) -> str:

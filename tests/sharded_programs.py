@@ -33,10 +33,11 @@ STEPS = 3
 def make_version_loop(version: str, folder: Path, *, sharded: bool, **options: Any) -> TrainLoop:
     """A loop over squares whose weights are all random; without dropout or statistics of batches,
     which differ from process to process."""
-    use_checkpoint = options.pop("use_checkpoint", False)
+    use_checkpoint, made = options.pop("use_checkpoint", False), options.pop("made", [])
 
     def make() -> torch.nn.Module:
         torch.manual_seed(0)
+        made.append(str(torch.empty(0).device))
         flags = {**COARSE_FLAGS, "version": version, "use_checkpoint": use_checkpoint}
         net, _ = create_model_and_diffusion(**flags)
         for parameter in net.parameters():
@@ -94,7 +95,8 @@ def compare_versions(folder: Path) -> None:
     for version in VERSIONS:
         loop = make_version_loop(version, folder, sharded=True, microbatch=1)
         found[version] = three_steps(loop)
-    loop = make_version_loop("2", folder, sharded=True, use_checkpoint=True)
+    found["made"] = list[str]()
+    loop = make_version_loop("2", folder, sharded=True, use_checkpoint=True, made=found["made"])
     found["2 recomputed"] = three_steps(loop)
 
     loop = make_version_loop("new", folder, sharded=True)

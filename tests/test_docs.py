@@ -94,6 +94,7 @@ RUN_ELSEWHERE = (  # by make, by the test of the installed wheel, or by a cluste
     r"python3 -m venv \.venv$",
     r"\. \.venv/bin/activate$",
     r"python -m (pip install|ruff|mypy|pytest)\b",
+    r"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1$",
 )
 
 

@@ -180,6 +180,8 @@ def test_an_array_draws_and_scores_together(cluster: Cluster) -> None:
     logs = "".join(path.read_text() for path in cluster.notes.glob("log-*"))
     assert len(read_csv(folder / "scores.csv")) == 2, logs
     assert (folder / "predictions-1-of-2.csv").exists() and "dice is" in logs
+    assert all(f"1 case of job {job}/2 scored" in logs for job in (1, 2))
+    assert not list(folder.glob("scores-*"))
 
 
 @pytest.mark.slow

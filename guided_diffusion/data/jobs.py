@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,8 +86,35 @@ def parse_job(text: str) -> Job | None:
 
 def turns(entries: Sequence[Entry]) -> list[int]:
     """Number the cases in their order, all slices of a volume alike."""
+    return _numbered(entry.volume or entry.name for entry in entries)
+
+
+def _numbered(keys: Iterable[str]) -> list[int]:
     places: dict[str, int] = {}
-    return [places.setdefault(entry.volume or entry.name, len(places)) for entry in entries]
+    return [places.setdefault(key, len(places)) for key in keys]
+
+
+def divided(folder: Path, count: int, volume_of: Mapping[str, str]) -> list[list[str]]:
+    """Divide cases among so many jobs: as those did that drew them, if they were as many.
+
+    Args:
+        folder: of results, which may hold the record of the jobs.
+        count: of the jobs.
+        volume_of: the volume of each case, by name in order; empty for one that is of none.
+
+    Raises:
+        UserError: the record of the jobs is damaged.
+    """
+    drawn = _cases_of_jobs(folder) or []
+    cases: list[list[str]] = [[] for _ in range(count)]
+    if len(drawn) == count:
+        cases = [[name for name in names if name in volume_of] for names in drawn]
+    taken = {name for names in cases for name in names}
+    rest = {name: volume for name, volume in volume_of.items() if name not in taken}
+    numbers = _numbered(volume or name for name, volume in rest.items())
+    for name, number in zip(rest, numbers, strict=True):
+        cases[number % count].append(name)
+    return cases
 
 
 def write_jobs(folder: Path, count: int, entries: Sequence[Entry]) -> None:
@@ -142,15 +169,18 @@ def rows_of(paths: Iterable[Path]) -> Iterator[dict[str, str]]:
 
 
 class Missing(NamedTuple):
-    """The cases that a job has yet to finish, and the number of all its cases."""
+    """The cases that a job has yet to draw, or to score, and the number of all its cases."""
 
     job: Job
     names: list[str]
     of: int
+    drawing: bool = True
 
     def __str__(self) -> str:
         shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        return f"job {self.job} lacks {len(self.names)} of {counted(self.of, 'case')} ({shown})"
+        cases = counted(self.of, "case")
+        verb = "lacks" if self.drawing else "has not scored"
+        return f"job {self.job} {verb} {len(self.names)} of {cases} ({shown})"
 
 
 def missing_cases(folder: Path) -> list[Missing]:
@@ -159,12 +189,9 @@ def missing_cases(folder: Path) -> list[Missing]:
     Raises:
         UserError: the record of the jobs is damaged.
     """
-    found = read_json(folder / JOBS, hint=HINT)
-    if found is None:
+    cases = _cases_of_jobs(folder)
+    if cases is None:
         return []
-    cases = found.get("cases")
-    if not (isinstance(cases, list) and all(_are_names(names) for names in cases)):
-        raise DamagedFile(folder / JOBS, "it does not list the cases of jobs", HINT)
     last = {row["name"]: row for row in rows_of([folder / PREDICTIONS, *record_parts(folder)])}
     done = {name for name, row in last.items() if row["fingerprint"] != UNFINISHED}
     left = [
@@ -172,6 +199,17 @@ def missing_cases(folder: Path) -> list[Missing]:
         for number, names in enumerate(cases, 1)
     ]
     return [part for part in left if part.names]
+
+
+def _cases_of_jobs(folder: Path) -> list[list[str]] | None:
+    """Read the names of the cases of each job; None where there is no record of jobs."""
+    found = read_json(folder / JOBS, hint=HINT)
+    if found is None:
+        return None
+    cases = found.get("cases")
+    if not (isinstance(cases, list) and all(_are_names(names) for names in cases)):
+        raise DamagedFile(folder / JOBS, "it does not list the cases of jobs", HINT)
+    return cases
 
 
 def _are_names(names: object) -> bool:

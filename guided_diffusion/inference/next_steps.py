@@ -28,8 +28,9 @@ SCRIPTS = {
     "train": "segmentation_train",
     "sample": "segmentation_sample",
     "score": "segmentation_env",
-    "weak-classifier": "classifier_tumor_train",
+    "weak-train": "train_tumor_ddfm",
     "weak-sample": "image_tumor_sample",
+    "weak-classifier": "classifier_tumor_train",
     "weak-segment": "image_p_seg",
 }
 SOLVER = {"dpm_solver": True, "steps": 10}

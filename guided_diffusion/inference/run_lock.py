@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guided_diffusion.data.jobs import Job
-from guided_diffusion.dist_util import all_gather_object, rank
+from guided_diffusion.dist_util import all_gather_object, local_world_size, rank, world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import make_folder, require_file, writing
 
@@ -30,6 +30,8 @@ TRAINING, SAMPLING, SLICING = "training", "sampling", "slicing"
 
 SETTLED = 60.0
 """Seconds after which a file without a holder is left over, and not just being written."""
+VISIBLE = 60.0
+"""Seconds after which all nodes see a file that one has written."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Holder:
         process: when the process started, in whatever unit the system has; empty if unknown.
         job: its SLURM job, if any.
         restarts: how often that job was queued again.
+        launch: the id of its launch by ``torchrun``, if it has one of its own.
         started: when the run started, in ISO 8601.
         command: its command line.
     """
@@ -54,6 +57,7 @@ class Holder:
     process: str
     job: str
     restarts: int
+    launch: str
     started: str
     command: str
 
@@ -61,6 +65,7 @@ class Holder:
     def this(cls) -> Holder:
         """Describe this process."""
         restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -68,6 +73,7 @@ class Holder:
             process=_process_start(os.getpid()) or "",
             job=os.environ.get("SLURM_JOB_ID", ""),
             restarts=int(restarts) if restarts.isdecimal() else 0,
+            launch="" if launch == "none" else launch,
             started=datetime.now().astimezone().isoformat(timespec="seconds"),
             command=" ".join(sys.argv),
         )
@@ -88,8 +94,8 @@ class Holder:
         own = Holder.this()
         if self.job and self.job == own.job and self.restarts < own.restarts:
             return True
-        if self.host != own.host:
-            return None
+        if self.host != own.host:  # torchrun starts the others again where a node is lost
+            return True if self.launch and self.launch == own.launch else None
         if self.machine != own.machine:
             rebooted = self.machine.split()[:1] != own.machine.split()[:1]
             return True if rebooted and self.machine else None  # None: another container
@@ -123,7 +129,8 @@ def only_run(
         flag: that names the folder in messages.
 
     Raises:
-        UserError: another run of that kind holds it, or it cannot be written.
+        UserError: another run of that kind holds it, it cannot be written, or a node has another
+            folder of that name.
     """
     own = json.dumps(asdict(Holder.this())).encode()
     path = folder / (f".lock-{kind}-{job.name}" if job else f".lock-{kind}")
@@ -136,12 +143,27 @@ def only_run(
                     _take(path, own, f"{flag} {folder}", f"{kind} of job {job}" if job else kind)
                 taken = True
                 _refuse_others(folder, kind, job, f"{flag} {folder}")
+        if local_world_size() < world_size():
+            _require_shared(path, all_gather_object(own)[0], f"{flag} {folder}")
         yield
     finally:
         if taken:
             with suppress(OSError):
                 if path.read_bytes() == own:
                     path.unlink()
+
+
+def _require_shared(path: Path, lock: bytes, what: str) -> None:
+    """Raise a UserError in every process where one does not see the lock of the first.
+
+    A network file system may show a new file some time later.
+    """
+    limit = time.monotonic() + VISIBLE
+    while not (seen := path.exists() and path.read_bytes() == lock) and time.monotonic() < limit:
+        time.sleep(0.1)
+    for host in filter(None, all_gather_object("" if seen else socket.gethostname())):
+        problem = f"{host} does not see what the first process writes there"
+        raise UserError(what, problem, "Use a folder on a file system that all nodes share.")
 
 
 def _refuse_others(folder: Path, kind: str, job: Job | None, what: str) -> None:

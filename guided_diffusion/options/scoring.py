@@ -43,6 +43,9 @@ class ScoringOptions:
     compare: tuple[str, ...] = flag(
         (), "two folders of masks to compare on the same cases, instead of inp_pth", words="A B"
     )
+    job: str = flag(
+        "", "score part of the cases, as in 3/16: part 3 of 16, which scoring without it joins"
+    )
     report: bool = flag(True, "write report.html beside the scores")
     num_workers: int = flag(
         -1,

@@ -175,7 +175,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """Validation and live display of a training run."""
+    """Validation of a training run."""
 
     val_dir: str = flag(
         "", "labelled data set to validate on; empty: the validation part of --split, if any"
@@ -186,6 +186,12 @@ class WatchOptions:
     patience: int = flag(
         0, "stop after this many validations in a row without a better Dice; 0: never", least=0
     )
+
+
+@dataclass(frozen=True)
+class LiveOptions:
+    """Live display of a training run."""
+
     tensorboard: bool = flag(False, "write TensorBoard's event files into out_dir as well")
     visdom: int = flag(
         0, "port of a visdom server on this machine to draw on; 0: none", least=0, most=65535
@@ -322,7 +328,7 @@ ONLY: dict[str, tuple[str, tuple[object, ...]]] = {
 """Flags that have an effect only for some values of another flag: which flag, which values."""
 TRAIN = (
     *(PresetOptions, DataOptions, NetworkOptions, DiffusionOptions, TrainingOptions, WatchOptions),
-    RunOptions,
+    *(LiveOptions, RunOptions),
 )
 SAMPLE = (
     *(PresetOptions, SampleDataOptions, NetworkOptions, DiffusionOptions, SamplingOptions),

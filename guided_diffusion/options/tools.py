@@ -68,6 +68,7 @@ class SlicingOptions:
     train: float = flag(0.8, "share of patients for training", least=0, most=1)
     seed: int = flag(0, "seed of the division of the patients")
     workers: int = flag(0, "processes; 0: one per core", least=0, cap=MOST_PROCESSES)
+    dry_run: bool = flag(False, "find the volumes and their slices, and write nothing")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class PhantomOptions:
     raters: int = flag(0, "also write the masks of this many raters", least=0)
     generation: str = flag("2025", "isic: which CSV layout", choices=("2023", "2025"))
     split: float = flag(0.8, "share of patients for training", least=0, most=1)
+    dry_run: bool = flag(False, "check the flags and the folder, and write nothing")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ExportOptions:
     training: bool = flag(
         False, "write all that a run continues from, in one .pt file where it was in shards"
     )
+    dry_run: bool = flag(False, "read and check the checkpoint, and write nothing")
 
 
 @dataclass(frozen=True)

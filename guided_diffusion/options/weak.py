@@ -20,7 +20,7 @@ from guided_diffusion.options.network import (
     NetworkOptions,
 )
 from guided_diffusion.options.presets import PresetOptions
-from guided_diffusion.options.segmentation import RunOptions, TrainingOptions
+from guided_diffusion.options.segmentation import LiveOptions, RunOptions, TrainingOptions
 
 METHODS = ("cdm", "cg-cdm", "one-branch", "counterfactual", "encoded", "gradcam", "otsu")
 
@@ -214,9 +214,8 @@ class WeakOptions:
     method: str = flag(
         "",
         "cdm and cg-cdm: two branches of the diffusion, the second also guided; one-branch; "
-        "counterfactual: difference from a healthy reconstruction; encoded: the same from the "
-        "noise that DDIM encodes the image as; gradcam; otsu: of the image "
-        "itself; empty: cg-cdm with guided, else cdm",
+        "counterfactual: difference from a healthy reconstruction, of drawn noise; encoded: of "
+        "the image's own; gradcam; otsu: of the image itself; empty: cg-cdm with guided, else cdm",
         choices=("", *METHODS),
     )
     guided: bool = flag(False, "follow the classifier's gradient: cg-cdm", switch=True)
@@ -339,6 +338,7 @@ TRAIN_IMAGES = (
     ImageNetworkOptions,
     ImageDiffusionOptions,
     ImageTrainingOptions,
+    LiveOptions,
     WeakRunOptions,
 )
 TRAIN_CLASSIFIER = (
@@ -347,6 +347,7 @@ TRAIN_CLASSIFIER = (
     ClassifierOptions,
     ImageDiffusionOptions,
     ClassifierTrainingOptions,
+    LiveOptions,
     WeakRunOptions,
 )
 SAMPLE_IMAGES = (

@@ -1,7 +1,8 @@
 """Live displays of a run: a visdom server, and TensorBoard's event files.
 
-Both are optional, and neither delays the run. The visdom sink speaks the server's protocol (JSON
-over HTTP) itself, so visdom need not be installed where training runs.
+Both are optional, and neither delays the run. They show the same numbers, in the same charts, and
+the same pictures, under the same names. The visdom sink speaks the server's protocol (JSON over
+HTTP) itself, so visdom need not be installed where training runs.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -22,23 +25,53 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
-from guided_diffusion.options.segmentation import RunOptions, WatchOptions
+from guided_diffusion.logger import Sink
+from guided_diffusion.options.segmentation import LiveOptions, RunOptions
 from guided_diffusion.report.canvas import Pixels, save_png
 
-_CHARTS = {"loss": ("loss", "mse", "vb", "ce", "dice"), "gradient": ("grad_norm",), "lr": ("lr",)}
-_CHARTS |= {"speed": ("steps_per_s",), "validation": ("val_",)}
+CHARTS = {
+    "loss": r"(loss|mse|vb|ce|dice|coarse)(_|$)",
+    "accuracy": r"acc",
+    "gradient": r"grad_norm$",
+    "lr": r"lr$",
+    "speed": r"steps_per_s$",
+    "validation": r"val_",
+}
+"""The charts and, as patterns, the numbers of each."""
+OTHERS = "run"
+"""The chart of all other numbers."""
 _MOST_POINTS = 2000
 
 
-def open_sinks(watch: WatchOptions, run: RunOptions) -> Sequence[VisdomSink | TensorBoardSink]:
+def open_sinks(live: LiveOptions, run: RunOptions) -> list[Sink]:
     """Open the live displays that the flags ask for."""
     folder = expanded(run.out_dir)
-    sinks: list[VisdomSink | TensorBoardSink] = []
-    if watch.tensorboard:
+    sinks: list[Sink] = []
+    if live.tensorboard:
         sinks.append(TensorBoardSink(folder))
-    if watch.visdom:
-        sinks.append(VisdomSink(watch.visdom, environment=page_of(run)))
+    if live.visdom:
+        sinks.append(VisdomSink(live.visdom, environment=page_of(run)))
     return sinks
+
+
+def shown_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Choose the numbers of a row of the log that are shown, under the names that all sinks use."""
+    return {
+        shown_name(name): float(value)
+        for name, value in values.items()
+        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def shown_name(name: str) -> str:
+    """The name of a number or picture: TensorBoard allows letters, digits and ``-_./`` alone."""
+    return re.sub(r"[^-/\w.]", "_", name)
+
+
+def chart_of(name: str) -> str:
+    """The chart that a number is a line of."""
+    found = (chart for chart, pattern in CHARTS.items() if re.match(pattern, name))
+    return next(found, OTHERS)
 
 
 def page_of(run: RunOptions) -> str:
@@ -80,20 +113,19 @@ class VisdomSink:
     def numbers(self, values: dict[str, Any]) -> None:
         """Draw a row of the log: one window for each chart, one line for each number."""
         step = float(values.get("step", 0))
-        for chart, beginnings in _CHARTS.items():
-            named = {key: v for key, v in values.items() if key.startswith(beginnings)}
-            for key, value in named.items() if chart != "lr" else [("lr", values.get("lr"))]:
-                if isinstance(value, int | float):
-                    xs, ys = self.lines.setdefault(chart, {}).setdefault(key, ([], []))
-                    xs.append(step)
-                    ys.append(float(value))
-                    del xs[:-_MOST_POINTS], ys[:-_MOST_POINTS]
-            if named and chart in self.lines:
-                self._put(chart, _line_chart(chart, self.lines[chart]))
+        changed = {}
+        for name, value in shown_numbers(values).items():
+            chart = changed[chart_of(name)] = self.lines.setdefault(chart_of(name), {})
+            xs, ys = chart.setdefault(name, ([], []))
+            xs.append(step)
+            ys.append(value)
+            del xs[:-_MOST_POINTS], ys[:-_MOST_POINTS]
+        for title, chart in changed.items():
+            self._put(title, _line_chart(title, chart))
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
         """Show a picture in the window of that name."""
-        self._put(name, _image(name, pixels, step))
+        self._put(shown_name(name), _image(shown_name(name), pixels, step))
 
     def _put(self, window: str, message: dict[str, Any]) -> None:
         if self._thread is None:
@@ -154,7 +186,7 @@ def _image(name: str, pixels: Pixels, step: int) -> dict[str, Any]:
 
 
 class TensorBoardSink:
-    """Writes TensorBoard's event files.
+    """Writes TensorBoard's event files; its page of custom scalars has the charts.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -170,16 +202,19 @@ class TensorBoardSink:
                 "Run python -m pip install tensorboard, or omit --tensorboard.",
             ) from None
         self.writer = SummaryWriter(str(folder))
+        rest = f"(?!{'|'.join(CHARTS.values())}).+"
+        charts = {**CHARTS, OTHERS: rest}
+        layout = {chart: ["Multiline", [f"^{pattern}"]] for chart, pattern in charts.items()}
+        self.writer.add_custom_scalars({"guided-diffusion": layout})
 
     def numbers(self, values: dict[str, Any]) -> None:
         """Write a row of the log."""
-        for key, value in values.items():
-            if key != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(key, value, int(values.get("step", 0)))
+        for name, value in shown_numbers(values).items():
+            self.writer.add_scalar(name, value, int(values.get("step", 0)))
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
         """Write a picture."""
-        self.writer.add_image(name, pixels, step, dataformats="HWC")
+        self.writer.add_image(shown_name(name), pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is buffered."""

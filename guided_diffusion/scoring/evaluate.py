@@ -9,27 +9,20 @@ class and for several.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guided_diffusion.data.classes import Classes, find_classes, recorded_classes
-from guided_diffusion.data.folders import counted
-from guided_diffusion.data.geometry import spacing
-from guided_diffusion.data.jobs import Missing, missing_cases
-from guided_diffusion.data.truths import Truth
-from guided_diffusion.errors import UserError
-from guided_diffusion.files import expanded, nearest_path
-from guided_diffusion.layouts import open_masks
+from guided_diffusion.data.classes import Classes
+from guided_diffusion.data.jobs import Job, Missing
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.case_scores import CaseFiles, MaskScore, Scoring
-from guided_diffusion.scoring.groups import Collect, score_all
-from guided_diffusion.scoring.other_tools import find_masks
+from guided_diffusion.scoring.groups import Collect, grouped, score_all
+from guided_diffusion.scoring.pairing import Given, divided_cases, open_cases, unfinished
+from guided_diffusion.scoring.parts import Parts, read_parts, write_part
 from guided_diffusion.scoring.patients import PatientScore, score_patients
-from guided_diffusion.scoring.predictions import Found, find_predictions, recorded_plane
 from guided_diffusion.scoring.summary import ClassScores, Summary, noted, summarise_all
-from guided_diffusion.scoring.tables import require_writable, write_tables
+from guided_diffusion.scoring.tables import write_tables
 
 
 class Evaluation(NamedTuple):
@@ -86,26 +79,30 @@ def evaluate_all(
         UserError: a missing or empty folder, cases in one folder only, a file that is not a
             readable mask, a class without files, a truth with a label of no class.
     """
-    folder = require_writable(folder_of(inp_pth, "--inp_pth"))
-    truth_folder = folder_of(out_pth, "--out_pth")
-    classes = None if one_class else find_classes(mask_labels) or recorded_classes(folder)
-    plane = plane or recorded_plane(folder) or "axial"
-    truths = open_masks(truth_folder, classes, plane=plane, raters=not raters)
-    missing = [part for part in map(_within(truths), missing_cases(folder)) if part.names]
-    if missing and not partial:
-        raise _unfinished(folder, missing)
-    unfinished = {name for part in missing for name in part.names}
-    cases = _cases(folder, truths, classes, unfinished, partial=partial, plane=plane)
-    rated = [open_masks(folder_of(path, "--raters"), classes, plane=plane) for path in raters]
-    cases = _with_raters(cases, rated) if raters else _with_own_raters(cases)
-    cases, spaced = _with_spacing(cases)
-    scoring = replace(scoring or Scoring(), spacing=spaced)
-
+    given = open_cases(
+        *(inp_pth, out_pth, scoring),
+        partial=partial,
+        mask_labels=mask_labels,
+        plane=plane,
+        raters=raters,
+        one_class=one_class,
+    )
+    folder, classes, scoring = given.folder, given.classes, given.scoring
+    parts = read_parts(folder, given.settings)
+    unscored = _unscored(given, parts)
+    left_out = {name for part in unscored for name in part.names}
+    cases = [case for case in given.cases if case[0].name not in left_out]
+    if unscored and not (partial and cases):
+        raise unfinished(folder, unscored)
     names = ("",) if classes is None else classes.names
     scores: dict[str, ClassScores] = {name: ClassScores() for name in names}
     volumes: dict[str, dict[str, MaskScore]] = {name: {} for name in names}
     collected: dict[str, Any] = {}
-    for group in score_all(cases, classes, scoring, collect=collect, processes=processes):
+    for group in (
+        map(parts.scores, grouped(cases))
+        if parts.of
+        else score_all(cases, classes, scoring, collect=collect, processes=processes)
+    ):
         for k, name in enumerate(names):
             for scored in group.rows[k]:
                 scores[name].add(scored, patient=group.patient)
@@ -117,115 +114,58 @@ def evaluate_all(
         scores[name].patients += _patients(scores[name], volumes[name], patient_of, scoring)
     voted = 0 if raters else max(len(case[0].raters) for case in cases)
     summary = {**summarise_all(scores, scoring), "majority_of": voted, **noted(folder)}
-    summary["unfinished"] = [str(part) for part in missing]
+    summary["unfinished"] = [str(part) for part in (*given.missing, *unscored)]
     write_tables(folder, scores, summary)
+    for path in parts.paths if not summary["unfinished"] else ():
+        path.unlink()
     return Evaluation(folder, scoring, classes, cases, scores, summary, collected)
 
 
-def _cases(
-    folder: Path,
-    truths: Mapping[str, Truth],
-    classes: Classes | None,
-    unfinished: Container[str],
+def score_job(
+    inp_pth: str | Path | None,
+    out_pth: str | Path | None,
+    job: Job,
     *,
-    partial: bool,
-    plane: str,
-) -> list[tuple[CaseFiles, ...]]:
-    """The files of every case, one entry per class in their order.
-
-    Those that a job has begun and not finished are left out.
-    """
-    ends = [""] if classes is None else [f"_{name}" for name in classes.names]
-    predicted = [find_predictions(folder, end, truths=truths) for end in ends]
-    predicted = [
-        {name: files for name, files in found.items() if name not in unfinished}
-        for found in predicted
-    ]
-    if not any(predicted):
-        predicted = find_masks(folder, classes, truths, plane=plane)
-    by_class = [
-        pair_cases(folder, found, truths, partial=partial, end=end)
-        for end, found in zip(ends, predicted, strict=True)
-    ]
-    for end, cases in zip(ends, by_class, strict=True):
-        if [case.name for case in cases] != [case.name for case in by_class[0]]:
-            raise UserError(
-                folder,
-                f"has other cases of class {end[1:]} than of class {ends[0][1:]}; every case needs "
-                "a file of each class",
-                "Sample again: finished cases are kept.",
-            )
-    return list(zip(*by_class, strict=True))
-
-
-def pair_cases(
-    folder: Path,
-    predicted: Mapping[str, Found],
-    truths: Mapping[str, Truth],
-    *,
+    scoring: Scoring | None = None,
     partial: bool = False,
-    end: str = "",
-) -> list[CaseFiles]:
-    """Pair the predictions in ``folder`` with the truths, sorted by id.
+    mask_labels: str = "",
+    plane: str = "",
+    raters: Sequence[str] = (),
+    processes: int = 0,
+) -> tuple[Path, int]:
+    """Score one part of the cases, which :func:`evaluate_all` joins with the others.
 
-    ``end`` follows the files' names where they are of one class of several. With ``partial`` the
-    cases on one side only are left out.
+    That is the part that the same job of sampling draws, which has to be finished; those of other
+    jobs need not be. Arguments are those of :func:`evaluate_all`.
+
+    Returns:
+        The file of the scores, and the number of cases.
 
     Raises:
-        UserError: a case is on one side only, or none is on both.
+        UserError: as :func:`evaluate_all`, for the cases of the job.
     """
-    if not predicted:
-        raise UserError(
-            folder,
-            f"has no prediction, such as files named <case>_output_ens{end}.png directly in it, or "
-            "<case>.png or <case>.nii.gz of another tool",
-            "Pass the folder that segmentation_sample.py wrote (its --out_dir), or a folder of "
-            "masks.",
-        )
-
-    common = sorted(predicted.keys() & truths.keys())
-    if not common or (not partial and predicted.keys() ^ truths.keys()):
-        raise _unpaired(folder, predicted.keys(), truths.keys())
-    return [CaseFiles(name, *predicted[name], truth=truths[name]) for name in common]
+    given = open_cases(
+        *(inp_pth, out_pth, scoring, job),
+        partial=partial,
+        mask_labels=mask_labels,
+        plane=plane,
+        raters=raters,
+    )
+    groups = score_all(given.cases, given.classes, given.scoring, processes=processes)
+    pairs = zip(grouped(given.cases), groups, strict=True)
+    return write_part(given.folder, job, given.settings, pairs), len(given.cases)
 
 
-def _with_own_raters(cases: list[tuple[CaseFiles, ...]]) -> list[tuple[CaseFiles, ...]]:
-    """Add the masks whose majority the truth is, to every case that has them."""
-    return [tuple(file._replace(raters=file.truth.raters) for file in case) for case in cases]
-
-
-def _with_raters(
-    cases: list[tuple[CaseFiles, ...]], raters: Sequence[Mapping[str, Truth]]
-) -> list[tuple[CaseFiles, ...]]:
-    """Add the masks of its raters to every case; none may be missing."""
-    names = {case[0].name for case in cases}
-    for number, rater in enumerate(raters, 1):
-        if missing := names - rater.keys():
-            raise UserError(
-                "--raters",
-                f"rater {number} has no mask for {_cases_text(missing)}",
-                "Complete the folder, or omit it.",
-            )
-    return [
-        tuple(file._replace(raters=tuple(rater[file.name] for rater in raters)) for file in case)
-        for case in cases
+def _unscored(given: Given, parts: Parts) -> list[Missing]:
+    """List the jobs that have not scored all of their cases as they are; none without parts."""
+    if not parts.of:
+        return []
+    left = {case[0].name for own in grouped(given.cases) if not parts.has(own) for case in own}
+    jobs = [
+        Missing(Job(number, parts.of), [n for n in names if n in left], len(names), drawing=False)
+        for number, names in enumerate(divided_cases(given.folder, given.truths, parts.of), 1)
     ]
-
-
-def _with_spacing(
-    cases: list[tuple[CaseFiles, ...]],
-) -> tuple[list[tuple[CaseFiles, ...]], bool]:
-    """Add its pixel size to every case; also return whether it is known for all of them."""
-    sizes: dict[Path | None, tuple[float, ...] | None] = {}
-    for case in cases:
-        truth = case[0].truth
-        if truth.source not in sizes:
-            placed = truth.placed()
-            sizes[truth.source] = spacing(placed) if placed else None
-    spaced = [
-        tuple(file._replace(spacing=sizes[file.truth.source]) for file in case) for case in cases
-    ]
-    return spaced, None not in sizes.values()
+    return [part for part in jobs if part.names]
 
 
 def _patients(
@@ -243,56 +183,3 @@ def _patients(
         if number[patient_of[volume]] == 1
     }
     return score_patients(counts, scores.of_patient, surfaces=surfaces, rule=scoring.empty)
-
-
-def _unpaired(folder: Path, predicted: Iterable[str], true: Iterable[str]) -> UserError:
-    """The error that lists the cases on one side only."""
-    missing, surplus = set(true) - set(predicted), set(predicted) - set(true)
-    parts = []
-    if missing:
-        parts.append(f"no prediction for {_cases_text(missing)}")
-    if surplus:
-        parts.append(f"no truth for {_cases_text(surplus)}")
-
-    common = len(set(true) & set(predicted))
-    if common:
-        hint = f"Complete the folders, or score the {common} common cases with --partial True."
-    else:
-        hint = "Not one case is on both sides: check that --out_pth is the data that was sampled."
-    return UserError(folder, "; ".join(parts), hint)
-
-
-def _within(truths: Container[str]) -> Callable[[Missing], Missing]:
-    """Keep those of a job's cases that have a truth."""
-    return lambda part: part._replace(names=[name for name in part.names if name in truths])
-
-
-def _unfinished(folder: Path, missing: Sequence[Missing]) -> UserError:
-    """The error that lists the jobs with unfinished cases."""
-    more = f"; and {len(missing) - 10} further jobs" if len(missing) > 10 else ""
-    return UserError(
-        folder,
-        "; ".join(map(str, missing[:10])) + more,
-        f"Sample again with --job {missing[0].job} and so on: finished cases are kept; or score "
-        "those with --partial True.",
-    )
-
-
-def _cases_text(names: Iterable[str], most: int = 10) -> str:
-    """'3 cases (a, b, c)', with the first ten names at most."""
-    listed = sorted(names)
-    shown = ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
-    return f"{counted(len(listed), 'case')} ({shown})"
-
-
-def folder_of(path: str | Path | None, flag: str) -> Path:
-    """The folder that a flag names; a UserError where it is not one."""
-    if path is None or not str(path):
-        raise UserError(flag, "is missing", f"Add {flag} with a folder.")
-    folder = expanded(path, flag=flag)
-    if not folder.exists():
-        hint = nearest_path(folder, "Check the path.")
-        raise UserError(f"{flag} {path}", "does not exist", hint)
-    if not folder.is_dir():
-        raise UserError(f"{flag} {path}", "is a file, not a folder", "Pass the folder it is in.")
-    return folder

@@ -5,7 +5,7 @@ They are scored one after the other, or in several processes; only their scores 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -99,8 +99,7 @@ def _tasks(cases: Sequence[CaseOfClasses], most: int) -> Iterator[list[Group]]:
     """Divide all cases into lots of groups, for a process each."""
     lot: list[Group] = []
     seen = 0
-    for _, members in groupby(cases, _volume):
-        group = sorted(members, key=_plane)
+    for group in grouped(cases):
         lot.append(Group(group, max(0, most - seen)))
         seen += len(group)
         if sum(len(part.cases) for part in lot) >= AT_A_TIME:
@@ -108,6 +107,12 @@ def _tasks(cases: Sequence[CaseOfClasses], most: int) -> Iterator[list[Group]]:
             lot = []
     if lot:
         yield lot
+
+
+def grouped(cases: Iterable[CaseOfClasses]) -> Iterator[list[CaseOfClasses]]:
+    """Divide cases, sorted by name, into those that are scored together."""
+    for _, members in groupby(cases, _volume):
+        yield sorted(members, key=_plane)
 
 
 def _volume(case: CaseOfClasses) -> str:

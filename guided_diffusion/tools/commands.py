@@ -1,10 +1,10 @@
-"""What commands do once their flags are read: those that write data, and a comparison."""
+"""What commands do once their flags are read: those that check, write and export."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from tqdm import tqdm
 
 from guided_diffusion.bratsloader import find_modalities
 from guided_diffusion.checkpoint import (
+    IMAGES,
+    SEGMENTATION,
+    Checkpoint,
     export_checkpoint,
     export_weights,
     kind_of,
@@ -25,13 +28,12 @@ from guided_diffusion.data.folders import counted
 from guided_diffusion.data.splits import part_of_cases
 from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, require_replaceable, writing
-from guided_diffusion.inference.next_steps import after_check
-from guided_diffusion.inference.provenance import describe_run, note_run, run_record
+from guided_diffusion.inference.next_steps import after_check, command_line
+from guided_diffusion.inference.provenance import note_run, run_record
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import SLICING, only_run
 from guided_diffusion.layouts import open_data
 from guided_diffusion.options.flags import Flags, slice_range
-from guided_diffusion.options.scoring import ScoringOptions
 from guided_diffusion.options.segmentation import DataOptions
 from guided_diffusion.options.tools import (
     CheckOptions,
@@ -39,10 +41,6 @@ from guided_diffusion.options.tools import (
     PhantomOptions,
     SlicingOptions,
 )
-from guided_diffusion.report.comparison import write_comparison
-from guided_diffusion.scoring.compare import compare_folders, comparison_text
-from guided_diffusion.scoring.evaluate import Evaluation, folder_of
-from guided_diffusion.scoring.tables import require_writable
 from guided_diffusion.tools import phantom_folders
 from guided_diffusion.tools.inspect import findings_text, look_at, write_sheet
 from guided_diffusion.tools.phantom_layouts import PICTURES, VOLUMES, write_layout
@@ -75,6 +73,15 @@ def run_slicing(flags: Flags) -> Iterator[str]:
     plan = SlicingPlan(reading, dtype=options.dtype, train=options.train, seed=options.seed)
     out = expanded(options.out, flag="--out")
     dataset = open_volumes(expanded(options.src, flag="--src"), reading)
+    if options.dry_run:
+        jobs = plan_jobs(dataset, out, plan, dry_run=True)
+        folders = [folder for job in jobs for _, folder in job.targets()]
+        there = sum(folder.exists() for folder in folders)
+        yield (
+            f"dry run: {counted(len(folders) - there, 'slice')} of {counted(len(jobs), 'volume')} "
+            f"would be written to {out}, {there} are there"
+        )
+        return
     with only_run(out, SLICING, flag="--out"):
         jobs = plan_jobs(dataset, out, plan)
         sweep(out)
@@ -87,6 +94,13 @@ def run_slicing(flags: Flags) -> Iterator[str]:
         f"{counted(written, 'slice')} of {counted(len(jobs), 'volume')} written, "
         f"{len(dataset) - written} were there; who is in which part: {out / 'split.txt'}"
     )
+    yield after_check(DataOptions(data_dir=str(_training_part(Path(options.out)))))
+
+
+def _training_part(folder: Path) -> Path:
+    """The folder of the cases to train on: a part of this one, or all of it."""
+    parts = [folder / name for name in ("training", "train")]
+    return next((part for part in parts if part.is_dir()), folder)
 
 
 def run_check(flags: Flags) -> Iterator[str]:
@@ -141,35 +155,31 @@ def run_export(options: ExportOptions) -> str:
         raise UserError("--training True", problem, "Omit it to write the weights.")
     if options.training and options.precision != "fp32":
         raise UserError("--precision fp16", "is not for --training True", "Omit one of the two.")
-    make_folder(out.parent, flag="--out")
     what = f"step {checkpoint.step}, to continue from,"
+    if not options.training:
+        what = checkpoint.choose(options.weights)[1]
+    if options.dry_run:
+        return f"dry run: {what} of {path} would be written to {out}"
+    make_folder(out.parent, flag="--out")
     if options.training:
         export_checkpoint(checkpoint, out)
     else:
         export_weights(checkpoint, options.weights, out, precision=options.precision)
-        what = checkpoint.choose(options.weights)[1]
-    return f"{what} of {path} in {out}, {out.stat().st_size / 2**20:.1f} MiB"
+    size = out.stat().st_size / 2**20
+    return f"{what} of {path} in {out}, {size:.1f} MiB\n{_after_export(options, checkpoint)}"
 
 
-def run_comparison(flags: Flags, score: Callable[[str], Evaluation]) -> Iterator[str]:
-    """Score the two folders of ``--compare``, compare them, and yield the messages to print.
-
-    Raises:
-        UserError: a folder that cannot be scored, or folders with different cases.
-    """
-    options = flags.group(ScoringOptions)
-    for folder in options.compare:
-        require_writable(folder_of(folder, "--compare"))
-    first, second = map(score, options.compare)
-    note_run(second.folder, run_record(flags, data=options.out_pth))
-    found = compare_folders(first, second)
-    written = [second.folder / "comparison.json"]
-    if options.report:
-        written.append(write_comparison(first, second, found, describe_run(second.folder)))
-    yield comparison_text(found)
-    yield f"written: {', '.join(map(str, written))}, and the scores of both folders"
-    if options.report:
-        yield f"next: open {written[-1]}; the cases that changed most come first"
+def _after_export(options: ExportOptions, checkpoint: Checkpoint) -> str:
+    """Name the command that uses exported weights, or continues from them."""
+    kind, out = kind_of(checkpoint) if checkpoint.options else SEGMENTATION, options.out
+    if options.training:
+        name = {SEGMENTATION: "train", IMAGES: "weak-train"}.get(kind, "weak-classifier")
+        return f"next: {command_line(name, resume_checkpoint=out)}"
+    if kind == SEGMENTATION:
+        to = {"data_dir": "YOUR_IMAGES", "out_dir": "results/masks"}
+        return f"next: {command_line('sample', model_path=out, **to)}"
+    flag = "model_path" if kind == IMAGES else "classifier_path"
+    return f"next: {command_line('weak-sample', **{flag: out})}"
 
 
 def write_phantoms(options: PhantomOptions) -> str:
@@ -189,12 +199,19 @@ def write_phantoms(options: PhantomOptions) -> str:
         if getattr(options, name) and layout in idle:
             raise UserError(f"--{name}", f"has no effect with --layout {layout}", f"Omit --{name}.")
     _refuse_occupied(out)
+    patients = counted(options.patients, "patient")
+    if options.dry_run:
+        return f"dry run: {patients} of {layout} would be written to {out}"
     make_folder(out, flag="--out")
     hint = "Free some space, empty the folder and run the command again."
     with writing(out, hint=hint):
         _write_layout(options, out)
     folders = ", ".join(sorted(path.name for path in out.iterdir() if path.is_dir()))
-    return f"{counted(options.patients, 'patient')} written to {out}: {folders}"
+    if layout == "weak":
+        following = f"next: {command_line('weak-train', src_dir=options.out, class_cond=True)}"
+    else:
+        following = after_check(DataOptions(data_dir=str(_training_part(Path(options.out)))))
+    return f"{patients} written to {out}: {folders}\n{following}"
 
 
 def _write_layout(options: PhantomOptions, out: Path) -> None:

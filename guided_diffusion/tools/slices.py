@@ -90,24 +90,31 @@ class Job(NamedTuple):
             yield entry, self.folder / f"{number:06d}"
 
 
-def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]:
+def plan_jobs(
+    dataset: VolumeDataset, out: Path, plan: SlicingPlan, *, dry_run: bool = False
+) -> list[Job]:
     """Make one job per volume, in the order of the split file, which is written if it is missing.
 
     Lines on patients of the volumes get the numbers that the slices have for them.
 
     ``volumes.json`` records the numbers of each volume's slices, so that volumes can be added, and
-    a checksum of its files, so that a changed one is refused.
+    a checksum of its files, so that a changed one is refused. A ``dry_run`` writes neither file.
 
     Raises:
         UserError: the folder cannot be written, holds slices of other settings or of a volume that
             has changed, or its split lacks a patient.
     """
-    make_folder(out, flag="--out")
-    split = _read_or_write_split(out / "split.txt", sorted(set(dataset.patients)), plan)
+    if not dry_run:
+        make_folder(out, flag="--out")
+    patients = sorted(set(dataset.patients))
+    split, lines = _read_or_divide(out / "split.txt", patients, plan)
+    if lines and not dry_run:
+        with atomic_write(out / "split.txt") as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     entries = sorted(dataset.entries, key=lambda entry: (split[entry.patient][0], entry.name))
 
     path = out / "volumes.json"
-    known = _read_numbers(path)
+    known = _read_numbers(path, dry_run=dry_run)
     free = 1 + max((first + count - 1 for first, count, _ in known.values()), default=0)
     jobs = []
     for volume, group in groupby(entries, key=lambda entry: entry.volume):
@@ -122,12 +129,13 @@ def plan_jobs(dataset: VolumeDataset, out: Path, plan: SlicingPlan) -> list[Job]
         free = max(free, row[0] + row[1])
         number, side = split[slices[0].patient]
         jobs.append(Job(out / side, number, slices, row[0]))
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    if not dry_run:
+        with atomic_write(path) as part:
+            part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return jobs
 
 
-def _read_numbers(path: Path) -> dict[str, list[int]]:
+def _read_numbers(path: Path, *, dry_run: bool) -> dict[str, list[int]]:
     """Read first slice, count and checksum of each volume; a damaged file only before any slice."""
     hint = (
         "The numbers of the slices are lost with it: choose another --out, or empty this folder "
@@ -141,7 +149,8 @@ def _read_numbers(path: Path) -> dict[str, list[int]]:
     except DamagedFile:
         if any(next((path.parent / part).glob("[0-9]*"), None) for part in PARTS):
             raise
-        set_aside(path)
+        if not dry_run:
+            set_aside(path)
         known = {}
     return known
 
@@ -273,12 +282,13 @@ _LINE = re.compile(r"\s*(?P<number>\d{3,})\s+\w+\s+# (?P<patient>.+?)(\s+#.*)?\s
 _ADDED = re.compile(r"\s*(?P<patient>[^#\s].*?)\s+(?P<part>\w+)(?P<comment>\s+#.*)?\s*")
 
 
-def _read_or_write_split(
+def _read_or_divide(
     path: Path, patients: Sequence[str], plan: SlicingPlan
-) -> dict[str, tuple[int, str]]:
-    """Return number and part of each patient; refuse a file of other settings.
+) -> tuple[dict[str, tuple[int, str]], list[str]]:
+    """Return number and part of each patient, and the lines of the file if it has to be written.
 
-    A line that was added by hand names the patient, and gets the next number.
+    A file of other settings is refused. A line that was added by hand names the patient, and gets
+    the next number.
     """
     settings = f"# {_settings(plan)}"
     if path.exists():
@@ -311,16 +321,15 @@ def _read_or_write_split(
             f"has no line for patient {listing(missing)}",
             "Add a line for each at the end, such as '<patient> training'.",
         )
-    if len(numbered) < len(split):
-        head = [line for line in lines[:1] if line.startswith("# slices ")]
-        rest = [
-            line if numbered and _LINE.fullmatch(line) else _numbered_line(line, split)
-            for line in lines[len(head) :]
-            if line != _NUMBERED
-        ]
-        with atomic_write(path) as part:
-            part.write_text("\n".join([*head, _NUMBERED, *rest]) + "\n", encoding="utf-8")
-    return split
+    if len(numbered) >= len(split):
+        return split, []
+    head = [line for line in lines[:1] if line.startswith("# slices ")]
+    rest = [
+        line if numbered and _LINE.fullmatch(line) else _numbered_line(line, split)
+        for line in lines[len(head) :]
+        if line != _NUMBERED
+    ]
+    return split, [*head, _NUMBERED, *rest]
 
 
 def _numbered_line(line: str, split: Mapping[str, tuple[int, str]]) -> str:

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from guided_diffusion import logger
 from guided_diffusion.data.augment import Augmentation
-from guided_diffusion.data.batches import Batch, training_batches
+from guided_diffusion.data.batches import Batch, TrainingBatch, training_batches
 from guided_diffusion.dist_util import rank, world_size
 from guided_diffusion.errors import Stopped, UserError
 from guided_diffusion.options.segmentation import TrainingOptions
 from guided_diffusion.training.estimates import memory_guarded
+from guided_diffusion.training.live import draw_batch
 from guided_diffusion.training.resolve import TrainSetup
 from guided_diffusion.training.steps import StepInputs, reading_processes
 from guided_diffusion.training.stop_signal import StopSignal
@@ -48,6 +50,7 @@ class BatchReader:
         self._batches: Iterator[Batch] | None = None
         self._ahead: Reading | None = None
         self._inputs: StepInputs | None = None
+        self._unshown: Callable[[Batch], TrainingBatch] | None = None
 
     def begin(self, setup: TrainSetup, step: int) -> Generator[Batch, None, None]:
         """Start the reading processes; closing what is returned ends them."""
@@ -64,6 +67,7 @@ class BatchReader:
             world_size=world_size(),
         )
         self._batches, self._ahead = batches, None
+        self._unshown = setup.prepare_batch if logger.has_sinks() else None
         return batches
 
     def next(self, step: int) -> Reading:
@@ -71,6 +75,9 @@ class BatchReader:
         if self._ahead is None:
             self.read_ahead(step)
         ahead, self._ahead = self._ahead, None
+        if self._unshown and ahead and ahead.batch is not None:
+            logger.picture("batch", draw_batch(self._unshown(ahead.batch)), step)
+            self._unshown = None
         return Reading(None) if ahead is None or self.stop.wanted else ahead
 
     def read_ahead(self, step: int) -> None:

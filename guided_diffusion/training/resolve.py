@@ -52,6 +52,7 @@ from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import TRAINING, refuse_second_run
 from guided_diffusion.inference.segmenter import Segmenter
 from guided_diffusion.layouts import normalise_flags, open_data, open_validation
+from guided_diffusion.logger import Sink
 from guided_diffusion.options.flags import Flags, numbers, recorded
 from guided_diffusion.options.objective import resolve_objective
 from guided_diffusion.options.presets import preset_notes, refuse_other_preset
@@ -64,7 +65,6 @@ from guided_diffusion.options.segmentation import (
     run_options,
 )
 from guided_diffusion.report.curves import draw_curves
-from guided_diffusion.report.sinks import TensorBoardSink, VisdomSink, open_sinks
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_model,
@@ -73,6 +73,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training.estimates import attention_notes, check_size
 from guided_diffusion.training.foreground import resolve_foreground
+from guided_diffusion.training.live import live_sinks
 from guided_diffusion.training.sharded import shard_network
 from guided_diffusion.training.steps import refuse_graphs
 from guided_diffusion.training.validation import (
@@ -127,7 +128,7 @@ class TrainSetup:
     losses: Losses | None = None
     validate: Validate | None = None
     alias: Path | None = None
-    sinks: Sequence[VisdomSink | TensorBoardSink] = ()
+    sinks: Sequence[Sink] = ()
     notes: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -231,7 +232,7 @@ def resolve_training(flags: Flags) -> TrainSetup:
     process = create_gaussian_diffusion(options_of_diffusion, network.version, dataset.classes)
 
     # Validation, by a copy of the network.
-    sinks = open_sinks(watch, run) if rank() == 0 and not options.dry_run else []
+    sinks = live_sinks(flags, options, run)
     validation = None
     if held_out or sinks:
         copy = place_model(make(), device)

@@ -44,6 +44,7 @@ from guided_diffusion.options.weak import (
 )
 from guided_diffusion.sampling import MemberNoise, member_seed
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
+from guided_diffusion.training.live import image_drawing, live_sinks
 from guided_diffusion.training.resolve import Beginning, TrainSetup, begin, overwriting_notes
 from guided_diffusion.training.validation import Accuracy
 from guided_diffusion.weak.finding import (
@@ -77,12 +78,17 @@ def resolve_images(flags: Flags) -> TrainSetup:
 
     torch.manual_seed(begun.run.seed)
     net = create_model(network, diffusion, of_images=True)
+    process = create_gaussian_diffusion(diffusion)
+    sinks = live_sinks(flags, begun.options, begun.run)
+    drawing = image_drawing(net, process, dev(begun.run.gpu_dev), seed=begun.run.seed)
     return _set_up(
         begun,
         net,
         dataset=dataset,
         pictures=Pictures(dataset, Frame(network.image_size)),
-        diffusion=create_gaussian_diffusion(diffusion),
+        diffusion=process,
+        validate=drawing if sinks else None,
+        sinks=sinks,
         recorded={**recorded(network, diffusion), "of_images": True},
         prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,
         alias=expanded(begun.run.out_dir) / DIFFUSION_FILE,
@@ -132,6 +138,7 @@ def resolve_classifier(flags: Flags) -> TrainSetup:
         losses=classification_losses(process, noised=options.noised),
         watch=WatchOptions(val_interval=options.eval_interval),
         validate=validate,
+        sinks=live_sinks(flags, options, run),
         notes=notes,
     )
 

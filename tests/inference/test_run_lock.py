@@ -78,6 +78,28 @@ def test_jobs_of_one_number_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_nodes_without_a_shared_folder_are_refused(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of a second node looks for the lock that the first process has written."""
+    monkeypatch.setattr(run_lock, "VISIBLE", 0.2)
+    monkeypatch.setattr(run_lock, "local_world_size", lambda: 1)
+    monkeypatch.setattr(run_lock, "world_size", lambda: 2)
+    monkeypatch.setattr(run_lock, "rank", lambda: 1)
+    lock = write(tmp_path, host="node01", pid=7).read_bytes()
+    answers = {bytes: lock, type(None): None, str: ""}
+    monkeypatch.setattr(run_lock, "all_gather_object", lambda v: [answers[type(v)], v])
+    if shared:
+        with only_run(tmp_path, TRAINING):
+            pass
+        return
+    write(tmp_path, host="node02", pid=8)
+    problem = rf"{socket.gethostname()} does not see .*on a file system that all nodes share"
+    with pytest.raises(UserError, match=problem), only_run(tmp_path, TRAINING):
+        pass
+
+
 def test_the_lock_goes_when_a_run_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), only_run(tmp_path, TRAINING):
         raise KeyboardInterrupt
@@ -86,18 +108,20 @@ def test_the_lock_goes_when_a_run_fails(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
-    "left", ["dead", "reused", "rebooted", "requeued", "empty", "text", "list"]
+    "left", ["dead", "reused", "rebooted", "requeued", "lost", "empty", "text", "list"]
 )
 def test_a_lock_that_is_left_over_is_replaced(
     left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run1")
     changes: dict[str, dict[str, Any]] = {
         "dead": {"pid": dead_pid()},
         "reused": {"process": "1"},
         "rebooted": {"machine": "another-boot pid:[1]"},
         "requeued": {"host": "elsewhere", "restarts": 1},
+        "lost": {"host": "elsewhere", "job": "", "launch": "run1"},
     }
     lock = write(tmp_path, **changes.get(left, {}))
     if left not in changes:
@@ -118,6 +142,7 @@ def test_a_lock_that_is_left_over_is_replaced(
         ),
         ({"machine": Holder.this().machine + "0"}, "If that run is gone, delete "),
         ({"host": "elsewhere", "job": "8"}, "If that run is gone, delete "),
+        ({"host": "elsewhere", "launch": "run2"}, "If that run is gone, delete "),
         ({"process": ""}, "If that run is gone, delete "),
     ],
 )

@@ -24,6 +24,7 @@ from helpers import (
     succeeded,
     torchrun,
     training,
+    two_nodes,
 )
 from PIL import Image
 
@@ -64,17 +65,20 @@ def of_classes(brats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model", ["trained", "of_classes"])
-def test_two_processes_draw_the_same_as_one(
-    model: str, brats: Path, tmp_path: Path, request: pytest.FixtureRequest
+@pytest.mark.parametrize(("model", "nodes"), [("trained", 2), ("of_classes", 1)])
+def test_processes_draw_the_same_as_one(
+    model: str, nodes: int, brats: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     trained = request.getfixturevalue(model)
     one, two = tmp_path / "one", tmp_path / "two"
     succeeded(script("segmentation_sample", *sampling(brats / "training", trained, one)))
-    done = torchrun(
-        2, "scripts/segmentation_sample.py", *sampling(brats / "training", trained, two)
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["scripts/segmentation_sample.py", *sampling(brats / "training", trained, two)]
+    if nodes == 2:
+        said = "".join(two_nodes(2, *command))
+    else:
+        done = torchrun(2, *command)
+        said = done.stdout
+        assert done.returncode == 0, done.stderr
 
     assert [row["name"] for row in read_csv(two / "predictions.csv")] == [
         row["name"] for row in read_csv(one / "predictions.csv")
@@ -88,10 +92,8 @@ def test_two_processes_draw_the_same_as_one(
     for name in members:  # batches of another size round differently
         assert np.abs(pixels(one / name).astype(int) - pixels(two / name)).max() <= 1, name
 
-    assert done.stdout.count("cases in") == 1
-    again = torchrun(
-        2, "scripts/segmentation_sample.py", *sampling(brats / "training", trained, two)
-    )
+    assert said.count("cases in") == 1
+    again = torchrun(2, *command)
     assert "4 of 4 cases are finished and kept" in again.stdout
 
 

@@ -154,12 +154,12 @@ def test_the_messages_of_lines(server: Server) -> None:
     sink = VisdomSink(server.port, environment="mine")
     sink.numbers({"step": 10, "loss": 0.5, "loss_q0": 0.7, "lr": 1e-3, "memory_gib": 1.0})
     sink.numbers({"step": 20, "loss": 0.25, "lr": 1e-3})
-    sink.numbers({"step": 20, "val_dice": 0.8})
+    sink.numbers({"step": 20, "val_dice": 0.8, "skipped": float("nan")})
     sink.close()
     assert {path for path, _ in server.posts} == {"/events"}
     assert {post["eid"] for _, post in server.posts} == {"mine"}
     last = {post["win"]: post for _, post in server.posts}
-    assert last.keys() == {"loss", "lr", "validation"}
+    assert last.keys() == {"loss", "lr", "validation", "run"}
     lines = {line["name"]: (line["x"], line["y"]) for line in last["loss"]["data"]}
     assert lines == {"loss": ([10, 20], [0.5, 0.25]), "loss_q0": ([10], [0.7])}
     assert all(line["type"] == "scatter" for line in last["loss"]["data"])
@@ -291,7 +291,7 @@ def test_live_display_does_not_change_training(
     command = [*training(brats, tmp_path / "run"), "--max_steps", 4, "--visdom", server.port]
     succeeded(script("segmentation_train", *command))
     windows = [post["win"] for _, post in server.posts]
-    assert {"loss", "gradient", "lr", "speed", "sampling"} == set(windows)
+    assert {"loss", "gradient", "lr", "speed", "run", "batch", "sampling"} == set(windows)
     assert windows.count("sampling") == 2
     one, other = load_checkpoint(trained / LATEST), load_checkpoint(tmp_path / "run" / LATEST)
     assert all((one.model[name] == value).all() for name, value in other.model.items())

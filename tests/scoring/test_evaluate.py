@@ -14,7 +14,7 @@ from guided_diffusion.data.truths import Truth
 from guided_diffusion.errors import UserError
 from guided_diffusion.report.canvas import heat, soft_png
 from guided_diffusion.report.pictures import overlay
-from guided_diffusion.scoring import evaluate as evaluation
+from guided_diffusion.scoring import pairing
 from guided_diffusion.scoring.case_scores import resize
 from guided_diffusion.scoring.components import find_components
 from guided_diffusion.scoring.evaluate import evaluate
@@ -245,7 +245,7 @@ def test_a_member_of_another_size(folders):
 )
 def test_a_truth_that_is_no_mask(folders, monkeypatch, truth, wanted):
     cases = {case: Truth(lambda: truth) for case in "1234"}
-    monkeypatch.setattr(evaluation, "open_masks", lambda folder, classes, **_: cases)
+    monkeypatch.setattr(pairing, "open_masks", lambda folder, classes, **_: cases)
     refused(folders, "truth of case 1", wanted)
 
 

@@ -345,7 +345,9 @@ def test_script_writes_beside_a_readme(tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--patients", "1", "--slices", "2", "--split", "1"]
     run(*flags)
     assert len(list((tmp_path / "training").iterdir())) == 2
-    assert capsys.readouterr().out == f"1 patient written to {tmp_path}: training\n"
+    first, following = capsys.readouterr().out.splitlines()
+    assert first == f"1 patient written to {tmp_path}: training"
+    assert following.startswith("next: guided-diffusion train --data_dir ")
 
 
 @pytest.mark.parametrize("flags", [["--split", "1.5"], ["--patients", "0"], ["--seed", "-1"]])

@@ -71,6 +71,12 @@ def runs(brats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard.write_bytes(content)
     damaged.unlink()
 
+    fixed = ("--lr", 0, "--max_steps", 3, "--resume_checkpoint")
+    words = " ".join(map(str, command("three", "--max_steps", 2)))
+    more = " ".join(map(str, command("of_fewer", *fixed, root / "before" / LATEST)))
+    done = torchrun(3, PROGRAM, "runs", root, f"{words} + {more}", timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+
     watched = ("--val_dir", brats / "testing", "--val_interval", 1, "--val_steps", 1)
     commands = [
         command("whole"),
@@ -78,6 +84,7 @@ def runs(brats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("from_plain", "--resume_checkpoint", root / "alone" / LATEST, "--max_steps", 3),
         command("changed", "--resume", "auto"),
         command("validated", *watched, "--max_steps", 2, "--keep", 1),
+        command("of_more", *fixed, root / "three" / LATEST),
     ]
     words = " + ".join(" ".join(map(str, words)) for words in commands)
     done = torchrun(2, PROGRAM, "runs", root, words, timeout=400)
@@ -126,6 +133,7 @@ def test_processes_hold_equal_buffers_and_different_shares(versions: list[dict[s
     one, other = versions
     assert one["buffers"] and equal(one["buffers"], other["buffers"])
     assert one["share"] + other["share"] == one["all"]
+    assert (one["made"], other["made"]) == (["meta", "cpu"], ["meta"]), "one has it whole, at first"
     assert abs(one["share"] - other["share"]) < 0.1 * one["all"]
 
 
@@ -148,6 +156,21 @@ def test_a_killed_run_continues_bit_for_bit(runs: Path) -> None:
     assert len(list((runs / "before").glob("savedmodel000004-*"))) == 1, "it was not completed"
     names = sorted(path.name[:16] for path in (runs / "killed").glob("*.shards"))
     assert names == ["savedmodel000002", "savedmodel000004"], "what was not completed is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("earlier", "later", "count", "now"), [("three", "of_more", 3, 2), ("before", "of_fewer", 2, 3)]
+)
+def test_shards_of_more_or_fewer_processes_are_divided_anew(
+    runs: Path, earlier: str, later: str, count: int, now: int
+) -> None:
+    """The rate is 0, so that a step leaves the weights that were read as they are."""
+    one, other = (load_checkpoint(runs / name / LATEST) for name in (earlier, later))
+    assert (one.step, other.step) == (2, 3) and equal(one.model, other.model)
+    assert other.run["processes"] == now
+    said = (runs / later / "log.txt").read_text("utf-8") + (runs / "0.txt").read_text("utf-8")
+    assert f"shards of {count} processes, divided among {now}" in said
 
 
 @pytest.mark.slow
