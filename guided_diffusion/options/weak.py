@@ -213,9 +213,9 @@ class WeakOptions:
 
     method: str = flag(
         "",
-        "cdm and cg-cdm: two branches of the diffusion, the second also guided; one-branch; "
-        "counterfactual: difference from a healthy reconstruction, of drawn noise; encoded: of "
-        "the image's own; gradcam; otsu: of the image itself; empty: cg-cdm with guided, else cdm",
+        "two branches: cdm, or guided cg-cdm; one-branch; difference from a healthy version: "
+        "counterfactual from drawn noise, encoded from the image's own; gradcam; otsu: of the "
+        "image itself; empty: cg-cdm with guided, else cdm",
         choices=("", *METHODS),
     )
     guided: bool = flag(False, "follow the classifier's gradient: cg-cdm", switch=True)
