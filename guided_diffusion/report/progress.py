@@ -25,7 +25,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
         total: of the steps; None for no end.
         initial: steps that an earlier run has taken.
         quiet: show nothing.
-        first: seconds until the first line.
+        first: seconds until the first line; None for ``FIRST``.
         later: seconds between two lines.
     """
 
@@ -36,13 +36,13 @@ class Progress(tqdm):  # type: ignore[type-arg]
         total: int | None = None,
         initial: int = 0,
         quiet: bool = False,
-        first: float = FIRST,
+        first: float | None = None,
         later: float = LATER,
     ) -> None:
         super().__init__(initial=initial, total=total, unit=unit, disable=quiet or None)
         self.counted, self.steps, self.last, self.began = unit, total, initial, initial
         self.started = time.monotonic()
-        self.due, self.later = self.started + first, later
+        self.due, self.later = self.started + (FIRST if first is None else first), later
         self.text = ""
         self.ended = Event()
         self.lines = bool(self.disable) and not quiet

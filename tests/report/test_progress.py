@@ -3,8 +3,7 @@
 import re
 import time
 
-from guided_diffusion.report import progress
-from guided_diffusion.report.progress import Progress
+from guided_diffusion.report.progress import FIRST, LATE, LATER, Progress
 
 
 def lines_of(capsys):
@@ -49,5 +48,5 @@ def test_a_quiet_one_says_nothing_and_the_end_stops_the_lines(capsys, monkeypatc
 
 
 def test_the_first_line_comes_within_30_seconds_and_later_ones_within_a_minute():
-    assert progress.FIRST + progress.LATE < 30
-    assert progress.LATER + progress.LATE < 60
+    assert FIRST + LATE < 30
+    assert LATER + LATE < 60
