@@ -3,6 +3,7 @@
 import re
 import time
 
+from guided_diffusion.report import progress
 from guided_diffusion.report.progress import FIRST, LATE, LATER, Progress
 
 
