@@ -41,7 +41,9 @@ above the first, and fills the largest component. The *second stage* is a plain 
 weak masks of the encoded maps, the *plain U-Net* one trained on true masks. *Decoded as a lesion
 again* is a control that asks whether the class matters; *true masks at the networks' size* are
 scaled down and up again, which no network of that size can exceed. The settings of the *preset* are
-the best of half-slices and phantoms together, on training images, too.
+the best of half-slices and phantoms together, on training images, too. *Published settings* are
+those of Hu et al. (2023): two branches whose embeddings differ by a twentieth of the classes', for
+ten of 1000 timesteps, and a cut of the signed map.
 """
 
 
@@ -63,7 +65,10 @@ def section(task: str, rows: Sequence[Json]) -> str:
     scores = {name: fmean(row["dice"] for row in own) for name, own in by_name.items()}
     trivial = max((scores[name] for name in TRIVIAL if name in scores), default=0.0)
     lines = [f"## {TITLES[task]}", ""]
-    if weak and max(scores[name] for name in weak) <= trivial:
+    above = [name for name in weak if scores[name] > trivial]
+    if above:
+        lines += [f"Above the threshold of the image ({trivial:.3f}): {', '.join(above)}.", ""]
+    else:
         lines += [f"**No method beats the threshold of the image, which has {trivial:.3f}.**", ""]
     lines += [
         *(ABOUT[task], ""),
@@ -87,8 +92,8 @@ def section(task: str, rows: Sequence[Json]) -> str:
             lengths = row["embeddings"]
             ratio = lengths["classes"] / lengths["time"]
             lines.append(
-                f"Seed {row['seed']}: class of held-out images by {told}; the classes' embeddings "
-                f"differ by {ratio:.1f} times the length of the time's."
+                f"* Seed {row['seed']}: class of held-out images by {told}; the classes' "
+                f"embeddings differ by {ratio:.1f} times the length of the time's."
             )
     lines += ["", "Chosen settings:", ""]
     for name in weak:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -117,6 +119,26 @@ def test_every_part_of_a_published_preset_is_compared() -> None:
     ours = {"small", "best", "weak-ours"}
     parts = {(name, part) for name, known in PRESETS.items() for part in known.parts}
     assert {part for part in parts if part[0] not in ours} == PUBLISHED.keys()
+
+
+def test_weak_ours_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    weak = importlib.import_module("weak")
+    parts = PRESETS["weak-ours"].parts
+    rows = [json.loads(line) for line in (ROOT / "results/weak.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if row["method"] == weak.PRESET]
+    assert {row["task"] for row in measured} == {"halves", "phantoms"}
+    for row in measured:
+        assert row["settings"] == parts["weak-segment"]
+        assert (row["image_size"], row["steps"]) == (
+            parts["weak-train"]["image_size"],
+            parts["weak-train"]["max_steps"],
+        )
+    words = [str(word) for word in (*weak.NETWORK, *weak.FITTED)]
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    for name, value in parts["weak-train"].items():
+        if f"--{name}" in flags:
+            assert type(value)(flags[f"--{name}"]) == value
 
 
 def test_small_is_what_was_measured() -> None:

@@ -155,7 +155,7 @@ PRESETS: dict[str, Preset] = {
     "weak-ours": Preset(
         "image-level labels, a laptop, 48 px: maps by encoding; measured on BraTS half-slices "
         "and phantoms",
-        "chosen on training images of the half-slices in results/weak.md",
+        "chosen on training images of both in results/weak.md",
         {
             "weak-train": {
                 **{"image_size": 48, "class_cond": True, "num_channels": 32},
@@ -169,8 +169,8 @@ PRESETS: dict[str, Preset] = {
                 **{"batch_size": 16, "max_steps": 400, **_FEW_NOISES, **_WEAK_FIT},
             },
             "weak-segment": {
-                **{"method": "encoded", "level": 400, "steps": 10, "difference": "positive"},
-                **{"smooth": 1.0, "cut_at": 0.3, "largest": "8", "fill_holes": True},
+                **{"method": "encoded", "level": 600, "steps": 10, "difference": "positive"},
+                **{"smooth": 1.0, "cut_at": 0.35, "largest": "8", "fill_holes": True},
             },
         },
     ),
