@@ -34,12 +34,12 @@ from guided_diffusion.options.weak import WeakOptions
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import map_overlay, write_picture
 from guided_diffusion.sampling import MemberNoise, member_seed
-from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.calibration import auroc, average_precision
 from guided_diffusion.scoring.evaluate import evaluate_all
 from guided_diffusion.scoring.predictions import read_soft
 from guided_diffusion.scoring.summary import summary_text
+from guided_diffusion.weak.levels import levels_of, spread
 from guided_diffusion.weak.maps import (
     Map,
     Mask,
@@ -86,7 +86,7 @@ class WeakSegmenter:
         self.model = model
         self.classifier = classifier
         self.seed = seed
-        self.levels = _levels(options, model) if model else []
+        self.levels = levels_of(options, model) if model else []
 
     @property
     def size(self) -> int | None:
@@ -156,7 +156,7 @@ class WeakSegmenter:
         scores = torch.zeros(len(x0), device=model.device)
         normal, lesion = model.branch(x0.shape, 0.0), model.branch(x0.shape, 1.0)
         trained = [t for t in model.diffusion.kept if t <= self.options.level]
-        for number, t in enumerate(_spread(trained, LABEL_TIMES + 1)[-2::-1]):
+        for number, t in enumerate(spread(trained, LABEL_TIMES + 1)[-2::-1]):
             level = model.diffusion.schedule.at(t)
             noise = MemberNoise([member_seed(self.seed, n, number) for n in names])
             x = noisy(x0, noise(x0), level)
@@ -198,52 +198,6 @@ class WeakSegmenter:
     def _needed_model(self) -> ImageModel:
         assert self.model is not None
         return self.model
-
-
-def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
-    """The levels of the branches, or of a whole reconstruction, which ends at the clean image."""
-    by_classifier = options.guided and options.method in ("counterfactual", "encoded")
-    if not model.net.num_classes and (not by_classifier or options.label == "diffusion"):
-        raise UserError(
-            model.source,
-            "the diffusion was trained without classes",
-            "Train one with --class_cond True, or use --method gradcam.",
-        )
-    last = len(model.diffusion.schedule) - 1
-    if options.level > last:
-        raise UserError(
-            f"--level {options.level}", f"the last trained time is {last}", "Choose a lower level."
-        )
-    if options.method in ("gradcam", "otsu"):
-        return []
-    times = [t for t in model.diffusion.kept if t <= options.level]
-    if options.method == "encoded":
-        if len(times) < 2:
-            raise UserError(
-                f"--level {options.level}",
-                "--method encoded carries images to a higher level and back",
-                "Choose a higher level.",
-            )
-        chosen = _spread(times, min(options.steps, len(times) - 1) + 1)
-        return model.diffusion.schedule.levels(chosen, end=None)
-    if options.method == "counterfactual":
-        chosen = _spread(times, min(options.steps, len(times)))
-        return model.diffusion.schedule.levels(chosen, end=CLEAN)
-    if options.steps * options.stride >= len(times):
-        raise UserError(
-            f"--steps {options.steps}",
-            f"{counted(options.steps, 'step')} of {options.stride} from level {options.level} "
-            "would end below time 0",
-            "Take fewer steps, a smaller --stride or a higher --level.",
-        )
-    branches = times[:: -options.stride][: options.steps + 1]
-    return model.diffusion.schedule.levels(branches, end=None)
-
-
-def _spread(times: Sequence[int], count: int) -> list[int]:
-    """Choose so many of some times, evenly spread from the last to the first."""
-    places = np.linspace(len(times) - 1, 0, count).round().astype(int)
-    return [times[place] for place in places]
 
 
 def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Path) -> list[str]:
