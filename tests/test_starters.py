@@ -160,6 +160,10 @@ def test_training_goes_on_from_a_starter(tmp_path: Path) -> None:
         ("isic-smal", "there is no file isic-smal. Did you mean isic-small? Weights that come"),
         ("skin", "there is no file skin. Weights that come with the package: isic-small."),
         ("results/isic-small", "there is no file results/isic-small. Name a checkpoint"),
+        (
+            "./isic-small",
+            "isic-small is also the name of weights that come with the package: write",
+        ),
         ("isic-small.pt", "there is no file isic-small.pt. Name a checkpoint"),
         ("isic-small,isic-small", "twice. Name different weights."),
     ],

@@ -60,5 +60,10 @@ def other_name(path: Path, otherwise: str) -> str:
     name = str(path)
     if path.suffix or len(path.parts) != 1:
         return nearest_path(path, otherwise)
+    if name in STARTERS:  # a folder without weights, or written as a path
+        return (
+            f"{name} is also the name of weights that come with the package: write it without a "
+            f"slash, where no file or folder is called so. {otherwise}"
+        )
     near = did_you_mean(name, STARTERS, "") or nearest_path(path, "")
     return f"{near} Weights that come with the package: {', '.join(STARTERS)}. {otherwise}".strip()

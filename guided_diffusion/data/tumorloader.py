@@ -47,6 +47,8 @@ class LabelledImages(SegmentationDataset):
     """A data set with a label for each whole image: 0 for normal, 1 for a lesion."""
 
     labels: dict[str, int]
+    positive: Sequence[int] = ()
+    """The values in masks that make an image one with a lesion; empty where folders do."""
 
     def __getitem__(self, index: int) -> Case:
         """Read case ``index`` with its label, and its mask where there is one."""

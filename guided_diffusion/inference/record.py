@@ -182,7 +182,7 @@ class Record:
     def _parts(self) -> list[Path]:
         return [path for path in record_parts(self.out_dir, self.job) if path != self.path]
 
-    def refuse_other_run(self, dataset: SegmentationDataset) -> None:
+    def refuse_other_run(self, dataset: SegmentationDataset, *, flag: str = "--out_dir") -> None:
         """Refuse a folder with masks of other settings, all of them of cases of another data set.
 
         Masks of the same data are replaced; these would stay and be scored together with the new.
@@ -193,10 +193,10 @@ class Record:
         others = [n for n, row in self.rows.items() if row["fingerprint"] != self.fingerprint]
         if others and not self.rows.keys() & {entry.name for entry in dataset.entries}:
             raise UserError(
-                f"--out_dir {self.out_dir}",
+                f"{flag} {self.out_dir}",
                 f"holds masks of another run, of {listing(others)}, none of which is in "
                 f"{dataset.directory}",
-                "Choose another --out_dir.",
+                f"Choose another {flag}.",
             )
 
     @property

@@ -82,7 +82,7 @@ class Holder:
     def read(cls, text: bytes) -> Holder | None:
         """Read what a lock file says; None for anything else."""
         try:
-            values = json.loads(text)
+            values = {"launch": "", **json.loads(text)}  # which earlier versions did not write
             holder = cls(**{entry.name: values[entry.name] for entry in fields(cls)})
         except (ValueError, TypeError, KeyError, RecursionError):
             return None

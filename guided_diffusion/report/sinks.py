@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -23,6 +23,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 
+from guided_diffusion import logger
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import expanded
 from guided_diffusion.logger import Sink
@@ -188,6 +189,8 @@ def _image(name: str, pixels: Pixels, step: int) -> dict[str, Any]:
 class TensorBoardSink:
     """Writes TensorBoard's event files; its page of custom scalars has the charts.
 
+    After a failure, such as a full disk, nothing more is written.
+
     Raises:
         UserError: TensorBoard is not installed.
     """
@@ -207,15 +210,26 @@ class TensorBoardSink:
         layout = {chart: ["Multiline", [f"^{pattern}"]] for chart, pattern in charts.items()}
         self.writer.add_custom_scalars({"guided-diffusion": layout})
 
+        self.failed = False
+
     def numbers(self, values: dict[str, Any]) -> None:
         """Write a row of the log."""
         for name, value in shown_numbers(values).items():
-            self.writer.add_scalar(name, value, int(values.get("step", 0)))
+            self._try(self.writer.add_scalar, name, value, int(values.get("step", 0)))
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
         """Write a picture."""
-        self.writer.add_image(shown_name(name), pixels, step, dataformats="HWC")
+        self._try(self.writer.add_image, shown_name(name), pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is buffered."""
-        self.writer.close()
+        self._try(self.writer.close)
+
+    def _try(self, write: Callable[..., object], *values: Any, **how: Any) -> None:
+        if self.failed:
+            return
+        try:
+            write(*values, **how)
+        except Exception as error:  # no failure of a display may end the run
+            self.failed = True
+            logger.log(f"nothing more is written for TensorBoard: {error}")

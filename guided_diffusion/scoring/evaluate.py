@@ -117,7 +117,7 @@ def evaluate_all(
     summary["unfinished"] = [str(part) for part in (*given.missing, *unscored)]
     write_tables(folder, scores, summary)
     for path in parts.paths if not summary["unfinished"] else ():
-        path.unlink()
+        path.unlink(missing_ok=True)  # another run may join them, too
     return Evaluation(folder, scoring, classes, cases, scores, summary, collected)
 
 

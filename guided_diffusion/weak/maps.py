@@ -28,6 +28,8 @@ from guided_diffusion.scoring.components import clean
 
 Map = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+BINS = 256
+"""Of the histogram in which Otsu's threshold is found."""
 
 
 def noisy(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
@@ -155,7 +157,7 @@ def mask_of(
 ) -> Mask:
     """Cut a map [H, W] by Otsu's threshold (1979) or a given one: what lies above, bool [H, W].
 
-    A constant map gives an empty mask.
+    A constant map gives an empty mask. Values that differ by rounding alone are not cut again.
 
     Args:
         heat: one image's, in [0, 1].
@@ -168,6 +170,6 @@ def mask_of(
     if cut_at:
         mask &= heat > cut_at
     for _ in range(0 if cut_at else cuts):
-        if mask.any() and np.ptp(heat[mask]) > 0:
-            mask = np.asarray(heat > threshold_otsu(heat[mask]))
+        if mask.any() and np.ptp(heat[mask]) > BINS * np.spacing(heat[mask].max()):
+            mask = np.asarray(heat > threshold_otsu(heat[mask], nbins=BINS))
     return clean(mask, largest=largest, fill_holes=fill_holes)

@@ -70,6 +70,12 @@ class ImageModel:
     trained: Trained
 
     @property
+    def settings(self) -> tuple[object, ...]:
+        """All that predictions depend on besides the weights."""
+        known = self.trained.flags
+        return known.group(ImageNetworkOptions), known.group(ImageDiffusionOptions), self.clip
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.net.parameters()).device
@@ -122,6 +128,12 @@ class ClassifierModel:
     image_size: int
     source: str
     trained: Trained
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """All that predictions depend on besides the weights."""
+        known = self.trained.flags
+        return known.group(ClassifierOptions), known.group(ImageDiffusionOptions)
 
     @property
     def at_level(self) -> Classify:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,17 +29,17 @@ from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.inference.cases import run_cases
 from guided_diffusion.inference.next_steps import after_scoring
 from guided_diffusion.inference.provenance import note_sampling
-from guided_diffusion.inference.record import Record, is_whole_png
+from guided_diffusion.inference.record import Record
 from guided_diffusion.options.weak import WeakOptions
 from guided_diffusion.report.canvas import soft_png
 from guided_diffusion.report.pictures import map_overlay, write_picture
 from guided_diffusion.sampling import MemberNoise, member_seed
-from guided_diffusion.schedule import CLEAN, NoiseLevel
 from guided_diffusion.scoring import metrics
 from guided_diffusion.scoring.calibration import auroc, average_precision
 from guided_diffusion.scoring.evaluate import evaluate_all
 from guided_diffusion.scoring.predictions import read_soft
 from guided_diffusion.scoring.summary import summary_text
+from guided_diffusion.weak.levels import levels_of, spread
 from guided_diffusion.weak.maps import (
     Map,
     Mask,
@@ -85,7 +86,7 @@ class WeakSegmenter:
         self.model = model
         self.classifier = classifier
         self.seed = seed
-        self.levels = _levels(options, model) if model else []
+        self.levels = levels_of(options, model) if model else []
 
     @property
     def size(self) -> int | None:
@@ -100,6 +101,7 @@ class WeakSegmenter:
         options = {k: v for k, v in asdict(self.options).items() if k not in _OF_THE_RUN}
         digest = hashlib.sha256(json.dumps([options, self.seed]).encode())
         for trained in (self.model, self.classifier):
+            digest.update(repr(trained.settings if trained else None).encode())
             for name, value in (trained.net.state_dict() if trained else {}).items():
                 digest.update(name.encode())
                 digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -121,7 +123,14 @@ class WeakSegmenter:
             self._difference(x0, MemberNoise([member_seed(self.seed, n, k) for n in names])(x0))
             for k in range(self.options.noises)
         ]
-        return torch.stack(draws).mean(dim=0).cpu()
+        maps = torch.stack(draws).mean(dim=0).cpu()
+        if not maps.isfinite().all():
+            raise UserError(
+                model.source,
+                "it predicted NaN or infinite values",
+                "Check the loss of its training, or sample with --weights raw.",
+            )
+        return maps
 
     def labels(self, images: Tensor, names: Sequence[str], truth: Sequence[int]) -> list[int]:
         """Whether each image is to be segmented, as ``--label`` says: 1 or 0."""
@@ -146,8 +155,8 @@ class WeakSegmenter:
         x0 = model.diffusion.to_range(images.to(model.device))
         scores = torch.zeros(len(x0), device=model.device)
         normal, lesion = model.branch(x0.shape, 0.0), model.branch(x0.shape, 1.0)
-        times = np.linspace(0, self.options.level, LABEL_TIMES + 1).round().astype(int)[1:]
-        for number, t in enumerate(times.tolist()):
+        trained = [t for t in model.diffusion.kept if t <= self.options.level]
+        for number, t in enumerate(spread(trained, LABEL_TIMES + 1)[-2::-1]):
             level = model.diffusion.schedule.at(t)
             noise = MemberNoise([member_seed(self.seed, n, number) for n in names])
             x = noisy(x0, noise(x0), level)
@@ -191,40 +200,6 @@ class WeakSegmenter:
         return self.model
 
 
-def _levels(options: WeakOptions, model: ImageModel) -> list[NoiseLevel]:
-    """The levels of the branches, or of a whole reconstruction, which ends at the clean image."""
-    by_classifier = options.guided and options.method in ("counterfactual", "encoded")
-    if not model.net.num_classes and not by_classifier:
-        raise UserError(
-            model.source,
-            "the diffusion was trained without classes",
-            "Train one with --class_cond True, or use --method gradcam.",
-        )
-    last = len(model.diffusion.schedule) - 1
-    if options.level > last:
-        raise UserError(
-            f"--level {options.level}", f"the last trained time is {last}", "Choose a lower level."
-        )
-    if options.method == "encoded":
-        count = min(options.steps, options.level) + 1
-        times = np.linspace(options.level, 0, count).round().tolist()
-        return model.diffusion.schedule.levels(times, end=None)
-    if options.method == "counterfactual":
-        count = min(options.steps, options.level + 1)
-        times = np.linspace(options.level, 0, count).round().tolist()
-        return model.diffusion.schedule.levels(times, end=CLEAN)
-    end = options.level - options.steps * options.stride
-    if end < 0:
-        raise UserError(
-            f"--steps {options.steps}",
-            f"{counted(options.steps, 'step')} of {options.stride} from level {options.level} "
-            "would end below time 0",
-            "Take fewer steps, a smaller --stride or a higher --level.",
-        )
-    branches = range(options.level, end - 1, -options.stride)
-    return model.diffusion.schedule.levels(branches, end=None)
-
-
 def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Path) -> list[str]:
     """Make the masks of a data set, write the files of every case, and return the cases' names.
 
@@ -237,13 +212,16 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
     """
     make_folder(folder, flag="--results_dir")
     method, plane = segmenter.options.method, dataset.plane
+    text = f"{segmenter.fingerprint} {dataset.positive}"
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    record = Record(folder, fingerprint, ("label",), with_members=False)
+    record.refuse_other_run(dataset, flag="--results_dir")
     note_sampling(
-        *(folder, segmenter.fingerprint),
+        *(folder, fingerprint),
         model=method,
         seed=segmenter.seed,
         options={"plane": plane},
     )
-    record = Record(folder, segmenter.fingerprint, ("label",), with_members=False)
     total, wanted = len(dataset), segmenter.options.num_samples
     chosen = [i * total // wanted for i in range(wanted)] if wanted else range(total)
     entries = [dataset.entries[i] for i in chosen]
@@ -365,14 +343,21 @@ def _map_scores(dataset: LabelledImages, folder: Path) -> list[str]:
             scores.append((auroc(heat.ravel(), lesion.ravel()), average_precision(heat, lesion)))
     if not scores:
         return []
-    area, precision = np.nanmean(scores, axis=0).tolist()
+    areas, precisions = zip(*scores, strict=True)
+    area, precision = _mean(areas), _mean(precisions)
     found = {"images": len(scores), "auroc": area, "average_precision": precision}
     with atomic_write(folder / "maps.json") as part:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return [
-        f"maps of {counted(len(scores), 'image')} with a lesion, by pixel: AUROC {area:.4f}, "
-        f"average precision {precision:.4f}"
+        f"maps of {counted(len(scores), 'image')} with a lesion, by pixel: "
+        f"AUROC {'unknown' if area is None else f'{area:.4f}'}, average precision {precision:.4f}"
     ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean of what is known of some values; None where nothing is."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def _empty_truth(path: Path) -> metrics.Confusion:
@@ -386,6 +371,6 @@ def _written_truths(dataset: LabelledImages, folder: Path) -> Path:
     for entry in dataset.entries:
         path = truths / f"{entry.name}.png"
         mask = dataset.read_mask(entry)
-        if mask is not None and not is_whole_png(path):
+        if mask is not None:
             write_picture(path, soft_png(mask[0]))
     return truths

@@ -80,14 +80,14 @@ def resolve_images(flags: Flags) -> TrainSetup:
     net = create_model(network, diffusion, of_images=True)
     process = create_gaussian_diffusion(diffusion)
     sinks = live_sinks(flags, begun.options, begun.run)
-    drawing = image_drawing(net, process, dev(begun.run.gpu_dev), seed=begun.run.seed)
+    device, seed = dev(begun.run.gpu_dev), begun.run.seed
     return _set_up(
         begun,
         net,
         dataset=dataset,
         pictures=Pictures(dataset, Frame(network.image_size)),
         diffusion=process,
-        validate=drawing if sinks else None,
+        validate=image_drawing(net, process, device, seed=seed) if sinks else None,
         sinks=sinks,
         recorded={**recorded(network, diffusion), "of_images": True},
         prepare_batch=prepare_labelled_images if network.class_cond else prepare_images,

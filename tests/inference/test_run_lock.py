@@ -54,6 +54,18 @@ def test_a_second_run_is_refused_and_the_lock_goes_with_the_first(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_without_a_launch_holds(tmp_path: Path) -> None:
+    """A run of an earlier version, which did not write one, may still go on after a minute."""
+    lock = write(tmp_path)
+    found = json.loads(lock.read_text("utf-8"))
+    del found["launch"]
+    lock.write_text(json.dumps(found))
+    os.utime(lock, (time.time() - 120,) * 2)
+    where = f"process {os.getpid()} on "
+    with pytest.raises(UserError, match=where), only_run(tmp_path, TRAINING):
+        pass
+
+
 def test_jobs_of_one_number_share_a_folder(tmp_path: Path) -> None:
     def refusal(job: Job | None) -> str:
         before = contents(tmp_path)

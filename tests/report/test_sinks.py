@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 
 from guided_diffusion.checkpoint import LATEST, load_checkpoint
 from guided_diffusion.report.curves import draw_curves, read_points, smoothed
-from guided_diffusion.report.sinks import VisdomSink
+from guided_diffusion.report.sinks import TensorBoardSink, VisdomSink
 
 # ------------------------------------------------------------------------------ curves
 
@@ -113,6 +114,34 @@ def test_without_tensorboard_there_is_one_line(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     command = [*training(brats, tmp_path), "--max_steps", 1, "--tensorboard", True]
     assert "pip install tensorboard" in refused(script("segmentation_train", *command))
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Writer:
+        """Fails as TensorBoard's does once its thread could not write."""
+
+        def __init__(self, folder: str) -> None:
+            self.calls = 0
+
+        def add_custom_scalars(self, layout: object) -> None:
+            pass
+
+        def fail(self, *values: object, **how: object) -> None:
+            self.calls += 1
+            raise OSError(28, "No space left on device")
+
+        add_scalar = add_image = close = fail
+
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    sink = TensorBoardSink(tmp_path)
+    sink.numbers({"step": 1, "loss": 0.5, "lr": 0.1})
+    sink.picture("batch", np.zeros((2, 2, 3), np.uint8), 1)
+    sink.close()
+    said = "nothing more is written for TensorBoard: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().out == said and sink.writer.calls == 1
 
 
 # ------------------------------------------------------------------------------ visdom

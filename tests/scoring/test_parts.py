@@ -14,6 +14,7 @@ from scoring.test_pool import tables, write_members
 from guided_diffusion.data.jobs import Job, divided
 from guided_diffusion.errors import UserError
 from guided_diffusion.scoring.evaluate import evaluate_all, score_job
+from guided_diffusion.scoring.tables import write_tables
 from guided_diffusion.tools.phantom_layouts import write_layout
 
 
@@ -145,3 +146,20 @@ def test_a_job_scores_what_the_same_job_has_drawn(folders: tuple[Path, Path]) ->
         UserError, match=r"job 1/2 lacks 2 of 2 cases .* Sample again with --job 1/2"
     ):
         score_job(masks, truth, Job(1, 2))
+
+
+def test_two_runs_may_join_the_same_parts(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts go when the first one has written its tables, which are those of the second."""
+    truth, masks = folders
+    for number in (1, 2):
+        score_job(masks, truth, Job(number, 2))
+
+    def written_by_both(*arguments: Any) -> None:
+        write_tables(*arguments)
+        for path in masks.glob("scores-*"):
+            path.unlink()
+
+    monkeypatch.setattr("guided_diffusion.scoring.evaluate.write_tables", written_by_both)
+    assert len(evaluate_all(masks, truth).cases) == 5 and parts(masks) == []
