@@ -33,6 +33,8 @@ SCRIPTS = {
     "weak-classifier": "classifier_tumor_train",
     "weak-segment": "image_p_seg",
 }
+CLASSIFIED = ("cg-cdm", "gradcam")
+"""Methods that need a classifier."""
 SOLVER = {"dpm_solver": True, "steps": 10}
 """What the next command samples with: few steps, so that there is soon something to look at."""
 
@@ -90,15 +92,23 @@ def after_weak_training(flags: Flags, recorded: Mapping[str, Any]) -> str:
     folder = {"save_dir": flags.get("out_dir", "./results/weak")}
     arrays = {n: flags.given[n] for n in ("data_folder", "fold", "class_index") if n in flags.given}
     where = {"src_dir": flags.get("src_dir", "./data/weak"), **arrays, **folder}
+    preset = flags.given.get("preset", "")
+    segmenting = PRESETS[preset].parts.get("weak-segment", {}) if preset else {}
+    chosen = {"preset": preset} if segmenting else {}
+    classified = segmenting.get("method") in CLASSIFIED or segmenting.get("label") == "classifier"
     if "model_type" in recorded:
-        return f"next: {command_line('weak-segment', **where, guided=True)}"
+        how = {**chosen, **where} if classified else {**where, "guided": True}
+        return f"next: {command_line('weak-segment', **how)}"
     if not recorded["class_cond"]:
         few = {"use_ddim": True, "steps": 50}
         return (
             f"next: {command_line('weak-sample', **folder, **few)}; to segment, train with "
             "--class_cond True"
         )
-    return f"next: {command_line('weak-classifier', **where, img_size=recorded['image_size'])}"
+    if segmenting and not classified:
+        return f"next: {command_line('weak-segment', **chosen, **where)}"
+    size = {"img_size": recorded["image_size"]}
+    return f"next: {command_line('weak-classifier', **chosen, **where, **size)}"
 
 
 def after_weak_masks(dataset: Path) -> str:

@@ -208,7 +208,7 @@ def write_phantoms(options: PhantomOptions) -> str:
         _write_layout(options, out)
     folders = ", ".join(sorted(path.name for path in out.iterdir() if path.is_dir()))
     if layout == "weak":
-        following = f"next: {command_line('weak-train', src_dir=options.out, class_cond=True)}"
+        following = f"next: {command_line('weak-train', preset='weak-ours', src_dir=options.out)}"
     else:
         following = after_check(DataOptions(data_dir=str(_training_part(Path(options.out)))))
     return f"{patients} written to {out}: {folders}\n{following}"
