@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.data.datasets import SegmentationDataset
+from guided_diffusion.data.jobs import Job
 from guided_diffusion.files import expanded
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.network import NetworkOptions
@@ -117,17 +118,22 @@ def after_weak_masks(dataset: Path) -> str:
     return f"next: {command_line('train', preset='small', data_dir=dataset, out_dir=out)}"
 
 
-def after_sampling(flags: Flags, dataset: SegmentationDataset) -> str:
-    """Name the page to look at and, of cases with a truth, the scoring command."""
+def after_sampling(flags: Flags, dataset: SegmentationDataset, job: Job | None = None) -> str:
+    """Name the page to look at and, of cases with a truth, the scoring command; a job's is its own.
+
+    The page is that of a run of all cases.
+    """
     run, data = flags.group(RunOptions), flags.group(SampleDataOptions)
     page = Path(run.out_dir, REPORT)
-    look = f"open {page}; the most doubtful cases come first" if expanded(page).exists() else ""
+    shown = job is None and expanded(page).exists()
+    look = f"open {page}; the most doubtful cases come first" if shown else ""
     truths = sum(bool(entry.masks) for entry in dataset.entries)
     if not truths:
         return f"next: {look or f'the masks are in {run.out_dir}'}"
     few = flags.group(SamplingOptions).num_samples or truths < len(dataset.entries)
     partial = {"partial": True} if few or data.split or data.slices else {}
-    scoring = command_line("score", inp_pth=run.out_dir, out_pth=data.data_dir, **partial)
+    part = {"job": job} if job else {}
+    scoring = command_line("score", inp_pth=run.out_dir, out_pth=data.data_dir, **partial, **part)
     return f"next: {scoring}" + (f"\n  or {look}" if look else "")
 
 

@@ -38,8 +38,8 @@ def test_weak_phantoms_name_weak_training(tmp_path: Path) -> None:
     command = ["--out", tmp_path / "out", "--layout", "weak", "--patients", 4, "--size", 24]
     words = next_words(succeeded(script("make_phantoms", *command)))
     assert words == [
-        *("scripts/train_tumor_ddfm.py", "--src_dir", str(tmp_path / "out")),
-        *("--class_cond", "True"),
+        *("scripts/train_tumor_ddfm.py", "--preset", "weak-ours"),
+        *("--src_dir", str(tmp_path / "out")),
     ]
 
 
