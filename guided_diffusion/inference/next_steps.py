@@ -52,11 +52,16 @@ def command_line(name: str, **flags: object) -> str:
 
 
 def after_check(data: DataOptions) -> str:
-    """Name the training command for the data that was looked at."""
+    """Name the training command for the data that was looked at, with settings for any machine."""
     given = {"split": data.split, "mask_labels": data.mask_labels}
     chosen = {name: value for name, value in given.items() if value}
-    line = command_line("train", data_dir=data.data_dir, **chosen, out_dir="results/first")
-    return f"next: {line}"
+    where = {"data_dir": data.data_dir, **chosen, "out_dir": "results/first"}
+    return f"next: {command_line('train', preset='small', **where)}"
+
+
+def few_steps(version: str) -> dict[str, object]:
+    """The flags that sample with few steps; none for a network that does not diffuse."""
+    return dict(SOLVER) if version in DIFFUSING else {}
 
 
 def after_training(flags: Flags) -> str:
@@ -65,7 +70,7 @@ def after_training(flags: Flags) -> str:
     where: dict[str, object] = {"data_dir": _to_segment(data, flags.group(WatchOptions).val_dir)}
     if data.split:
         where["split"] = data.split
-    solver = SOLVER if flags.group(NetworkOptions).version in DIFFUSING else {}
+    solver = few_steps(flags.group(NetworkOptions).version)
     preset = flags.given.get("preset", "")
     if solver and preset and "sample" in PRESETS[preset].parts:
         solver = {"preset": preset}

@@ -45,7 +45,8 @@ def test_the_command_is_written_as_it_was_called(monkeypatch):
     )
     data = DataOptions(data_dir="d", mask_labels="1,2")
     assert next_steps.after_check(data) == (
-        "next: guided-diffusion train --data_dir d --mask_labels 1,2 --out_dir results/first"
+        "next: guided-diffusion train --preset small --data_dir d --mask_labels 1,2 "
+        "--out_dir results/first"
     )
 
 
