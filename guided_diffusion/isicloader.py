@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from guided_diffusion.data.datasets import AS_STORED, Entry, Reading, SegmentationDataset
 from guided_diffusion.data.folders import (
     PICTURES,
+    counted,
     listing,
     names_in,
     open_folder,
@@ -52,6 +53,10 @@ class ISICDataset(SegmentationDataset):
         _require_cases(folder, entries)
         entries = _checked_masks(table or folder, entries, optional=test_flag)
         super().__init__(folder, entries, channels=3, reading=reading)
+        files = [root / name for root, names in walk(folder) for name in names]
+        if table is None and (others := _others(files)):
+            example = others[0].relative_to(folder)
+            self.notes.append(f"ignored {counted(len(others), 'file')}, such as {example}")
 
 
 def has_csv(folder: Path) -> bool:
@@ -60,10 +65,18 @@ def has_csv(folder: Path) -> bool:
     return any(find_csv(part, False) for part in folders)
 
 
-def has_pictures(folder: Path) -> bool:
-    """Whether the folder or one below it holds pictures named by an ISIC number."""
-    names = (name for _, files in walk(folder) for name in files if name.startswith("ISIC_"))
-    return any(_id_of(_PICTURE, name) for name in names)
+def has_pictures(folder: Path, *, bare: bool = False) -> bool:
+    """Whether the folder or one below it holds pictures named by an ISIC number.
+
+    With ``bare``, a folder that directly holds such pictures and others, and no mask, does not
+    count: all of its pictures are to be segmented.
+    """
+    files = [root / name for root, names in walk(folder) for name in names]
+    named = [path for path in files if _id_of(_PICTURE, path.name)]
+    if not bare or any(_id_of(_MASK, path.name) for path in files):
+        return bool(named)
+    near = {path.parent for path in named} & {path.parent for path in _others(files)}
+    return bool(named) and folder not in near
 
 
 def find_csv(folder: Path, test_flag: bool) -> Path | None:
@@ -98,6 +111,11 @@ def _read_rows(table: Path) -> list[list[str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problem = f"the table cannot be read as comma-separated values ({error})"
         raise UserError(table, problem, "Save it again as CSV in UTF-8.") from error
+
+
+def _others(files: Sequence[Path]) -> list[Path]:
+    """The pictures that are not named as ISIC names its files."""
+    return [path for path in files if _is_picture(path.name) and not path.name.startswith("ISIC_")]
 
 
 def _is_header(row: list[str]) -> bool:

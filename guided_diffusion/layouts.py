@@ -243,7 +243,7 @@ def _recognised(folder: Path, *, test: bool, modalities: Collection[str] = ()) -
     )
     first = next(cases, {})
     brats = bool(first) and not (max(map(len, first.values())) > 1 and _is_flat(folder))
-    isic = has_csv(folder) or (not first and has_pictures(folder))
+    isic = has_csv(folder) or (not first and has_pictures(folder, bare=test))
     found = [name for name, marks in (("BRATS", brats), ("ISIC", isic)) if marks]
     if found or part_folders(folder) or recognised(files_below(folder), test=test):
         return found

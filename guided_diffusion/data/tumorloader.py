@@ -178,7 +178,7 @@ def _require_pairs(
     bare = sorted(tumours.keys() - masks.keys())
     if bare and masks_needed:
         problem = f"has {counted(len(bare), 'image')} without a mask in seg/: {listing(bare)}"
-        hint = "Add the masks; training on labels alone (train_tumor_ddfm.py) needs none."
+        hint = "Add the masks; weak-train needs none, and check none with --labelled False."
         refuse(UserError(folder / "tumor", problem, hint, cases=bare))
 
 

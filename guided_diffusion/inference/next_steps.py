@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.data.datasets import SegmentationDataset
+from guided_diffusion.data.jobs import Job
 from guided_diffusion.files import expanded
 from guided_diffusion.options.flags import Flags
 from guided_diffusion.options.network import NetworkOptions
@@ -33,6 +34,8 @@ SCRIPTS = {
     "weak-classifier": "classifier_tumor_train",
     "weak-segment": "image_p_seg",
 }
+CLASSIFIED = ("cg-cdm", "gradcam")
+"""Methods that need a classifier."""
 SOLVER = {"dpm_solver": True, "steps": 10}
 """What the next command samples with: few steps, so that there is soon something to look at."""
 
@@ -49,11 +52,16 @@ def command_line(name: str, **flags: object) -> str:
 
 
 def after_check(data: DataOptions) -> str:
-    """Name the training command for the data that was looked at."""
+    """Name the training command for the data that was looked at, with settings for any machine."""
     given = {"split": data.split, "mask_labels": data.mask_labels}
     chosen = {name: value for name, value in given.items() if value}
-    line = command_line("train", data_dir=data.data_dir, **chosen, out_dir="results/first")
-    return f"next: {line}"
+    where = {"data_dir": data.data_dir, **chosen, "out_dir": "results/first"}
+    return f"next: {command_line('train', preset='small', **where)}"
+
+
+def few_steps(version: str) -> dict[str, object]:
+    """The flags that sample with few steps; none for a network that does not diffuse."""
+    return dict(SOLVER) if version in DIFFUSING else {}
 
 
 def after_training(flags: Flags) -> str:
@@ -62,7 +70,7 @@ def after_training(flags: Flags) -> str:
     where: dict[str, object] = {"data_dir": _to_segment(data, flags.group(WatchOptions).val_dir)}
     if data.split:
         where["split"] = data.split
-    solver = SOLVER if flags.group(NetworkOptions).version in DIFFUSING else {}
+    solver = few_steps(flags.group(NetworkOptions).version)
     preset = flags.given.get("preset", "")
     if solver and preset and "sample" in PRESETS[preset].parts:
         solver = {"preset": preset}
@@ -90,15 +98,23 @@ def after_weak_training(flags: Flags, recorded: Mapping[str, Any]) -> str:
     folder = {"save_dir": flags.get("out_dir", "./results/weak")}
     arrays = {n: flags.given[n] for n in ("data_folder", "fold", "class_index") if n in flags.given}
     where = {"src_dir": flags.get("src_dir", "./data/weak"), **arrays, **folder}
+    preset = flags.given.get("preset", "")
+    segmenting = PRESETS[preset].parts.get("weak-segment", {}) if preset else {}
+    chosen = {"preset": preset} if segmenting else {}
+    classified = segmenting.get("method") in CLASSIFIED or segmenting.get("label") == "classifier"
     if "model_type" in recorded:
-        return f"next: {command_line('weak-segment', **where, guided=True)}"
+        how = {**chosen, **where} if classified else {**where, "guided": True}
+        return f"next: {command_line('weak-segment', **how)}"
     if not recorded["class_cond"]:
         few = {"use_ddim": True, "steps": 50}
         return (
             f"next: {command_line('weak-sample', **folder, **few)}; to segment, train with "
             "--class_cond True"
         )
-    return f"next: {command_line('weak-classifier', **where, img_size=recorded['image_size'])}"
+    if segmenting and not classified:
+        return f"next: {command_line('weak-segment', **chosen, **where)}"
+    size = {"img_size": recorded["image_size"]}
+    return f"next: {command_line('weak-classifier', **chosen, **where, **size)}"
 
 
 def after_weak_masks(dataset: Path) -> str:
@@ -107,17 +123,22 @@ def after_weak_masks(dataset: Path) -> str:
     return f"next: {command_line('train', preset='small', data_dir=dataset, out_dir=out)}"
 
 
-def after_sampling(flags: Flags, dataset: SegmentationDataset) -> str:
-    """Name the page to look at and, of cases with a truth, the scoring command."""
+def after_sampling(flags: Flags, dataset: SegmentationDataset, job: Job | None = None) -> str:
+    """Name the page to look at and, of cases with a truth, the scoring command; a job's is its own.
+
+    The page is that of a run of all cases.
+    """
     run, data = flags.group(RunOptions), flags.group(SampleDataOptions)
     page = Path(run.out_dir, REPORT)
-    look = f"open {page}; the most doubtful cases come first" if expanded(page).exists() else ""
+    shown = job is None and expanded(page).exists()
+    look = f"open {page}; the most doubtful cases come first" if shown else ""
     truths = sum(bool(entry.masks) for entry in dataset.entries)
     if not truths:
         return f"next: {look or f'the masks are in {run.out_dir}'}"
     few = flags.group(SamplingOptions).num_samples or truths < len(dataset.entries)
     partial = {"partial": True} if few or data.split or data.slices else {}
-    scoring = command_line("score", inp_pth=run.out_dir, out_pth=data.data_dir, **partial)
+    part = {"job": job} if job else {}
+    scoring = command_line("score", inp_pth=run.out_dir, out_pth=data.data_dir, **partial, **part)
     return f"next: {scoring}" + (f"\n  or {look}" if look else "")
 
 

@@ -55,10 +55,11 @@ def run_sampling(setup: SampleSetup) -> None:
         logger.log(line)
     out_dir, flags = expanded(run.out_dir), setup.networks[0].trained.flags
     if options.dry_run:
-        number = options.num_samples or len(dataset)
+        entries = dataset.entries[: options.num_samples or None]
+        number = len(setup.job.share(entries) if setup.job else entries)
         logger.log(
-            f"dry run: {counted(min(number, len(dataset)), 'case')} would be drawn; they would be "
-            f"written to {run.out_dir}"
+            f"dry run: {counted(number, 'case')} would be drawn; they would be written to "
+            f"{run.out_dir}"
         )
         return
     with only_run(out_dir, SAMPLING, job=setup.job):
@@ -77,7 +78,7 @@ def run_sampling(setup: SampleSetup) -> None:
     files += ", <case>_members.gif" * (options.debug and segmenter.plan.evaluations > 1)
     record = setup.job.record if setup.job else PREDICTIONS
     logger.log(f"{counted(len(names), 'case')} in {run.out_dir}: {files}, {record}")
-    logger.log(after_sampling(flags, dataset))
+    logger.log(after_sampling(flags, dataset, setup.job))
 
 
 def _segment_and_note(segmenter: Segmenter, setup: SampleSetup, out_dir: Path) -> list[str]:

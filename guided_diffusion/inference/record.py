@@ -47,7 +47,7 @@ def log_remarks(record: Record, names: Sequence[str]) -> None:
     uncertain = [name for name in names if name in record.rows and _is_uncertain(record.rows[name])]
     if uncertain:
         logger.log(
-            f"look at {listing(uncertain)}: some of their members are empty or cover the whole "
+            f"look at {listing(uncertain)}: some of the members are empty or cover the whole "
             f"picture, or they disagree by more than {MOST_DISAGREEMENT}"
         )
     empty = [name for name in names if name in record.rows and _is_empty(record.rows[name])]

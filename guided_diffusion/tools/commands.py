@@ -28,7 +28,7 @@ from guided_diffusion.data.folders import counted
 from guided_diffusion.data.splits import part_of_cases
 from guided_diffusion.errors import UserError, did_you_mean
 from guided_diffusion.files import expanded, make_folder, require_replaceable, writing
-from guided_diffusion.inference.next_steps import after_check, command_line
+from guided_diffusion.inference.next_steps import after_check, command_line, few_steps
 from guided_diffusion.inference.provenance import note_run, run_record
 from guided_diffusion.inference.recorded import checked_flags
 from guided_diffusion.inference.run_lock import SLICING, only_run
@@ -176,7 +176,8 @@ def _after_export(options: ExportOptions, checkpoint: Checkpoint) -> str:
         name = {SEGMENTATION: "train", IMAGES: "weak-train"}.get(kind, "weak-classifier")
         return f"next: {command_line(name, resume_checkpoint=out)}"
     if kind == SEGMENTATION:
-        to = {"data_dir": "YOUR_IMAGES", "out_dir": "results/masks"}
+        steps = few_steps(checkpoint.options.get("version", "plain"))
+        to = {"data_dir": "YOUR_IMAGES", "out_dir": "results/masks", **steps}
         return f"next: {command_line('sample', model_path=out, **to)}"
     flag = "model_path" if kind == IMAGES else "classifier_path"
     return f"next: {command_line('weak-sample', **{flag: out})}"
@@ -208,7 +209,7 @@ def write_phantoms(options: PhantomOptions) -> str:
         _write_layout(options, out)
     folders = ", ".join(sorted(path.name for path in out.iterdir() if path.is_dir()))
     if layout == "weak":
-        following = f"next: {command_line('weak-train', src_dir=options.out, class_cond=True)}"
+        following = f"next: {command_line('weak-train', preset='weak-ours', src_dir=options.out)}"
     else:
         following = after_check(DataOptions(data_dir=str(_training_part(Path(options.out)))))
     return f"{patients} written to {out}: {folders}\n{following}"

@@ -206,7 +206,6 @@ def segment_weakly(flags: Flags) -> None:
         names = segment_images(segmenter, dataset, folder)
         training = options.part == "training"
         written = write_training_set(dataset, names, folder) if training else None
-        for line in score_masks(dataset, folder):
+        *scores, after = score_masks(dataset, folder)
+        for line in [*scores, after_weak_masks(written) if written else after]:
             logger.log(line)
-        if written:
-            logger.log(after_weak_masks(written))

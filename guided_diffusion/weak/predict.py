@@ -222,8 +222,7 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
         seed=segmenter.seed,
         options={"plane": plane},
     )
-    total, wanted = len(dataset), segmenter.options.num_samples
-    chosen = [i * total // wanted for i in range(wanted)] if wanted else range(total)
+    chosen = _evenly(dataset, segmenter.options.num_samples)
     entries = [dataset.entries[i] for i in chosen]
     todo = [i for i, entry in enumerate(entries) if not record.finished(entry.name)]
     record.begin([entries[i].name for i in todo], of=len(entries))
@@ -242,6 +241,14 @@ def segment_images(segmenter: WeakSegmenter, dataset: LabelledImages, folder: Pa
         f"{counted(len(entries), 'image')} in {folder}: <name>_mask.png, _heat.png, _overlay.png"
     )
     return [entry.name for entry in entries]
+
+
+def _evenly(dataset: LabelledImages, count: int) -> list[int]:
+    """Choose images evenly spread over each of the classes, in their order; 0 for all."""
+    total = len(dataset)
+    by_class = sorted(range(total), key=lambda i: dataset.labels[dataset.entries[i].name])
+    count = min(count or total, total)
+    return sorted(by_class[i * total // count] for i in range(count))
 
 
 class Drawn(NamedTuple):

@@ -258,6 +258,19 @@ def test_isic_without_csv_and_without_masks(tmp_path: Path) -> None:
     write_picture(tmp_path / "in/ISIC_0000007_superpixels.png", colour())
     assert open_dataset(tmp_path).names == ["0000007"]
     assert open_dataset(tmp_path)[0].mask is not None
+    assert not open_dataset(tmp_path).notes
+
+
+def test_pictures_of_other_names_beside_those_of_isic_are_segmented_too(tmp_path: Path) -> None:
+    write_picture(tmp_path / "ISIC_0000007.jpg", colour())
+    write_picture(tmp_path / "my mole.jpg", colour())
+    assert open_dataset(tmp_path, test=True).names == ["ISIC_0000007", "my mole"]
+
+    write_picture(tmp_path / "ISIC_0000007_Segmentation.png", grey_mask())
+    for test in (True, False):
+        labelled = open_dataset(tmp_path, test=test)
+        assert labelled.names == ["0000007"]
+        assert labelled.notes == ["ignored 1 file, such as my mole.jpg"]
 
 
 # ------------------------------------------------------------------------------ own folders

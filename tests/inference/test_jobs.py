@@ -95,6 +95,10 @@ def test_the_jobs_together_draw_what_one_run_draws(
             script("segmentation_sample", *sampling(data, trained, jobs, "--job", f"{number}/5"))
         )
         assert f"predictions-{number}-of-5.csv" in said
+        last = f"--inp_pth {jobs} --out_pth {data} --job {number}/5"
+        assert said.splitlines()[-1] == f"next: python scripts/segmentation_env.py {last}"
+    dry = sampling(data, trained, jobs, "--job", "4/5", "--dry_run", True)
+    assert "dry run: 1 case would" in succeeded(script("segmentation_sample", *dry))
     scoring = ["--out_pth", data, "--report", False]
     message = refused(script("segmentation_env", "--inp_pth", jobs, *scoring))
     assert "job 4/5 lacks 1 of 1 case (" in message and "Sample again with --job 4/5" in message

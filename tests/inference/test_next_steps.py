@@ -45,5 +45,25 @@ def test_the_command_is_written_as_it_was_called(monkeypatch):
     )
     data = DataOptions(data_dir="d", mask_labels="1,2")
     assert next_steps.after_check(data) == (
-        "next: guided-diffusion train --data_dir d --mask_labels 1,2 --out_dir results/first"
+        "next: guided-diffusion train --preset small --data_dir d --mask_labels 1,2 "
+        "--out_dir results/first"
     )
+
+
+def test_weak_training_by_a_preset_goes_on_with_it():
+    def after(preset, **recorded):
+        flags = Flags(
+            given={"src_dir": "w", "out_dir": "o", **({"preset": preset} if preset else {})}
+        )
+        return next_steps.after_weak_training(flags, {"class_cond": True, **recorded})
+
+    segment, classifier = "image_p_seg", "classifier_tumor_train"
+    where, sized = "--src_dir w --save_dir o", {"image_size": 48}
+    for preset, recorded, script, rest in (
+        ("weak-ours", sized, segment, f"--preset weak-ours {where}"),
+        ("weak-brats", sized, classifier, f"--preset weak-brats {where} --img_size 48"),
+        ("weak-brats", {"model_type": "r"}, segment, f"--preset weak-brats {where}"),
+        ("weak-ours", {"model_type": "r"}, segment, f"{where} --guided True"),
+        ("", sized, classifier, f"{where} --img_size 48"),
+    ):
+        assert after(preset, **recorded) == f"next: python scripts/{script}.py {rest}"

@@ -207,7 +207,7 @@ def test_empty_and_full_members_are_reported(
 
     monkeypatch.setattr(Segmenter, "draw_with_coarse", flat)
     text = succeeded(script("segmentation_sample", *sampling(brats / "testing", trained, tmp_path)))
-    assert ("look at 000005, 000006: some of their members" in text) == named
+    assert ("look at 000005, 000006: some of the members" in text) == named
     assert ("nothing is found in any member of 000005, 000006" in text) == (max(levels) < 0.5)
     assert {
         (row["empty_members"], row["full_members"])

@@ -347,7 +347,7 @@ def test_script_writes_beside_a_readme(tmp_path, capsys):
     assert len(list((tmp_path / "training").iterdir())) == 2
     first, following = capsys.readouterr().out.splitlines()
     assert first == f"1 patient written to {tmp_path}: training"
-    assert following.startswith("next: guided-diffusion train --data_dir ")
+    assert following.startswith("next: guided-diffusion train --preset small --data_dir ")
 
 
 @pytest.mark.parametrize("flags", [["--split", "1.5"], ["--patients", "0"], ["--seed", "-1"]])

@@ -38,8 +38,8 @@ def test_weak_phantoms_name_weak_training(tmp_path: Path) -> None:
     command = ["--out", tmp_path / "out", "--layout", "weak", "--patients", 4, "--size", 24]
     words = next_words(succeeded(script("make_phantoms", *command)))
     assert words == [
-        *("scripts/train_tumor_ddfm.py", "--src_dir", str(tmp_path / "out")),
-        *("--class_cond", "True"),
+        *("scripts/train_tumor_ddfm.py", "--preset", "weak-ours"),
+        *("--src_dir", str(tmp_path / "out")),
     ]
 
 
@@ -54,7 +54,8 @@ def test_slicing_counts_first_and_names_the_training_at_the_end(tmp_path: Path) 
     assert not out.exists()
     said = succeeded(script("brats_slices", *command))
     words = next_words(said)
-    assert words[:3] == ["scripts/segmentation_train.py", "--data_dir", str(out / "training")]
+    small = ["scripts/segmentation_train.py", "--preset", "small"]
+    assert words[:5] == [*small, "--data_dir", str(out / "training")]
     before = contents(out)
     dry = succeeded(script("brats_slices", *command, "--dry_run", True))
     assert "0 slices of 3 volumes would be written" in dry and "12 are there" in dry
@@ -73,4 +74,5 @@ def test_export_names_the_use_of_its_file(training: bool, trained: Path, tmp_pat
     flag = ["--resume_checkpoint"] if training else ["--model_path"]
     name = "segmentation_train" if training else "segmentation_sample"
     assert words[:3] == [f"scripts/{name}.py", *flag, str(out)]
+    assert training or words[-4:] == ["--dpm_solver", "True", "--steps", "10"]
     assert "exists" in refused(script("export_weights", *command, "--dry_run", True))

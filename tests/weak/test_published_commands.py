@@ -398,3 +398,8 @@ def test_training_masks_have_a_folder_of_their_own_and_need_no_truth(
     assert "normal images: 6 of 6 left empty" in told
     written = TumourImages(tmp_path / "otsu_training" / "dataset")
     assert sorted(written.labels.values()) == 6 * [0] + 6 * [1]
+
+    told = succeeded(script("image_p_seg", *masks, "--num_samples", 3))
+    assert "3 images in" in told
+    assert sorted(TumourImages(tmp_path / "otsu_training" / "dataset").labels.values()) == [0, 0, 1]
+    assert "12 images in" in succeeded(script("image_p_seg", *masks, "--num_samples", 99))
