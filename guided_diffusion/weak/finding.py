@@ -37,7 +37,8 @@ PUBLISHED_FOLDERS = ("runs/results", "run/results")
 def diffusion_file(flags: Flags, folder: str) -> Path:
     """Find the diffusion of images that ``--model_path`` names, else that of the run's folder.
 
-    Where the folder has none, that of a folder beside it is taken if it is the only one there.
+    Where the folder has none, that of a folder beside it is taken if it is the only one there. A
+    named folder has to exist.
 
     Raises:
         UserError: there is none, or more than one to choose from.
@@ -49,7 +50,8 @@ def diffusion_file(flags: Flags, folder: str) -> Path:
         own = _file_in(folder, "--save_dir")
     if own and kind_in(own) == IMAGES:
         return own
-    found = _beside(folder, everywhere="out_dir" not in flags.given)
+    named = "out_dir" in flags.given
+    found = _beside(folder, everywhere=not named) if expanded(folder).exists() or not named else []
     if len(found) == 1:
         return found[0]
     if found:

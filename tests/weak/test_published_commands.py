@@ -297,6 +297,15 @@ def test_training_goes_on_from_the_class_row_that_was_trained(place: Path, tmp_p
     assert_close(saved, rows[[0, 2]])
 
 
+def test_a_mistyped_folder_is_not_replaced_by_one_beside_it(
+    said: dict[str, str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    told = refused(script("image_p_seg", "--save_dir", "runs/results/diff_brat"))
+    assert "--save_dir runs/results/diff_brat: does not exist" in told
+    assert not Path("runs/results/diff_brat").exists()
+
+
 def test_a_damaged_diffusion_is_not_replaced_by_one_beside_it(
     said: dict[str, str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
