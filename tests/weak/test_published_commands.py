@@ -302,7 +302,7 @@ def test_a_mistyped_folder_is_not_replaced_by_one_beside_it(
 ) -> None:
     monkeypatch.chdir(place)
     told = refused(script("image_p_seg", "--save_dir", "runs/results/diff_brat"))
-    assert "--save_dir runs/results/diff_brat: does not exist" in told
+    assert "Did you mean runs/results/diff_brats?" in told
     assert not Path("runs/results/diff_brat").exists()
 
 
