@@ -82,6 +82,11 @@ CUTS: list[Json] = [
         ("signed", "positive"), (0.0, 1.0, 2.0), (0.0, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
     )
 ]
+IMAGE_CUTS: list[Json] = [
+    {"method": "otsu", "smooth": smooth, **cut, **CLEAN_UP}
+    for smooth in (0.0, 1.0, 2.0)
+    for cut in ({"cut_at": 0.0, "cuts": 2}, *({"cut_at": k / 20} for k in range(8, 19)))
+]
 
 
 def candidates() -> dict[str, list[Json]]:
@@ -92,6 +97,7 @@ def candidates() -> dict[str, list[Json]]:
     ]
     walks = [{"level": level, "steps": 10} for level in (300, 400, 500, 600)]
     return {
+        "image, chosen cut": IMAGE_CUTS,
         "CDM": [{"method": "cdm", **own} for own in branches],
         "CG-CDM": [{"method": "cg-cdm", "classifier_scale": 3.0, **own} for own in branches],
         "counterfactual": [{"method": "counterfactual", "noises": 2, **own} for own in walks[:3]],
@@ -228,7 +234,10 @@ class Study:
     def is_of(self, row: Json, method: str, *, task: str = "", seed: int | None = None) -> bool:
         """Whether a row is that of a method, of this task and seed unless others are named."""
         wanted = (task or self.task, self.seed if seed is None else seed, method)
-        return (row["task"], row["seed"], row["method"]) == wanted
+        size, steps = self.arguments.image_size, self.arguments.diffusion_steps
+        return (row["task"], row["seed"], row["method"]) == wanted and (
+            (row["image_size"], row["steps"]) == (size, steps)
+        )
 
     # ---------------------------------------------------------------------------- training
 
@@ -351,8 +360,8 @@ class Study:
         tried: list[tuple[float, Json]] = []
         for walk in candidates()[name]:
             differences = self.differences(self.segmenter(walk), cases)
-            for cut in CUTS:
-                own = {**walk, **cut, "difference": walk.get("difference", cut["difference"])}
+            for cut in [{}] if "cut_at" in walk else CUTS:
+                own = {**cut, **walk}
                 dices = [
                     dice_of(self.mask(own, case, difference)[1], case)
                     for case, difference in zip(cases, differences, strict=True)

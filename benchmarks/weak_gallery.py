@@ -31,6 +31,7 @@ def main() -> None:
     add("--figure", type=Path, default=Path("results/figures/weak_maps.png"))
     add("--seed", type=int, default=1)
     add("--image_size", type=int, default=48)
+    add("--diffusion_steps", type=int, default=1000)
     add("--shown", type=int, default=6)
     arguments = parser.parse_args()
     arguments.seeds = [arguments.seed]

@@ -15,13 +15,14 @@ TITLES = {
 ABOUT = {
     "halves": """Of a slice with a lesion on one side alone, that half is an image with a lesion and
 the other half a normal image: both classes have the same patients and heights. Four patients to
-train on, two held out. FLAIR, in which lesions are bright.""",
+train on, two held out; lesions lie on the left in two of the four and in one of the two. FLAIR, in
+which lesions are bright.""",
     "phantoms": """T2-weighted brain phantoms, in which fluid and cysts are brighter than lesions;
 every other patient is healthy, and the slices of both lie at the same heights.""",
     "slices": """`brats15_weak_128`: all normal slices of training lie below the tumours, of which
 `check_data` warns. The settings are those of the half-slices. One seed.""",
 }
-TRIVIAL = ("Otsu", "Otsu twice")
+TRIVIAL = ("Otsu", "Otsu twice", "image, chosen cut")
 WITH_MASKS = ("plain U-Net",)
 STUDENT = "second stage"
 PRESET = "encoded, preset weak-ours"
@@ -37,7 +38,8 @@ Diffusion and classifier saw labels alone; the settings of the maps were chosen 
 with the first seed, by the masks of these. Dice over held-out images with a lesion: mean and
 standard deviation over seeds. AUROC and AP (average precision) rank the pixels of each image by the
 map, before any cut. *Otsu twice* takes the threshold of the image a second time, among the pixels
-above the first, and fills the largest component. The *second stage* is a plain U-Net trained on the
+above the first, and fills the largest component; *image, chosen cut* takes the image as the map,
+and its cut is chosen like those of the maps. The *second stage* is a plain U-Net trained on the
 weak masks of the encoded maps, the *plain U-Net* one trained on true masks. *Decoded as a lesion
 again* is a control that asks whether the class matters; *true masks at the networks' size* are
 scaled down and up again, which no network of that size can exceed. The settings of the *preset* are
