@@ -398,6 +398,8 @@ for views in (False, True):
         loop.run_step(collate([Discs()[2 * dist_util.rank()], Discs()[2 * step + 1]]))
     after.append({name: value.clone() for name, value in loop.net.state_dict().items()})
 assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter
 """
 
 

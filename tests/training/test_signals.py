@@ -390,9 +390,9 @@ def test_a_signal_while_sampling_waits_for_its_writer_ends_after_the_case(
 def test_a_signal_ends_scoring_and_writes_nothing(
     brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from guided_diffusion.scoring import evaluate
+    from guided_diffusion.tools import scoring
 
-    monkeypatch.setattr(evaluate, "evaluate_all", told_to_end)
+    monkeypatch.setattr(scoring, "evaluate_all", told_to_end)
     done = script("segmentation_env", "--inp_pth", tmp_path, "--out_pth", brats / "testing")
     assert done.code == 143 and "stopped by SIGTERM" in done.err
     assert contents(tmp_path) == {}
@@ -470,7 +470,9 @@ def test_multi_gpu_ends_with_the_exit_code_of_its_processes(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_recipe_for_slurm_saves(brats: Path, tmp_path: Path) -> None:
+def test_the_recipe_for_slurm_saves(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The line of docs/training.md, on one node; SLURM sends SIGTERM to every process."""
     text = (ROOT / "docs/training.md").read_text("utf-8").partition("### Several nodes")[2]
     recipe = re.search(r"```bash\n(.*?)```", text, re.DOTALL)
@@ -482,6 +484,8 @@ def test_the_recipe_for_slurm_saves(brats: Path, tmp_path: Path) -> None:
     )
     words = shlex.split(line)[2:]
     assert "$" not in " ".join(words)
+    for name, value in re.findall(r"^export (\w+)=(\w+)$", recipe[1], re.MULTILINE):
+        monkeypatch.setenv(name, value)
     flags = endless(brats, tmp_path)
     program = start("-m", "torch.distributed.run", *words, *flags, "--precision", "fp32")
     wait_for_steps(tmp_path)
