@@ -6,7 +6,6 @@ same code. Nothing heavy is imported before the flags are read, so that ``-h`` a
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -275,9 +274,6 @@ def main(name: str = "", argv: Sequence[str] | None = None) -> None:
 
     Without a name the first argument is the command. Bad input ends with exit code 2.
     """
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin cost tenfold on busy cores
     words = list(sys.argv[1:] if argv is None else argv)
     with tolerant_console(), exit_on_user_error():
         program = f"python scripts/{name}.py" if name else "guided-diffusion"
