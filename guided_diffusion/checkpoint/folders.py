@@ -7,7 +7,7 @@ from pathlib import Path
 from guided_diffusion.checkpoint.portable import SUFFIX
 from guided_diffusion.checkpoint.starters import other_name, starter_file, starter_named
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import expanded
+from guided_diffusion.files import expanded, nearest_path
 
 LATEST = "savedmodel.pt"
 BEST = "bestmodel.pt"
@@ -33,7 +33,8 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
     Raises:
         UserError: there is none; ``flag`` names the path in the message.
     """
-    if starter_named(path):
+    may_be_starter = flag != "--save_dir"  # which is a run's own folder
+    if may_be_starter and starter_named(path):
         return starter_file(str(path))
     file = expanded(path, flag=flag)
     if file.is_dir():
@@ -43,12 +44,11 @@ def latest_checkpoint(path: str | Path, *, flag: str = "--model_path") -> Path:
         if others and not file.exists():
             file = others[-1]
     if not file.is_file():
+        hint = f"Name a checkpoint or a folder that holds {LATEST}, or train one first."
+        suggest = other_name if may_be_starter else nearest_path
         raise UserError(
             flag,
             f"there is no file {file}" if str(path) else "no path given",
-            other_name(
-                expanded(path, flag=flag),
-                f"Name a checkpoint or a folder that holds {LATEST}, or train one first.",
-            ),
+            suggest(expanded(path, flag=flag), hint),
         )
     return file

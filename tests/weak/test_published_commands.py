@@ -304,6 +304,8 @@ def test_a_mistyped_folder_is_not_replaced_by_one_beside_it(
     told = refused(script("image_p_seg", "--save_dir", "runs/results/diff_brat"))
     assert "Did you mean runs/results/diff_brats?" in told
     assert not Path("runs/results/diff_brat").exists()
+    told = refused(script("image_p_seg", "--save_dir", "nowhere"))
+    assert "--save_dir: there is no file nowhere. Name a checkpoint or a folder" in told
 
 
 def test_a_damaged_diffusion_is_not_replaced_by_one_beside_it(
