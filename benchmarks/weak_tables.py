@@ -69,7 +69,7 @@ def section(task: str, rows: Sequence[Json]) -> str:
     lines = [f"## {TITLES[task]}", ""]
     above = [name for name in weak if scores[name] > trivial]
     if above:
-        lines += [f"Above the threshold of the image ({trivial:.3f}): {', '.join(above)}.", ""]
+        lines += [f"Above the threshold of the image ({trivial:.3f}): {'; '.join(above)}.", ""]
     else:
         lines += [f"**No method beats the threshold of the image, which has {trivial:.3f}.**", ""]
     lines += [
